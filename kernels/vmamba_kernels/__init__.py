@@ -1,0 +1,22 @@
+"""Selective-scan operators for images and sequences, one signature for every backend.
+
+`selective_scan` is the 1-D operator, `cross_selective_scan` and `cross_ssd` take an image, project it, scan it along
+several routes and merge the results.  `reference.py` is their specification; `registry.py` says who can serve a call.
+"""
+
+from .operators import ROUTES, cross_merge, cross_scan, cross_selective_scan, cross_ssd, selective_scan
+from .registry import BackendError, Call, backends, choose, explain
+
+__all__ = [
+    "ROUTES",
+    "BackendError",
+    "Call",
+    "backends",
+    "choose",
+    "cross_merge",
+    "cross_scan",
+    "cross_selective_scan",
+    "cross_ssd",
+    "explain",
+    "selective_scan",
+]

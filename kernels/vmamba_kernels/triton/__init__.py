@@ -1,0 +1,5 @@
+OPERATORS = {}
+
+
+def why_not(call):
+    return "it is not built yet"

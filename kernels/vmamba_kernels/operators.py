@@ -1,0 +1,287 @@
+"""The public operators: their contract, its checks, the autocast rule, and the choice of a backend.
+
+Mathematics (Mamba, arXiv 2312.00752, equations 2 and 3; VMamba, arXiv 2401.10166, section 4), for one route:
+
+    delta[l, d] = softplus(dt[l, d] + dt_bias[d])
+    h[l, d, n]  = exp(delta[l, d] * A[d, n]) * h[l-1, d, n] + delta[l, d] * B[l, n] * u[l, d]
+    y[l, d]     = sum_n C[l, n] * h[l, d, n] + D[d] * u[l, d]
+
+The recurrence, A, D, the step size and its softplus are at least float32 in every backend (float64 stays float64);
+images, sequences and projections may be bfloat16, float16 or float32.
+"""
+
+from collections.abc import Sequence
+from operator import index
+
+import torch
+from torch import Tensor
+
+from . import reference, registry
+from .reference import ROUTES
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    *,
+    delta_softplus: bool = True,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Selective scan of sequences, the 1-D operator of Mamba.
+
+    Args:
+        u: (batch, groups*dim, length), the sequences.
+        delta: (batch, groups*dim, length), the step sizes before bias and softplus.
+        A: (groups*dim, states), real; negative for a state that decays.
+        B, C: (batch, groups, states, length), shared by the channels of a group.
+        D: (groups*dim,) the skip, or None.
+        delta_bias: (groups*dim,) added to delta, or None.
+        delta_softplus: whether the step sizes go through a softplus.
+        out_dtype: dtype of the result; by default u's, but float32 for float16.
+        backend: a name from `backends()`; None or "auto" takes the fastest that can serve the call.
+
+    Returns:
+        (batch, groups*dim, length).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, naming the argument.
+        BackendError: the backend asked for is unknown or cannot serve the call.
+    """
+    _require(u.dim() == 3, f"u has shape {_shape(u)}; it must be (batch, groups*dim, length)")
+    _require(B.dim() == 4, f"B has shape {_shape(B)}; it must be (batch, groups, states, length)")
+    _require(A.dim() == 2, f"A has shape {_shape(A)}; it must be (groups*dim, states)")
+    batch, channels, length = u.shape
+    groups, states = B.shape[1], A.shape[1]
+    _require(groups > 0 and channels % groups == 0, f"u has {channels} channels, not a multiple of B's {groups} groups")
+    _check_shape("delta", delta, (batch, channels, length), "u", u)
+    _check_shape("A", A, (channels, states), "u", u)
+    _check_shape("B", B, (batch, groups, states, length), "u", u)
+    _check_shape("C", C, (batch, groups, states, length), "B", B)
+    _check_shape("D", D, (channels,), "u", u)
+    _check_shape("delta_bias", delta_bias, (channels,), "u", u)
+    _check_tensors(u=u, delta=delta, A=A, B=B, C=C, D=D, delta_bias=delta_bias)
+    if torch.is_autocast_enabled(u.device.type) and u.dtype != torch.float64:
+        u, B, C = _to(torch.get_autocast_dtype(u.device.type), u, B, C)
+        delta = delta.float()
+    A, D, delta_bias = _to(_state_dtype(u), A, D, delta_bias)
+    out_dtype = _out_dtype(u, out_dtype)
+    scan = registry.implementation(
+        backend,
+        operator="selective_scan",
+        device=u.device,
+        dtype=u.dtype,
+        out_dtype=out_dtype,
+        dim=index(channels // groups),  # a plain number, also while torch.compile traces dynamic sizes
+        states=index(states),
+    )
+    return scan(u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype)
+
+
+def cross_selective_scan(
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor | None,
+    *,
+    routes: Sequence[str] = ROUTES,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The core of SS2D: project every pixel, scan the image along each route, add the routes at each pixel.
+
+    For route k a pixel's projection `x_proj_weight[k] @ x` holds `rank` numbers, which `dt_weight[k]` turns into the
+    step sizes, then B and C (`states` numbers each).
+
+    Args:
+        x: (batch, height, width, dim), channels last.
+        x_proj_weight: (routes, rank + 2*states, dim).
+        dt_weight: (routes, dim, rank).
+        dt_bias: (routes, dim), or None.
+        A: (routes, dim, states), negative.
+        D: (routes, dim), or None.
+        routes: one name of `ROUTES` for each slice of the weights, at least one, repeats allowed: "row" (row-major),
+            "col" (column-major), and the same two walked backwards, "row_rev" and "col_rev".
+        out_dtype: dtype of the result; by default x's, but float32 for float16.
+        backend: a name from `backends()`; None or "auto" takes the fastest that can serve the call.
+
+    Under autocast x and the two projection weights take its dtype; all else is float32.
+
+    Returns:
+        (batch, height, width, dim), the routes added in at least float32.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or routes that do not fit, naming the argument.
+        BackendError: the backend asked for is unknown or cannot serve the call.
+    """
+    routes = _check_routes(routes)
+    _require(x.dim() == 4, f"x has shape {_shape(x)}; it must be (batch, height, width, dim)")
+    _require(A.dim() == 3, f"A has shape {_shape(A)}; it must be (routes, dim, states)")
+    _require(dt_weight.dim() == 3, f"dt_weight has shape {_shape(dt_weight)}; it must be (routes, dim, rank)")
+    batch, height, width, dim = x.shape
+    states, rank = A.shape[2], dt_weight.shape[2]
+    _check_shape("A", A, (len(routes), dim, states), "x", x)
+    _check_shape("dt_weight", dt_weight, (len(routes), dim, rank), "x", x)
+    _check_shape("x_proj_weight", x_proj_weight, (len(routes), rank + 2 * states, dim), "x", x)
+    _check_shape("dt_bias", dt_bias, (len(routes), dim), "x", x)
+    _check_shape("D", D, (len(routes), dim), "x", x)
+    _check_tensors(x=x, x_proj_weight=x_proj_weight, dt_weight=dt_weight, dt_bias=dt_bias, A=A, D=D)
+    x, x_proj_weight, dt_weight = _to(_projection_dtype(x), x, x_proj_weight, dt_weight)
+    dt_bias, A, D = _to(_state_dtype(x), dt_bias, A, D)
+    out_dtype = _out_dtype(x, out_dtype)
+    scan = registry.implementation(
+        backend,
+        operator="cross_selective_scan",
+        device=x.device,
+        dtype=x.dtype,
+        out_dtype=out_dtype,
+        dim=index(dim),
+        states=index(states),
+        rank=index(rank),
+        routes=routes,
+    )
+    return scan(x, x_proj_weight, dt_weight, dt_bias, A, D, routes, out_dtype)
+
+
+def cross_ssd(
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor | None,
+    *,
+    routes: Sequence[str] = ROUTES,
+    chunk_size: int = 64,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The core of the Mamba-2 block (SSD, arXiv 2405.21060, section 6) along each route of an image, routes added.
+
+    The recurrence is that of `cross_selective_scan` with one step size and one A for all channels of a head, so the
+    scan inside a chunk is a masked matrix product.
+
+    Args:
+        x: (batch, height, width, dim), channels last; heads divide dim.
+        x_proj_weight: (routes, heads + 2*states, dim): the step sizes of the heads, B and C.
+        dt_bias: (routes, heads), or None.
+        A: (routes, heads), negative.
+        D: (routes, heads, dim // heads), or None.
+        routes, out_dtype, backend: as in `cross_selective_scan`.
+        chunk_size: positions of a route handled by one matrix product; it changes speed, not the result.
+
+    Returns:
+        (batch, height, width, dim), the routes added in at least float32.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, routes or a chunk size that do not fit, naming the argument.
+        BackendError: the backend asked for is unknown or cannot serve the call.
+    """
+    routes = _check_routes(routes)
+    _require(x.dim() == 4, f"x has shape {_shape(x)}; it must be (batch, height, width, dim)")
+    _require(A.dim() == 2, f"A has shape {_shape(A)}; it must be (routes, heads)")
+    _require(x_proj_weight.dim() == 3, f"x_proj_weight has shape {_shape(x_proj_weight)}; it must have 3 dimensions")
+    batch, height, width, dim = x.shape
+    heads = A.shape[1]
+    states = (x_proj_weight.shape[1] - heads) // 2
+    _require(heads > 0 and dim % heads == 0, f"x has {dim} channels, not a multiple of A's {heads} heads")
+    _require(chunk_size >= 1, f"chunk_size is {chunk_size}; it must be at least 1")
+    _check_shape("A", A, (len(routes), heads), "x", x)
+    _check_shape("x_proj_weight", x_proj_weight, (len(routes), heads + 2 * states, dim), "x", x)
+    _check_shape("dt_bias", dt_bias, (len(routes), heads), "x", x)
+    _check_shape("D", D, (len(routes), heads, dim // heads), "x", x)
+    _check_tensors(x=x, x_proj_weight=x_proj_weight, dt_bias=dt_bias, A=A, D=D)
+    x, x_proj_weight = _to(_projection_dtype(x), x, x_proj_weight)
+    dt_bias, A, D = _to(_state_dtype(x), dt_bias, A, D)
+    out_dtype = _out_dtype(x, out_dtype)
+    scan = registry.implementation(
+        backend,
+        operator="cross_ssd",
+        device=x.device,
+        dtype=x.dtype,
+        out_dtype=out_dtype,
+        dim=index(dim),
+        states=index(states),
+        rank=index(heads),
+        routes=routes,
+    )
+    return scan(x, x_proj_weight, dt_bias, A, D, routes, chunk_size, out_dtype)
+
+
+def cross_scan(x: Tensor, routes: Sequence[str] = ROUTES) -> Tensor:
+    """Lay an image out along routes: (batch, height, width, dim) -> (batch, routes, height*width, dim)."""
+    _require(x.dim() == 4, f"x has shape {_shape(x)}; it must be (batch, height, width, dim)")
+    return reference.cross_scan(x, _check_routes(routes))
+
+
+def cross_merge(y: Tensor, height: int, width: int, routes: Sequence[str] = ROUTES) -> Tensor:
+    """Add routes at each pixel, the adjoint of `cross_scan`.
+
+    (batch, routes, height*width, dim) -> (batch, height, width, dim).
+    """
+    routes = _check_routes(routes)
+    _require(y.dim() == 4, f"y has shape {_shape(y)}; it must be (batch, routes, height*width, dim)")
+    _check_shape("y", y, (y.shape[0], len(routes), height * width, y.shape[3]), f"{height} x {width} pixels", None)
+    return reference.cross_merge(y, height, width, routes)
+
+
+def _projection_dtype(x: Tensor) -> torch.dtype:
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _state_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _out_dtype(x: Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
+    if out_dtype is None:
+        return torch.float32 if x.dtype == torch.float16 else x.dtype
+    _require(out_dtype in FLOATS, f"out_dtype is {out_dtype}; it must be one of {', '.join(map(str, FLOATS))}")
+    return out_dtype
+
+
+def _to(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(t if t is None else t.to(dtype) for t in tensors)
+
+
+def _shape(t: Tensor) -> tuple[int, ...]:
+    return tuple(t.shape)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _check_routes(routes: Sequence[str]) -> tuple[str, ...]:
+    routes = (routes,) if isinstance(routes, str) else tuple(routes)
+    _require(len(routes) > 0, f"routes is empty; give at least one of {', '.join(ROUTES)}")
+    for route in routes:
+        _require(route in ROUTES, f"unknown route '{route}'; known: {', '.join(ROUTES)}")
+    return routes
+
+
+def _check_shape(name: str, t: Tensor | None, expected: tuple[int, ...], other: str, like: Tensor | None) -> None:
+    if t is not None and tuple(t.shape) != expected:
+        beside = f"{other} of shape {_shape(like)}" if like is not None else other
+        raise ValueError(f"{name} has shape {_shape(t)}; beside {beside} it must be {expected}")
+
+
+def _check_tensors(**tensors: Tensor | None) -> None:
+    (first, reference_tensor), *rest = ((name, t) for name, t in tensors.items() if t is not None)
+    for name, t in ((first, reference_tensor), *rest):
+        _require(t.dtype in FLOATS, f"{name} is {t.dtype}; it must be one of {', '.join(map(str, FLOATS))}")
+        _require(
+            t.device == reference_tensor.device,
+            f"{name} is on {t.device} and {first} on {reference_tensor.device}; move them to one device",
+        )

@@ -1,0 +1,249 @@
+"""The operators in plain PyTorch: any device, any dtype, differentiable by autograd.  Everything else is tested
+against this file, so it says what the operators are; it is also what runs on a CPU.
+
+Inside, a route is (batch, routes, length, dim), channels last and contiguous, as an image is.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROUTES = ("row", "col", "row_rev", "col_rev")
+
+
+def why_not(call: object) -> str | None:
+    """Nothing is beyond the reference."""
+    return None
+
+
+def cross_scan(x: Tensor, routes: tuple[str, ...]) -> Tensor:
+    """(batch, height, width, dim) -> (batch, routes, length, dim)."""
+    return torch.stack([_along(x, route) for route in routes], dim=1)
+
+
+def cross_merge(y: Tensor, height: int, width: int, routes: tuple[str, ...]) -> Tensor:
+    """(batch, routes, length, dim) -> (batch, height, width, dim), the routes added."""
+    return sum(_back(y[:, k], height, width, route) for k, route in enumerate(routes))
+
+
+def _along(x: Tensor, route: str) -> Tensor:
+    if route.startswith("col"):
+        x = x.transpose(1, 2)
+    x = x.flatten(1, 2)  # (batch, length, dim)
+    return x.flip(1) if route.endswith("rev") else x
+
+
+def _back(y: Tensor, height: int, width: int, route: str) -> Tensor:
+    if route.endswith("rev"):
+        y = y.flip(1)
+    if route.startswith("col"):
+        return y.unflatten(1, (width, height)).transpose(1, 2)
+    return y.unflatten(1, (height, width))
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`vmamba_kernels.selective_scan`, already checked."""
+    groups, dtype = B.shape[1], A.dtype
+
+    def by_group(t: Tensor) -> Tensor:  # (batch, groups*dim, length) -> (batch, groups, length, dim)
+        return t.to(dtype).unflatten(1, (groups, -1)).transpose(2, 3)
+
+    if delta_bias is not None:
+        delta = delta.to(dtype) + delta_bias[:, None]
+    y = _scan(
+        by_group(u),
+        _step(by_group(delta), delta_softplus),
+        A.unflatten(0, (groups, -1)),
+        B.to(dtype).transpose(2, 3),
+        C.to(dtype).transpose(2, 3),
+    )
+    y = y.transpose(2, 3).flatten(1, 2)  # (batch, groups*dim, length)
+    if D is not None:
+        y = y + D[:, None] * u.to(dtype)
+    return y.to(out_dtype)
+
+
+def cross_selective_scan(
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor | None,
+    routes: tuple[str, ...],
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`vmamba_kernels.cross_selective_scan`, already checked."""
+    rank, states, dtype = dt_weight.shape[2], A.shape[2], A.dtype
+    height, width = x.shape[1:3]
+    u = cross_scan(x, routes)  # (batch, routes, length, dim)
+    projected = (u @ x_proj_weight.transpose(1, 2)).to(dtype)  # (batch, routes, length, rank + 2*states)
+    dt, B, C = projected.split((rank, states, states), dim=-1)
+    with torch.autocast(x.device.type, enabled=False):
+        delta = dt @ dt_weight.to(dtype).transpose(1, 2)  # (batch, routes, length, dim)
+    if dt_bias is not None:
+        delta = delta + dt_bias[:, None]
+    y = _scan(u.to(dtype), _step(delta, softplus=True), A, B, C)
+    return _merge(y, x, D, height, width, routes, out_dtype)
+
+
+def cross_ssd(
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor | None,
+    routes: tuple[str, ...],
+    chunk_size: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`vmamba_kernels.cross_ssd`, already checked."""
+    heads, dtype = A.shape[1], A.dtype
+    states = (x_proj_weight.shape[1] - heads) // 2
+    height, width = x.shape[1:3]
+    u = cross_scan(x, routes)  # (batch, routes, length, dim)
+    projected = (u @ x_proj_weight.transpose(1, 2)).to(dtype)  # (batch, routes, length, heads + 2*states)
+    delta, B, C = projected.split((heads, states, states), dim=-1)
+    if dt_bias is not None:
+        delta = delta + dt_bias[:, None]
+    with torch.autocast(x.device.type, enabled=False):
+        y = _ssd(u.to(dtype).unflatten(-1, (heads, -1)), _step(delta, softplus=True), A, B, C, chunk_size)
+    return _merge(y.flatten(-2), x, None if D is None else D.flatten(1), height, width, routes, out_dtype)
+
+
+def _step(delta: Tensor, softplus: bool) -> Tensor:
+    return F.softplus(delta) if softplus else delta  # F.softplus is the identity above 20
+
+
+def _merge(
+    y: Tensor, x: Tensor, D: Tensor | None, height: int, width: int, routes: tuple[str, ...], out_dtype: torch.dtype
+) -> Tensor:
+    """Add the routes and the skip; only the sum of D over the routes reaches the output."""
+    merged = cross_merge(y, height, width, routes)
+    if D is not None:
+        merged = merged + x.to(D.dtype) * D.sum(0)
+    return merged.to(out_dtype)
+
+
+def _scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """The recurrence from a zero state, in about 2*sqrt(length) steps.
+
+    The route is cut into about sqrt(length) chunks.  First every chunk is scanned from zero, all chunks side by side;
+    then the state is carried from chunk to chunk; then each position adds what the state at its chunk's start still
+    contributes, which needs no further steps.
+
+    Args:
+        u, delta: (batch, groups, length, dim).  A: (groups, dim, states).  B, C: (batch, groups, length, states).
+
+    Returns:
+        (batch, groups, length, dim).
+    """
+    length, states = u.shape[2], A.shape[2]
+    if u.numel() == 0:
+        return u * delta * A.sum(2).unsqueeze(1) * B.sum(-1, keepdim=True) * C.sum(-1, keepdim=True)
+    steps = math.ceil(math.sqrt(length))
+    chunks = math.ceil(length / steps)
+
+    def chunked(t: Tensor) -> Tensor:  # (batch, groups, length, *) -> (steps, batch, groups, chunks, *), zeros behind
+        return F.pad(t, (0, 0, 0, chunks * steps - length)).unflatten(2, (chunks, steps)).movedim(3, 0).contiguous()
+
+    u, delta, B, C = chunked(delta * u), chunked(delta), chunked(B), chunked(C)
+    A = A.transpose(1, 2).unsqueeze(1)  # (groups, 1, states, dim)
+
+    def decay(delta: Tensor) -> Tensor:  # (..., dim) -> (..., states, dim)
+        return (delta.unsqueeze(-2) * A).exp()
+
+    # What carries the states axis is built for a few steps at a time, so that it stays in the cache.
+    several = max(1, steps // states)
+    h = torch.zeros(())
+    y = []
+    for s in _slices(steps, several):
+        inputs = u[s].unsqueeze(-2) * B[s].unsqueeze(-1)  # (several, batch, groups, chunks, states, dim)
+        states_of_run = []
+        for decay_of_step, input_of_step in zip(decay(delta[s]).unbind(0), inputs.unbind(0), strict=True):
+            h = torch.addcmul(input_of_step, decay_of_step, h) if h.dim() else input_of_step
+            states_of_run.append(h)
+        y.append(_read(C[s], torch.stack(states_of_run)))
+
+    since_start = delta.cumsum(0)
+    decay_of_chunk = decay(since_start[-1])  # (batch, groups, chunks, states, dim)
+    starts = [torch.zeros_like(h[:, :, 0])]
+    for c in range(chunks - 1):
+        starts.append(torch.addcmul(h[:, :, c], decay_of_chunk[:, :, c], starts[-1]))
+    start = torch.stack(starts, dim=2)  # (batch, groups, chunks, states, dim)
+    y = [
+        y_run + _read(C[s], decay(since_start[s]) * start) for y_run, s in zip(y, _slices(steps, several), strict=True)
+    ]
+    return torch.cat(y).movedim(0, 3).flatten(2, 3)[:, :, :length]
+
+
+def _slices(stop: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, stop, size)]
+
+
+def _read(C: Tensor, h: Tensor) -> Tensor:
+    """sum_n C[n] * h[n, d]: C (..., states), h (..., states, dim) -> (..., dim)."""
+    if C.shape[-1] == 1:
+        return C * h.squeeze(-2)
+    return (C.unsqueeze(-1) * h).sum(-2)
+
+
+def _ssd(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int) -> Tensor:
+    """The recurrence with one decay a head, from a zero state: a masked matrix product inside each chunk.
+
+    Args:
+        u: (batch, routes, length, heads, dim).  delta: (batch, routes, length, heads).  A: (routes, heads).
+        B, C: (batch, routes, length, states).
+
+    Returns:
+        (batch, routes, length, heads, dim).
+    """
+    length = u.shape[2]
+    if u.numel() == 0:
+        return u * ((delta * A.unsqueeze(1)) * (B * C).sum(-1, keepdim=True)).unsqueeze(-1)
+    size = min(chunk_size, length)
+    chunks = math.ceil(length / size)
+
+    def chunked(t: Tensor) -> Tensor:  # (batch, routes, length, *) -> (batch, routes, chunks, size, *), zeros behind
+        behind = t.new_zeros(*t.shape[:2], chunks * size - length, *t.shape[3:])
+        return torch.cat((t, behind), dim=2).unflatten(2, (chunks, size))
+
+    w, exponent = chunked(delta.unsqueeze(-1) * u), chunked(delta * A.unsqueeze(1))
+    B, C = chunked(B), chunked(C)
+    exponent = exponent.movedim(-1, 3)  # (batch, routes, chunks, heads, size)
+    # decay[i, j] = exp(exponent[j+1] + ... + exponent[i]), summed term by term: a difference of two running sums
+    # would lose the digits of a short span behind a long one.
+    lower = torch.ones(size, size, dtype=torch.bool, device=u.device).tril()
+    terms = exponent.unsqueeze(-1).expand(*exponent.shape, size).masked_fill(~lower.tril(-1), 0)
+    decay = terms.cumsum(-2).exp().masked_fill(~lower, 0)  # (batch, routes, chunks, heads, size, size)
+    y = torch.einsum("bkcin,bkcjn,bkchij,bkcjhd->bkcihd", C, B, decay, w)
+
+    state_of_chunk = torch.einsum("bkcjn,bkchj,bkcjhd->bkchnd", B, decay[..., -1, :], w)
+    decay_from_start = exponent.cumsum(-1).exp()  # (batch, routes, chunks, heads, size)
+    state = torch.zeros_like(state_of_chunk[:, :, 0])
+    starts = [state]
+    for c in range(chunks - 1):
+        state = decay_from_start[:, :, c, :, -1, None, None] * state + state_of_chunk[:, :, c]
+        starts.append(state)
+    y = y + torch.einsum("bkcin,bkchi,bkchnd->bkcihd", C, decay_from_start, torch.stack(starts, dim=2))
+    return y.flatten(2, 3)[:, :, :length]
+
+
+OPERATORS: dict[str, Callable[..., Tensor]] = {
+    "selective_scan": selective_scan,
+    "cross_selective_scan": cross_selective_scan,
+    "cross_ssd": cross_ssd,
+}

@@ -1,0 +1,106 @@
+"""Which backends exist, which of them can serve a call, and why the others cannot.
+
+A backend is a module with two names: `OPERATORS`, a dict from operator to function, and `why_not(call)`, one sentence
+why it cannot serve a call, or None.  It is imported when first asked for, so that an absent package costs nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+
+import torch
+
+MODULES = {
+    "cuda": "vmamba_kernels.cuda",
+    "triton": "vmamba_kernels.triton",
+    "reference": "vmamba_kernels.reference",
+    "mamba_ssm": "vmamba_kernels.mamba",
+}
+
+# Fastest first, by the measurements in docs/kernels.md.  What is not listed is used only when asked for by name.
+PREFERENCE = {
+    "selective_scan": ("cuda", "triton", "reference"),
+    "cross_selective_scan": ("cuda", "triton", "reference"),
+    "cross_ssd": ("triton", "reference"),
+}
+
+
+_FUNCTIONS: dict[tuple[str, str], Callable[..., torch.Tensor]] = {}  # of the backends imported so far
+
+
+class BackendError(ValueError):
+    """No backend, or not the one asked for, can serve the call; the text says why."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a backend is asked to serve.  Sizes that an operator does not have are 0 or empty.
+
+    Batch, height, width and length are not here: they change from call to call and must not change who serves.
+    """
+
+    operator: str
+    device: torch.device
+    dtype: torch.dtype  # of u or x, after the autocast rule
+    out_dtype: torch.dtype
+    dim: int = 0  # channels of one route or group
+    states: int = 0
+    rank: int = 0  # of the step-size projection; the number of heads for cross_ssd
+    routes: tuple[str, ...] = ()
+
+
+def backends(operator: str | None = None) -> tuple[str, ...]:
+    """Names of all backends, or of those considered for `operator`, fastest first."""
+    if operator is None:
+        return tuple(MODULES)
+    if operator not in PREFERENCE:
+        raise BackendError(f"unknown operator '{operator}'; known: {', '.join(PREFERENCE)}")
+    return PREFERENCE[operator]
+
+
+def why_not(name: str, call: Call) -> str | None:
+    """One sentence why backend `name` cannot serve `call`, or None if it can.
+
+    Raises BackendError for a name that no backend has.
+    """
+    if name not in MODULES:
+        nearest = get_close_matches(name, MODULES, n=1)
+        hint = f"did you mean '{nearest[0]}'?" if nearest else f"known: {', '.join(MODULES)}"
+        raise BackendError(f"unknown backend '{name}'; {hint}")
+    try:
+        module = import_module(MODULES[name])
+    except ImportError as error:
+        return f"it cannot be imported ({error})"
+    _FUNCTIONS.update({(name, operator): function for operator, function in module.OPERATORS.items()})
+    if call.operator not in module.OPERATORS:
+        return f"it has no {call.operator}"
+    return module.why_not(call)
+
+
+def explain(call: Call) -> dict[str, str | None]:
+    """For every backend, why it cannot serve `call`, or None if it can."""
+    return {name: why_not(name, call) for name in MODULES}
+
+
+def choose(call: Call, backend: str | None = None) -> str:
+    """The name of the backend that serves `call`: `backend` itself, or the fastest that can for None and 'auto'.
+
+    Raises BackendError when `backend` is unknown or cannot serve the call; there is no silent fallback.
+    """
+    if backend not in (None, "auto"):
+        reason = why_not(backend, call)
+        if reason is not None:
+            raise BackendError(f"backend '{backend}' cannot serve {call.operator} here: {reason}")
+        return backend
+    return next(name for name in PREFERENCE[call.operator] if why_not(name, call) is None)
+
+
+def implementation(backend: str | None, **call) -> Callable[..., torch.Tensor]:
+    """The function of the backend that `choose` names for `Call(**call)`, with the errors of `choose`."""
+    return _FUNCTIONS[_choose_while_tracing(backend, **call), call["operator"]]
+
+
+@torch.compiler.assume_constant_result  # torch.compile calls it instead of tracing it, and takes its answer as fixed
+def _choose_while_tracing(backend: str | None, **call) -> str:
+    return choose(Call(**call), backend)
