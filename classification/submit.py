@@ -1,0 +1,52 @@
+"""Submit what main.py would run to SLURM: python classification/submit.py --cfg configs/vmamba_tiny.yaml --nodes 2
+
+Takes main.py's flags and those of the job.  Before its time limit, or when it is preempted, the run saves, is requeued
+and resumes.
+"""
+
+import sys
+
+from vmamba.classification.engine import run
+from vmamba.config import argument_parser, config_from_args, output_folder
+from vmamba.errors import UserError
+from vmamba.runtime.cli import exit_code
+from vmamba.runtime.slurm import Job, Resources, minutes, sbatch_file, submit
+
+
+def main() -> None:
+    parser = argument_parser(__doc__)
+    job = parser.add_argument_group("the job")
+    job.add_argument("--nodes", type=int, default=1)
+    job.add_argument("--gpus-per-node", type=int, default=8, help="one process each; 0: one process on the CPU")
+    job.add_argument("--cpus-per-gpu", type=int, default=8)
+    job.add_argument(
+        "--time", default="3-0", help="limit of one submission: minutes, H:M:S or D-H:M:S (default: %(default)s)"
+    )
+    job.add_argument("--partition")
+    job.add_argument("--account")
+    job.add_argument("--qos")
+    job.add_argument("--constraint")
+    job.add_argument("--local", action="store_true", help="run on this machine instead, and wait for the end")
+    job.add_argument("--dry-run", action="store_true", help="print what would be submitted")
+    args = parser.parse_args()
+
+    config = config_from_args(args)
+    folder = output_folder(config) / "jobs"
+    resources = Resources(
+        minutes(args.time),
+        **{name: getattr(args, name) for name in Resources.__dataclass_fields__ if name != "minutes"},
+    )
+    if args.dry_run:
+        print(resources if args.local else sbatch_file(resources, folder), config, sep="\n")
+        return
+    submitted = submit(Job(run, config), resources, folder, args.local)
+    print(f"job {submitted.job_id}; its logs: {submitted.paths.stdout} and {submitted.paths.stderr}")
+    if args.local:
+        failure = submitted.exception()
+        if failure is not None:
+            raise UserError(f"job {submitted.job_id} failed; {submitted.paths.stderr} says why")
+        print(f"job {submitted.job_id} is done: {submitted.result()}")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -1,0 +1,39 @@
+"""What every door does around its one call: errors become a sentence, and the process an exit code."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from vmamba.errors import UserError
+from vmamba.runtime.stop import Stopped
+from vmamba_kernels import BackendError
+
+
+def exit_code(main: Callable[[], object]) -> int:
+    """Call `main`: 0 at its end, 1 and one sentence on stderr for what the user can mend, 128 + signal when a signal
+    stopped it after saving.  Anything else is a bug and keeps its traceback."""
+    try:
+        main()
+    except (UserError, BackendError) as error:
+        _say(f"error: {_sentence(error)}")
+        return 1
+    except Stopped as stop:
+        _say(str(stop))
+        return 128 + stop.signum
+    except KeyboardInterrupt:
+        _say("interrupted; the last checkpoint stays and the same command resumes from it")
+        return 130
+    return 0
+
+
+def _say(sentence: str) -> None:
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    print(sentence if rank == 0 else f"[rank {rank}] {sentence}", file=sys.stderr, flush=True)
+
+
+def _sentence(error: Exception) -> str:
+    """The error's text; one raised in a data worker arrives wrapped in that worker's traceback, its text last."""
+    text = str(error)
+    if "Original Traceback" in text:
+        return text.strip().splitlines()[-1].split(": ", 1)[-1]
+    return text

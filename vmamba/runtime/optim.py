@@ -1,0 +1,100 @@
+"""What moves the weights: groups by weight decay, any optimiser timm names, the learning rate of every step."""
+
+import math
+
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from torch import nn
+from torch.optim import Optimizer
+from yacs.config import CfgNode
+
+from vmamba.errors import UserError, unknown
+
+
+def build_optimizer(config: CfgNode, model: nn.Module, global_batch: int) -> Optimizer:
+    """config.TRAIN.OPTIMIZER over the model's parameters; `global_batch` images an optimiser step set its rate."""
+    if config.TRAIN.BASE_LR <= 0:
+        raise UserError(f"TRAIN.BASE_LR is {config.TRAIN.BASE_LR}; a learning rate is above 0")
+    options = config.TRAIN.OPTIMIZER
+    name = options.NAME.lower()
+    if name.removeprefix("lookahead_") not in list_optimizers():
+        raise unknown("optimiser", options.NAME, list_optimizers())
+    info = get_optimizer_info(name.removeprefix("lookahead_"))
+    arguments = {}
+    if info.has_eps:
+        arguments["eps"] = options.EPS
+    if info.has_betas and info.num_betas == len(options.BETAS):
+        arguments["betas"] = tuple(options.BETAS)
+    return create_optimizer_v2(
+        parameter_groups(model, config.TRAIN.WEIGHT_DECAY, config.TRAIN.DECAY_SSM),
+        name,
+        lr=config.TRAIN.BASE_LR * rate_scale(config, global_batch),
+        weight_decay=config.TRAIN.WEIGHT_DECAY,
+        momentum=options.MOMENTUM,
+        **arguments,
+    )
+
+
+def rate_scale(config: CfgNode, global_batch: int) -> float:
+    """The factor on all learning rates: linear in the images of a step, accumulation and processes included."""
+    reference = config.TRAIN.LR_REFERENCE_BATCH
+    return global_batch / reference if reference else 1.0
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, decay_ssm: bool = True) -> list[dict]:
+    """The trainable parameters, decayed and not.
+
+    Decay goes by what a parameter is: not to biases and norms, nor to what `model.no_weight_decay()` names.
+    `decay_ssm=False` spares the A_logs and Ds of the state-space models too, as Mamba asks.
+    """
+    spared = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    for path, module in model.named_modules():
+        for name, _ in module.named_parameters(recurse=False):
+            is_norm = "Norm" in type(module).__name__
+            is_ssm = name in ("A_logs", "Ds")
+            if name == "bias" or is_norm or (is_ssm and not decay_ssm):
+                spared.add(f"{path}.{name}" if path else name)
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    decayed = [parameter for name, parameter in trainable.items() if name not in spared]
+    undecayed = [parameter for name, parameter in trainable.items() if name in spared]
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": undecayed, "weight_decay": 0.0},
+    ]
+
+
+class Schedule:
+    """The learning rate of every optimiser step, a function of the config and the step alone: nothing to save."""
+
+    def __init__(self, config: CfgNode, optimizer: Optimizer, steps_per_epoch: int):
+        self.config, self.optimizer, self.steps_per_epoch = config, optimizer, steps_per_epoch
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+
+    def set_rate(self, step: int) -> None:
+        """Put the rate of the step after `step` completed ones into the optimiser."""
+        factor = rate_factor(self.config, step / self.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+
+def rate_factor(config: CfgNode, epoch: float) -> float:
+    """The learning rate at the (fractional) `epoch`, in units of TRAIN.BASE_LR.
+
+    A linear warm-up from TRAIN.WARMUP_LR; then down to TRAIN.MIN_LR over the epochs that remain (cosine, linear), or by
+    DECAY_RATE at the epochs of the schedule (step, multistep), which count from the start of the run.
+    """
+    train, schedule = config.TRAIN, config.TRAIN.LR_SCHEDULER
+    lowest = train.MIN_LR / train.BASE_LR
+    if epoch < train.WARMUP_EPOCHS:
+        start = train.WARMUP_LR / train.BASE_LR
+        return start + (1 - start) * epoch / train.WARMUP_EPOCHS
+    done = min((epoch - train.WARMUP_EPOCHS) / max(train.EPOCHS - train.WARMUP_EPOCHS, 1e-9), 1.0)
+    if schedule.NAME == "cosine":
+        return lowest + (1 - lowest) * (1 + math.cos(math.pi * done)) / 2
+    if schedule.NAME == "linear":
+        return 1 - (1 - lowest) * done
+    if schedule.NAME == "step":
+        return schedule.DECAY_RATE ** (epoch // schedule.DECAY_EPOCHS)
+    if schedule.NAME == "multistep":
+        return schedule.DECAY_RATE ** sum(epoch >= milestone for milestone in schedule.MULTISTEPS)
+    raise unknown("schedule", schedule.NAME, ("cosine", "linear", "step", "multistep"))

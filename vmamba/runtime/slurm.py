@@ -1,0 +1,140 @@
+"""Runs as jobs of SLURM, or of this machine, through submitit: submitted, stopped in time, requeued and resumed."""
+
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from yacs.config import CfgNode
+
+from vmamba.errors import UserError
+from vmamba.runtime.stop import Stopped
+
+try:
+    import submitit
+except ImportError:  # optional: needed by those who submit, not by those who train
+    submitit = None
+
+MINUTES_TO_SAVE = 2  # between the scheduler's warning and the end of the job
+
+
+@dataclass
+class Resources:
+    """What to ask the scheduler for; one process runs on each GPU."""
+
+    minutes: int
+    nodes: int = 1
+    gpus_per_node: int = 8
+    cpus_per_gpu: int = 8
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+
+
+class Job:
+    """A run that submitit can carry: `function(config)`, both importable, in every process of the job."""
+
+    def __init__(self, function: Callable[[CfgNode], Any], config: CfgNode):
+        self.function, self.config = function, config
+
+    def __call__(self) -> Any:
+        job = submitit.JobEnvironment()
+        if job.cluster == "local":  # under SLURM the processes find each other by srun's variables
+            os.environ.update(
+                RANK=str(job.global_rank),
+                WORLD_SIZE=str(job.num_tasks),
+                LOCAL_RANK=str(job.local_rank),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(20000 + int(job.job_id) % 20000),
+            )
+        try:
+            return self.function(self.config)
+        except Stopped as stop:
+            self._go_on_from_the_folder()
+            warning = getattr(signal, f"SIG{job.USR_SIG}")
+            if stop.signum == warning or job.cluster == "slurm":
+                signal.raise_signal(warning)  # submitit's own handler: rank 0 requeues the job and ends, others return
+                sys.exit(0)
+            sys.exit(128 + stop.signum)
+
+    def checkpoint(self) -> "submitit.helpers.DelayedSubmission":
+        """What submitit calls to requeue the job: the state is saved, so the same job resumes."""
+        return submitit.helpers.DelayedSubmission(self)
+
+    def _go_on_from_the_folder(self) -> None:
+        """From now on the run's own checkpoint counts, not the one it was started from."""
+        self.config = self.config.clone()
+        self.config.defrost()
+        self.config.MODEL.RESUME = ""
+        self.config.TRAIN.AUTO_RESUME = True
+        self.config.freeze()
+
+
+def submit(job: Job, resources: Resources, folder: Path, local: bool = False) -> "submitit.Job":
+    """Hand `job` to SLURM, or start it here in the background; pickles and logs go into `folder`.
+
+    Raises UserError where there is no submitit or no SLURM.
+    """
+    return _executor(resources, folder, local).submit(job)
+
+
+def sbatch_file(resources: Resources, folder: Path) -> str:
+    """The batch file that `submit` would give to SLURM, without needing one."""
+    executor = _executor(resources, folder, local=False, anywhere=True)
+    return executor._make_submission_file_text(executor._submitit_command_str, uid="")
+
+
+def minutes(time: str) -> int:
+    """A time limit in SLURM's notations, in minutes: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; seconds round up."""
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", time):
+        raise UserError(f"--time {time} is not a time limit; write minutes, H:M:S or D-H:M:S")
+    days, dash, clock = time.rpartition("-")
+    fields = [int(field) for field in clock.split(":")]
+    if not dash and len(fields) < 3:
+        fields.insert(0, 0)  # no hours
+    hours, mins, seconds = (*fields, 0, 0)[:3]
+    return max(1, 1440 * int(days or 0) + 60 * hours + mins + math.ceil(seconds / 60))
+
+
+def _executor(resources: Resources, folder: Path, local: bool, anywhere: bool = False) -> "submitit.Executor":
+    if submitit is None:
+        raise UserError("submitting needs the package submitit; install it with: pip install 'vmamba[slurm]'")
+    parameters = {
+        "nodes": resources.nodes,
+        "tasks_per_node": max(1, resources.gpus_per_node),
+        "gpus_per_node": resources.gpus_per_node,
+        "timeout_min": resources.minutes,
+        "signal_delay_s": 60 * MINUTES_TO_SAVE,
+    }
+    if local:
+        if resources.nodes > 1:
+            raise UserError(f"--local runs on this machine alone, and --nodes is {resources.nodes}; drop one of them")
+        executor = submitit.LocalExecutor(folder)
+    else:
+        if not anywhere and shutil.which("srun") is None:
+            raise UserError(
+                "there is no srun on this machine; submit from a SLURM cluster, or use --local or --dry-run"
+            )
+        executor = (_AnywhereExecutor if anywhere else submitit.SlurmExecutor)(folder, max_num_timeout=1000)
+        asked = ("partition", "account", "qos", "constraint")
+        parameters |= {name: getattr(resources, name) for name in asked if getattr(resources, name)}
+        parameters |= {"cpus_per_task": resources.cpus_per_gpu, "srun_args": ["--kill-on-bad-exit=1"]}
+    executor.update_parameters(**parameters)
+    return executor
+
+
+if submitit is not None:
+
+    class _AnywhereExecutor(submitit.SlurmExecutor):
+        """Writes batch files on a machine without SLURM too."""
+
+        @classmethod
+        def affinity(cls) -> int:
+            return 1

@@ -1,0 +1,107 @@
+"""One optimiser step: what every task does with its batches once it can turn one into a loss."""
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from yacs.config import CfgNode
+
+from vmamba.errors import UserError
+from vmamba.runtime.distributed import World, sum_over_processes
+from vmamba.runtime.state import TrainState
+
+
+@dataclass
+class StepReport:
+    loss: float  # mean over the global batch
+    grad_norm: float  # before clipping
+    stop: bool  # a process was asked to stop
+
+
+def parallelise(model: nn.Module, config: CfgNode, world: World) -> nn.Module:
+    """The model to call in training: compiled where the config says so, its gradients averaged over the processes."""
+    if config.TRAIN.COMPILE:
+        model.compile()
+    if world.size == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[world.local_rank] if world.device.type == "cuda" else None)
+
+
+class OptimizerStep:
+    """Turns the micro-batches of one step into one update of `state`, the same as their union would give.
+
+    `loss_of(batch)` is the mean loss of a micro-batch through `model`, the parallel form of `state.model`.
+    """
+
+    def __init__(self, config: CfgNode, world: World, model: nn.Module, loss_of: Callable[..., Tensor]):
+        self.config, self.world, self.model, self.loss_of = config, world, model, loss_of
+
+    def __call__(self, state: TrainState, batches: Iterable, stop: bool = False) -> StepReport:
+        """One step; a step whose loss or gradient is not finite on any process is skipped on all, and counted.
+
+        `stop`: this process was asked to stop; the report says whether any was.
+        Raises UserError after TRAIN.MAX_BAD_STEPS bad steps in a row.
+        """
+        state.schedule.set_rate(state.step)
+        buffers = [buffer.clone() for buffer in state.model.buffers()]
+        loss = self._backward(state, batches)
+        sums = sum_over_processes(torch.stack([loss / self.world.size, loss.new_tensor(float(stop))]))
+        state.scaler.unscale_(state.optimizer)
+        clip = self.config.TRAIN.CLIP_GRAD or float("inf")
+        norm = nn.utils.clip_grad_norm_(state.model.parameters(), clip)
+        loss, stops, grad_norm = torch.cat([sums, norm[None]]).tolist()  # the one wait for the device in a step
+        if np.isfinite(loss) and np.isfinite(grad_norm):
+            state.scaler.step(state.optimizer)
+            self._count_good(state, loss)
+        else:
+            for buffer, before in zip(state.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+            self._count_bad(state, loss, grad_norm)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+        return StepReport(loss, grad_norm, stop=stops > 0)
+
+    def _backward(self, state: TrainState, batches: Iterable) -> Tensor:
+        """Accumulate the gradient of the step's mean loss; returns this process's part of that mean."""
+        count = self.config.TRAIN.ACCUMULATION_STEPS
+        total = torch.zeros((), device=self.world.device)
+        for micro_step, batch in enumerate(batches):
+            # What the model draws (stochastic depth, dropout) depends on where we are, not on how we came here.
+            torch.manual_seed(_mix(self.config.SEED, state.step, micro_step, self.world.rank))
+            last = micro_step == count - 1
+            with nullcontext() if last or self.world.size == 1 else self.model.no_sync():
+                loss = self.loss_of(batch) / count
+                state.scaler.scale(loss).backward()
+            total += loss.detach()
+        assert last, f"{micro_step + 1} micro-batches for a step of {count}"
+        return total
+
+    def _count_good(self, state: TrainState, loss: float) -> None:
+        state.step += 1
+        state.bad_steps_in_a_row = 0
+        state.epoch_loss += loss
+        state.epoch_loss_steps += 1
+        if state.ema:
+            state.ema.update(state.model, step=state.step if self.config.TRAIN.EMA.WARMUP else None)
+
+    def _count_bad(self, state: TrainState, loss: float, grad_norm: float) -> None:
+        state.step += 1
+        state.bad_steps += 1
+        if np.isfinite(loss) and state.scaler.is_enabled() and state.scaler.get_scale() > 1:
+            return  # an overflow of float16: the scaler halves its scale and all is well
+        state.bad_steps_in_a_row += 1
+        if state.bad_steps_in_a_row >= self.config.TRAIN.MAX_BAD_STEPS:
+            raise UserError(
+                f"the loss ({loss:g}) or the gradient's norm ({grad_norm:g}) was not finite in "
+                f"{state.bad_steps_in_a_row} steps in a row, up to step {state.step}; try a lower TRAIN.BASE_LR, a "
+                f"longer warm-up, or --disable-amp"
+            )
+
+
+def _mix(*numbers: int) -> int:
+    """One seed out of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
