@@ -3,6 +3,7 @@
 import os
 import pickle
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,7 +27,8 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
             os.fsync(file.fileno())
         beside.replace(path)
     except BaseException as error:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
         for reason in (error, error.__context__):  # torch.save hides the system's error behind one of its own
             if isinstance(reason, OSError):
                 raise cannot_write(path, reason) from error
@@ -57,7 +59,7 @@ def read_checkpoint(path: str | Path) -> Any:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" not in str(error):
+        if "unsupported" not in str(error).lower():  # a global, an opcode
             raise UserError(f"'{path}' is not a checkpoint of PyTorch, or a damaged one") from error
         raise UserError(
             f"'{path}' holds pickled objects besides tensors and plain values, and loading those would run their code; "

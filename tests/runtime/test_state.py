@@ -1,0 +1,81 @@
+"""The state: through a file and back it goes on bit for bit, and refuses what is not its own."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from vmamba.errors import UserError
+from vmamba.runtime.checkpoint import read_checkpoint, save_checkpoint
+
+OPTIONS = {
+    "adamw with EMA": ("TRAIN.EMA.ENABLE", "True"),
+    "sgd": ("TRAIN.OPTIMIZER.NAME", "sgd"),
+    "float16": ("AMP.ENABLE", "True", "AMP.DTYPE", "float16"),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_run_through_a_file_is_the_uninterrupted_one(tiny, same, tmp_path, options):
+    whole = tiny(*options)
+    whole.train(6)
+    first = tiny(*options)
+    first.train(3)
+    save_checkpoint(first.state, tmp_path / "last.pth")
+    second = tiny(*options)
+    second.train(1)  # so that everything differs before loading
+    second.state.load_state_dict(read_checkpoint(tmp_path / "last.pth"))
+    second.train(3)
+    assert same(second.state.state_dict(), whole.state.state_dict())
+
+
+def test_random_states_come_back(tiny, tmp_path):
+    case = tiny()
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    case.state.gather_random_states()
+    save_checkpoint(case.state, tmp_path / "last.pth")
+    drawn = random.random(), np.random.rand(), torch.rand(1).item()
+    case.state.load_state_dict(read_checkpoint(tmp_path / "last.pth"))
+    case.state.restore_random_state(0)
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == drawn
+    case.state.restore_random_state(5)  # a process that was not there: no error
+
+
+def test_a_changed_rate_and_weight_decay_have_their_effect(tiny):
+    saved = tiny()
+    saved.train(1)
+    changed = tiny("TRAIN.BASE_LR", "0.01", "TRAIN.WEIGHT_DECAY", "0.2")
+    changed.state.load_state_dict(saved.state.state_dict())
+    changed.train(1)
+    group = changed.state.optimizer.param_groups[0]
+    assert (group["initial_lr"], group["weight_decay"]) == (0.01, 0.2)
+    assert group["lr"] < 0.01
+
+
+def test_an_ema_switched_on_later_starts_from_the_weights(tiny):
+    saved = tiny()
+    saved.train(2)
+    later = tiny("TRAIN.EMA.ENABLE", "True")
+    later.state.load_state_dict(saved.state.state_dict())
+    assert torch.equal(later.state.ema.module[0].weight, saved.state.model[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        ({"model": nn.Linear(4, 3)}, r"'x\.pth' is of another architecture"),
+        ({"steps_per_epoch": 20}, r"'x\.pth' is of a run with 20 steps an epoch and this one has 10"),
+        ({"opts": ("TRAIN.OPTIMIZER.NAME", "sgd")}, r"'x\.pth' was written with TRAIN\.OPTIMIZER\.NAME sgd"),
+    ],
+)
+def test_what_is_not_its_own_is_refused(tiny, other, sentence):
+    saved = tiny(*other.pop("opts", ()), **other)
+    with pytest.raises(UserError, match=sentence):
+        tiny().state.load_state_dict(saved.state.state_dict(), "x.pth")
+
+
+def test_bare_weights_cannot_be_resumed(tiny):
+    with pytest.raises(UserError, match="cannot be resumed, it lacks .*--pretrained"):
+        tiny().state.load_state_dict({"model": nn.Linear(4, 3).state_dict()}, "x.pth")
