@@ -106,26 +106,30 @@ def minutes(time: str) -> int:
 def _executor(resources: Resources, folder: Path, local: bool, anywhere: bool = False) -> "submitit.Executor":
     if submitit is None:
         raise UserError("submitting needs the package submitit; install it with: pip install 'vmamba[slurm]'")
-    parameters = {
-        "nodes": resources.nodes,
-        "tasks_per_node": max(1, resources.gpus_per_node),
-        "gpus_per_node": resources.gpus_per_node,
-        "timeout_min": resources.minutes,
-        "signal_delay_s": 60 * MINUTES_TO_SAVE,
-    }
+    processes = max(1, resources.gpus_per_node)
+    parameters = {"nodes": resources.nodes, "signal_delay_s": 60 * MINUTES_TO_SAVE}
+    if resources.gpus_per_node:
+        parameters["gpus_per_node"] = resources.gpus_per_node
     if local:
         if resources.nodes > 1:
             raise UserError(f"--local runs on this machine alone, and --nodes is {resources.nodes}; drop one of them")
         executor = submitit.LocalExecutor(folder)
+        parameters |= {"timeout_min": resources.minutes, "tasks_per_node": processes}
     else:
         if not anywhere and shutil.which("srun") is None:
             raise UserError(
                 "there is no srun on this machine; submit from a SLURM cluster, or use --local or --dry-run"
             )
         executor = (_AnywhereExecutor if anywhere else submitit.SlurmExecutor)(folder, max_num_timeout=1000)
-        asked = ("partition", "account", "qos", "constraint")
-        parameters |= {name: getattr(resources, name) for name in asked if getattr(resources, name)}
-        parameters |= {"cpus_per_task": resources.cpus_per_gpu, "srun_args": ["--kill-on-bad-exit=1"]}
+        asked = {name: getattr(resources, name) for name in ("partition", "account", "qos", "constraint")}
+        parameters |= {name: value for name, value in asked.items() if value is not None}
+        parameters |= {
+            "time": resources.minutes,
+            "ntasks_per_node": processes,
+            "cpus_per_task": resources.cpus_per_gpu,
+            "job_name": "vmamba",
+            "srun_args": ["--kill-on-bad-exit=1"],
+        }
     executor.update_parameters(**parameters)
     return executor
 

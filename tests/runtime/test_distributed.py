@@ -1,0 +1,73 @@
+"""Which process this is, by each launcher's environment; and the device."""
+
+import pytest
+import torch
+
+from vmamba.errors import UserError
+from vmamba.runtime import distributed
+
+LAUNCHERS = {
+    "none": ({}, (0, 1, 0)),
+    "torchrun": ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, (3, 4, 1)),
+    "srun": (
+        {
+            "SLURM_STEP_NUM_TASKS": "16",
+            "SLURM_PROCID": "9",
+            "SLURM_LOCALID": "1",
+            "SLURM_STEP_NODELIST": "localhost,n2",
+            "SLURM_JOB_ID": "41007",
+        },
+        (9, 16, 1),
+    ),
+    "a batch script without srun": ({"SLURM_NTASKS": "16", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, (0, 1, 0)),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    names = {name for environment, _ in LAUNCHERS.values() for name in environment}
+    for name in {*names, "MASTER_ADDR", "MASTER_PORT"}:
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(("environment", "expected"), LAUNCHERS.values(), ids=LAUNCHERS)
+def test_every_launcher_is_understood(environment, expected, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert distributed._launched_as() == expected
+
+
+def test_under_srun_all_meet_at_the_first_node(monkeypatch):
+    for name, value in LAUNCHERS["srun"][0].items():
+        monkeypatch.setenv(name, value)
+    distributed._launched_as()
+    assert distributed.os.environ["MASTER_ADDR"] == "localhost"
+    assert distributed.os.environ["MASTER_PORT"] == "21007"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("n1", "n1"), ("n[1-2]", "n1"), ("gpu[07-09,12],big1", "gpu07"), ("a,b", "a"), ("r1-[3,5]-ib", "r1-3-ib")],
+)
+def test_the_first_host_of_a_node_list(nodes, first):
+    assert distributed.first_host(nodes) == first
+
+
+def test_a_world_of_one_needs_no_launcher():
+    with distributed.processes("cpu") as world:
+        assert (world.rank, world.size, world.main, world.device.type) == (0, 1, True, "cpu")
+        assert distributed.sum_over_processes(torch.ones(2)).tolist() == [1, 1]
+        assert distributed.gather("mine") == ["mine"]
+        assert distributed.on_main(lambda: 5) == 5
+
+
+def test_a_gpu_that_is_not_there_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="PyTorch sees no GPU"), distributed.processes("cuda"):
+        pass
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="process 2 of this machine has no GPU, PyTorch sees 2"):
+        distributed._choose_device("auto", 2)
+    assert distributed._choose_device("auto", 1) == torch.device("cuda", 1)

@@ -1,0 +1,71 @@
+"""The log and the metrics: appended to, never lost, one line an epoch."""
+
+import json
+
+import pytest
+
+from vmamba.errors import UserError
+from vmamba.runtime.logging import Pace, create_logger, read_metrics, write_metrics
+
+from .conftest import CPU
+
+
+def test_a_resumed_run_appends_to_its_log(tmp_path):
+    create_logger(CPU, tmp_path).info("first run")
+    create_logger(CPU, tmp_path).debug("second run")
+    first, second = (tmp_path / "log.txt").read_text().splitlines()
+    assert first.endswith("first run")
+    assert second.endswith("second run")
+
+
+def test_into_a_file_every_line_goes_to_stdout_once(tmp_path, capsys):
+    logger = create_logger(CPU, tmp_path)
+    logger.info("an epoch")
+    logger.debug("a step")
+    assert [line.split(" ", 1)[1] for line in capsys.readouterr().out.splitlines()] == ["an epoch", "a step"]
+
+
+def test_a_terminal_gets_a_bar_instead_of_step_lines(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("vmamba.runtime.logging.on_terminal", lambda: True)
+    logger = create_logger(CPU, tmp_path)
+    logger.info("an epoch")
+    logger.debug("a step")
+    assert "a step" not in capsys.readouterr().out
+    assert "a step" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write '.*file/run'.*--output"):
+        create_logger(CPU, tmp_path / "file" / "run")
+
+
+def test_an_epoch_has_one_line_and_none_is_lost(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for epoch, loss in [(1, 0.5), (2, 0.4), (3, 0.3), (2, 0.41)]:
+        written = write_metrics(path, {"epoch": epoch, "loss": loss})
+    assert written == read_metrics(path) == [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(entry["epoch"], entry["loss"]) for entry in written] == [(1, 0.5), (2, 0.41), (3, 0.3)]
+
+
+def test_a_line_cut_short_does_not_cost_the_others(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_metrics(path, {"epoch": 1, "loss": 0.5})
+    with path.open("a") as file:
+        file.write('{"epoch": 2, "lo')
+    write_metrics(path, {"epoch": 2, "loss": 0.4})
+    assert [entry["epoch"] for entry in read_metrics(path)] == [1, 2]
+
+
+def test_numbers_that_json_has_no_name_for_are_null(tmp_path):
+    write_metrics(tmp_path / "metrics.jsonl", {"epoch": 1, "loss": float("nan")})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1, "loss": null}\n'
+
+
+def test_pace_counts_steps_not_micro_batches():
+    pace = Pace("abcdef", step=10)
+    assert list(pace) == list("abcdef")
+    seconds, waiting = pace.lap(12)
+    again, _ = pace.lap(13)
+    assert 0 <= waiting <= seconds
+    assert again >= 0

@@ -1,0 +1,119 @@
+"""Jobs: what goes out to SLURM, and what happens at its warning."""
+
+import os
+import pickle
+import signal
+import stat
+
+import pytest
+
+from vmamba.config import get_config
+from vmamba.errors import UserError
+from vmamba.runtime import slurm
+from vmamba.runtime.slurm import Job, Resources, minutes, sbatch_file, submit
+from vmamba.runtime.stop import Stopped
+
+TWO_NODES = Resources(minutes=90, nodes=2, gpus_per_node=8, partition="gpu", account="vision")
+
+
+def stopped_by(signum):
+    def function(config):
+        raise Stopped(signum, "last.pth")
+
+    return function
+
+
+@pytest.fixture
+def inside_a_job(monkeypatch):
+    """The environment of one task of a local job."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+    for name, value in {
+        "JOB_ID": 77,
+        "NTASKS": 2,
+        "JOB_NUM_NODES": 1,
+        "NODEID": 0,
+        "GLOBALID": 1,
+        "LOCALID": 1,
+    }.items():
+        monkeypatch.setenv(f"SUBMITIT_LOCAL_{name}", str(value))
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("90", 90), ("90:30", 91), ("2:30:00", 150), ("1-0", 1440), ("1-2:30", 1590), ("1-2:30:01", 1591), ("0:0:5", 1)],
+)
+def test_time_limits_are_slurms(text, expected):
+    assert minutes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "soon", "1h", "1:2:3:4", "-5"])
+def test_a_time_limit_in_another_notation_is_a_sentence(text):
+    with pytest.raises(UserError, match="is not a time limit"):
+        minutes(text)
+
+
+def test_the_batch_file_says_what_was_asked(tmp_path):
+    text = sbatch_file(TWO_NODES, tmp_path)
+    for line in ("nodes=2", "gpus-per-node=8", "ntasks-per-node=8", "time=90", "partition=gpu", "account=vision"):
+        assert f"#SBATCH --{line}\n" in text
+    assert "signal=USR2@120" in text
+    assert "srun" in text
+    assert str(tmp_path) in text
+    assert "qos" not in text
+
+
+def test_a_job_reaches_sbatch(tmp_path, monkeypatch):
+    for name, script in {"srun": "", "sbatch": 'cp "$1" sent.sh; echo Submitted batch job 4711'}.items():
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    job = submit(Job(len, get_config()), TWO_NODES, tmp_path / "jobs")
+    assert job.job_id == "4711"
+    assert "#SBATCH --nodes=2" in (tmp_path / "sent.sh").read_text()
+    sent = job.submission()
+    assert sent.function.function is len
+    assert sent.function.config == get_config()
+
+
+def test_without_slurm_or_submitit_there_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"no srun.*--local"):
+        submit(Job(len, get_config()), TWO_NODES, tmp_path)
+    with pytest.raises(UserError, match="--nodes is 2"):
+        submit(Job(len, get_config()), TWO_NODES, tmp_path, local=True)
+    monkeypatch.setattr(slurm, "submitit", None)
+    with pytest.raises(UserError, match="pip install"):
+        submit(Job(len, get_config()), TWO_NODES, tmp_path)
+
+
+def test_the_processes_of_a_local_job_find_each_other(inside_a_job):
+    Job(lambda config: None, get_config())()
+    assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["1", "2", "1"]
+    assert os.environ["MASTER_PORT"] == "20077"
+
+
+def test_at_the_warning_a_stopped_job_is_requeued_to_resume_its_own_folder(inside_a_job):
+    job = Job(stopped_by(signal.SIGUSR2), get_config(None, ["MODEL.RESUME", "elsewhere.pth"]))
+    requeued = []
+    previous = signal.signal(signal.SIGUSR2, lambda *_: requeued.append(job.checkpoint()))
+    with pytest.raises(SystemExit) as end:
+        job()
+    signal.signal(signal.SIGUSR2, previous)
+    assert end.value.code == 0
+    again = pickle.loads(pickle.dumps(requeued[0].function.config))
+    assert again.MODEL.RESUME == ""
+    assert again.TRAIN.AUTO_RESUME
+
+
+def test_a_local_job_that_is_ended_is_not_requeued(inside_a_job):
+    requeued = []
+    previous = signal.signal(signal.SIGUSR2, lambda *_: requeued.append(1))
+    with pytest.raises(SystemExit) as end:
+        Job(stopped_by(signal.SIGTERM), get_config())()
+    signal.signal(signal.SIGUSR2, previous)
+    assert end.value.code == 143
+    assert not requeued

@@ -1,0 +1,65 @@
+"""Stopping and ending: signals are noted, errors are sentences, exit codes say what happened."""
+
+import signal
+
+import pytest
+
+from vmamba.errors import UserError
+from vmamba.runtime.cli import exit_code
+from vmamba.runtime.stop import SIGNALS, Stopped, StopRequest
+from vmamba_kernels import BackendError
+
+
+def raising(error):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_signal_is_noted_and_the_old_handlers_come_back(signum):
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with StopRequest() as request:
+        assert request.signum is None
+        signal.raise_signal(signum)
+        assert request.signum == signum
+        assert request.agreed_signal() == signum
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+@pytest.mark.parametrize("error", [UserError("no such thing; try another"), BackendError("no such thing; try another")])
+def test_what_the_user_can_mend_is_one_sentence(error, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert exit_code(raising(error)) == 1
+    assert capsys.readouterr().err == "error: no such thing; try another\n"
+
+
+def test_the_sentence_of_a_data_worker_comes_without_its_traceback(capsys):
+    from torch._utils import ExceptionWrapper
+
+    try:
+        raise UserError("'a.png' is no image: truncated")
+    except UserError as error:
+        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+        assert isinstance(error, wrapped.exc_type)
+    assert exit_code(wrapped.reraise) == 1
+    assert capsys.readouterr().err.endswith("error: 'a.png' is no image: truncated\n")
+
+
+def test_another_rank_says_which_it_is(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    assert exit_code(raising(UserError("no"))) == 1
+    assert capsys.readouterr().err == "[rank 3] error: no\n"
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        exit_code(lambda: 1 / 0)
+
+
+def test_exit_codes(tmp_path, capsys):
+    assert exit_code(lambda: None) == 0
+    assert exit_code(raising(KeyboardInterrupt())) == 130
+    assert exit_code(raising(Stopped(signal.SIGTERM, tmp_path / "last.pth"))) == 143
+    assert "SIGTERM" in capsys.readouterr().err
