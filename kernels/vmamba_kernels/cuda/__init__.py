@@ -1,5 +1,34 @@
-OPERATORS = {}
+"""The scans in CUDA C++, compiled at run time by NVRTC: nothing to build, and a new GPU works by itself."""
+
+import torch
+
+from ..registry import BackendError, Call
+from .compiler import nvrtc_version
+from .cross_selective_scan import cross_selective_scan
+from .layout import MAX_RANK, MAX_ROUTES, MAX_STATES, TYPES
+from .selective_scan import selective_scan
+
+OPERATORS = {"cross_selective_scan": cross_selective_scan, "selective_scan": selective_scan}
 
 
-def why_not(call):
-    return "it is not built yet"
+def why_not(call: Call) -> str | None:
+    """One sentence why this backend cannot serve the call, or None."""
+    if call.device.type != "cuda" or torch.version.cuda is None:
+        return f"the tensors are on {call.device}, not on an NVIDIA GPU"
+    for dtype in (call.dtype, call.out_dtype):
+        if dtype not in TYPES:
+            return f"{str(dtype).removeprefix('torch.')} is not among its types (float32, bfloat16, float16)"
+    if not 1 <= call.states <= MAX_STATES:
+        return f"it holds 1 to {MAX_STATES} states, not {call.states}"
+    if call.operator == "cross_selective_scan" and not 1 <= call.rank <= MAX_RANK:
+        return f"it takes step projections of rank 1 to {MAX_RANK}, not {call.rank}"
+    if len(call.routes) > MAX_ROUTES:
+        return f"it takes at most {MAX_ROUTES} routes, not {len(call.routes)}"
+    major, minor = torch.cuda.get_device_capability(call.device)
+    if major < 8:
+        return f"it needs a GPU of compute capability 8.0 or newer (bfloat16, asynchronous copies), not {major}.{minor}"
+    try:
+        nvrtc_version()
+    except BackendError as error:
+        return str(error)
+    return None

@@ -1,0 +1,165 @@
+"""CUDA C++ to kernels at run time: NVRTC through cuda.core, with a cache of cubins on disk.
+
+The cache is VMAMBA_KERNELS_CACHE, or else ~/.cache/vmamba_kernels.  An entry's name is the hash of everything its bytes
+depend on (source, macros, architecture, NVRTC), its last 32 bytes are the hash of the rest, and it appears by a
+rename: several processes may start at once, and a damaged entry is compiled again.
+"""
+
+import hashlib
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from ..registry import BackendError
+
+SOURCES = Path(__file__).parent
+OPTIONS = ("c++17",)  # of NVRTC, beside the architecture and the macros
+INSTALL = "the cuda backend needs NVRTC through cuda.core: pip install cuda-core nvidia-cuda-nvrtc"
+
+
+@cache
+def cuda_core():
+    """The module cuda.core, under either of its names (releases before 0.5 had it under experimental)."""
+    try:
+        import cuda.core as core
+
+        if not hasattr(core, "Program"):
+            import cuda.core.experimental as core
+    except ImportError as error:
+        raise BackendError(f"{INSTALL} ({error})") from error
+    return core
+
+
+@cache
+def nvrtc_version() -> tuple[int, int]:
+    """(major, minor) of the NVRTC that compiles; BackendError when it is not there."""
+    cuda_core()
+    try:
+        from cuda.bindings import nvrtc
+
+        status, major, minor = nvrtc.nvrtcVersion()
+    except Exception as error:  # cuda.bindings raises its own classes for a missing library
+        raise BackendError(f"{INSTALL} ({error})") from error
+    assert int(status) == 0, status
+    return major, minor
+
+
+@cache
+def source(name: str) -> str:
+    """A kernel file with its shared part put in, so that NVRTC needs no search path."""
+    common = (SOURCES / "common.cuh").read_text()
+    return (SOURCES / name).read_text().replace('#include "common.cuh"', common)
+
+
+def compile_cubin(name: str, macros: Mapping[str, object], arch: str) -> bytes:
+    """The cubin of kernel file `name` for an architecture such as "sm_90", from the cache or from NVRTC.
+
+    Raises BackendError when NVRTC is missing or does not know the architecture.
+    """
+    defines = sorted((key, str(value)) for key, value in macros.items())
+    key = hashlib.sha256(repr((source(name), defines, arch, OPTIONS, nvrtc_version())).encode()).hexdigest()
+    folder = Path(os.environ.get("VMAMBA_KERNELS_CACHE") or Path.home() / ".cache" / "vmamba_kernels")
+    path = folder / f"{Path(name).stem}-{arch}-{key[:32]}.cubin"
+    cubin = _read(path)
+    if cubin is None:
+        cubin = _nvrtc(name, defines, arch)
+        _write(path, cubin)
+    return cubin
+
+
+def _nvrtc(name: str, defines: list[tuple[str, str]], arch: str) -> bytes:
+    core = cuda_core()
+    try:
+        options = core.ProgramOptions(std=OPTIONS[0], arch=arch, define_macro=defines)
+        return bytes(core.Program(source(name), "c++", options).compile("cubin").code)
+    except Exception as error:  # cuda.core raises its own classes
+        major, minor = nvrtc_version()
+        raise BackendError(
+            f"NVRTC {major}.{minor} could not compile {name} for {arch} (a newer nvidia-cuda-nvrtc may): {error}"
+        ) from error
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        data = path.read_bytes()
+    except OSError:  # not there, or the folder may not be read: compile
+        return None
+    cubin, digest = data[:-32], data[-32:]
+    return cubin if hashlib.sha256(cubin).digest() == digest else None
+
+
+def _write(path: Path, cubin: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(cubin + hashlib.sha256(cubin).digest())
+        os.replace(file.name, path)
+    except OSError as error:
+        _warn_unwritable(str(path.parent), str(error))
+
+
+@cache  # once a folder
+def _warn_unwritable(folder: str, error: str) -> None:
+    warnings.warn(
+        f"kernels are compiled again by every process: the cache folder {folder} cannot be written ({error}); "
+        "set VMAMBA_KERNELS_CACHE to one that can",
+        stacklevel=4,
+    )
+
+
+class Kernel:
+    """One kernel on one device: `kernel(blocks, threads, shared_bytes, *arguments)` launches it on PyTorch's current stream.
+
+    Arguments are tensors (passed by address), None (a null pointer) or integers (64 bits).
+    """
+
+    def __init__(self, code, name: str, device: torch.device):
+        self._core, self._device, self._shared = cuda_core(), device, 48 * 1024
+        self._code, self._kernel = code, code.get_kernel(name)
+        self._streams: dict[int, object] = {}
+
+    def __call__(self, blocks: int, threads: int, shared_bytes: int, *arguments: torch.Tensor | int | None) -> None:
+        if shared_bytes > self._shared:
+            self._allow(shared_bytes)
+        handle = torch.cuda.current_stream(self._device).cuda_stream
+        stream = self._streams.get(handle)
+        if stream is None:
+            stream = self._streams[handle] = self._core.Stream.from_handle(handle)
+        values = [v.data_ptr() if isinstance(v, torch.Tensor) else 0 if v is None else int(v) for v in arguments]
+        config = self._core.LaunchConfig(grid=blocks, block=threads, shmem_size=shared_bytes)
+        self._core.launch(stream, config, self._kernel, *values)
+
+    def _allow(self, shared_bytes: int) -> None:
+        """More dynamic shared memory than every launch may have must be asked for."""
+        from cuda.bindings import driver
+
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        handle = driver.CUkernel(int(self._kernel.handle if hasattr(self._kernel, "handle") else self._kernel._handle))
+        (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, handle, driver.CUdevice(self._device.index))
+        assert int(status) == 0, f"{shared_bytes} bytes of shared memory: {status}"
+        self._shared = shared_bytes
+
+
+@cache
+def load(name: str, macros: tuple[tuple[str, object], ...], device: torch.device) -> "Module":
+    """Kernel file `name` with these macros, on this device."""
+    return Module(name, macros, device)
+
+
+class Module:
+    """The kernels of one compiled file, as attributes."""
+
+    def __init__(self, name: str, macros: tuple[tuple[str, object], ...], device: torch.device):
+        major, minor = torch.cuda.get_device_capability(device)
+        cubin = compile_cubin(name, dict(macros), f"sm_{major}{minor}")
+        self._code, self._device = cuda_core().ObjectCode.from_cubin(cubin), device
+
+    def __getattr__(self, kernel: str) -> Kernel:
+        value = Kernel(self._code, kernel, self._device)
+        setattr(self, kernel, value)
+        return value

@@ -1,0 +1,133 @@
+"""cross_selective_scan on the GPU, as custom operators of PyTorch."""
+
+import torch
+from torch import Tensor
+
+from . import scan
+from .layout import Layout
+from .scan import Geometry, aligned
+
+KINDS = {"row": 0, "col": 1, "row_rev": 2, "col_rev": 3}
+TYPED_PRODUCT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)  # torch.mm has out_dtype
+
+
+def cross_selective_scan(
+    x: Tensor, x_proj_weight: Tensor, dt_weight: Tensor, dt_bias: Tensor | None, A: Tensor, D: Tensor | None,
+    routes: tuple[str, ...], out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    kinds = sum(KINDS[route] << (2 * i) for i, route in enumerate(routes))
+    inputs = x, x_proj_weight, dt_weight, dt_bias, A, D
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    return _forward(*inputs, kinds, out_dtype, save)[0]
+
+
+def _geometry(x: Tensor, routes: int, kinds: int) -> Geometry:
+    batch, height, width, dim = x.shape
+    return Geometry(batch, height, width, routes, kinds, dim, 0)
+
+
+def _layout(x: Tensor, dt_weight: Tensor, A: Tensor, out_dtype: torch.dtype) -> Layout:
+    return Layout(A.shape[2], dt_weight.shape[2], x.shape[3], x.dtype, out_dtype)
+
+
+def _project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (..., dim) by weight (columns, dim) to (pixels, columns) in dtype, never rounded to float16."""
+    x = x.view(-1, x.shape[-1])
+    if x.dtype == dtype:
+        return x @ weight.t()
+    if TYPED_PRODUCT:
+        return torch.mm(x, weight.t(), out_dtype=dtype)
+    return x.to(dtype) @ weight.to(dtype).t()
+
+
+@torch.library.custom_op("vmamba::cross_selective_scan_cuda", mutates_args=(), device_types="cuda")
+def _forward(
+    x: Tensor, x_proj_weight: Tensor, dt_weight: Tensor, dt_bias: Tensor | None, A: Tensor, D: Tensor | None,
+    kinds: int, out_dtype: torch.dtype, save: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    layout, geometry = _layout(x, dt_weight, A, out_dtype), _geometry(x, A.shape[0], kinds)
+    out = x.new_empty(x.shape, dtype=out_dtype)
+    if out.numel() == 0:
+        return out, A.new_empty(_borders_shape(x, A, save))
+    with torch.cuda.device(x.device):
+        x, dt_weight, A = aligned(x), dt_weight.contiguous(), A.contiguous()
+        rows = _project(x, layout.fwd_rows.pack(x_proj_weight).flatten(0, 1), layout.row_dtype)
+        bias = None if dt_bias is None else dt_bias.contiguous()
+        y, borders = scan.forward(layout, geometry, x, None, rows, dt_weight, bias, A, save)
+        scan.merge_forward(layout, y, x, None if D is None else D.sum(0), geometry.routes, out)
+    return out, borders if save else A.new_empty(0)
+
+
+def _borders_shape(x: Tensor, A: Tensor, save: bool) -> tuple[int, ...]:
+    if not save:
+        return (0,)
+    routes, dim, states = A.shape
+    chunk = Layout(states, 0, dim, x.dtype, x.dtype).chunk
+    return x.shape[0], routes, (x.shape[1] * x.shape[2] + chunk - 1) // chunk - 1, states, dim
+
+
+@_forward.register_fake
+def _(x, x_proj_weight, dt_weight, dt_bias, A, D, kinds, out_dtype, save):
+    return x.new_empty(x.shape, dtype=out_dtype), A.new_empty(_borders_shape(x, A, save))
+
+
+@torch.library.custom_op("vmamba::cross_selective_scan_bwd_cuda", mutates_args=(), device_types="cuda")
+def _backward(
+    dy: Tensor, x: Tensor, x_proj_weight: Tensor, dt_weight: Tensor, dt_bias: Tensor | None, A: Tensor,
+    D: Tensor | None, borders: Tensor, kinds: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    routes, dim, states = A.shape
+    rank, pixels = dt_weight.shape[2], x.numel() // dim if dim else 0
+    layout, geometry = _layout(x, dt_weight, A, dy.dtype), _geometry(x, routes, kinds)
+    if x.numel() == 0:
+        zeros = [torch.zeros_like(t) for t in (x, x_proj_weight, dt_weight, A[:, :, 0], A, A[:, :, 0])]
+        return tuple(t.contiguous() for t in zeros)
+    with torch.cuda.device(x.device):
+        dtype, row = layout.row_dtype, layout.bwd_rows
+        x, dy, dt_weight, A = aligned(x), aligned(dy), dt_weight.contiguous(), A.contiguous()
+        bias = None if dt_bias is None else dt_bias.contiguous()
+        weight = row.pack(x_proj_weight).flatten(0, 1)  # (routes * row width, dim)
+        rows = _project(x, weight, dtype)
+        fwd_rows = rows
+        if layout.fwd_rows.width != row.width or layout.fwd_rows.sections != row.sections:
+            fwd_rows = _project(x, layout.fwd_rows.pack(x_proj_weight).flatten(0, 1), dtype)
+        g = scan.backward(layout, geometry, x, None, (fwd_rows, rows), dt_weight, bias, A, dy, borders)
+
+        rows, d_rows = rows.view(pixels, routes, row.width), g.rows.view(pixels, routes, row.width)
+        d_steps = g.steps.view(pixels, routes, dim)
+        step_rows = torch.bmm(d_steps.transpose(0, 1), dt_weight.to(dtype))  # (routes, pixels, rank)
+        d_rows[:, :, :rank] = step_rows.transpose(0, 1)
+        d_dt_weight = torch.stack([d_steps[:, k].t() @ rows[:, k, :rank] for k in range(routes)])
+        d_rows = d_rows.view(pixels, routes * row.width)
+        d_weight = row.unpack((d_rows.t() @ x.view(pixels, dim).to(dtype)).view(routes, row.width, dim))
+        through_rows = d_rows @ weight.to(dtype)  # (pixels, dim)
+        skip = None if D is None else D.sum(0)
+        dx = scan.merge_backward(layout, g.x, dy, skip, through_rows, routes, torch.empty_like(x))
+        dD = g.D[:1].expand(routes, dim).contiguous()  # only the sum of D over routes reaches the output
+    return (
+        dx, d_weight.to(x_proj_weight.dtype).contiguous(), d_dt_weight.to(dt_weight.dtype), g.dt_bias,
+        g.A.transpose(1, 2).contiguous(), dD,
+    )  # fmt: skip
+
+
+@_backward.register_fake
+def _(dy, x, x_proj_weight, dt_weight, dt_bias, A, D, borders, kinds):
+    like = [x, x_proj_weight, dt_weight, A[:, :, 0], A, A[:, :, 0]]
+    return tuple(t.new_empty(t.shape) for t in like)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, kinds, _, save = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.kinds = kinds
+    ctx.mark_non_differentiable(output[1])
+
+
+def _autograd(ctx, dy, _):
+    *tensors, borders = ctx.saved_tensors
+    dx, d_weight, d_dt_weight, d_bias, dA, dD = _backward(dy, *tensors, borders, ctx.kinds)
+    _, _, _, bias, _, D = tensors
+    return dx, d_weight, d_dt_weight, None if bias is None else d_bias, dA, None if D is None else dD, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,0 +1,68 @@
+// Kernels over pixels: the sum of the routes, and the gradient rows of B and C.
+#include "common.cuh"
+
+__device__ __forceinline__ i64 divide(i64 a, int b) {   // 64-bit division only where it is needed
+    return a >> 32 ? a / b : (i64)((unsigned)a / (unsigned)b);
+}
+
+// out = ln 2 (scaled) or 1 times the sum over routes, + skip[channel] * x + extra; WIDE channels a thread.
+// The one kernel serves the forward pass (skip = D, x) and the pixels' gradient (skip = D, the output's gradient; extra: the
+// projections' share).
+template <class T, class OUT>
+__device__ __forceinline__ void merge(const Y *y, const T *x, const float *skip, const P *extra, OUT *out, i64 count,
+                                      int dim, int routes, float scale) {
+    const int per_pixel = dim / WIDE;
+    for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (i64)gridDim.x * blockDim.x) {
+        const i64 pixel = divide(i, per_pixel);
+        const int ch = (int)(i - pixel * per_pixel) * WIDE;
+        float sum[WIDE];
+#pragma unroll
+        for (int c = 0; c < WIDE; ++c) sum[c] = 0.f;
+#pragma unroll 4
+        for (int route = 0; route < routes; ++route) {
+            const auto v = *reinterpret_cast<const Vec<Y, WIDE> *>(y + (pixel * routes + route) * dim + ch);
+#pragma unroll
+            for (int c = 0; c < WIDE; ++c) sum[c] += to_float(v.v[c]);
+        }
+#pragma unroll
+        for (int c = 0; c < WIDE; ++c) sum[c] *= scale;
+        if (skip) {
+            const auto v = *reinterpret_cast<const Vec<T, WIDE> *>(x + pixel * dim + ch);
+#pragma unroll
+            for (int c = 0; c < WIDE; ++c) sum[c] = fmaf(skip[ch + c], to_float(v.v[c]), sum[c]);
+        }
+        if (extra) {
+            const auto v = *reinterpret_cast<const Vec<P, WIDE> *>(extra + pixel * dim + ch);
+#pragma unroll
+            for (int c = 0; c < WIDE; ++c) sum[c] += to_float(v.v[c]);
+        }
+        Vec<OUT, WIDE> result;
+#pragma unroll
+        for (int c = 0; c < WIDE; ++c) result.v[c] = from_float<OUT>(sum[c]);
+        *reinterpret_cast<Vec<OUT, WIDE> *>(out + pixel * dim + ch) = result;
+    }
+}
+
+extern "C" __global__ void merge_fwd_kernel(const Y *y, const X *x, const float *skip, G *out, i64 count, i64 dim,
+                                            i64 routes) {
+    merge(y, x, skip, (const P *)nullptr, out, count, (int)dim, (int)routes, LN2);
+}
+
+extern "C" __global__ void merge_bwd_kernel(const Y *dx, const G *dy, const float *skip, const P *extra, X *out, i64 count,
+                                            i64 dim, i64 routes) {
+    merge(dx, dy, skip, extra, out, count, (int)dim, (int)routes, 1.f);
+}
+
+// B's and C's columns of the rows' gradient, summed over channel tiles; columns of padding become zero, those of the steps
+// are left to a matrix product. count: pixels * routes * (ROW - R).
+extern "C" __global__ void gather_rows_kernel(const float *dbc, P *rows, i64 count, i64 pixel_routes, i64 tiles) {
+    constexpr int COLUMNS = ROW - R, CELLS = 2 * NP;
+    for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (i64)gridDim.x * blockDim.x) {
+        const i64 row = divide(i, COLUMNS);
+        const int column = R + (int)(i - row * COLUMNS), cell = column - B0;
+        float sum = 0.f;
+        if (cell >= 0 && cell < CELLS)
+            for (i64 tile = 0; tile < tiles; ++tile) sum += dbc[(tile * pixel_routes + row) * CELLS + cell];
+        rows[row * ROW + column] = from_float<P>(sum);
+    }
+}

@@ -1,0 +1,123 @@
+"""selective_scan (1-D, Mamba's layout) on the GPU, as custom operators of PyTorch: the kernels of the 2-D operator over
+an image of one row, whose routes are the groups."""
+
+import torch
+from torch import Tensor
+
+from . import scan
+from .layout import Layout, Rows
+from .scan import Geometry
+
+
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None,
+    delta_softplus: bool, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    dtype = u.dtype
+    for other in (delta, B, C):
+        dtype = torch.promote_types(dtype, other.dtype)
+    inputs = u.to(dtype), delta.to(dtype), A, B.to(dtype), C.to(dtype), D, delta_bias
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    return _forward(*inputs, delta_softplus, out_dtype, save)[0]
+
+
+def _layout(u: Tensor, A: Tensor, B: Tensor, out_dtype: torch.dtype, softplus: bool) -> Layout:
+    return Layout(A.shape[1], 0, u.shape[1] // B.shape[1], u.dtype, out_dtype, softplus)
+
+
+def _geometry(u: Tensor, B: Tensor) -> Geometry:
+    batch, channels, length = u.shape
+    groups = B.shape[1]
+    return Geometry(batch, 1, length, groups, 0, channels, channels // groups)
+
+
+def _last(t: Tensor) -> Tensor:
+    """(batch, channels, length) -> (batch, length, channels), contiguous."""
+    return scan.aligned(t.transpose(1, 2))
+
+
+def _rows(B: Tensor, C: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+    """(batch, length, groups, row width)."""
+    batch, groups, states, length = B.shape
+    packed = B.new_zeros(batch, length, groups, rows.width, dtype=dtype)
+    packed[..., rows.b0 : rows.b0 + states] = B.permute(0, 3, 1, 2)
+    packed[..., rows.c0 : rows.c0 + states] = C.permute(0, 3, 1, 2)
+    return packed
+
+
+@torch.library.custom_op("vmamba::selective_scan_cuda", mutates_args=(), device_types="cuda")
+def _forward(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None,
+    softplus: bool, out_dtype: torch.dtype, save: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    layout, geometry = _layout(u, A, B, out_dtype, softplus), _geometry(u, B)
+    if u.numel() == 0:
+        return u.new_empty(u.shape, dtype=out_dtype), A.new_empty(_borders_shape(u, A, B, save))
+    with torch.cuda.device(u.device):
+        u, delta, A = _last(u), _last(delta), A.contiguous()
+        bias = None if delta_bias is None else delta_bias.contiguous()
+        skip = None if D is None else D.contiguous()
+        rows = _rows(B, C, layout.fwd_rows, layout.row_dtype)
+        y, borders = scan.forward(layout, geometry, u, delta, rows, None, bias, A, save)
+        out = scan.merge_forward(layout, y, u, skip, 1, u.new_empty(u.shape, dtype=out_dtype))
+    return out.transpose(1, 2).contiguous(), borders if save else A.new_empty(0)
+
+
+def _borders_shape(u: Tensor, A: Tensor, B: Tensor, save: bool) -> tuple[int, ...]:
+    if not save:
+        return (0,)
+    layout, groups = _layout(u, A, B, u.dtype, True), B.shape[1]
+    return u.shape[0], groups, max((u.shape[2] + layout.chunk - 1) // layout.chunk - 1, 0), layout.states, layout.dim
+
+
+@_forward.register_fake
+def _(u, delta, A, B, C, D, delta_bias, softplus, out_dtype, save):
+    return u.new_empty(u.shape, dtype=out_dtype), A.new_empty(_borders_shape(u, A, B, save))
+
+
+@torch.library.custom_op("vmamba::selective_scan_bwd_cuda", mutates_args=(), device_types="cuda")
+def _backward(
+    dy: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    delta_bias: Tensor | None, borders: Tensor, softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    layout, geometry = _layout(u, A, B, dy.dtype, softplus), _geometry(u, B)
+    channels, states = A.shape
+    if u.numel() == 0:
+        return tuple(torch.zeros_like(t).contiguous() for t in (u, delta, A, B, C, A[:, 0], A[:, 0]))
+    with torch.cuda.device(u.device):
+        like_u, like_delta = u, delta
+        u, delta, dy, A = _last(u), _last(delta), _last(dy), A.contiguous()
+        bias = None if delta_bias is None else delta_bias.contiguous()
+        skip = None if D is None else D.contiguous()
+        row = layout.bwd_rows
+        both = tuple(_rows(B, C, r, layout.row_dtype) for r in (layout.fwd_rows, row))
+        g = scan.backward(layout, geometry, u, delta, both, None, bias, A, dy, borders)
+        du = scan.merge_backward(layout, g.x, dy, skip, None, 1, torch.empty_like(u))
+        dB, dC = (g.rows[..., at : at + states].permute(0, 2, 3, 1).to(B.dtype) for at in (row.b0, row.c0))
+    return (
+        du.transpose(1, 2).contiguous(), g.steps.flatten(2).transpose(1, 2).to(delta.dtype).contiguous(),
+        g.A.transpose(1, 2).reshape(channels, states).contiguous(), dB.contiguous(), dC.contiguous(),
+        g.D.reshape(-1), g.dt_bias.reshape(-1),
+    )  # fmt: skip
+
+
+@_backward.register_fake
+def _(dy, u, delta, A, B, C, D, delta_bias, borders, softplus):
+    return tuple(t.new_empty(t.shape) for t in (u, delta, A, B, C, A[:, 0], A[:, 0]))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, softplus, _, save = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.softplus = softplus
+    ctx.mark_non_differentiable(output[1])
+
+
+def _autograd(ctx, dy, _):
+    *tensors, borders = ctx.saved_tensors
+    du, d_delta, dA, dB, dC, dD, d_bias = _backward(dy, *tensors, borders, ctx.softplus)
+    *_, D, bias = tensors
+    return du, d_delta, dA, dB, dC, None if D is None else dD, None if bias is None else d_bias, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
