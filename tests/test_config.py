@@ -1,0 +1,209 @@
+"""The configuration: files, inheritance, typed values, the command line, and what each mistake says."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from vmamba.config import argument_parser, config_from_args, get_config, output_folder, save_config
+from vmamba.errors import UserError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def parse(line: str):
+    return config_from_args(argument_parser().parse_args(line.split()))
+
+
+def test_base_files_merge_in_order_and_the_file_itself_wins(tmp_path):
+    write(tmp_path / "a.yaml", "NAME: a\nTRAIN: {EPOCHS: 1, WARMUP_EPOCHS: 1, BASE_LR: 1}\n")
+    write(tmp_path / "b.yaml", "BASE: a.yaml\nTRAIN: {WARMUP_EPOCHS: 2}\nMODEL: {OPTIONS: {d_state: 4, gate: false}}\n")
+    write(tmp_path / "c.yaml", "TRAIN: {BASE_LR: 3}\n")
+    (tmp_path / "sub").mkdir()
+    run = write(tmp_path / "sub" / "run.yaml", "BASE: [../b.yaml, ../c.yaml]\nMODEL: {OPTIONS: {d_state: 8}}\n")
+    config = get_config(run, ["TRAIN.EPOCHS", "9"])
+    assert (config.TRAIN.EPOCHS, config.TRAIN.WARMUP_EPOCHS, config.TRAIN.BASE_LR) == (9, 2, 3.0)
+    assert config.MODEL.OPTIONS == {"d_state": 8, "gate": False}
+    assert config.BASE == [] and config.NAME == "run"
+
+
+def test_a_cycle_of_base_files_is_an_error(tmp_path):
+    write(tmp_path / "a.yaml", "BASE: b.yaml\n")
+    write(tmp_path / "b.yaml", "BASE: a.yaml\n")
+    with pytest.raises(UserError, match="cycle"):
+        get_config(tmp_path / "a.yaml")
+
+
+def test_saved_config_gives_the_same_config_and_folder_back(tmp_path):
+    opts = "TAG 007 TRAIN.BASE_LR 1e-7 DATA.IMG_SIZE [32,64] AUG.AUTO_AUGMENT none AUG.CUTMIX_MINMAX (0.2,0.8)"
+    opts += " MODEL.OPTIONS.norm none MODEL.OPTIONS.dims [96,192] MODEL.OPTIONS.ratio 1e-3"
+    config = get_config(CONFIGS / "vmamba_small.yaml", opts.split())
+    save_config(config, tmp_path / "config.yaml")
+    again = get_config(tmp_path / "config.yaml")
+    assert again == config
+    assert type(again.TAG) is str and again.AUG.AUTO_AUGMENT is None and again.MODEL.OPTIONS.norm == "none"
+    assert output_folder(again) == output_folder(config) == Path("output/vmamba_small/007")
+    with pytest.raises(UserError, match="cannot write"):
+        save_config(config, tmp_path / "absent" / "config.yaml")
+
+
+def test_values_take_the_type_of_their_key(tmp_path):
+    file = write(tmp_path / "x.yaml", "TRAIN: {BASE_LR: 1e-3, CLIP_GRAD: 5, OPTIMIZER: {BETAS: [0, 0.9]}}\nAUG:\n")
+    config = get_config(file, ["MODEL.OPTIONS.scale", "1e-2", "AMP.ENABLE", "false"])
+    assert config.TRAIN.BASE_LR == 0.001
+    assert type(config.TRAIN.CLIP_GRAD) is float and type(config.TRAIN.OPTIMIZER.BETAS[0]) is float
+    assert config.MODEL.OPTIONS.scale == 0.01 and config.AMP.ENABLE is False
+    with pytest.raises(AttributeError):
+        config.TRAIN.BASE_LR = 1.0
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("TRAIN: {EPOCH: 3}", "x.yaml: unknown config key 'TRAIN.EPOCH'; did you mean 'TRAIN.EPOCHS'?"),
+        ("TRIAN: {EPOCHS: 3}", "unknown config key 'TRIAN'; did you mean 'TRAIN'?"),
+        ("EPOCHS: 3", "did you mean 'TRAIN.EPOCHS'?"),
+        ("train: {epochs: 3}", "did you mean 'TRAIN'?"),
+        ("TRAIN: {EPOCHS: many}", r"x.yaml: TRAIN.EPOCHS is 'many' \(str\); expected an integer"),
+        ("TRAIN: {EPOCHS: 2.5}", r"TRAIN.EPOCHS is 2.5 \(float\); expected an integer"),
+        ("TRAIN: {EPOCHS: true}", r"TRAIN.EPOCHS is True \(bool\); expected an integer"),
+        ("TRAIN: {EPOCHS: null}", "expected an integer"),
+        ("TRAIN: {BASE_LR: fast}", "expected a number"),
+        ("TRAIN: {BASE_LR: .nan}", "expected a number"),
+        ("TRAIN: {EMA: {ENABLE: 3}}", "expected true or false"),
+        ("TRAIN: 5", "TRAIN is 5; expected a section"),
+        ("TAG: 12", "expected a string"),
+        ("DATA: {IMG_SIZE: [224, 224, 3]}", "one side or"),
+        ("DATA: {IMG_SIZE: 22.5}", "an integer or a list of integers"),
+        ("DATA: {CACHE_MODE: ful}", "did you mean 'full'?"),
+        ("DATA: {INTERPOLATION: bicubik}", "did you mean 'bicubic'?"),
+        ("DATA: {BATCH_SIZE: 0}", "at least 1"),
+        ("AUG: {HFLIP: 1.5}", "between 0 and 1"),
+        ("MODEL: {OPTIONS: {a: {b: 1}}}", "MODEL.OPTIONS.a is"),
+        ("TAG: a\nTAG: b", "line 2: key 'TAG' stands twice"),
+        ("TAG: [", "x.yaml, line"),
+        ("just words", "expected sections"),
+        ("BASE: none.yaml", "its BASE 'none.yaml' does not exist"),
+        ("BASE: 5", "BASE is 5"),
+    ],
+)
+def test_what_a_mistake_in_a_file_says(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        get_config(write(tmp_path / "x.yaml", text))
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (["TRAIN.EPOCHZ", "3"], "did you mean 'TRAIN.EPOCHS'?"),
+        (["TRAIN", "3"], "TRAIN is a section"),
+        (["TRAIN.EPOCHS"], "stands alone"),
+        (["TRAIN.EPOCHS", "x"], "expected an integer"),
+        (["AMP.ENABLE", "maybe"], "expected true or false"),
+        (["MODEL.OPTION.d_state", "3"], "did you mean 'MODEL.OPTIONS'?"),
+        (["BASE", "x.yaml"], "config file only"),
+    ],
+)
+def test_what_a_mistake_in_opts_says(opts, message):
+    with pytest.raises(UserError, match=message):
+        get_config(None, opts)
+
+
+def test_a_missing_file_names_the_nearest(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"did you mean 'configs/vmamba_tiny.yaml'\?"):
+        get_config("configs/vmamba_tny.yaml")
+    monkeypatch.chdir(tmp_path)  # the repository's configs are found from any folder
+    assert get_config("configs/vmamba_tiny.yaml").NAME == "vmamba_tiny"
+    with pytest.raises(UserError, match="does not exist; give an existing"):
+        get_config(tmp_path / "qqqq.yaml")
+
+
+def test_every_flag_sets_its_key():
+    config = parse(
+        "--cfg configs/vmamba_tiny.yaml --batch-size 4 --data-path 12 --zip --cache-mode full --pretrained p --resume r"
+        " --accumulation-steps 2 --use-checkpoint --disable-amp --output o --tag 5 --eval --throughput --optim sgd"
+        " --model-ema --model-ema-decay 0.5 --local-rank 1 --opts TRAIN.EPOCHS 3 --opts SEED 4 DATA.BATCH_SIZE 9"
+    )
+    assert (config.DATA.BATCH_SIZE, config.DATA.DATA_PATH, config.DATA.ZIP_MODE) == (4, "12", True)
+    assert (config.DATA.CACHE_MODE, config.MODEL.PRETRAINED, config.MODEL.RESUME) == ("full", "p", "r")
+    assert (config.TRAIN.ACCUMULATION_STEPS, config.TRAIN.USE_CHECKPOINT, config.AMP.ENABLE) == (2, True, False)
+    assert (config.OUTPUT, config.TAG, config.EVAL_MODE, config.THROUGHPUT_MODE) == ("o", "5", True, True)
+    assert (config.TRAIN.OPTIMIZER.NAME, config.TRAIN.EMA.ENABLE, config.TRAIN.EMA.DECAY) == ("sgd", True, 0.5)
+    assert (config.TRAIN.EPOCHS, config.SEED) == (3, 4)
+    assert parse("--cfg configs/vmamba_tiny.yaml") == get_config("configs/vmamba_tiny.yaml")
+
+
+def test_underscores_and_values_of_switches():
+    config = parse("--cfg=configs/vmamba_small.yaml --batch_size=4 --model_ema false --disable_amp --local_rank=0")
+    assert config.DATA.BATCH_SIZE == 4 and not config.TRAIN.EMA.ENABLE and not config.AMP.ENABLE
+    config = parse("--cfg configs/vmamba_tiny.yaml --model_ema true --disable-amp false --use_checkpoint 1")
+    assert config.TRAIN.EMA.ENABLE and config.AMP.ENABLE and config.TRAIN.USE_CHECKPOINT
+    assert not parse("--cfg configs/vmamba_tiny.yaml --amp-opt-level O0").AMP.ENABLE
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("--cfg x.yaml --bacth-size 4", "unknown flag '--bacth-size'; did you mean '--batch-size'?"),
+        ("--cgf x.yaml", "did you mean '--cfg'?"),
+        ("--cfg x.yaml --accum 4", "unknown flag '--accum'"),
+        ("--cfg x.yaml --opts SEED 3 --evl", "did you mean '--eval'?"),
+        ("--cfg x.yaml stray", "unexpected argument 'stray'"),
+        ("--batch-size 4", "--cfg FILE is required"),
+        ("--cfg x.yaml --batch-size", "--batch-size: expected one argument"),
+    ],
+)
+def test_a_wrong_flag_ends_with_one_sentence(capsys, line, message):
+    with pytest.raises(SystemExit) as end:
+        argument_parser().parse_args(line.split())
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_flag_of_the_wrong_type_names_flag_and_key():
+    with pytest.raises(UserError, match="--batch-size: DATA.BATCH_SIZE is 'x'"):
+        parse("--cfg configs/vmamba_tiny.yaml --batch-size x")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("vmamba_*.yaml")), ids=lambda path: path.stem)
+def test_each_config_names_its_variant_and_its_command(path):
+    config = get_config(path)
+    assert path.stem == config.MODEL.NAME
+    assert config.MODEL.OPTIONS == {}  # the architecture's numbers live in the variants
+    header = re.match(r"(#.*\n)+", path.read_text()).group()
+    assert f"main.py --cfg configs/{path.name}" in header and "To expect: " in header
+
+
+def test_the_recipe_on_imagenet():
+    """The numbers of the released runs."""
+    drop_path = {"tiny": 0.2, "small": 0.3, "base": 0.6, "base_s1l20": 0.5, "base_m2": 0.3}
+    for path in CONFIGS.glob("vmamba_*.yaml"):
+        name = path.stem.removeprefix("vmamba_")
+        if name == "digits":
+            continue
+        config = get_config(path)
+        train, aug = config.TRAIN, config.AUG
+        assert drop_path.get(name, drop_path[name.split("_")[0]]) == config.MODEL.DROP_PATH_RATE
+        assert train.EMA.ENABLE is (name != "tiny") and train.EMA.DECAY == 0.9999
+        assert (train.EPOCHS, train.WARMUP_EPOCHS, train.LR_SCHEDULER.NAME) == (300, 20, "cosine")
+        assert (train.BASE_LR, train.WARMUP_LR, train.MIN_LR, train.LR_REFERENCE_BATCH) == (5e-4, 5e-7, 5e-6, 512)
+        assert (train.OPTIMIZER.NAME, train.WEIGHT_DECAY, train.DECAY_SSM, train.CLIP_GRAD) == (
+            "adamw",
+            0.05,
+            True,
+            5.0,
+        )
+        assert (aug.AUTO_AUGMENT, aug.COLOR_JITTER) == ("rand-m9-mstd0.5-inc1", 0.4)
+        assert (aug.REPROB, aug.REMODE) == (0.25, "pixel")
+        assert (aug.MIXUP, aug.CUTMIX, aug.MIXUP_SWITCH_PROB, aug.MIXUP_MODE) == (0.8, 1.0, 0.5, "batch")
+        assert (config.DATA.BATCH_SIZE, config.DATA.INTERPOLATION, config.MODEL.LABEL_SMOOTHING) == (
+            128,
+            "bicubic",
+            0.1,
+        )
