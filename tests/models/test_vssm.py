@@ -1,0 +1,183 @@
+"""The variants' numbers, any size and number of channels, the classifier, stochastic depth, checkpointing, errors."""
+
+import pytest
+import torch
+
+import vmamba
+from vmamba.models.variants import VARIANTS
+from vmamba.models.vssm import resize_pos_embed
+
+TINY = dict(depths=(1, 2), dims=16, d_state=2, num_classes=7)
+
+
+def build(**options):
+    torch.manual_seed(0)
+    return vmamba.VSSM(**TINY | options)
+
+
+def count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.parameters])
+def test_parameter_counts_are_the_published_ones(name):
+    with torch.device("meta"):
+        model = vmamba.create_model(name)
+        assert count(model) == VARIANTS[name].parameters
+        model.reset_classifier(0)
+        assert count(model) == VARIANTS[name].parameters - 1000 * (model.num_features + 1)
+
+
+def test_the_smallest_variants_run_as_published():
+    for name in ("vmamba_tiny", "vmamba_tiny_s1l8", "vmamba_tiny_m2"):
+        model = vmamba.create_model(name, num_classes=3).eval()
+        with torch.no_grad():
+            assert model(torch.randn(1, 3, 32, 64)).shape == (1, 3)
+
+
+@pytest.mark.parametrize("scan", ["selective", "ssd"])
+@pytest.mark.parametrize("stem, downsample", [("v1", "v1"), ("v1", "v2"), ("v2", "v3")])
+@pytest.mark.parametrize("size", [(8, 8), (29, 13), (40, 16)])
+def test_any_size_and_number_of_channels(scan, stem, downsample, size):
+    model = build(in_chans=5, patch_embed=stem, downsample=downsample, scan=scan).eval()
+    images = torch.randn(2, 5, *size)
+    features = model.forward_features(images)
+    assert features.shape[0] == 2 and features.shape[3] == 32
+    torch.testing.assert_close(model.forward_head(features), model(images))
+    assert model(images).shape == (2, 7)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 7)])
+def test_tiny_images_where_padding_allows_them(size):
+    assert build(patch_embed="v2", downsample="v3").eval()(torch.randn(1, 3, *size)).shape == (1, 7)
+
+
+def test_images_too_small_are_refused_with_their_size():
+    with pytest.raises(vmamba.UserError, match="images are 3 x 9 pixels.*at least 4 x 4"):
+        build(patch_embed="v1")(torch.randn(1, 3, 3, 9))
+    with pytest.raises(vmamba.UserError, match="features are 1 x 2, too small"):
+        build(patch_embed="v1", downsample="v2")(torch.randn(1, 3, 4, 8))
+    with pytest.raises(vmamba.UserError, match=r"shape \(1, 1, 8, 8\); this model takes \(batch, 3, height, width\)"):
+        build()(torch.randn(1, 1, 8, 8))
+
+
+def test_classifier_can_be_reset_and_left_out():
+    model = build().eval()
+    images = torch.randn(2, 3, 16, 16)
+    model.reset_classifier(4)
+    assert model.num_classes == 4 and model(images).shape == (2, 4) and model.get_classifier().out_features == 4
+    pooled = model.forward_head(model.forward_features(images), pre_logits=True)
+    model.reset_classifier(0)
+    torch.testing.assert_close(model(images), pooled)
+    model.reset_classifier(0, "")
+    assert model(images).shape == (2, 2, 2, 32)
+
+
+def test_intermediates_are_the_stages_before_their_downsampling():
+    model = build().eval()
+    images = torch.randn(2, 3, 32, 16)
+    last, (first, second) = model.forward_intermediates(images)
+    assert first.shape == (2, 16, 8, 4) and second.shape == (2, 32, 4, 2)
+    torch.testing.assert_close(last, model.forward_features(images))
+    torch.testing.assert_close(second.permute(0, 2, 3, 1), last)
+    assert len(model.forward_intermediates(images, indices=[0], stop_early=True, intermediates_only=True)) == 1
+
+
+def test_stochastic_depth_grows_along_the_model_and_is_off_in_eval():
+    model = build(drop_path_rate=0.5)
+    rates = [block.drop_path.drop_prob for stage in model.layers for block in stage.blocks]
+    assert rates == [0.0, 0.25, 0.5]
+    images = torch.randn(4, 3, 16, 16)
+    assert not torch.equal(model.train()(images), model(images))
+    assert torch.equal(model.eval()(images), model(images))
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    model = build(drop_path_rate=0.5)
+    images = torch.randn(4, 3, 16, 16)
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        torch.manual_seed(1)
+        model(images).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for without, with_checkpointing in zip(*gradients, strict=True):
+        torch.testing.assert_close(with_checkpointing, without, rtol=0, atol=0)
+
+
+def test_position_map_is_resized_to_the_image():
+    model = build(pos_embed=True, img_size=(16, 32)).eval()
+    assert model.pos_embed.shape == (1, 16, 4, 8)
+    assert model(torch.randn(1, 3, 24, 24)).shape == (1, 7)
+    assert resize_pos_embed(model.pos_embed, (4, 8)) is model.pos_embed
+    flat = torch.full_like(model.pos_embed, 2.0)
+    torch.testing.assert_close(resize_pos_embed(flat, (5, 3)), torch.full((1, 16, 5, 3), 2.0))
+
+
+@pytest.mark.parametrize("scan", ["selective", "ssd"])
+def test_initialisations(scan):
+    mamba = build(scan=scan, d_state=4, ssm_init="v0").layers[0].blocks[0].op
+    step = torch.nn.functional.softplus(mamba.dt_projs_bias)
+    assert step.min() >= 0.001 * 0.999 and step.max() <= 0.1 * 1.001 and torch.all(mamba.Ds == 1)
+    if scan == "selective":
+        torch.testing.assert_close(-mamba.A_logs.exp()[5], -torch.arange(1.0, 5))
+        assert mamba.dt_projs_weight.abs().max() <= mamba.dt_rank**-0.5
+    normal = build(scan=scan, d_state=4, ssm_init="v1").layers[0].blocks[0].op
+    assert normal.A_logs.std() > 0.1 and normal.dt_projs_bias.min() < 0
+    zero = build(scan=scan, d_state=4, ssm_init="v2").layers[0].blocks[0].op
+    assert torch.all(zero.A_logs == 0) and zero.dt_projs_bias.min() >= 0 and zero.dt_projs_bias.max() <= 0.1
+    assert abs(zero.in_proj.weight.std() - 0.02) < 0.005
+
+
+def test_what_is_not_decayed_beside_norms_and_biases():
+    assert build(pos_embed=True, depths=(1,)).no_weight_decay() == {"layers.0.blocks.0.op.Ds", "pos_embed"}
+    assert build(scan="ssd", depths=(1,)).no_weight_decay() == set()
+
+
+@pytest.mark.parametrize("scan_float32", [False, True])
+def test_dtypes(scan_float32):
+    model = build(scan_float32=scan_float32).eval()
+    images = torch.randn(2, 3, 16, 16)
+    expected = model.double()(images.double())
+    torch.testing.assert_close(model.float()(images).double(), expected, rtol=1e-4, atol=1e-6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (model(images) - expected).norm() / expected.norm() < 0.05
+    assert model.bfloat16()(images.bfloat16()).dtype == torch.bfloat16
+    assert model.half()(images.half()).isfinite().all()
+
+
+def test_backend_reaches_every_scan():
+    model = build().eval()
+    model.set_backend("cuda")
+    with pytest.raises(ValueError, match="backend 'cuda' cannot serve cross_selective_scan here"):
+        model(torch.randn(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(d_sate=3), "unknown model option 'd_sate'; did you mean 'd_state'?"),
+        (dict(scan="selectiv"), "unknown scan 'selectiv'; did you mean 'selective'?"),
+        (dict(out_norm="softmx"), "unknown out_norm 'softmx'; did you mean 'softmax'?"),
+        (dict(routes=("row", "cols")), "unknown route 'cols'; did you mean 'col'?"),
+        (dict(ssm_act="gleu"), "unknown activation 'gleu'; did you mean 'gelu'?"),
+        (dict(ssm_init="v9"), "unknown ssm_init 'v9'"),
+        (dict(downsample="v4"), "unknown downsample 'v4'"),
+        (dict(patch_embed="v0"), "unknown patch_embed 'v0'"),
+        (dict(norm_layer="batch"), "unknown norm_layer 'batch'"),
+        (dict(dims=(16, 32)), "dims has 2 stages and depths 4"),
+        (dict(ssm_conv=4), "ssm_conv is 4"),
+        (dict(scan="ssd", dt_rank=5), "do not divide among 5 heads"),
+    ],
+)
+def test_errors_name_the_option_and_the_nearest_right_one(options, words):
+    with pytest.raises(vmamba.UserError) as error:
+        vmamba.create_model("vmamba_tiny", **options)
+    assert words in str(error.value)
+
+
+def test_unknown_model():
+    with pytest.raises(vmamba.UserError, match="unknown model 'vmamba_tinny'; did you mean 'vmamba_tiny'?"):
+        vmamba.create_model("vmamba_tinny")
+    assert set(vmamba.list_models()) == set(VARIANTS)

@@ -1,0 +1,151 @@
+"""The parts around the scan, on channels-last images (batch, height, width, channels).
+
+Channels last is the one layout of these models: a scan kernel whose neighbouring threads hold neighbouring channels
+reads whole cache lines along every route, linear layers and LayerNorm need no permutation, and a convolution reads the
+same memory as a "channels_last" image.  The indices inside the `nn.Sequential`s below are those of the released files.
+"""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from timm.layers import GluMlp, Mlp, get_act_layer
+from torch import Tensor, nn
+
+from vmamba.errors import UserError, unknown
+
+ACTIVATIONS = ("silu", "gelu", "relu", "sigmoid", "tanh", "softplus")
+NORMS = ("ln", "bn")
+OUT_NORMS = ("ln", "none", "softmax", "sigmoid", "dwconv3", "ln_dwconv3")
+
+
+class ToChannelsFirst(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
+
+
+class ToChannelsLast(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm of channels-last images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class DepthwiseConv(nn.Conv2d):
+    """A convolution of each channel of channels-last images that keeps their size."""
+
+    def __init__(self, dim: int, side: int, bias: bool):
+        super().__init__(dim, dim, side, padding=side // 2, groups=dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class SpatialSoftmax(nn.Module):
+    """Softmax over the positions of each channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1, 2).softmax(dim=1).view_as(x)
+
+
+def activation(name: str) -> Callable[[], nn.Module]:
+    """The class of an activation by its name.  Raises UserError for a name not in `ACTIVATIONS`."""
+    if name not in ACTIVATIONS:
+        raise unknown("activation", name, ACTIVATIONS)
+    return nn.Softplus if name == "softplus" else get_act_layer(name)
+
+
+def norm_layer(name: str) -> Callable[[int], nn.Module]:
+    """The class of a norm by its name: "ln" over channels, "bn" over the batch.  Raises UserError for another."""
+    if name not in NORMS:
+        raise unknown("norm_layer", name, NORMS)
+    return nn.LayerNorm if name == "ln" else BatchNorm
+
+
+def out_norm(name: str, dim: int) -> nn.Module:
+    """What follows the scan (released postfixes `_onnone`, `_onsoftmax`, `_onsigmoid`, `_ondwconv3`, `_oncnorm`).
+
+    Raises UserError for a name not in `OUT_NORMS`.
+    """
+    if name not in OUT_NORMS:
+        raise unknown("out_norm", name, OUT_NORMS)
+    if name == "ln":
+        return nn.LayerNorm(dim)
+    if name == "none":
+        return nn.Identity()
+    if name == "softmax":
+        return SpatialSoftmax()
+    if name == "sigmoid":
+        return nn.Sigmoid()
+    convolution = DepthwiseConv(dim, 3, bias=False)
+    if name == "dwconv3":
+        return nn.Sequential(nn.Identity(), convolution)
+    return nn.Sequential(nn.LayerNorm(dim), nn.Identity(), convolution)
+
+
+def mlp(dim: int, ratio: float, act: str, drop: float, gated: bool) -> nn.Module:
+    """fc1, activation, fc2; gated, fc1 is twice as wide and gives (x, z), and fc2 takes x * act(z)."""
+    hidden = int(dim * ratio)
+    if gated:
+        return GluMlp(dim, 2 * hidden, act_layer=activation(act), drop=drop, gate_last=True)
+    return Mlp(dim, hidden, act_layer=activation(act), drop=drop)
+
+
+def patch_embed(version: str, in_chans: int, dim: int, patch_size: int, norm: Callable[[int], nn.Module]) -> nn.Module:
+    """(B, in_chans, H, W) -> (B, H', W', dim).
+
+    "v1": one convolution over patches, so H' = H // patch_size; "v2": two 3x3 convolutions of half the stride each, a
+    norm and GELU between them, so H' = ceil(H / patch_size) for patch_size 4.
+    """
+    if version == "v1":
+        return nn.Sequential(nn.Conv2d(in_chans, dim, patch_size, patch_size), ToChannelsLast(), norm(dim))
+    if version == "v2":
+        if patch_size % 2:
+            raise UserError(f"patch_size is {patch_size}; patch_embed 'v2' halves it, so choose an even one or 'v1'")
+        stride = patch_size // 2
+        return nn.Sequential(
+            nn.Conv2d(in_chans, dim // 2, stride + 1, stride, padding=1),
+            ToChannelsLast(),
+            norm(dim // 2),
+            ToChannelsFirst(),
+            nn.GELU(),
+            nn.Conv2d(dim // 2, dim, stride + 1, stride, padding=1),
+            ToChannelsLast(),
+            norm(dim),
+        )
+    raise unknown("patch_embed", version, ("v1", "v2"))
+
+
+class PatchMerging(nn.Module):
+    """Downsampling "v1" (Swin's): the channels of 2x2 pixels, norm, linear; an odd side is padded with zeros."""
+
+    def __init__(self, dim: int, out_dim: int, norm: Callable[[int], nn.Module]):
+        super().__init__()
+        self.norm = norm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, H/2, row, W/2, column, C)
+        x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)  # (B, H/2, W/2, 4C), pixels ordered (0,0), (1,0), (0,1), (1,1)
+        return self.reduction(self.norm(x))
+
+
+def downsample(version: str, dim: int, out_dim: int, norm: Callable[[int], nn.Module]) -> nn.Module:
+    """(B, H, W, dim) -> (B, H', W', out_dim).
+
+    "v1": `PatchMerging`; "v2": a 2x2 convolution of stride 2 (an odd side loses its last line); "v3": a 3x3 convolution
+    of stride 2 with padding.  Raises UserError for another version.
+    """
+    if version == "v1":
+        return PatchMerging(dim, out_dim, norm)
+    if version not in ("v2", "v3"):
+        raise unknown("downsample", version, ("v1", "v2", "v3"))
+    kernel, padding = (2, 0) if version == "v2" else (3, 1)
+    convolution = nn.Conv2d(dim, out_dim, kernel, stride=2, padding=padding)
+    return nn.Sequential(ToChannelsFirst(), convolution, ToChannelsLast(), norm(out_dim))

@@ -1,0 +1,202 @@
+"""The blocks' core: an image is projected, convolved, scanned along routes, normed, gated and projected back.
+
+`SS2D` scans with the selective scan (VMamba, arXiv 2401.10166, section 4), `SSD2D` with Mamba-2's (arXiv 2405.21060).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vmamba.errors import UserError, unknown
+from vmamba.models.layers import DepthwiseConv, activation
+from vmamba.models.layers import out_norm as out_norm_layer
+from vmamba_kernels import ROUTES, cross_selective_scan, cross_ssd
+
+INITS = ("v0", "v1", "v2")
+
+
+class Mixer2D(nn.Module):
+    """What both scans share.  A subclass adds the scan's parameters and `_scan`.
+
+    Args:
+        dim: channels in and out.
+        d_state: states of a channel.
+        ssm_ratio: channels of the scan, d_inner, in units of dim.
+        dt_rank: numbers a pixel that its step sizes are made of (for SSD: heads); "auto" is ceil(dim / 16).
+        routes: names of `vmamba_kernels.ROUTES`, repeats allowed.
+        gate: multiply the scan's result by a second half of the input projection (released: absence of `_noz`).
+        gate_act: apply the activation to the gate (absence of `_nozact`).
+        act: activation after the convolution and on the gate.
+        conv: side of the depthwise convolution; below 2 there is none.
+        conv_bias: whether that convolution has a bias.
+        out_norm: one of `layers.OUT_NORMS`.
+        out_act: GELU after the out-norm (`_oact`).
+        drop_rate: dropout on the result.
+        init: "v0" (Mamba's), "v1", "v2" of the released code.
+        scan_float32: give the scan float32 also under autocast (absence of `_no32`); its state is float32 in any case.
+        backend: of the scan, a name of `vmamba_kernels.backends()`; "auto" is the fastest that can serve.
+    """
+
+    conv_key = ""  # "1" where the released files call the convolution conv2d.1
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        d_state: int = 16,
+        ssm_ratio: float = 2.0,
+        dt_rank: int | str = "auto",
+        routes: Sequence[str] = ROUTES,
+        gate: bool = True,
+        gate_act: bool = True,
+        act: str = "silu",
+        conv: int = 3,
+        conv_bias: bool = True,
+        out_norm: str = "ln",
+        out_act: bool = False,
+        drop_rate: float = 0.0,
+        init: str = "v0",
+        scan_float32: bool = False,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        self.d_inner = int(ssm_ratio * dim)
+        self.d_state = d_state
+        self.dt_rank = math.ceil(dim / 16) if dt_rank == "auto" else dt_rank
+        self.routes = (routes,) if isinstance(routes, str) else tuple(routes)
+        self.scan_float32 = scan_float32
+        self.backend = backend
+        for route in self.routes:
+            if route not in ROUTES:
+                raise unknown("route", route, ROUTES)
+        if init not in INITS:
+            raise unknown("ssm_init", init, INITS)
+        if conv > 1 and conv % 2 == 0:
+            raise UserError(f"ssm_conv is {conv}; the convolution keeps the image's size, so choose an odd side")
+        self.gate = gate
+        self.in_proj = nn.Linear(dim, self.d_inner * (2 if gate else 1), bias=False)
+        self.conv2d = DepthwiseConv(self.d_inner, conv, conv_bias) if conv > 1 else nn.Identity()
+        if conv > 1 and self.conv_key:
+            self.conv2d = nn.Sequential(nn.Identity(), self.conv2d)
+        self.act = activation(act)()
+        self.gate_act = activation(act)() if gate_act else nn.Identity()
+        self._make_scan_parameters(init)
+        self.out_norm = out_norm_layer(out_norm, self.d_inner)
+        self.out_act = nn.GELU() if out_act else nn.Identity()
+        self.out_proj = nn.Linear(self.d_inner, dim, bias=False)
+        self.dropout = nn.Dropout(drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)."""
+        x = self.in_proj(x)  # (B, H, W, d_inner), twice that with a gate
+        if self.gate:
+            x, z = x.chunk(2, dim=-1)
+        x = self.act(self.conv2d(x))
+        x = self.out_act(self.out_norm(self.scan(x)))
+        if self.gate:
+            x = x * self.gate_act(z)
+        return self.dropout(self.out_proj(x))
+
+    def scan(self, x: Tensor) -> Tensor:
+        """The scan alone, (B, H, W, d_inner) -> (B, H, W, d_inner)."""
+        if torch.is_autocast_enabled(x.device.type):
+            if not self.scan_float32:
+                return self._scan(x)
+            with torch.autocast(x.device.type, enabled=False):
+                return self._scan(x.float())
+        return self._scan(x.float() if self.scan_float32 and x.dtype != torch.float64 else x).to(x.dtype)
+
+    def _make_scan_parameters(self, init: str) -> None:
+        raise NotImplementedError
+
+    def _scan(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _dt_init(self, init: str, *shape: int) -> Tensor:
+        """Step biases: "v0" puts softplus of them between 0.001 and 0.1, log-uniform."""
+        if init == "v1":
+            return 0.1 * torch.randn(shape)
+        if init == "v2":
+            return 0.1 * torch.rand(shape)
+        step = torch.empty(shape).uniform_(math.log(0.001), math.log(0.1)).exp().clamp(min=1e-4)
+        return step + torch.log(-torch.expm1(-step))  # the inverse of softplus
+
+    def _projection_init(self, numbers: int) -> Tensor:
+        """(routes, numbers, d_inner), as PyTorch starts a linear layer."""
+        bound = self.d_inner**-0.5
+        return torch.empty(len(self.routes), numbers, self.d_inner).uniform_(-bound, bound)
+
+
+class SS2D(Mixer2D):
+    """The selective scan along routes: each channel has its own step size, A of `d_state` numbers, and D."""
+
+    def _make_scan_parameters(self, init: str) -> None:
+        routes, dim, rank, states = len(self.routes), self.d_inner, self.dt_rank, self.d_state
+        self.x_proj_weight = nn.Parameter(self._projection_init(rank + 2 * states))
+        self.dt_projs_weight = nn.Parameter(self._dt_weight_init(init, routes, dim, rank))
+        self.dt_projs_bias = nn.Parameter(self._dt_init(init, routes, dim))
+        self.A_logs = nn.Parameter(self._A_log_init(init, routes * dim, states))
+        self.Ds = nn.Parameter(torch.ones(routes * dim))
+
+    def _scan(self, x: Tensor) -> Tensor:
+        routes = len(self.routes)
+        return cross_selective_scan(
+            x,
+            self.x_proj_weight,
+            self.dt_projs_weight,
+            self.dt_projs_bias,
+            -self.A_logs.to(_at_least_float32(x)).exp().unflatten(0, (routes, -1)),
+            self.Ds.unflatten(0, (routes, -1)),
+            routes=self.routes,
+            backend=self.backend,
+        )
+
+    def _dt_weight_init(self, init: str, *shape: int) -> Tensor:
+        if init == "v0":
+            bound = self.dt_rank**-0.5
+            return torch.empty(shape).uniform_(-bound, bound)
+        return 0.1 * (torch.randn(shape) if init == "v1" else torch.rand(shape))
+
+    def _A_log_init(self, init: str, channels: int, states: int) -> Tensor:
+        if init == "v0":
+            return torch.arange(1.0, states + 1).log().repeat(channels, 1)
+        return torch.randn(channels, states) if init == "v1" else torch.zeros(channels, states)
+
+
+class SSD2D(Mixer2D):
+    """Mamba-2's scan along routes: `dt_rank` heads, each with one step size and one A; B and C shared by the heads."""
+
+    conv_key = "1"
+
+    def _make_scan_parameters(self, init: str) -> None:
+        routes, heads = len(self.routes), self.dt_rank
+        if self.d_inner % heads:
+            raise UserError(
+                f"{self.d_inner} channels of the scan do not divide among {heads} heads; choose another dt_rank"
+            )
+        self.x_proj_weight = nn.Parameter(self._projection_init(heads + 2 * self.d_state))
+        self.dt_projs_bias = nn.Parameter(self._dt_init(init, routes, heads))
+        self.A_logs = nn.Parameter(self._A_log_init(init, routes, heads))
+        self.Ds = nn.Parameter(torch.ones(routes, heads, self.d_inner // heads))
+
+    def _scan(self, x: Tensor) -> Tensor:
+        return cross_ssd(
+            x,
+            self.x_proj_weight,
+            self.dt_projs_bias,
+            -self.A_logs.to(_at_least_float32(x)).exp(),
+            self.Ds,
+            routes=self.routes,
+            backend=self.backend,
+        )
+
+    def _A_log_init(self, init: str, *shape: int) -> Tensor:
+        if init == "v0":  # Mamba-2's: A uniform in [1, 16]
+            return torch.empty(shape).uniform_(1, 16).log()
+        return torch.randn(shape) if init == "v1" else torch.zeros(shape)
+
+
+def _at_least_float32(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

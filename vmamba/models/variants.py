@@ -1,0 +1,112 @@
+"""The models by name: the one place with architecture numbers, and the one that turns a config into a model.
+
+Names and numbers are those of the tables of VMamba (arXiv 2401.10166 and its later revision).  Since that revision
+"VMamba-T" in papers means `vmamba_tiny_s1l8`; here `vmamba_tiny` is the model of January 2024.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from yacs.config import CfgNode
+
+from vmamba.errors import unknown
+from vmamba.models.vssm import VSSM
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A named architecture: options of `VSSM` that differ from its defaults, and what its authors call it."""
+
+    options: Mapping[str, Any]
+    released_as: str = ""
+    accuracy: float | None = None  # published top-1 on ImageNet-1K, percent
+    parameters: int | None = None  # with the head of 1000 classes
+
+
+def _vanilla(depth: int, dim: int, drop_path_rate: float) -> dict[str, Any]:
+    """January 2024: 16 states, a gate, no MLP."""
+    return dict(
+        depths=(2, 2, depth, 2),
+        dims=dim,
+        d_state=16,
+        mlp_ratio=0.0,
+        downsample="v1",
+        patch_embed="v1",
+        drop_path_rate=drop_path_rate,
+    )
+
+
+def _one_state(depth: int, dim: int, ssm_ratio: float, drop_path_rate: float) -> dict[str, Any]:
+    """The later models: one state, no gate, an MLP."""
+    return dict(
+        depths=(2, 2, depth, 2),
+        dims=dim,
+        d_state=1,
+        ssm_ratio=ssm_ratio,
+        gate=False,
+        ssm_conv_bias=False,
+        mlp_ratio=4.0,
+        downsample="v3",
+        patch_embed="v2",
+        drop_path_rate=drop_path_rate,
+    )
+
+
+def _mamba2(depth: int, dim: int, drop_path_rate: float) -> dict[str, Any]:
+    """The SSD models: 64 states."""
+    return _one_state(depth, dim, 1.0, drop_path_rate) | dict(scan="ssd", d_state=64, ssm_act="gelu", ssm_init="v2")
+
+
+VARIANTS: dict[str, Variant] = {
+    "vmamba_tiny": Variant(_vanilla(9, 96, 0.2), "VMamba-T (Vanilla-VMamba-T)", 82.2, 22_893_448),
+    "vmamba_small": Variant(_vanilla(27, 96, 0.3), "VMamba-S (Vanilla-VMamba-S)", 83.5, 44_417_416),
+    "vmamba_base": Variant(_vanilla(27, 128, 0.6), "VMamba-B (Vanilla-VMamba-B)", 84.0, 76_254_056),
+    "vmamba_tiny_s2l5": Variant(_one_state(5, 96, 2.0, 0.2), "VMamba-T[s2l5]", 82.5, 30_705_832),
+    "vmamba_small_s2l15": Variant(_one_state(15, 96, 2.0, 0.3), "VMamba-S[s2l15]", 83.6, 50_147_752),
+    "vmamba_base_s2l15": Variant(_one_state(15, 128, 2.0, 0.6), "VMamba-B[s2l15]", 83.9, 88_557_800),
+    "vmamba_tiny_s1l8": Variant(_one_state(8, 96, 1.0, 0.2), "VMamba-T[s1l8]", 82.6, 30_249_064),
+    "vmamba_small_s1l20": Variant(_one_state(20, 96, 1.0, 0.3), "VMamba-S[s1l20]", 83.3, 49_012_840),
+    "vmamba_base_s1l20": Variant(_one_state(20, 128, 1.0, 0.5), "VMamba-B[s1l20]", 83.8, 86_614_504),
+    "vmamba_tiny_m2": Variant(_mamba2(4, 96, 0.2), "mamba2 tiny, not trained by its authors", None, 25_340_296),
+    "vmamba_small_m2": Variant(_mamba2(12, 96, 0.3), "mamba2 small, not trained by its authors", None, 39_079_816),
+    "vmamba_base_m2": Variant(_mamba2(12, 128, 0.3), "mamba2 base, not trained by its authors", None, 67_527_528),
+    "vmamba_digits": Variant(_one_state(2, 32, 1.0, 0.1) | dict(depths=(2, 2))),
+}
+
+
+def list_models() -> list[str]:
+    """The names that `create_model` takes."""
+    return list(VARIANTS)
+
+
+def create_model(name: str, **options: Any) -> VSSM:
+    """The model called `name`, options of `VSSM` changed by keyword: num_classes, in_chans, drop_path_rate, ...
+
+    Raises:
+        UserError: no such model or option (it names the nearest), or an impossible value.
+    """
+    if name not in VARIANTS:
+        raise unknown("model", name, VARIANTS)
+    schema = inspect.signature(VSSM).parameters
+    for option in options:
+        if option not in schema:
+            raise unknown("model option", option, schema)
+    return VSSM(**VARIANTS[name].options | options)
+
+
+def build_model(config: CfgNode) -> VSSM:
+    """The model of a config: MODEL.NAME with MODEL.OPTIONS on top.  Raises UserError as `create_model` does."""
+    size = config.DATA.IMG_SIZE
+    model = create_model(
+        config.MODEL.NAME,
+        num_classes=config.MODEL.NUM_CLASSES,
+        in_chans=config.MODEL.IN_CHANS,
+        img_size=size if isinstance(size, int) else tuple(size),
+        drop_path_rate=config.MODEL.DROP_PATH_RATE,
+        backend=config.MODEL.BACKEND,
+        **config.MODEL.OPTIONS,
+    )
+    model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
+    return model

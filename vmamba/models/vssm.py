@@ -1,0 +1,349 @@
+"""VSSM, the visual state-space model: a stem, four stages of blocks with downsampling between them, a classifier.
+
+Images come in as (B, in_chans, H, W); inside, features are channels last, (B, H, W, C): see `layers`.
+State-dict keys are those of the released files of 2024 (`layers.0.blocks.0.op.x_proj_weight`, ...).
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, trunc_normal_
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vmamba.errors import UserError, unknown
+from vmamba.models import layers
+from vmamba.models.ss2d import SS2D, SSD2D, Mixer2D
+from vmamba_kernels import ROUTES
+
+SCANS = {"selective": SS2D, "ssd": SSD2D}
+
+
+class Block(nn.Module):
+    """x + op(norm(x)), then x + mlp(norm2(x)) where there is an MLP; stochastic depth on both branches."""
+
+    def __init__(self, op: Mixer2D, norm: nn.Module, mlp: nn.Module | None, norm2: nn.Module | None, drop_path: float):
+        super().__init__()
+        self.norm = norm
+        self.op = op
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = norm2
+        self.mlp = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)."""
+        x = x + self.drop_path(self.op(self.norm(x)))
+        if self.mlp is not None:
+            x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, then the downsampling to the next stage (none after the last)."""
+
+    def __init__(self, blocks: Sequence[Block], downsample: nn.Module | None):
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks)
+        self.downsample = downsample
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The blocks alone: (B, H, W, dim) -> (B, H, W, dim)."""
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+
+class Classifier(nn.Module):
+    """Norm, global average pool, linear."""
+
+    def __init__(self, dim: int, num_classes: int, norm: nn.Module, pool: str, drop_rate: float):
+        super().__init__()
+        self.dim = dim
+        self.norm = norm
+        self.drop = nn.Dropout(drop_rate)
+        self.reset(num_classes, pool)
+
+    def reset(self, num_classes: int, pool: str | None = None) -> None:
+        if pool is not None:
+            if pool not in ("avg", ""):
+                raise unknown("global_pool", pool, ("avg", "''"))
+            self.pool = pool
+        self.head = nn.Linear(self.dim, num_classes) if num_classes > 0 else nn.Identity()
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, H, W, dim) -> (B, num_classes), or (B, dim) with `pre_logits`; unpooled with pool ''."""
+        x = self.norm(x)
+        if self.pool == "avg":
+            x = x.mean((1, 2))
+        x = self.drop(x)
+        return x if pre_logits else self.head(x)
+
+
+class VSSM(nn.Module):
+    """The model of VMamba (arXiv 2401.10166).  The defaults are those of `vmamba_tiny`'s blocks; see `variants`.
+
+    Args:
+        num_classes: of the classifier; 0 leaves the pooled features.
+        in_chans: channels of the images.
+        img_size: side, or (height, width), that the model is meant for; only `pos_embed` depends on it.
+        global_pool: "avg", or "" for no pooling.
+        depths, dims: blocks and channels of each stage; one number d for dims means d, 2d, 4d, ...
+        patch_size: stride of the stem.
+        scan: "selective" (SS2D) or "ssd" (Mamba-2's, released forward_type m0).
+        d_state, ssm_ratio, dt_rank, routes, gate, gate_act, out_norm, out_act, scan_float32: see `ss2d.Mixer2D`.
+        ssm_act, ssm_conv, ssm_conv_bias, ssm_drop_rate, ssm_init: act, conv, conv_bias, drop_rate and init there.
+        mlp_ratio: hidden width of the MLP in units of the channels; 0 leaves it out.
+        mlp_act, mlp_drop_rate, gated_mlp: see `layers.mlp`.
+        drop_rate: dropout in front of the classifier.
+        drop_path_rate: stochastic depth, from 0 at the first block to this at the last.
+        norm_layer: "ln" or "bn"; the out-norm of the scan is `out_norm`.
+        patch_norm: whether the stem has norms.
+        patch_embed: "v1" or "v2"; downsample: "v1", "v2" or "v3"; see `layers`.
+        pos_embed: add a learned position map after the stem, resized to the image where sizes differ.
+        backend: of the scan, a name of `vmamba_kernels.backends()`; "auto" is the fastest that can serve.
+
+    Raises:
+        UserError: an option's value is unknown or impossible; in `forward`, the image does not fit.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        img_size: int | tuple[int, int] = 224,
+        global_pool: str = "avg",
+        *,
+        depths: Sequence[int] = (2, 2, 9, 2),
+        dims: int | Sequence[int] = 96,
+        patch_size: int = 4,
+        scan: str = "selective",
+        d_state: int = 16,
+        ssm_ratio: float = 2.0,
+        dt_rank: int | str = "auto",
+        routes: Sequence[str] = ROUTES,
+        gate: bool = True,
+        gate_act: bool = True,
+        ssm_act: str = "silu",
+        ssm_conv: int = 3,
+        ssm_conv_bias: bool = True,
+        ssm_drop_rate: float = 0.0,
+        ssm_init: str = "v0",
+        out_norm: str = "ln",
+        out_act: bool = False,
+        scan_float32: bool = False,
+        mlp_ratio: float = 4.0,
+        mlp_act: str = "gelu",
+        mlp_drop_rate: float = 0.0,
+        gated_mlp: bool = False,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+        norm_layer: str = "ln",
+        patch_norm: bool = True,
+        patch_embed: str = "v1",
+        downsample: str = "v2",
+        pos_embed: bool = False,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        if scan not in SCANS:
+            raise unknown("scan", scan, SCANS)
+        dims = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
+        if len(dims) != len(depths) or not dims:
+            raise UserError(f"dims has {len(dims)} stages and depths {len(depths)}; give both one number a stage")
+        mixer = dict(
+            d_state=d_state,
+            ssm_ratio=ssm_ratio,
+            dt_rank=dt_rank,
+            routes=routes,
+            gate=gate,
+            gate_act=gate_act,
+            act=ssm_act,
+            conv=ssm_conv,
+            conv_bias=ssm_conv_bias,
+            drop_rate=ssm_drop_rate,
+            init=ssm_init,
+            out_norm=out_norm,
+            out_act=out_act,
+            scan_float32=scan_float32,
+            backend=backend,
+        )
+        norm = layers.norm_layer(norm_layer)
+        self.num_classes, self.in_chans, self.dims, self.patch_size = num_classes, in_chans, dims, patch_size
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.feature_info = [
+            dict(num_chs=dim, reduction=patch_size * 2**i, module=f"layers.{i}.blocks") for i, dim in enumerate(dims)
+        ]
+        self.patch_embed = layers.patch_embed(
+            patch_embed, in_chans, dims[0], patch_size, norm if patch_norm else nn.Identity
+        )
+        self.pos_embed = None
+        if pos_embed:
+            height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+            self.pos_embed = nn.Parameter(torch.empty(1, dims[0], height // patch_size, width // patch_size))
+            trunc_normal_(self.pos_embed, std=0.02)
+
+        rates = [drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
+        stages = []
+        for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
+            blocks = [
+                Block(
+                    op=SCANS[scan](dim, **mixer),
+                    norm=norm(dim),
+                    mlp=layers.mlp(dim, mlp_ratio, mlp_act, mlp_drop_rate, gated_mlp) if mlp_ratio > 0 else None,
+                    norm2=norm(dim) if mlp_ratio > 0 else None,
+                    drop_path=rates.pop(0),
+                )
+                for _ in range(depth)
+            ]
+            stages.append(
+                Stage(blocks, layers.downsample(downsample, dim, dims[i + 1], norm) if dims[i + 1 :] else None)
+            )
+        self.layers = nn.ModuleList(stages)
+        self.classifier = Classifier(dims[-1], num_classes, norm(dims[-1]), global_pool, drop_rate)
+        self.apply(_init_linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, H', W', dims[-1]), the last stage's output before the classifier's norm."""
+        x = self._stem(x)
+        for stage in self.layers:
+            x = self._downsample(stage, stage(x))
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, H', W', dims[-1]) -> (B, num_classes); with `pre_logits` the pooled features, (B, dims[-1])."""
+        return self.classifier(x, pre_logits)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, H', W', dims[0])."""
+        if x.dim() != 4 or x.shape[1] != self.in_chans:
+            raise UserError(
+                f"images have shape {tuple(x.shape)}; this model takes (batch, {self.in_chans}, height, width)"
+            )
+        stem = self.patch_embed[0]
+        if min(x.shape[2:]) + 2 * stem.padding[0] < stem.kernel_size[0]:
+            raise UserError(
+                f"images are {x.shape[2]} x {x.shape[3]} pixels; this model's patches need at least "
+                f"{stem.kernel_size[0]} x {stem.kernel_size[0]}"
+            )
+        x = self.patch_embed(x)
+        if self.pos_embed is not None:
+            x = x + resize_pos_embed(self.pos_embed, x.shape[1:3]).permute(0, 2, 3, 1)
+        return x
+
+    def _downsample(self, stage: Stage, x: Tensor) -> Tensor:
+        """To the next stage's resolution; after the last stage x itself."""
+        if stage.downsample is None:
+            return x
+        if (
+            isinstance(stage.downsample, nn.Sequential)
+            and stage.downsample[1].padding[0] == 0
+            and min(x.shape[1:3]) < 2
+        ):
+            raise UserError(
+                f"a stage's features are {x.shape[1]} x {x.shape[2]}, too small to downsample by 2x2 convolution; "
+                f"use larger images or downsample='v3'"
+            )
+        return stage.downsample(x)
+
+    # ------------------------------------------------------------------------------------ what timm's models offer
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The last features and the outputs of chosen stages, before their downsampling.
+
+        Args:
+            x: (B, in_chans, H, W).
+            indices: stages, negative ones from the end; a number n means the last n; None means all.
+            norm: put the classifier's norm on the last stage's output.
+            stop_early: do not run the stages behind the last chosen one.
+            output_fmt: "NCHW" or "NHWC", of the intermediates.
+            intermediates_only: return the list alone.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise unknown("output_fmt", output_fmt, ("NCHW", "NHWC"))
+        take, last = feature_take_indices(len(self.layers), indices)
+        x = self._stem(x)
+        intermediates = []
+        for i, stage in enumerate(self.layers[: last + 1] if stop_early else self.layers):
+            x = stage(x)
+            if i in take:
+                y = self.classifier.norm(x) if norm and stage.downsample is None else x
+                intermediates.append(y.permute(0, 3, 1, 2) if output_fmt == "NCHW" else y)
+            x = self._downsample(stage, x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages behind the last of `indices` (as in `forward_intermediates`), and the head."""
+        take, last = feature_take_indices(len(self.layers), indices)
+        self.layers = self.layers[: last + 1]
+        self.layers[-1].downsample = None
+        if prune_norm:
+            self.classifier.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def get_classifier(self) -> nn.Module:
+        return self.classifier.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head for `num_classes` (0: none), and another pooling if `global_pool` is given."""
+        self.num_classes = num_classes
+        self.classifier.reset(num_classes, global_pool)
+        self.classifier.head.apply(_init_linear)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        for stage in self.layers:
+            stage.grad_checkpointing = enable
+
+    def set_backend(self, backend: str) -> None:
+        """Choose the backend of every scan; "auto" is the fastest that can serve a call."""
+        for module in self.modules():
+            if isinstance(module, Mixer2D):
+                module.backend = backend
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters beside norms and biases that the released recipe does not decay: D of SS2D, the position map."""
+        names = {f"{path}.Ds" for path, module in self.named_modules() if isinstance(module, SS2D)}
+        return names | ({"pos_embed"} if self.pos_embed is not None else set())
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """timm's parameter groups, for layer-wise decay."""
+        blocks = [(r"^layers\.(\d+)", None)]
+        if not coarse:
+            blocks = [(r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^layers\.(\d+)\.downsample", (0,))]
+        return dict(stem=r"^patch_embed|^pos_embed", blocks=[*blocks, (r"^classifier\.norm", (99999,))])
+
+
+def resize_pos_embed(pos_embed: Tensor, size: Sequence[int]) -> Tensor:
+    """(1, dim, H, W) -> (1, dim, *size), bicubic without antialiasing, as the released code resizes it on loading."""
+    if tuple(pos_embed.shape[2:]) == tuple(size):
+        return pos_embed
+    return F.interpolate(pos_embed.float(), size=tuple(size), mode="bicubic", align_corners=False).to(pos_embed.dtype)
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
