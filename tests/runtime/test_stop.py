@@ -35,18 +35,6 @@ def test_what_the_user_can_mend_is_one_sentence(error, capsys, monkeypatch):
     assert capsys.readouterr().err == "error: no such thing; try another\n"
 
 
-def test_the_sentence_of_a_data_worker_comes_without_its_traceback(capsys):
-    from torch._utils import ExceptionWrapper
-
-    try:
-        raise UserError("'a.png' is no image: truncated")
-    except UserError as error:
-        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
-        assert isinstance(error, wrapped.exc_type)
-    assert exit_code(wrapped.reraise) == 1
-    assert capsys.readouterr().err.endswith("error: 'a.png' is no image: truncated\n")
-
-
 def test_another_rank_says_which_it_is(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     assert exit_code(raising(UserError("no"))) == 1

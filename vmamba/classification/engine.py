@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
@@ -13,11 +12,11 @@ import yaml
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from vmamba.classification.data import TrainLoader, build_eval_loader, build_mixup, build_train_loader
+from vmamba.classification.data import Loader, TrainLoader, build_eval_loader, build_mixup, build_train_loader
 from vmamba.classification.records import Records
+from vmamba.classification.report import Results, describe, image_size, step_line, summary
 from vmamba.config import output_folder, save_config
 from vmamba.errors import UserError
 from vmamba.models.variants import build_model
@@ -32,9 +31,9 @@ from vmamba.runtime.checkpoint import (
 from vmamba.runtime.distributed import World, on_main, processes, share_buffers, sum_over_processes
 from vmamba.runtime.logging import Pace, create_logger, memory_mb, progress
 from vmamba.runtime.optim import Schedule, build_optimizer
-from vmamba.runtime.precision import autocast, build_scaler, describe_precision, set_up_precision
+from vmamba.runtime.precision import autocast, build_scaler, set_up_precision
 from vmamba.runtime.state import TrainState
-from vmamba.runtime.step import OptimizerStep, StepReport, parallelise
+from vmamba.runtime.step import OptimizerStep, parallelise
 from vmamba.runtime.stop import Stopped, StopRequest
 
 
@@ -51,9 +50,6 @@ class Run:
         return output_folder(self.config)
 
 
-Results = dict[str, float]  # loss, acc1, acc5 (percent); ema_loss, ema_acc1, ema_acc5 where there is an EMA
-
-
 def run(config: CfgNode) -> Results:
     """Train, or only evaluate (EVAL_MODE) or time (THROUGHPUT_MODE), and return the last numbers.
 
@@ -65,7 +61,7 @@ def run(config: CfgNode) -> Results:
         set_up_precision(config, world.device)
         torch.manual_seed(config.SEED)
         model = build_model(config).to(world.device)
-        logger.info(describe(run, model))
+        logger.info(describe(config, world, model))
         if config.THROUGHPUT_MODE:
             return throughput(run, model)
         if config.EVAL_MODE:
@@ -91,7 +87,7 @@ def train(run: Run, model: nn.Module) -> Results:
             results = evaluate_state(run, state, eval_loader)
             finish_epoch(run, state, records, results, time.time() - start)
     results = results or evaluate_state(run, state, eval_loader)
-    run.logger.info(f"{config.TRAIN.EPOCHS} epochs are trained; {summary(results)}; best top-1 {best(state):.2f}%")
+    run.logger.info(f"{config.TRAIN.EPOCHS} epochs are trained; {summary(results)}; best top-1 {state.best:.2f}%")
     return results
 
 
@@ -170,15 +166,16 @@ def train_epoch(run: Run, state: TrainState, step: OptimizerStep, loader: TrainL
     for done in progress(remaining, run.world, f"epoch {state.epoch + 1}/{config.TRAIN.EPOCHS}"):
         report = step(state, islice(batches, config.TRAIN.ACCUMULATION_STEPS), stop=request.signum is not None)
         if (done + 1) % config.PRINT_FREQ == 0 or done + 1 == state.steps_per_epoch:
-            run.logger.debug(step_line(run, state, report, batches))
+            run.logger.debug(step_line(config, state, report, *batches.lap(state.step), memory_mb(run.world.device)))
         if report.stop:
             save(run, state, "last.pth")
             raise Stopped(request.agreed_signal(), run.folder / "last.pth")
         if config.TRAIN.SAVE_STEPS and state.step % config.TRAIN.SAVE_STEPS == 0:
             save(run, state, "last.pth")
+    tell_skipped(run, loader)
 
 
-def evaluate_state(run: Run, state: TrainState, loader: DataLoader) -> Results:
+def evaluate_state(run: Run, state: TrainState, loader: Loader) -> Results:
     """The plain weights and, where there are, the EMA's."""
     results = evaluate(run, state.model, loader)
     if state.ema:
@@ -187,7 +184,7 @@ def evaluate_state(run: Run, state: TrainState, loader: DataLoader) -> Results:
 
 
 @torch.inference_mode()
-def evaluate(run: Run, model: nn.Module, loader: DataLoader) -> Results:
+def evaluate(run: Run, model: nn.Module, loader: Loader) -> Results:
     """Mean cross-entropy, top-1 and top-5 accuracy in percent (of fewer classes than 5: all), over all processes."""
     device = run.world.device
     share_buffers(model)
@@ -200,8 +197,18 @@ def evaluate(run: Run, model: nn.Module, loader: DataLoader) -> Results:
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # (B, 5)
         loss = F.cross_entropy(logits, targets, reduction="sum")
         sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), loss.new_tensor(len(targets))])
+    tell_skipped(run, loader)
     loss, top1, top5, images = sum_over_processes(sums).tolist()
+    if not images:
+        raise UserError(
+            f"none of the validation images could be read; check DATA.DATA_PATH '{run.config.DATA.DATA_PATH}'"
+        )
     return {"loss": loss / images, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images}
+
+
+def tell_skipped(run: Run, loader: Loader) -> None:
+    if loader.skipped:
+        run.logger.warning(f"rank {run.world.rank}: {loader.skipped} unreadable images were skipped in this pass")
 
 
 def finish_epoch(run: Run, state: TrainState, records: Records, results: Results, seconds: float) -> None:
@@ -216,7 +223,7 @@ def finish_epoch(run: Run, state: TrainState, records: Records, results: Results
         "bad_steps": state.bad_steps,
         "seconds": round(seconds, 2),
     }
-    improved = max(results["acc1"], results.get("ema_acc1", 0)) > best(state)
+    improved = max(results["acc1"], results.get("ema_acc1", 0)) > state.best
     state.max_accuracy = max(state.max_accuracy, results["acc1"])
     state.max_accuracy_ema = max(state.max_accuracy_ema, results.get("ema_acc1", -1.0))
     state.epoch += 1
@@ -228,7 +235,7 @@ def finish_epoch(run: Run, state: TrainState, records: Records, results: Results
         save(run, state, "last.pth")
     run.logger.info(
         f"epoch {state.epoch}/{config.TRAIN.EPOCHS} in {seconds:.1f}s: training loss {entry['train_loss']:.4f}; "
-        f"{summary(results)}; best top-1 {best(state):.2f}%"
+        f"{summary(results)}; best top-1 {state.best:.2f}%"
     )
 
 
@@ -259,9 +266,7 @@ def throughput(run: Run, model: nn.Module) -> Results:
     config, device = run.config, run.world.device
     on_gpu = device.type == "cuda"
     warm_up, steps = (50, 30) if on_gpu else (2, 5)
-    size = config.DATA.IMG_SIZE
-    height, width = (size, size) if isinstance(size, int) else size
-    images = torch.randn(config.DATA.BATCH_SIZE, config.MODEL.IN_CHANS, height, width, device=device)
+    images = torch.randn(config.DATA.BATCH_SIZE, config.MODEL.IN_CHANS, *image_size(config), device=device)
     model = parallelise(model.eval(), config, World(0, 1, 0, device))
     with autocast(config, device):
         for _ in progress(range(warm_up), run.world, "warming up"):
@@ -286,45 +291,3 @@ def elapsed(work: Callable[[], object], device: torch.device) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1000
-
-
-# ------------------------------------------------------------------------------------------------ what the log says
-
-
-def describe(run: Run, model: nn.Module) -> str:
-    """The line at the start of every run."""
-    config, device = run.config, run.world.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return (
-        f"{config.MODEL.NAME}: {parameters:,} parameters, {config.DATA.IMG_SIZE} pixels; "
-        f"{run.world.size} process{'es' * (run.world.size > 1)} on {name}; {describe_precision(config)}; "
-        f"scan backend {config.MODEL.BACKEND}; torch {torch.__version__}"
-    )
-
-
-def step_line(run: Run, state: TrainState, report: StepReport, batches: Pace) -> str:
-    config, group = run.config, state.optimizer.param_groups[0]
-    seconds, waiting = batches.lap(state.step)
-    left = timedelta(seconds=int(seconds * (config.TRAIN.EPOCHS * state.steps_per_epoch - state.step)))
-    mean = state.epoch_loss / max(state.epoch_loss_steps, 1)
-    skipped = f" skipped {state.bad_steps}" if state.bad_steps else ""
-    return (
-        f"train [{state.epoch + 1}/{config.TRAIN.EPOCHS}][{state.step_in_epoch}/{state.steps_per_epoch}] eta {left} "
-        f"lr {group['lr']:.3e} wd {group['weight_decay']:.4f} time {seconds:.3f} data {waiting:.3f} "
-        f"loss {report.loss:.4f} ({mean:.4f}) grad_norm {report.grad_norm:.4f} "
-        f"loss_scale {state.scaler.get_scale():g} mem {memory_mb(run.world.device):.0f}MB{skipped}"
-    )
-
-
-def summary(results: Results) -> str:
-    plain = f"loss {results['loss']:.4f}, top-1 {results['acc1']:.2f}%, top-5 {results['acc5']:.2f}%"
-    if "ema_acc1" not in results:
-        return plain
-    ema = [results[f"ema_{name}"] for name in ("loss", "acc1", "acc5")]
-    return "{}; EMA loss {:.4f}, top-1 {:.2f}%, top-5 {:.2f}%".format(plain, *ema)
-
-
-def best(state: TrainState) -> float:
-    """The best top-1 accuracy so far, plain or EMA."""
-    return max(state.max_accuracy, state.max_accuracy_ema)

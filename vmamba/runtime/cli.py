@@ -15,7 +15,7 @@ def exit_code(main: Callable[[], object]) -> int:
     try:
         main()
     except (UserError, BackendError) as error:
-        _say(f"error: {_sentence(error)}")
+        _say(f"error: {error}")
         return 1
     except Stopped as stop:
         _say(str(stop))
@@ -29,11 +29,3 @@ def exit_code(main: Callable[[], object]) -> int:
 def _say(sentence: str) -> None:
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
     print(sentence if rank == 0 else f"[rank {rank}] {sentence}", file=sys.stderr, flush=True)
-
-
-def _sentence(error: Exception) -> str:
-    """The error's text; one raised in a data worker arrives wrapped in that worker's traceback, its text last."""
-    text = str(error)
-    if "Original Traceback" in text:
-        return text.strip().splitlines()[-1].split(": ", 1)[-1]
-    return text

@@ -23,6 +23,11 @@ def set_up_precision(config: CfgNode, device: torch.device) -> None:
         )
 
 
+def compute_dtype(config: CfgNode) -> torch.dtype:
+    """What matrix products compute in."""
+    return _DTYPES[config.AMP.DTYPE] if config.AMP.ENABLE else torch.float32
+
+
 def autocast(config: CfgNode, device: torch.device) -> AbstractContextManager:
     """The context for a forward pass."""
     return torch.autocast(device.type, dtype=_DTYPES[config.AMP.DTYPE], enabled=config.AMP.ENABLE)

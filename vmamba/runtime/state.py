@@ -40,6 +40,11 @@ class TrainState:
     def step_in_epoch(self) -> int:
         return self.step - self.epoch * self.steps_per_epoch
 
+    @property
+    def best(self) -> float:
+        """The best top-1 accuracy so far, of the plain or the EMA weights."""
+        return max(self.max_accuracy, self.max_accuracy_ema)
+
     def gather_random_states(self) -> None:
         """Collect the random states of all processes; all call it before one saves."""
         self.random_states = gather(_random_state())
