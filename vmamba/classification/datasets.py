@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data import ImageDataset, create_dataset
 from torch.utils.data import IterableDataset
 from torchvision.datasets import CIFAR10, CIFAR100
@@ -50,7 +50,13 @@ class Source:
             image, label = self.samples[index][:2]
             return to_image(self.read(image) if self.read else image, channels), int(-1 if label is None else label)
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, zlib.error, struct.error, ...
-            raise UnreadableImage(f"cannot read '{self.name(index)}': {error}") from error
+            raise UnreadableImage(f"cannot read '{self.name(index)}': {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "it is not an image of a format that Pillow knows"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def to_image(image: Image.Image | bytes | BinaryIO, channels: int) -> Image.Image:
@@ -74,6 +80,8 @@ def open_dataset(config: CfgNode, *, training: bool, rank: int, world_size: int)
     Raises UserError when they are not there, or do not fit MODEL.NUM_CLASSES.
     """
     name = config.DATA.DATASET
+    if config.DATA.ZIP_MODE and name != "imagenet":
+        raise UserError(f"--zip reads archives of imagenet's form, but DATA.DATASET is '{name}'; leave it out")
     if name == "digits":
         return _digits(config, training)
     if name in _CIFAR:

@@ -1,0 +1,256 @@
+"""Where images come from: what is read, how it is decoded, and what each mistake in the data says."""
+
+import hashlib
+import io
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.datasets import CIFAR10
+
+from vmamba.classification.datasets import UnreadableImage, open_dataset, to_image
+from vmamba.config import get_config
+from vmamba.errors import UserError
+
+
+def picture(seed: int, size: tuple[int, int] = (12, 10)) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
+def encoded(seed: int, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    picture(seed).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def make_folders(root: Path, train=("cat", "dog"), val=("cat", "dog"), images: int = 2) -> Path:
+    """`images` PNG files a class and split; picture s is `picture(s)`, s counting up."""
+    seed = 0
+    for split, classes in (("train", train), ("val", val)):
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for i in range(images):
+                (root / split / name / f"{i}.png").write_bytes(encoded(seed))
+                seed += 1
+    return root
+
+
+def make_archives(root: Path, labels=(0, 1, 0, 1, 1)) -> Path:
+    for split in ("train", "val"):
+        with zipfile.ZipFile(root / f"{split}.zip", "w") as archive:
+            for i, label in enumerate(labels):
+                archive.writestr(f"n{label}/a {i}.png", encoded(i))
+        lines = [f"n{label}/a {i}.png\t{label}\n" for i, label in enumerate(labels)]
+        (root / f"{split}_map.txt").write_text("".join(lines))
+    return root
+
+
+def opened(root: Path | str, *opts, training=True, rank=0, world_size=1, classes=2, dataset="imagenet"):
+    opts = ["DATA.DATASET", dataset, "DATA.DATA_PATH", str(root), "MODEL.NUM_CLASSES", classes, *opts]
+    return open_dataset(get_config(None, opts), training=training, rank=rank, world_size=world_size)
+
+
+def pixels(source, index: int) -> list:
+    return np.asarray(source.load(index, 3)[0]).tolist()
+
+
+def test_digits_split():
+    train, val = (opened("", training=training, classes=10, dataset="digits") for training in (True, False))
+    assert (len(train), len(val)) == (1437, 360)
+    together = {image.tobytes() for source in (train, val) for image, _ in source.samples}
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    assert len(together) == len(np.unique(digits.data, axis=0))  # nothing lost
+    counts = np.bincount([label for _, label in val.samples])
+    assert abs(counts - np.bincount(digits.target) / 5).max() < 1  # stratified
+    assert val.samples[0][0].getextrema() == (0, 255)
+    assert hashlib.md5(np.array([label for _, label in val.samples]).tobytes()).hexdigest() == SPLIT
+
+
+SPLIT = "3b21550defdf84a9ea6bc81264b4f16d"  # of the held-out labels in order: the split never moves
+
+
+def test_folders_read_images_and_number_classes_by_name(tmp_path):
+    make_folders(tmp_path, train=("dog", "ant", "cat"), val=("cat", "ant", "dog"))
+    (tmp_path / "train" / ".cache").mkdir()
+    (tmp_path / "train" / "ant" / "notes.txt").write_text("not an image, not taken for one")
+    train, val = opened(tmp_path, classes=3), opened(tmp_path, classes=3, training=False)
+    assert [label for _, label in train.samples] == [label for _, label in val.samples] == [0, 0, 1, 1, 2, 2]
+    assert pixels(train, 0) == np.asarray(picture(2)).tolist()  # ant came second
+    assert train.name(0) == str(tmp_path / "train" / "ant" / "0.png")
+
+
+def test_evaluation_needs_val_only(tmp_path):
+    make_folders(tmp_path, train=())
+    assert len(opened(tmp_path, "EVAL_MODE", True, training=False)) == 4
+    with pytest.raises(UserError, match=r"has no train/ folder: it holds val"):
+        opened(tmp_path, training=False)
+
+
+def test_archives_read_the_same_in_every_cache_mode(tmp_path):
+    make_archives(tmp_path)
+    for mode, kept in (("no", 0), ("part", 2), ("full", 5)):
+        source = opened(tmp_path, "DATA.ZIP_MODE", True, "DATA.CACHE_MODE", mode, rank=1, world_size=2)
+        assert len(source.read.__self__.kept) == kept
+        assert [label for _, label in source.samples] == [0, 1, 0, 1, 1]
+        copy = pickle.loads(pickle.dumps(source))  # as a worker process gets it
+        for i in range(5):
+            assert pixels(source, i) == pixels(copy, i) == np.asarray(picture(i)).tolist()
+    assert source.name(3) == str(tmp_path / "train.zip" / "n1" / "a 3.png")
+    (tmp_path / "train.zip").unlink()
+    assert pixels(source, 4) == np.asarray(picture(4)).tolist()  # full: the archive is no longer needed
+
+
+def test_cifar_from_a_local_folder(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="does not hold cifar10 whole: it holds nothing; unpack https"):
+        opened(tmp_path, classes=10, dataset="cifar10")
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+    data = np.random.default_rng(0).integers(0, 256, (3, 3072), dtype=np.uint8)
+    contents = {
+        "train": pickle.dumps({"data": data, "labels": [4, 9, 0]}),
+        "test": pickle.dumps({"data": data[:1], "labels": [7]}),
+        "meta": pickle.dumps({"label_names": [str(i) for i in range(10)]}),
+    }
+    sums = {name: hashlib.md5(content).hexdigest() for name, content in contents.items()}
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    monkeypatch.setattr(CIFAR10, "train_list", [["train", sums["train"]]])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test", sums["test"]]])
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": "meta", "key": "label_names", "md5": sums["meta"]})
+    train = opened(tmp_path, classes=10, dataset="cifar10")
+    image, label = train.load(1, 3)
+    assert label == 9 and np.asarray(image).transpose(2, 0, 1).ravel().tolist() == data[1].tolist()
+    assert len(opened(tmp_path, classes=10, dataset="cifar10", training=False)) == 1
+
+
+def test_other_names_go_to_timm(tmp_path):
+    make_folders(tmp_path)
+    source = opened(tmp_path, dataset="torch/image_folder")
+    assert len(source) == 4 and source.load(3, 3)[1] == 1 and pixels(source, 3) == np.asarray(picture(3)).tolist()
+    with pytest.raises(UserError, match="unknown DATA.DATASET 'imagnet'; did you mean 'imagenet'"):
+        opened(tmp_path, dataset="imagnet")
+    with pytest.raises(UserError, match="timm cannot open split 'train' of 'torch/nonesuch'"):
+        opened(tmp_path, dataset="torch/nonesuch")
+    with pytest.raises(UserError, match=r"torch/image_folder has 2 classes, but MODEL.NUM_CLASSES is 5"):
+        opened(tmp_path, dataset="torch/image_folder", classes=5)
+
+
+def remove(path: Path) -> None:
+    for child in sorted(path.rglob("*"), reverse=True):
+        child.rmdir() if child.is_dir() else child.unlink()
+    path.rmdir()
+
+
+@pytest.mark.parametrize(
+    "break_it, message",
+    [
+        (lambda root: remove(root), "does not exist"),
+        (lambda root: remove(root / "train"), "has no train/ folder: it holds val"),
+        (lambda root: [remove(root / "train"), (root / "train.zip").touch()], "for archives add --zip"),
+        (lambda root: (root / "train" / "dog" / "0.png").rename(root / "x"), None),
+        (lambda root: [f.unlink() for f in (root / "train" / "dog").iterdir()], r"no image in class dog; fill"),
+        (lambda root: [remove(f) for f in (root / "train").iterdir()], "has no folder of a class: it holds nothing"),
+        (lambda root: (root / "train" / "owl").mkdir(), "has 3 classes, but MODEL.NUM_CLASSES is 2"),
+    ],
+)
+def test_what_broken_training_folders_say(tmp_path, break_it, message):
+    root = make_folders(tmp_path / "data")
+    break_it(root)
+    if message is None:
+        assert len(opened(root)) == 3
+        return
+    with pytest.raises(UserError, match=message):
+        opened(root)
+
+
+def test_validation_must_have_the_same_classes(tmp_path):
+    make_folders(tmp_path, train=("cat", "dog"), val=("cat", "eel", "fox"))
+    message = "other classes in val/ than in train/; only in val/: eel, fox; only in train/: dog"
+    with pytest.raises(UserError, match=message):
+        opened(tmp_path, training=False)
+
+
+def test_only_imagenet_comes_in_archives():
+    with pytest.raises(UserError, match="--zip reads archives of imagenet's form, but DATA.DATASET is 'digits'"):
+        opened("", "DATA.ZIP_MODE", True, dataset="digits", classes=10)
+
+
+def test_a_data_path_is_needed_and_is_a_folder(tmp_path):
+    with pytest.raises(UserError, match="name it with --data-path"):
+        opened("")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is not a folder"):
+        opened(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("train_map.txt", "n0/a 0.png\t0\nn1/a 1.png\n", r"train_map.txt', line 2: 'n1/a 1.png' is not"),
+        ("train_map.txt", "n0/a 0.png\t0\n\nn1/a 1.png\tone\n", r"train_map.txt', line 3: "),
+        ("train_map.txt", "n0/a 0.png\t0\nn1/a 1.png\t-1\n", r"line 2: "),
+        ("train_map.txt", "n0/a 0.png\t0\nn1/a 1.png\t2\n", r"line 2: label 2 is out of range; MODEL.NUM_CLASSES is 2"),
+        ("train_map.txt", "n0/a 0.png\t0\n", r"has no image of class 1; MODEL.NUM_CLASSES is 2"),
+        ("train_map.txt", "", "names no image"),
+        ("train_map.txt", None, "has no train_map.txt: it holds train.zip, val.zip, val_map.txt"),
+        ("train.zip", None, "has no train.zip"),
+        ("train.zip", "PK but not a zip", "train.zip' is not a zip archive"),
+    ],
+)
+def test_what_broken_archives_say(tmp_path, file, content, message):
+    make_archives(tmp_path)
+    if content is None:
+        (tmp_path / file).unlink()
+    else:
+        (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=message):
+        opened(tmp_path, "DATA.ZIP_MODE", True)
+
+
+def test_a_map_may_name_a_file_the_archive_lacks(tmp_path):
+    make_archives(tmp_path)
+    with (tmp_path / "train_map.txt").open("a") as file:
+        file.write("n1/absent.png\t1\n")
+    for mode in ("no", "full"):
+        source = opened(tmp_path, "DATA.ZIP_MODE", True, "DATA.CACHE_MODE", mode)
+        with pytest.raises(UnreadableImage, match=re.escape(str(tmp_path / "train.zip" / "n1/absent.png"))):
+            source.load(5, 3)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "F"])
+def test_every_mode_of_image_becomes_gray_or_rgb(mode):
+    image = Image.new(mode, (5, 3))
+    assert to_image(image, 1).mode == "L" and to_image(image, 3).mode == "RGB"
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped():
+    values = np.array([[0, 256, 32768, 65535]], dtype=np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "PNG")
+    assert np.asarray(to_image(buffer.getvalue(), 1)).tolist() == [[0, 0, 127, 255]]
+
+
+def test_a_transparent_palette_keeps_its_colours():
+    image = Image.new("P", (2, 1), 1)
+    image.putpalette([0, 0, 0, 10, 200, 30])
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", transparency=b"\xff\x00")
+    assert to_image(buffer.getvalue(), 3).getpixel((0, 0)) == (10, 200, 30)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_truncated_and_other_files_are_named(tmp_path, kind):
+    make_folders(tmp_path)
+    bad, other = (tmp_path / "train" / "dog" / f"{i}.png" for i in (0, 1))
+    bad.write_bytes(encoded(0, kind)[:-200])
+    other.write_text("no image")
+    source = opened(tmp_path)
+    for index, path in ((2, bad), (3, other)):
+        with pytest.raises(UnreadableImage, match=f"cannot read '{path}'"):
+            source.load(index, 3)
