@@ -1,6 +1,7 @@
 """Batches: the same images whatever the workers, processes and stops; timm's transforms; errors as sentences."""
 
 import random
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,25 @@ import torch
 from PIL import Image
 from timm.data import Mixup, create_transform
 
-from vmamba.classification.data import build_eval_loader, build_mixup, build_train_loader, build_transform, seeded
+from vmamba.classification.data import (
+    build_eval_loader,
+    build_mixup,
+    build_train_loader,
+    build_transform,
+    preserved_generators,
+    seed_generators,
+)
 from vmamba.config import get_config
 from vmamba.errors import UserError
 
 DIGITS = {"DATASET": "digits", "IMG_SIZE": 16, "NUM_WORKERS": 0, "BATCH_SIZE": 64}
+
+
+@contextmanager
+def seeded(*key: int):
+    with preserved_generators():
+        seed_generators(*key)
+        yield
 
 
 def config_of(*opts):
@@ -114,7 +129,7 @@ def test_loading_leaves_the_generators_alone():
     assert states() == before
 
 
-def test_seeded_restores_after_an_error():
+def test_the_generators_are_put_back_after_an_error():
     before = torch.get_rng_state()
     with pytest.raises(KeyError), seeded(1, 2):
         torch.rand(1)

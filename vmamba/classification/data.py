@@ -78,7 +78,8 @@ def build_mixup(config: CfgNode) -> Callable[..., Batch] | None:
     )
 
     def mix(images: Tensor, labels: Tensor, *, step: int) -> Batch:
-        with seeded(config.SEED, _MIXUP, step):
+        with preserved_generators():
+            seed_generators(config.SEED, _MIXUP, step)
             return mixup(images, labels)
 
     return mix
@@ -171,7 +172,7 @@ class TrainingBatches:
 
 
 class Examples(Dataset):
-    """Transformed images by (epoch, index)."""
+    """Transformed images by (epoch, index), a batch at a time."""
 
     def __init__(self, config: CfgNode, source: Source, training: bool):
         self.source, self.training = source, training
@@ -179,22 +180,27 @@ class Examples(Dataset):
         self.skip = config.DATA.SKIP_BAD_IMAGES
         self.transform = build_transform(config, training)
 
-    def __getitem__(self, key: Key) -> Example:
+    def __getitems__(self, keys: list[Key]) -> list[Example]:
+        """What DataLoader calls for a batch.  Keeping the generators' states is dear, so it is done once here."""
+        with preserved_generators():
+            return [self._example(key) for key in keys]
+
+    def _example(self, key: Key) -> Example:
         """An error is a value here: raised in a worker process it would arrive wrapped in a traceback."""
+        seed_generators(self.seed, _IMAGE, *key)
         unreadable = []
-        with seeded(self.seed, _IMAGE, *key):
-            for index in self._candidates(key[1]):
-                try:
-                    image, label = self.source.load(index, self.channels)
-                except UnreadableImage as error:
-                    if not self.skip:
-                        return f"{error}; mend or remove it, or set DATA.SKIP_BAD_IMAGES true"
-                    unreadable.append(str(error))
-                    continue
-                if not 0 <= label < self.classes:
-                    name = self.source.name(index)
-                    return f"label {label} of '{name}' is out of range; MODEL.NUM_CLASSES is {self.classes}"
-                return self.transform(image), label, unreadable
+        for index in self._candidates(key[1]):
+            try:
+                image, label = self.source.load(index, self.channels)
+            except UnreadableImage as error:
+                if not self.skip:
+                    return f"{error}; mend or remove it, or set DATA.SKIP_BAD_IMAGES true"
+                unreadable.append(str(error))
+                continue
+            if not 0 <= label < self.classes:
+                name = self.source.name(index)
+                return f"label {label} of '{name}' is out of range; MODEL.NUM_CLASSES is {self.classes}"
+            return self.transform(image), label, unreadable
         if self.training:
             return f"{len(unreadable)} images in a row are unreadable, at last: {unreadable[-1]}; check the data path"
         return None, -1, unreadable
@@ -219,19 +225,23 @@ def collate(examples: list[Example]) -> tuple[Tensor, Tensor, list[str]] | str:
 
 
 @contextmanager
-def seeded(*key: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and PyTorch's CPU generators from `key`, and put their states back at the end."""
+def preserved_generators() -> Iterator[None]:
+    """Put the states of Python's, NumPy's and PyTorch's CPU generators back at the end."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    words = np.random.SeedSequence(key).generate_state(4)
-    random.seed(words.tobytes())
-    np.random.seed(words)
-    torch.default_generator.manual_seed(_integer(words))  # torch.manual_seed would seed the GPUs too
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+
+
+def seed_generators(*key: int) -> None:
+    """Seed the three from `key`."""
+    words = np.random.SeedSequence(key).generate_state(4)
+    random.seed(words.tobytes())
+    np.random.seed(words)
+    torch.default_generator.manual_seed(_integer(words))  # torch.manual_seed would seed the GPUs too
 
 
 def permutation(seed: int, epoch: int, length: int) -> Tensor:
