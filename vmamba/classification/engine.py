@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
 from yacs.config import CfgNode
@@ -59,7 +59,7 @@ def run(config: CfgNode) -> Results:
         logger = create_logger(world, None if config.THROUGHPUT_MODE else output_folder(config))
         run = Run(config, world, logger)
         set_up_precision(config, world.device)
-        torch.manual_seed(config.SEED)
+        random_seed(config.SEED)
         model = build_model(config).to(world.device)
         logger.info(describe(config, world, model))
         if config.THROUGHPUT_MODE:
@@ -86,6 +86,7 @@ def train(run: Run, model: nn.Module) -> Results:
             train_epoch(run, state, step, train_loader, request)
             results = evaluate_state(run, state, eval_loader)
             finish_epoch(run, state, records, results, time.time() - start)
+    on_main(records.draw)
     results = results or evaluate_state(run, state, eval_loader)
     run.logger.info(f"{config.TRAIN.EPOCHS} epochs are trained; {summary(results)}; best top-1 {state.best:.2f}%")
     return results

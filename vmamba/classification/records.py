@@ -1,5 +1,6 @@
 """What a run leaves beside its checkpoints: one JSON line an epoch, tensorboardX events, a picture of the curves."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 
 from vmamba.runtime.checkpoint import cannot_write, write_atomically
-from vmamba.runtime.logging import write_metrics
+from vmamba.runtime.logging import read_metrics, write_metrics
+
+SECONDS_BETWEEN_PICTURES = 60  # one takes half a second
 
 
 class Records:
@@ -17,10 +20,11 @@ class Records:
     def __init__(self, folder: Path):
         self.folder = folder
         self.events: SummaryWriter | None = None
+        self.drawn = -SECONDS_BETWEEN_PICTURES
 
     def write(self, entry: dict[str, Any]) -> None:
         """Record one epoch.  Raises UserError when the folder cannot be written."""
-        metrics = write_metrics(self.folder / "metrics.jsonl", entry)
+        write_metrics(self.folder / "metrics.jsonl", entry)
         try:
             if self.events is None:  # what a killed run wrote of this epoch and later ones is superseded
                 self.events = SummaryWriter(str(self.folder), purge_step=entry["epoch"])
@@ -30,7 +34,13 @@ class Records:
             self.events.flush()
         except OSError as error:
             raise cannot_write(self.folder, error) from error
-        draw_curves(metrics, self.folder / "curves.png")
+        if time.monotonic() - self.drawn > SECONDS_BETWEEN_PICTURES:
+            self.draw()
+
+    def draw(self) -> None:
+        """Draw what is recorded so far; after the last epoch it is for the caller to ask."""
+        draw_curves(read_metrics(self.folder / "metrics.jsonl"), self.folder / "curves.png")
+        self.drawn = time.monotonic()
 
 
 _PANELS = {
@@ -42,7 +52,7 @@ _PANELS = {
 
 def draw_curves(metrics: list[dict[str, Any]], path: Path) -> None:
     """Draw loss, accuracy and learning rate over the epochs in `metrics` (see `read_metrics`) into a PNG file."""
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = Figure(figsize=(12, 3.6))
     FigureCanvasAgg(figure)
     for axes, (title, curves) in zip(figure.subplots(1, len(_PANELS)), _PANELS.items(), strict=True):
         for name, label in curves.items():
@@ -53,4 +63,5 @@ def draw_curves(metrics: list[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
+    figure.subplots_adjust(left=0.05, right=0.98, bottom=0.15)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=100))

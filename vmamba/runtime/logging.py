@@ -111,12 +111,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return sorted(metrics, key=lambda entry: entry["epoch"])
 
 
-def write_metrics(path: Path, entry: dict[str, Any]) -> list[dict[str, Any]]:
-    """Put one epoch's line into a metrics.jsonl, in the place of an earlier line of that epoch; returns all lines."""
+def write_metrics(path: Path, entry: dict[str, Any]) -> None:
+    """Put one epoch's line into a metrics.jsonl, in the place of an earlier line of that epoch."""
     entry = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in entry.items()
     }
     metrics = {old["epoch"]: old for old in read_metrics(path)} | {entry["epoch"]: entry}
     lines = [json.dumps(metrics[epoch]) for epoch in sorted(metrics)]
     write_atomically(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
-    return [metrics[epoch] for epoch in sorted(metrics)]

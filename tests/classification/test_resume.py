@@ -1,0 +1,149 @@
+"""A run that was stopped anywhere and resumed ends as the uninterrupted one, bit for bit, and loses nothing."""
+
+import signal
+import subprocess
+import time
+
+import pytest
+
+from vmamba.classification import engine
+from vmamba.classification.engine import run
+from vmamba.config import output_folder
+from vmamba.errors import UserError
+from vmamba.runtime.step import OptimizerStep
+from vmamba.runtime.stop import Stopped
+
+from .tiny import ALONE, command, differences, log, metrics, saved, tiny_config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the order of sums depends on it, and the subprocesses have one
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    config = tiny_config(tmp_path_factory.mktemp("uninterrupted"))
+    run(config)
+    return config
+
+
+def assert_same_run(config, uninterrupted):
+    one, other = saved(config), saved(uninterrupted)
+    assert not differences({**one, "config": None}, {**other, "config": None})
+    assert metrics(config) == metrics(uninterrupted)
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """stop_at(step): a signal arrives while that step is computed."""
+
+    def arrange(step, signum=signal.SIGTERM):
+        whole_step = OptimizerStep.__call__
+
+        def interrupted(self, state, *args, **options):
+            if state.step == step:
+                signal.raise_signal(signum)
+            return whole_step(self, state, *args, **options)
+
+        monkeypatch.setattr(OptimizerStep, "__call__", interrupted)
+
+    yield arrange
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize(("step", "workers"), [(0, 2), (1, 0), (2, 2), (4, 0)])
+def test_stopped_at_a_signal_and_resumed(tmp_path, uninterrupted, stop_at, monkeypatch, step, workers):
+    config = tiny_config(tmp_path, "DATA.NUM_WORKERS", workers)
+    stop_at(step)
+    with pytest.raises(Stopped, match="SIGTERM"):
+        run(config)
+    monkeypatch.undo()
+    # The signal arrives before the step, after the request was looked at: the step after it is the last.
+    assert saved(config)["step"] == step + 2
+    lines_before = metrics(config)
+    run(config)
+    assert f"resumed {output_folder(config) / 'last.pth'}" in log(config)
+    assert metrics(config)[: len(lines_before)] == lines_before
+    assert_same_run(config, uninterrupted)
+
+
+def test_killed_after_an_epochs_line_the_line_is_not_written_twice(tmp_path, uninterrupted, monkeypatch):
+    config = tiny_config(tmp_path, "TRAIN.SAVE_STEPS", 2)
+    save = engine.save
+
+    def killed_at_the_end(run, state, name):
+        if state.epoch == 2:
+            raise KeyboardInterrupt
+        save(run, state, name)
+
+    monkeypatch.setattr(engine, "save", killed_at_the_end)
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    monkeypatch.undo()
+    assert metrics(config) == metrics(uninterrupted)
+    assert saved(config)["step"] == 6
+    run(config)
+    assert_same_run(config, uninterrupted)
+
+
+def test_the_newest_that_loads_is_resumed_and_the_skipped_is_said(tmp_path, uninterrupted):
+    config = tiny_config(tmp_path, "TRAIN.EPOCHS", 1)
+    run(config)
+    last = output_folder(config) / "last.pth"
+    last.write_bytes(last.read_bytes()[:-1000])
+    config = tiny_config(tmp_path)
+    run(config)
+    assert "skipped a checkpoint" in log(config)
+    assert "last.pth' is truncated" in log(config)
+    assert f"resumed {last.with_name('best.pth')}" in log(config)
+
+
+def test_an_explicit_checkpoint_goes_before_the_newest(tmp_path, uninterrupted):
+    config = tiny_config(tmp_path, "MODEL.RESUME", output_folder(uninterrupted) / "last.pth", "TRAIN.EPOCHS", 3)
+    run(config)
+    assert [line["epoch"] for line in metrics(config)] == [3]
+
+
+def test_another_global_batch_cannot_resume(tmp_path, uninterrupted):
+    options = ("MODEL.RESUME", output_folder(uninterrupted) / "last.pth", "DATA.BATCH_SIZE", 6)
+    with pytest.raises(UserError, match="3 steps an epoch and this one has 5"):
+        run(tiny_config(tmp_path, *options))
+
+
+def wait_for(condition, process, seconds=120):
+    """Until `condition()` holds, while `process` runs."""
+    end = time.time() + seconds
+    while not condition():
+        assert process.poll() is None, "the process ended too soon"
+        assert time.time() < end
+        time.sleep(0.01)
+
+
+def test_processes_ended_by_sigterm_and_sigkill(tmp_path, uninterrupted):
+    config = tiny_config(tmp_path)
+    written = output_folder(config) / "log.txt"
+
+    def start():
+        return subprocess.Popen(command(tmp_path, "--opts", "TRAIN.SAVE_STEPS", "1"), stderr=subprocess.PIPE, **ALONE)
+
+    with start() as process:
+        wait_for(lambda: written.exists() and "][1/3]" in written.read_text(), process)
+        process.terminate()
+        _, stderr = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM; saved" in stderr
+    stopped_at = saved(config)["step"]
+    assert 1 <= stopped_at < 6
+
+    with start() as process:
+        wait_for(lambda: f"][{stopped_at % 3 + 1}/3]" in written.read_text().rpartition("resumed")[2], process)
+        process.kill()
+    assert stopped_at <= saved(config)["step"]
+    run(config)
+    assert_same_run(config, uninterrupted)
