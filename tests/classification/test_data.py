@@ -251,9 +251,15 @@ def test_horizontal_flips_can_be_turned_off():
 
 
 @pytest.mark.parametrize(
-    "policy", ["rand-m10-n4-inc1-p1.0", "v0r", "augmix-m10-w2-d2", "rand-m9-mstd0.5-inc1-tweights"]
+    "policy, channels",
+    [
+        ("rand-m10-n4-inc1-p1.0", 1),
+        ("rand-m10-n4-inc1-p1.0", 3),
+        ("rand-m9-mstd0.5-inc1-tweights", 3),
+        ("v0r", 3),
+        ("augmix-m10-w2-d2", 3),
+    ],
 )
-@pytest.mark.parametrize("channels", [1, 3])
 def test_policies_at_full_magnitude_take_every_image(policy, channels):
     opts = ["AUG.AUTO_AUGMENT", policy, "MODEL.IN_CHANS", channels, "DATA.MEAN", "[0.5]", "DATA.STD", "[0.5]"]
     transform = build_transform(get_config(None, ["DATA.IMG_SIZE", 40, *opts]), training=True)
