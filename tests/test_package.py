@@ -1,0 +1,65 @@
+"""What a wheel holds, and that the repository says the same in its few places of record."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "vmamba", "kernels"):
+        (source / name).symlink_to(REPOSITORY / name)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        folder,
+        source,
+    ]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    (path,) = folder.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        yield {name: archive.read(name).decode() for name in archive.namelist()}
+
+
+def test_wheel_holds_every_source_and_nothing_else(wheel):
+    def sources(folder):
+        return {
+            path.relative_to(folder.parent).as_posix()
+            for path in folder.rglob("*")
+            if path.suffix in (".py", ".cu", ".cuh")
+        }
+
+    expected = sources(REPOSITORY / "vmamba") | sources(REPOSITORY / "kernels" / "vmamba_kernels")
+    assert {name for name in wheel if ".dist-info/" not in name} == expected
+
+
+def test_wheel_names_what_it_needs_and_its_licence(wheel):
+    metadata = next(text for name, text in wheel.items() if name.endswith("/METADATA"))
+    assert "License-Expression: MIT" in metadata
+    needs = re.findall(r"^Requires-Dist: ([\w.-]+)", metadata, re.MULTILINE)
+    assert {"torch", "torchvision", "timm", "yacs"} <= set(needs)
+    assert not {"mamba-ssm", "causal-conv1d"} & set(needs)
+
+
+def test_every_command_of_the_readme_exists():
+    readme = (REPOSITORY / "README.md").read_text()
+    files = set(re.findall(r"(?:python|torchrun\s.*?|--cfg|launch)\s+([\w/]+\.(?:py|yaml))", readme))
+    assert "main.py" in files and "configs/vmamba_tiny.yaml" in files
+    assert [name for name in files if not (REPOSITORY / name).exists()] == []
+    targets = set(re.findall(r"^(\w+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"^\s*make (\w+)", readme, re.MULTILINE)) <= targets
