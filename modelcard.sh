@@ -9,6 +9,7 @@
 # without it the released file in weights/, where there is one, else the best checkpoint of the training command.
 set -euo pipefail
 cd "$(dirname "$0")"
+PATH=$PWD/.venv/bin:$PATH  # what make sets up
 
 DATA=${DATA:-data/imagenet}
 GPUS=${GPUS:-8}
