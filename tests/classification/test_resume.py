@@ -16,16 +16,6 @@ from vmamba.runtime.stop import Stopped
 from .tiny import ALONE, command, differences, log, metrics, saved, tiny_config
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the order of sums depends on it, and the subprocesses have one
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     config = tiny_config(tmp_path_factory.mktemp("uninterrupted"))

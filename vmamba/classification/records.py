@@ -52,7 +52,7 @@ _PANELS = {
 
 def draw_curves(metrics: list[dict[str, Any]], path: Path) -> None:
     """Draw loss, accuracy and learning rate over the epochs in `metrics` (see `read_metrics`) into a PNG file."""
-    figure = Figure(figsize=(12, 3.6))
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (title, curves) in zip(figure.subplots(1, len(_PANELS)), _PANELS.items(), strict=True):
         for name, label in curves.items():
@@ -63,5 +63,4 @@ def draw_curves(metrics: list[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
-    figure.subplots_adjust(left=0.05, right=0.98, bottom=0.15)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=100))

@@ -1,0 +1,97 @@
+"""Several processes, by each launcher: the curve of one process, every image counted once, jobs that resume."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from vmamba.classification.engine import run
+from vmamba.config import output_folder
+
+from .tiny import ALONE, ROOT, command, log, metrics, saved, tiny_config, tiny_file
+
+WITHOUT_CHANCE = ("MODEL.DROP_PATH_RATE", 0, "AUG.MIXUP", 0, "AUG.CUTMIX", 0)  # drawn by each process for itself
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("launch")
+
+
+@pytest.fixture(scope="module")
+def one_process(folder):
+    config = tiny_config(folder, *WITHOUT_CHANCE, "TAG", "one")
+    return config, run(config)
+
+
+@pytest.fixture(scope="module")
+def two_processes(folder):
+    """Trained from the root by torchrun, with the global batch of `one_process` in two steps of accumulation too."""
+    options = [*map(str, WITHOUT_CHANCE), "TAG", "two", "DATA.BATCH_SIZE", "5"]
+    launch("torchrun", command(folder, "--opts", *options)[1:], ROOT)
+    return tiny_config(folder, *options)
+
+
+def launch(launcher, arguments, cwd):
+    launchers = {
+        "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"],
+        "launch": ["-m", "torch.distributed.launch", "--nproc_per_node", "2", "--master_port", "29618"],
+    }
+    done = subprocess.run(
+        [sys.executable, *launchers[launcher], *arguments], capture_output=True, timeout=300, **{**ALONE, "cwd": cwd}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_two_processes_give_the_curve_of_one(one_process, two_processes):
+    config, _ = one_process
+    for one, two in zip(metrics(config), metrics(two_processes), strict=True):
+        assert two == pytest.approx(one, rel=1e-5)
+    for key in ("model", "model_ema"):
+        for name, weight in saved(config)[key].items():
+            torch.testing.assert_close(saved(two_processes)[key][name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_one_process_writes_and_all_are_saved(two_processes):
+    steps = [line for line in log(two_processes).splitlines() if "train [" in line]
+    assert len(steps) == 6
+    assert "2 processes on CPU" in log(two_processes)
+    first, second = saved(two_processes)["random_states"]
+    assert not torch.equal(first["torch"], second["torch"])
+
+
+def test_from_classification_the_old_launcher_evaluates_every_image_once(folder, one_process):
+    config, results = one_process
+    checkpoint = str(output_folder(config) / "last.pth")
+    arguments = ["--cfg", str(tiny_file(folder)), "--output", str(folder), "--eval", "--resume", checkpoint]
+    out = launch("launch", ["main.py", *arguments, "--batch-size", "5"], ROOT / "classification")
+    (line,) = [line for line in out.splitlines() if "last.pth: " in line]
+    assert re.findall(r"top-1 ([\d.]+)%", line) == [f"{results[key]:.2f}" for key in ("acc1", "ema_acc1")]
+    assert re.findall(r"loss ([\d.]+)", line) == [f"{results[key]:.4f}" for key in ("loss", "ema_loss")]
+
+
+def test_a_local_job_warned_in_time_is_requeued_and_resumes(folder, one_process):
+    config = tiny_config(folder, *WITHOUT_CHANCE, "TAG", "job")
+    submission = command(folder, "--local", "--gpus-per-node", "0", "--time", "30", door="classification/submit.py")
+    written = output_folder(config) / "log.txt"
+    with subprocess.Popen(
+        [*submission, "--tag", "job", "--opts", *map(str, WITHOUT_CHANCE)], stdout=subprocess.PIPE, **ALONE
+    ) as door:
+        job = int(re.match(r"job (\d+);", door.stdout.readline()).group(1))
+        while not (written.exists() and "][1/3]" in written.read_text()):
+            assert door.poll() is None
+            time.sleep(0.005)
+        (task,) = Path(f"/proc/{job}/task/{job}/children").read_text().split()
+        os.kill(int(task), signal.SIGUSR2)
+        out, _ = door.communicate(timeout=300)
+    assert door.returncode == 0
+    assert f"job {job} is done" in out
+    assert f"resumed {output_folder(config) / 'last.pth'}" in log(config)
+    assert metrics(config) == metrics(one_process[0])
