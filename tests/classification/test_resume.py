@@ -92,6 +92,7 @@ def test_the_newest_that_loads_is_resumed_and_the_skipped_is_said(tmp_path, unin
     assert "skipped a checkpoint" in log(config)
     assert "last.pth' is truncated" in log(config)
     assert f"resumed {last.with_name('best.pth')}" in log(config)
+    assert "changed since: TRAIN.EPOCHS 1 -> 2" in log(config)
 
 
 def test_an_explicit_checkpoint_goes_before_the_newest(tmp_path, uninterrupted):

@@ -41,6 +41,15 @@ def test_another_rank_says_which_it_is(capsys, monkeypatch):
     assert capsys.readouterr().err == "[rank 3] error: no\n"
 
 
+def test_a_lost_process_is_a_sentence_only_where_there_are_others(capsys, monkeypatch):
+    lost = raising(RuntimeError("[gloo/pair.cc:561] Connection closed by peer [127.0.0.1]:31638"))
+    with pytest.raises(RuntimeError):
+        exit_code(lost)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    assert exit_code(lost) == 1
+    assert "another process of the run has ended" in capsys.readouterr().err
+
+
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         exit_code(lambda: 1 / 0)

@@ -16,7 +16,7 @@ from yacs.config import CfgNode
 
 from vmamba.classification.data import Loader, TrainLoader, build_eval_loader, build_mixup, build_train_loader
 from vmamba.classification.records import Records
-from vmamba.classification.report import Results, describe, image_size, step_line, summary
+from vmamba.classification.report import Results, changes, describe, image_size, step_line, summary
 from vmamba.config import output_folder, save_config
 from vmamba.errors import UserError
 from vmamba.models.variants import build_model
@@ -84,6 +84,7 @@ def train(run: Run, model: nn.Module) -> Results:
         while state.epoch < config.TRAIN.EPOCHS:
             start = time.time()
             train_epoch(run, state, step, train_loader, request)
+            save_last(run, state, state.epoch + 1)  # an evaluation that fails costs no training
             results = evaluate_state(run, state, eval_loader)
             finish_epoch(run, state, records, results, time.time() - start)
     on_main(records.draw)
@@ -115,9 +116,12 @@ def resume(run: Run, state: TrainState) -> None:
     config = run.config
     path = config.MODEL.RESUME or newest(run)
     if path:
-        state.load_state_dict(read_checkpoint(path), path)
+        saved = read_checkpoint(path)
+        state.load_state_dict(saved, path)
         state.restore_random_state(run.world.rank)
         run.logger.info(f"resumed {path} at epoch {state.epoch + 1}, step {state.step_in_epoch}")
+        for change in changes(saved["config"], state.config):
+            run.logger.info(f"changed since: {change}")
     elif config.MODEL.PRETRAINED:
         load_weights(state.model, read_weights(config.MODEL.PRETRAINED), config.MODEL.PRETRAINED)
         if state.ema:
@@ -184,7 +188,7 @@ def evaluate_state(run: Run, state: TrainState, loader: Loader) -> Results:
     return results
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(run: Run, model: nn.Module, loader: Loader) -> Results:
     """Mean cross-entropy, top-1 and top-5 accuracy in percent (of fewer classes than 5: all), over all processes."""
     device = run.world.device
@@ -219,7 +223,7 @@ def finish_epoch(run: Run, state: TrainState, records: Records, results: Results
         "epoch": state.epoch + 1,
         "step": state.step,
         "lr": state.optimizer.param_groups[0]["lr"],
-        "train_loss": state.epoch_loss / max(state.epoch_loss_steps, 1),
+        "train_loss": state.mean_loss,
         **results,
         "bad_steps": state.bad_steps,
         "seconds": round(seconds, 2),
@@ -232,8 +236,7 @@ def finish_epoch(run: Run, state: TrainState, records: Records, results: Results
     on_main(lambda: records.write(entry))
     if improved:
         save(run, state, "best.pth")
-    if state.epoch % config.SAVE_FREQ == 0 or state.epoch == config.TRAIN.EPOCHS:
-        save(run, state, "last.pth")
+    save_last(run, state, state.epoch)
     run.logger.info(
         f"epoch {state.epoch}/{config.TRAIN.EPOCHS} in {seconds:.1f}s: training loss {entry['train_loss']:.4f}; "
         f"{summary(results)}; best top-1 {state.best:.2f}%"
@@ -243,6 +246,11 @@ def finish_epoch(run: Run, state: TrainState, records: Records, results: Results
 def save(run: Run, state: TrainState, name: str) -> None:
     state.gather_random_states()
     on_main(lambda: save_checkpoint(state, run.folder / name))
+
+
+def save_last(run: Run, state: TrainState, epoch: int) -> None:
+    if epoch % run.config.SAVE_FREQ == 0 or epoch == run.config.TRAIN.EPOCHS:
+        save(run, state, "last.pth")
 
 
 def evaluate_file(run: Run, model: nn.Module) -> Results:
@@ -261,7 +269,7 @@ def evaluate_file(run: Run, model: nn.Module) -> Results:
     return results
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def throughput(run: Run, model: nn.Module) -> Results:
     """Images a second of all processes together and peak memory, in batches of DATA.BATCH_SIZE, after a warm-up."""
     config, device = run.config, run.world.device

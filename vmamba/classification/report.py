@@ -45,18 +45,29 @@ def scan_backends(config: CfgNode, model: VSSM, device: torch.device) -> str:
     return ", ".join(dict.fromkeys(names))
 
 
+def changes(saved: dict, config: dict, prefix: str = "") -> list[str]:
+    """What differs between two configs as plain values, "KEY before -> now"."""
+    lines = []
+    for key in sorted(saved.keys() | config.keys()):
+        before, now = saved.get(key), config.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            lines += changes(before, now, f"{prefix}{key}.")
+        elif before != now:
+            lines.append(f"{prefix}{key} {before} -> {now}")
+    return lines
+
+
 def step_line(
     config: CfgNode, state: TrainState, report: StepReport, seconds: float, waiting: float, memory_mb: float
 ) -> str:
     """Where training stands; `seconds` is the time of a step, of which `waiting` went by for data."""
     group = state.optimizer.param_groups[0]
     left = timedelta(seconds=int(seconds * (config.TRAIN.EPOCHS * state.steps_per_epoch - state.step)))
-    mean = state.epoch_loss / max(state.epoch_loss_steps, 1)
     skipped = f" skipped {state.bad_steps}" if state.bad_steps else ""
     return (
         f"train [{state.epoch + 1}/{config.TRAIN.EPOCHS}][{state.step_in_epoch}/{state.steps_per_epoch}] eta {left} "
         f"lr {group['lr']:.3e} wd {group['weight_decay']:.4f} time {seconds:.3f} data {waiting:.3f} "
-        f"loss {report.loss:.4f} ({mean:.4f}) grad_norm {report.grad_norm:.4f} "
+        f"loss {report.loss:.4f} ({state.mean_loss:.4f}) grad_norm {report.grad_norm:.4f} "
         f"loss_scale {state.scaler.get_scale():g} mem {memory_mb:.0f}MB{skipped}"
     )
 

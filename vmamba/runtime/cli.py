@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 
 from vmamba.errors import UserError
+from vmamba.runtime.distributed import lost_a_process
 from vmamba.runtime.stop import Stopped
 from vmamba_kernels import BackendError
 
@@ -20,6 +21,11 @@ def exit_code(main: Callable[[], object]) -> int:
     except Stopped as stop:
         _say(str(stop))
         return 128 + stop.signum
+    except RuntimeError as error:
+        if not lost_a_process(error):
+            raise
+        _say("error: another process of the run has ended; what it said is the reason")
+        return 1
     except KeyboardInterrupt:
         _say("interrupted; the last checkpoint stays and the same command resumes from it")
         return 130

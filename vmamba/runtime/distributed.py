@@ -127,6 +127,14 @@ def on_main(work: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
+def lost_a_process(error: RuntimeError) -> bool:
+    """Whether a collective failed because a process at its other end is gone."""
+    if not dist.is_initialized():
+        return False
+    gone = re.search("Connection closed by peer|Connection reset by peer|Broken pipe", str(error))
+    return isinstance(error, dist.DistError) or gone is not None
+
+
 def share_buffers(model: nn.Module) -> None:
     """Give every process rank 0's buffers (running statistics), as its checkpoint has them."""
     if dist.is_initialized():

@@ -41,6 +41,11 @@ class TrainState:
         return self.step - self.epoch * self.steps_per_epoch
 
     @property
+    def mean_loss(self) -> float:
+        """Of the epoch in progress, bad steps left out."""
+        return self.epoch_loss / self.epoch_loss_steps if self.epoch_loss_steps else float("nan")
+
+    @property
     def best(self) -> float:
         """The best top-1 accuracy so far, of the plain or the EMA weights."""
         return max(self.max_accuracy, self.max_accuracy_ema)
