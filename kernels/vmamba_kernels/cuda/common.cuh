@@ -27,6 +27,7 @@ __device__ __forceinline__ float to_float(fp16 v) {
     asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(v.bits));
     return r;
 }
+template <class T> __device__ __forceinline__ unsigned bits(T v) { return reinterpret_cast<unsigned short &>(v); }
 template <class T> __device__ __forceinline__ T from_float(float v);
 template <> __device__ __forceinline__ float from_float<float>(float v) { return v; }
 template <> __device__ __forceinline__ bf16 from_float<bf16>(float v) {
@@ -40,7 +41,32 @@ template <> __device__ __forceinline__ fp16 from_float<fp16>(float v) {
     return r;
 }
 
-template <class T, int COUNT> struct alignas(sizeof(T) * COUNT) Vec { T v[COUNT]; };
+// COUNT neighbouring values, read and written at once; two half-width ones share a register.
+template <class T, int COUNT> struct alignas(sizeof(T) * COUNT) Vec {
+    T v[COUNT];
+    __device__ __forceinline__ float get(int i) const { return to_float(v[i]); }
+    __device__ __forceinline__ void set(const float *from) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) v[i] = from_float<T>(from[i]);
+    }
+};
+template <class T> struct HalfPair {
+    unsigned both;
+    __device__ __forceinline__ float get(int i) const {
+        const T half{(unsigned short)(i ? both >> 16 : both)};
+        return to_float(half);
+    }
+};
+template <> struct Vec<bf16, 2> : HalfPair<bf16> {
+    __device__ __forceinline__ void set(const float *from) {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(from[1]), "f"(from[0]));
+    }
+};
+template <> struct Vec<fp16, 2> : HalfPair<fp16> {
+    __device__ __forceinline__ void set(const float *from) {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(from[1]), "f"(from[0]));
+    }
+};
 
 __device__ __forceinline__ float exp2_fast(float v) {
     float r;
@@ -89,6 +115,11 @@ __device__ __forceinline__ int route_pixel(int step, int route, int height, int 
     return step;
 }
 
+// The element at a pixel: one multiply-add for a 64-bit address, so that images may pass 2^31 elements.
+template <class T> __device__ __forceinline__ T *at(T *base, int pixel, int stride_bytes) {
+    return (T *)((const char *)base + (i64)pixel * stride_bytes);
+}
+
 __device__ __forceinline__ void copy_16_async(void *shared, const void *global) {
     unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global));
@@ -112,46 +143,140 @@ template <int OFFSET, int COUNT> __device__ __forceinline__ void read_row(float 
     }
 }
 
-// The state group q of a lane's NS values starting at column FIRST of a row.
-template <int FIRST> __device__ __forceinline__ void read_states(float *dst, const float *row, int q) {
+// The rows' B and C as float32: where they lie in the copied rows, or in a converted copy of RS floats a row.
+constexpr bool CONVERT = sizeof(P) == 2;
+constexpr int RB = CONVERT ? 0 : B0, RC = RB + NP;
+constexpr int RS = CONVERT ? (NP == 1 ? 2 : (2 * NP + 3) / 4 * 4) : ROW;
+
+// A lane's NS values of B (COLUMN = RB) or C (RC); q is the lane's state group.
+template <int COLUMN> __device__ __forceinline__ void read_states(float *dst, const float *row, int q) {
     if constexpr (S == 1) {
-        read_row<FIRST, NS>(dst, row);
-    } else if constexpr (NS % 4 == 0 && FIRST % 4 == 0) {
-        read_row<0, NS>(dst, row + FIRST + q * NS);
+        read_row<COLUMN, NS>(dst, row);
+    } else if constexpr (NS % 4 == 0) {
+        read_row<0, NS>(dst, row + COLUMN + q * NS);
     } else {
 #pragma unroll
-        for (int n = 0; n < NS; ++n) dst[n] = row[FIRST + q * NS + n];
+        for (int n = 0; n < NS; ++n) dst[n] = row[COLUMN + q * NS + n];
     }
 }
 
-// Start copying COUNT projected rows (16 bytes a lane and turn); pixel[j] is the row's pixel in this image.
-template <int COUNT> __device__ __forceinline__ void load_rows(P *raw, const P *rows, const int *pixel, int stride, int lane) {
+// Start copying COUNT projected rows, 16 bytes a lane and turn; pixel[j] is the row's pixel in this image.
+template <int COUNT>
+__device__ __forceinline__ void load_rows(P *raw, const P *rows, const int *pixel, int stride_bytes, int lane) {
     constexpr int EACH = 16 / sizeof(P), PER_ROW = ROW / EACH, TOTAL = COUNT * PER_ROW;
 #pragma unroll
     for (int i = 0; i < (TOTAL + 31) / 32; ++i) {
-        int v = i * 32 + lane, j = v / PER_ROW, c = v % PER_ROW;
-        if (TOTAL % 32 == 0 || v < TOTAL) copy_16_async(raw + v * EACH, rows + (i64)pixel[j] * stride + c * EACH);
+        const int v = i * 32 + lane, j = v / PER_ROW, c = v % PER_ROW;
+        if (TOTAL % 32 == 0 || v < TOTAL) copy_16_async(raw + v * EACH, at(rows, pixel[j], stride_bytes) + c * EACH);
     }
     copy_commit();
 }
 
-// The copied rows as float32.
+__device__ __forceinline__ float upper_half(unsigned v) { return __uint_as_float(v & 0xffff0000u); }   // bfloat16s are
+__device__ __forceinline__ float lower_half(unsigned v) { return __uint_as_float(v << 16); }           // half a float32
+
+// B and C of COUNT copied rows as float32.
 template <int COUNT> __device__ __forceinline__ void convert_rows(float *dst, const P *raw, int lane) {
-    if constexpr (sizeof(P) == 2) {
-        constexpr int TOTAL = COUNT * ROW / 8;
+    if constexpr (CONVERT && NS % 4 == 0) {
+        constexpr int PER_ROW = NP < 2 ? 1 : 2 * NP / 4, TOTAL = COUNT * PER_ROW;
 #pragma unroll
         for (int i = 0; i < (TOTAL + 31) / 32; ++i) {
-            int v = i * 32 + lane;
+            const int v = i * 32 + lane, j = v / PER_ROW, c = v % PER_ROW * 4;
             if (TOTAL % 32 == 0 || v < TOTAL) {
-                uint4 w = reinterpret_cast<const uint4 *>(raw)[v];   // bfloat16 is float32's upper half
-                float4 a, b;
-                a.x = __uint_as_float(w.x << 16), a.y = __uint_as_float(w.x & 0xffff0000u);
-                a.z = __uint_as_float(w.y << 16), a.w = __uint_as_float(w.y & 0xffff0000u);
-                b.x = __uint_as_float(w.z << 16), b.y = __uint_as_float(w.z & 0xffff0000u);
-                b.z = __uint_as_float(w.w << 16), b.w = __uint_as_float(w.w & 0xffff0000u);
-                reinterpret_cast<float4 *>(dst)[2 * v] = a;
-                reinterpret_cast<float4 *>(dst)[2 * v + 1] = b;
+                const uint2 w = *reinterpret_cast<const uint2 *>(raw + j * ROW + B0 + c);
+                *reinterpret_cast<float4 *>(dst + j * RS + c) =
+                    make_float4(lower_half(w.x), upper_half(w.x), lower_half(w.y), upper_half(w.y));
             }
+        }
+    } else if constexpr (CONVERT) {
+        constexpr int TOTAL = COUNT * 2 * NP;
+#pragma unroll
+        for (int i = 0; i < (TOTAL + 31) / 32; ++i) {
+            const int v = i * 32 + lane, j = v / (2 * NP), c = v % (2 * NP);
+            if (TOTAL % 32 == 0 || v < TOTAL) dst[j * RS + c] = to_float(raw[j * ROW + B0 + c]);
         }
     }
 }
+
+// The steps of a warp's CH channels at STEPS positions, w = (dt + bias) / ln 2 before the softplus, dt = rows * dt_weight.
+// A lane holds w[o][t][e]: position o * 8 + lane / 4, channel t * 8 + lane % 4 * 2 + e: the layout of a matrix
+// instruction's result, which bfloat16 rows are multiplied with (its products are exact, its sums float32).
+template <int STEPS, int CH> struct StepProjection {
+    static constexpr int TILES = (CH + 7) / 8, DEPTH = R ? (R + 7) / 8 : 1, OCTETS = STEPS / 8;
+    float bias[TILES][2];
+    unsigned weight[TILES][DEPTH];
+    const X *weights[CONVERT ? 1 : TILES][2];
+
+    // first: of the warp's channels in (routes * dim); last: the largest that exists.
+    __device__ __forceinline__ void init(const X *dt_weight, const float *dt_bias, i64 first, i64 last, int lane) {
+#pragma unroll
+        for (int t = 0; t < TILES; ++t) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const i64 channel = min(first + t * 8 + lane % 4 * 2 + e, last);
+                bias[t][e] = dt_bias ? dt_bias[channel] * LOG2E : 0.f;
+                if constexpr (R && !CONVERT) weights[t][e] = dt_weight + channel * R;
+            }
+            if constexpr (R && CONVERT) {
+                const X *own = dt_weight + min(first + t * 8 + lane / 4, last) * R;
+#pragma unroll
+                for (int k = 0; k < DEPTH; ++k) {
+                    const int r = k * 8 + lane % 4 * 2;
+                    unsigned low = r < R ? bits(own[r]) : 0, high = r + 1 < R ? bits(own[r + 1]) : 0;
+                    weight[t][k] = low | high << 16;
+                }
+            }
+        }
+    }
+
+    // given: the steps themselves (R = 0), in the same layout as w.
+    __device__ __forceinline__ void project(float (*w)[TILES][2], const P *raw, const float (*given)[TILES][2], int lane) {
+        static_assert(OCTETS <= 2, "one matrix instruction has 16 positions");
+        if constexpr (R == 0) {
+#pragma unroll
+            for (int o = 0; o < OCTETS; ++o)
+#pragma unroll
+                for (int t = 0; t < TILES; ++t)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) w[o][t][e] = fmaf(given[o][t][e], LOG2E, bias[t][e]);
+        } else if constexpr (CONVERT) {
+            unsigned a[DEPTH][2];
+#pragma unroll
+            for (int k = 0; k < DEPTH; ++k)
+#pragma unroll
+                for (int o = 0; o < 2; ++o)
+                    a[k][o] = o < OCTETS ? *reinterpret_cast<const unsigned *>(
+                                               raw + (o * 8 + lane / 4) * ROW + k * 8 + lane % 4 * 2) : 0;
+#pragma unroll
+            for (int t = 0; t < TILES; ++t) {
+                float d[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+                for (int k = 0; k < DEPTH; ++k)
+                    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+                        "{%0, %1, %2, %3};"
+                        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                        : "r"(a[k][0]), "r"(a[k][1]), "r"(weight[t][k]));
+#pragma unroll
+                for (int o = 0; o < OCTETS; ++o)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) w[o][t][e] = fmaf(d[2 * o + e], LOG2E, bias[t][e]);
+            }
+        } else {
+#pragma unroll
+            for (int t = 0; t < TILES; ++t)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    float d[OCTETS] = {};
+#pragma unroll 8
+                    for (int r = 0; r < R; ++r) {
+                        const float weight = to_float(weights[t][e][r]);
+#pragma unroll
+                        for (int o = 0; o < OCTETS; ++o)
+                            d[o] = fmaf(to_float(raw[(o * 8 + lane / 4) * ROW + r]), weight, d[o]);
+                    }
+#pragma unroll
+                    for (int o = 0; o < OCTETS; ++o) w[o][t][e] = fmaf(d[o], LOG2E, bias[t][e]);
+                }
+        }
+    }
+};

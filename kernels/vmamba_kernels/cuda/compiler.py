@@ -10,7 +10,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -112,8 +112,14 @@ def _warn_unwritable(folder: str, error: str) -> None:
     )
 
 
+@lru_cache(4096)
+def _launch_config(blocks: int, threads: int, shared_bytes: int):
+    return cuda_core().LaunchConfig(grid=blocks, block=threads, shmem_size=shared_bytes)
+
+
 class Kernel:
-    """One kernel on one device: `kernel(blocks, threads, shared_bytes, *arguments)` launches it on PyTorch's current stream.
+    """One kernel on one device; calling it with (blocks, threads, shared bytes, *arguments) launches it on PyTorch's
+    current stream.
 
     Arguments are tensors (passed by address), None (a null pointer) or integers (64 bits).
     """
@@ -131,8 +137,7 @@ class Kernel:
         if stream is None:
             stream = self._streams[handle] = self._core.Stream.from_handle(handle)
         values = [v.data_ptr() if isinstance(v, torch.Tensor) else 0 if v is None else int(v) for v in arguments]
-        config = self._core.LaunchConfig(grid=blocks, block=threads, shmem_size=shared_bytes)
-        self._core.launch(stream, config, self._kernel, *values)
+        self._core.launch(stream, _launch_config(blocks, threads, shared_bytes), self._kernel, *values)
 
     def _allow(self, shared_bytes: int) -> None:
         """More dynamic shared memory than every launch may have must be asked for."""

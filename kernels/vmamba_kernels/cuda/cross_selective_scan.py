@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import scan
-from .layout import Layout
+from .layout import Layout, layout
 from .scan import Geometry, aligned
 
 KINDS = {"row": 0, "col": 1, "row_rev": 2, "col_rev": 3}
@@ -27,7 +27,7 @@ def _geometry(x: Tensor, routes: int, kinds: int) -> Geometry:
 
 
 def _layout(x: Tensor, dt_weight: Tensor, A: Tensor, out_dtype: torch.dtype) -> Layout:
-    return Layout(A.shape[2], dt_weight.shape[2], x.shape[3], x.dtype, out_dtype)
+    return layout(A.shape[2], dt_weight.shape[2], x.shape[3], x.dtype, out_dtype)
 
 
 def _project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -45,16 +45,16 @@ def _forward(
     x: Tensor, x_proj_weight: Tensor, dt_weight: Tensor, dt_bias: Tensor | None, A: Tensor, D: Tensor | None,
     kinds: int, out_dtype: torch.dtype, save: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    layout, geometry = _layout(x, dt_weight, A, out_dtype), _geometry(x, A.shape[0], kinds)
+    plan, geometry = _layout(x, dt_weight, A, out_dtype), _geometry(x, A.shape[0], kinds)
     out = x.new_empty(x.shape, dtype=out_dtype)
     if out.numel() == 0:
         return out, A.new_empty(_borders_shape(x, A, save))
     with torch.cuda.device(x.device):
         x, dt_weight, A = aligned(x), dt_weight.contiguous(), A.contiguous()
-        rows = _project(x, layout.fwd_rows.pack(x_proj_weight).flatten(0, 1), layout.row_dtype)
+        rows = _project(x, plan.fwd_rows.pack(x_proj_weight).flatten(0, 1), plan.row_dtype)
         bias = None if dt_bias is None else dt_bias.contiguous()
-        y, borders = scan.forward(layout, geometry, x, None, rows, dt_weight, bias, A, save)
-        scan.merge_forward(layout, y, x, None if D is None else D.sum(0), geometry.routes, out)
+        y, borders = scan.forward(plan, geometry, x, None, rows, dt_weight, bias, A, save)
+        scan.merge_forward(plan, y, x, None if D is None else D.sum(0), geometry.routes, out)
     return out, borders if save else A.new_empty(0)
 
 
@@ -62,7 +62,7 @@ def _borders_shape(x: Tensor, A: Tensor, save: bool) -> tuple[int, ...]:
     if not save:
         return (0,)
     routes, dim, states = A.shape
-    chunk = Layout(states, 0, dim, x.dtype, x.dtype).chunk
+    chunk = layout(states, 0, dim, x.dtype, x.dtype).chunk
     return x.shape[0], routes, (x.shape[1] * x.shape[2] + chunk - 1) // chunk - 1, states, dim
 
 
@@ -78,31 +78,34 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     routes, dim, states = A.shape
     rank, pixels = dt_weight.shape[2], x.numel() // dim if dim else 0
-    layout, geometry = _layout(x, dt_weight, A, dy.dtype), _geometry(x, routes, kinds)
+    plan, geometry = _layout(x, dt_weight, A, dy.dtype), _geometry(x, routes, kinds)
     if x.numel() == 0:
         zeros = [torch.zeros_like(t) for t in (x, x_proj_weight, dt_weight, A[:, :, 0], A, A[:, :, 0])]
         return tuple(t.contiguous() for t in zeros)
     with torch.cuda.device(x.device):
-        dtype, row = layout.row_dtype, layout.bwd_rows
+        dtype, row = plan.row_dtype, plan.bwd_rows
         x, dy, dt_weight, A = aligned(x), aligned(dy), dt_weight.contiguous(), A.contiguous()
         bias = None if dt_bias is None else dt_bias.contiguous()
         weight = row.pack(x_proj_weight).flatten(0, 1)  # (routes * row width, dim)
         rows = _project(x, weight, dtype)
         fwd_rows = rows
-        if layout.fwd_rows.width != row.width or layout.fwd_rows.sections != row.sections:
-            fwd_rows = _project(x, layout.fwd_rows.pack(x_proj_weight).flatten(0, 1), dtype)
-        g = scan.backward(layout, geometry, x, None, (fwd_rows, rows), dt_weight, bias, A, dy, borders)
+        if plan.fwd_rows.width != row.width or plan.fwd_rows.sections != row.sections:
+            fwd_rows = _project(x, plan.fwd_rows.pack(x_proj_weight).flatten(0, 1), dtype)
+        g = scan.backward(plan, geometry, x, None, (fwd_rows, rows), dt_weight, bias, A, dy, borders)
 
-        rows, d_rows = rows.view(pixels, routes, row.width), g.rows.view(pixels, routes, row.width)
-        d_steps = g.steps.view(pixels, routes, dim)
-        step_rows = torch.bmm(d_steps.transpose(0, 1), dt_weight.to(dtype))  # (routes, pixels, rank)
-        d_rows[:, :, :rank] = step_rows.transpose(0, 1)
-        d_dt_weight = torch.stack([d_steps[:, k].t() @ rows[:, k, :rank] for k in range(routes)])
+        # The rows' gradient: the columns of the steps by a matrix product, padded to whole 16 bytes; then B's and C's.
+        rows, d_steps = rows.view(pixels, routes, row.width), g.steps.view(pixels, routes, dim)
+        d_rows = rows.new_empty(pixels, routes, row.width)
+        padded = -(-rank // 8) * 8
+        dt_padded = torch.nn.functional.pad(dt_weight.to(dtype), (0, padded - rank))
+        torch.bmm(d_steps.transpose(0, 1), dt_padded, out=d_rows[:, :, :padded].transpose(0, 1))
+        scan.gather_rows(plan, g.tile_sums, d_rows)
+        d_dt_weight = torch.stack([(d_steps[:, k].t() @ rows[:, k, :padded])[:, :rank] for k in range(routes)])
         d_rows = d_rows.view(pixels, routes * row.width)
         d_weight = row.unpack((d_rows.t() @ x.view(pixels, dim).to(dtype)).view(routes, row.width, dim))
         through_rows = d_rows @ weight.to(dtype)  # (pixels, dim)
         skip = None if D is None else D.sum(0)
-        dx = scan.merge_backward(layout, g.x, dy, skip, through_rows, routes, torch.empty_like(x))
+        dx = scan.merge_backward(plan, g.x, dy, skip, through_rows, routes, torch.empty_like(x))
         dD = g.D[:1].expand(routes, dim).contiguous()  # only the sum of D over routes reaches the output
     return (
         dx, d_weight.to(x_proj_weight.dtype).contiguous(), d_dt_weight.to(dt_weight.dtype), g.dt_bias,

@@ -48,10 +48,14 @@ class Rows:
         """(routes, rank + 2*states, ...) -> (routes, width, ...)."""
         if self.width == weight.shape[1]:
             return weight.contiguous()
-        packed = weight.new_zeros(weight.shape[0], self.width, *weight.shape[2:])
-        for (first, count), part in zip(self.sections, weight.split([s[1] for s in self.sections], 1), strict=True):
-            packed[:, first : first + count] = part
-        return packed
+        ends = [first for first, _ in self.sections[1:]] + [self.width]
+        parts = weight.split([count for _, count in self.sections], 1)
+        padded = []
+        for (first, count), end, part in zip(self.sections, ends, parts, strict=True):
+            padded.append(part)
+            if end > first + count:
+                padded.append(weight.new_zeros(weight.shape[0], end - first - count, *weight.shape[2:]))
+        return torch.cat(padded, 1)
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """The inverse of `pack`."""
@@ -102,11 +106,8 @@ class Layout:
 
     @cached_property
     def fwd_channels(self) -> int:
-        return 1
-
-    @cached_property
-    def fwd_warps(self) -> int:
-        return _even(self.fwd_groups, 4)
+        """Two where whole warps and the registers allow it: what a pixel costs besides its states is then shared."""
+        return 2 if self.dim % 64 == 0 and (self.states == 1 or 0 < self.rank <= 12) else 1
 
     @cached_property
     def fwd_groups(self) -> int:
@@ -114,13 +115,24 @@ class Layout:
         return -(-self.dim // (32 // self.fwd_rows.lanes * self.fwd_channels))
 
     @cached_property
+    def fwd_stage(self) -> int:
+        return 16 if self.states == 1 else 8
+
+    @cached_property
+    def fwd_warps(self) -> int:
+        warp = self.fwd_stage * (self.fwd_rows.width * 8 + (32 // self.fwd_rows.lanes * self.fwd_channels + 8) * 4)
+        return _even(self.fwd_groups, min(4, 40960 // warp))  # of the 48 KB that a block has without asking
+
+    @cached_property
     def fwd_macros(self) -> tuple[tuple[str, object], ...]:
-        size = 4 if self.row_dtype == torch.float32 else 2
-        stage = 16 if self.states == 1 else 8
-        while stage > 4 and stage * self.fwd_rows.width * (2 * size + 4 * (size == 2)) > 8192:
-            stage //= 2
-        blocks = max(1, (24 if self.states == 1 else 16) // self.fwd_warps)
-        return self._macros(self.fwd_rows, C=self.fwd_channels, K=stage, WARPS=self.fwd_warps, MIN_BLOCKS=blocks)
+        return self._macros(
+            self.fwd_rows, C=self.fwd_channels, K=self.fwd_stage, WARPS=self.fwd_warps, MIN_BLOCKS=self.fwd_blocks
+        )
+
+    @cached_property
+    def fwd_blocks(self) -> int:
+        """Blocks of a multiprocessor that registers are left for."""
+        return (12 if self.fwd_channels == 2 or self.states == 1 else 16) // self.fwd_warps
 
     # Backward: a lane holds up to 4 states of two channels, and the states of `sub` steps of them.
 
@@ -147,24 +159,30 @@ class Layout:
 
     def bwd_shared(self, warps: int) -> int:
         """Bytes of shared memory of a block of the backward kernel."""
-        rows = self.sub * self.bwd_rows.width
-        if self.row_dtype == torch.bfloat16:
-            rows += rows // 2  # as they were copied, beside their float32 form
-        scalars = self.sub * self.bwd_warp_channels * 4
-        states = (-(-self.chunk // self.sub) - 1) * self.bwd_channels * self.bwd_rows.lane_states * 32
-        cells = 2 * warps * self.sub * 2 * self.bwd_rows.lane_states * self.bwd_rows.lanes
-        return 4 * (cells + warps * (rows + scalars + states))
+        cells = 2 * self.bwd_rows.lane_states * self.bwd_rows.lanes
+        own = 2 * self.sub * self.bwd_rows.width * self.row_dtype.itemsize + self.sub * self.bwd_warp_channels * 16
+        if self.row_dtype == torch.bfloat16:  # B and C also as float32
+            own += self.sub * 4 * (2 if cells == 2 else _round_up(cells, 4))
+        own += (self.chunk // self.sub - 1) * self.bwd_channels * self.bwd_rows.lane_states * 128
+        return warps * (2 * self.sub * cells * 4 + own)
 
+    @cache  # noqa: B019 - layouts are few and live as long as the process
     def bwd_warps(self, shared_limit: int) -> int:
-        groups = -(-self.dim // self.bwd_warp_channels)
-        warps = _even(groups, 12 if self.states <= 2 else 6)
-        while warps > 1 and self.bwd_shared(warps) > shared_limit:
+        """Warps a block: at most 12 (6 with many states), and what the shared memory holds."""
+        warps = _even(-(-self.dim // self.bwd_warp_channels), 12 if self.states <= 2 else 6)
+        while warps > 1 and self.bwd_shared(warps) + 2048 > shared_limit:
             warps -= 1
         return warps
 
+    @cache  # noqa: B019
     def bwd_macros(self, warps: int) -> tuple[tuple[str, object], ...]:
-        blocks = max(1, 12 // warps)
-        return self._macros(self.bwd_rows, C=self.bwd_channels, SUB=self.sub, WARPS=warps, MIN_BLOCKS=blocks)
+        return self._macros(
+            self.bwd_rows, C=self.bwd_channels, SUB=self.sub, CHUNK=self.chunk, EVEN=int(self.dim % 2 == 0),
+            WARPS=warps, MIN_BLOCKS=self.bwd_blocks(warps),
+        )  # fmt: skip
+
+    def bwd_blocks(self, warps: int) -> int:
+        return max(1, 12 // warps)
 
     # Pixel kernels.
 
@@ -188,6 +206,11 @@ class Layout:
 
 
 @cache
+def layout(states: int, rank: int, dim: int, x: torch.dtype, out: torch.dtype, softplus: bool = True) -> Layout:
+    """The one Layout object of these values: what it has computed is kept."""
+    return Layout(states, rank, dim, x, out, softplus)
+
+
 def _power_of_two(value: int) -> int:
     return 1 << (value - 1).bit_length()
 

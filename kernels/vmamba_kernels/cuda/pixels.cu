@@ -22,23 +22,22 @@ __device__ __forceinline__ void merge(const Y *y, const T *x, const float *skip,
         for (int route = 0; route < routes; ++route) {
             const auto v = *reinterpret_cast<const Vec<Y, WIDE> *>(y + (pixel * routes + route) * dim + ch);
 #pragma unroll
-            for (int c = 0; c < WIDE; ++c) sum[c] += to_float(v.v[c]);
+            for (int c = 0; c < WIDE; ++c) sum[c] += v.get(c);
         }
 #pragma unroll
         for (int c = 0; c < WIDE; ++c) sum[c] *= scale;
         if (skip) {
             const auto v = *reinterpret_cast<const Vec<T, WIDE> *>(x + pixel * dim + ch);
 #pragma unroll
-            for (int c = 0; c < WIDE; ++c) sum[c] = fmaf(skip[ch + c], to_float(v.v[c]), sum[c]);
+            for (int c = 0; c < WIDE; ++c) sum[c] = fmaf(skip[ch + c], v.get(c), sum[c]);
         }
         if (extra) {
             const auto v = *reinterpret_cast<const Vec<P, WIDE> *>(extra + pixel * dim + ch);
 #pragma unroll
-            for (int c = 0; c < WIDE; ++c) sum[c] += to_float(v.v[c]);
+            for (int c = 0; c < WIDE; ++c) sum[c] += v.get(c);
         }
         Vec<OUT, WIDE> result;
-#pragma unroll
-        for (int c = 0; c < WIDE; ++c) result.v[c] = from_float<OUT>(sum[c]);
+        result.set(sum);
         *reinterpret_cast<Vec<OUT, WIDE> *>(out + pixel * dim + ch) = result;
     }
 }

@@ -1,7 +1,7 @@
 """The launches that both operators share: a scan over sequences of pixels, forward and backward.
 
-Everything is channels last. A sequence is one route of one image (or one group of one sequence of the 1-D operator):
-pixels: (batch, length, u_dim), rows: (batch, length, routes, row width), a route's output: (batch, length, routes, dim).
+Everything is channels last.  A sequence is one route of one image, or one group of one sequence of the 1-D operator:
+pixels (batch, length, channels), rows (batch, length, routes, row width), outputs (batch, length, routes, dim).
 """
 
 from dataclasses import dataclass
@@ -106,9 +106,7 @@ def forward(
 class Gradients:
     x: Tensor  # (batch, length, routes, dim): a route's share, through the recurrence
     steps: Tensor  # (batch, length, routes, dim)
-    rows: (
-        Tensor  # (batch, length, routes, row width): B's and C's columns and zeros; the steps' columns are not written
-    )
+    tile_sums: Tensor  # (tiles, batch, length, routes, cells): of B and C, to be summed over channel tiles
     A: Tensor  # (routes, states, dim) float32
     dt_bias: Tensor  # (routes, dim) float32
     D: Tensor  # (routes, dim) float32
@@ -118,7 +116,7 @@ def backward(
     layout: Layout, geometry: Geometry, x: Tensor, steps: Tensor | None, rows: tuple[Tensor, Tensor],
     dt_weight: Tensor | None, dt_bias: Tensor | None, A: Tensor, dy: Tensor, borders: Tensor,
 ) -> Gradients:  # fmt: skip
-    """The gradients of `forward`, of a route's output times ln 2 plus D x. `rows`: packed for forward and for backward."""
+    """The gradients of `forward`'s output times ln 2, plus D x; `rows` as packed for forward and for backward."""
     device, length, dim, states = x.device, geometry.length, layout.dim, layout.states
     processors, shared_limit = _limits(device)
     warps = layout.bwd_warps(shared_limit)
@@ -140,10 +138,9 @@ def backward(
         _pass_borders(fwd, state, total, A, exits, layout, geometry, segments, 0, segments, True)
 
     shape = geometry.batch, length, geometry.routes
-    row, cells = layout.bwd_rows, 2 * layout.bwd_rows.lane_states * layout.bwd_rows.lanes
+    cells = 2 * layout.bwd_rows.lane_states * layout.bwd_rows.lanes
     dx = x.new_empty(*shape, dim, dtype=layout.route_dtype)
     d_steps = x.new_empty(*shape, dim, dtype=layout.row_dtype)
-    d_rows = x.new_empty(*shape, row.width, dtype=layout.row_dtype)
     tile_sums = A.new_empty(tiles, *shape, cells)
     dA = A.new_empty(geometry.batch, geometry.routes, segments, states, dim)
     d_bias = A.new_empty(geometry.batch, geometry.routes, segments, dim)
@@ -151,14 +148,18 @@ def backward(
     module.scan_bwd_kernel(
         geometry.sequences * segments * tiles, 32 * warps, layout.bwd_shared(warps), x, steps, rows[1], *inputs, dy,
         borders, exits, dx, d_steps, tile_sums, dA, d_bias, dD, geometry.pixels, *geometry.arguments(dim),
-        layout.chunk, segment, segments,
+        segment, segments,
     )  # fmt: skip
-    pixel_routes = geometry.pixels * geometry.routes
-    count = pixel_routes * (row.width - layout.rank)
-    load("pixels.cu", layout.pixel_macros, device).gather_rows_kernel(
+    return Gradients(dx, d_steps, tile_sums, dA.sum((0, 2)), d_bias.sum((0, 2)), dD.sum((0, 2)))
+
+
+def gather_rows(layout: Layout, tile_sums: Tensor, d_rows: Tensor) -> None:
+    """Write the columns of B and C, and zeros, into the rows' gradient (..., row width), all but the first `rank`."""
+    tiles, pixel_routes = tile_sums.shape[0], tile_sums[0, ..., 0].numel()
+    count = pixel_routes * (layout.bwd_rows.width - layout.rank)
+    load("pixels.cu", layout.pixel_macros, d_rows.device).gather_rows_kernel(
         _blocks(count), 256, 0, tile_sums, d_rows, count, pixel_routes, tiles
     )
-    return Gradients(dx, d_steps, d_rows, dA.sum((0, 2)), d_bias.sum((0, 2)), dD.sum((0, 2)))
 
 
 def merge_forward(layout: Layout, y: Tensor, x: Tensor, skip: Tensor | None, routes: int, out: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 // The gradient of one segment of one route of one image, for WARPS * CW channels a block: chunk by chunk from the end, each
-// chunk's states recomputed from its border. C: channels a lane; SUB: steps whose states and decays are held in registers.
+// chunk's states recomputed from its border. C: channels a lane; SUB: steps whose states and
+// decays are held in registers; CHUNK: steps between borders, a multiple of SUB; EVEN: whether dim is.
 #include "common.cuh"
 
 constexpr int CW = LANES * C;                          // channels a warp
+constexpr int SUBS = CHUNK / SUB;                      // sub-chunks a chunk
 constexpr int NSP = NS <= 1 ? 1 : NS <= 2 ? 2 : 4;     // states a lane, a power of two (NS <= 4)
 constexpr int GROUP = LANES > 2 * NSP ? LANES / (2 * NSP) : 1;   // steps whose dB and dC are reduced together
 constexpr int ITEM_STEPS = S / C > 1 ? S / C : 1;      // steps whose sums over states are reduced together
@@ -24,29 +26,43 @@ template <int COUNT, int FIRST, int LANES_> __device__ __forceinline__ void redu
     }
 }
 
+// Two neighbouring channels of a pixel, zero where they or the step do not exist. EVEN: dim is, so both or none exist.
+template <class T> __device__ __forceinline__ Vec<T, 2> load_pair(const T *pixel, int channel, int dim, bool inside) {
+    Vec<T, 2> v = {};
+    if constexpr (EVEN) {
+        if (inside && channel < dim) v = *reinterpret_cast<const Vec<T, 2> *>(pixel + channel);
+    } else {
+        float two[2] = {0.f, 0.f};
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+            if (inside && channel + e < dim) two[e] = to_float(pixel[channel + e]);
+        v.set(two);
+    }
+    return v;
+}
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_kernel(
     const X *__restrict__ x, const X *__restrict__ steps, const P *__restrict__ rows, const X *__restrict__ dt_weight,
     const float *__restrict__ dt_bias, const float *__restrict__ A, const G *__restrict__ dy,
     const float *__restrict__ borders, const float *__restrict__ exits, Y *__restrict__ dx, P *__restrict__ ddt,
     float *__restrict__ dbc, float *__restrict__ dA, float *__restrict__ dbias, float *__restrict__ dD, i64 pixels,
-    i64 height, i64 width, i64 dim, i64 routes, i64 route_kinds, i64 x_pixel, i64 x_route, i64 chunk,
+    i64 height, i64 width, i64 dim, i64 routes, i64 route_kinds, i64 x_pixel, i64 x_route,
     i64 segment_length, i64 segments) {
-    constexpr bool CONVERT = sizeof(P) == 2;
-    constexpr int RAW = CONVERT ? SUB * ROW / 2 : 0;          // floats of a warp's copied rows
+    using Projection = StepProjection<SUB, CW>;
+    constexpr int TILES = Projection::TILES, OCTETS = Projection::OCTETS;
     constexpr int PAIRS = C * NS, CELLS = 2 * NP;
+    constexpr int RAW = 2 * SUB * ROW * sizeof(P) / 4, ROWS = CONVERT ? SUB * RS : 0;   // floats of a warp's rows: the
+    // copies of this sub-chunk and the next, and B and C as float32
     extern __shared__ __align__(16) float shared[];
-    __shared__ int pixel_all[WARPS][SUB];
+    __shared__ int pixel_all[WARPS][2][SUB];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, cl = lane % LANES, q = lane / LANES;
-    const int subs_max = (int)((chunk + SUB - 1) / SUB);
 
     // Shared memory: reduction cells [2][WARPS][SUB][CELLS], then a warp's rows, scalars and sub-chunk states.
     float *cells = shared;
-    float *own = shared + 2 * WARPS * SUB * CELLS + warp * (SUB * ROW + RAW + SUB * CW * 4 + (subs_max - 1) * PAIRS * 32);
-    float *row_buffer = own;
-    P *raw = reinterpret_cast<P *>(CONVERT ? own + SUB * ROW : own);
-    float4 *scalars = reinterpret_cast<float4 *>(own + SUB * ROW + RAW);   // [SUB][CW]: s, x, sigmoid, dy ln 2
-    float *states = own + SUB * ROW + RAW + SUB * CW * 4;                    // [subs_max - 1][PAIRS][32]
-    int *pixel = pixel_all[warp];
+    float *own = shared + 2 * WARPS * SUB * CELLS + warp * (RAW + ROWS + SUB * CW * 4 + (SUBS - 1) * PAIRS * 32);
+    P *raw_both = reinterpret_cast<P *>(own);
+    float4 *scalars = reinterpret_cast<float4 *>(own + RAW + ROWS);   // [SUB][CW]: s, x, sigmoid, dy ln 2
+    float *states = own + RAW + ROWS + SUB * CW * 4;                  // [SUBS - 1][PAIRS][32]
 
     const int tiles = (int)((dim + WARPS * CW - 1) / (WARPS * CW)), tile = blockIdx.x % tiles;
     const i64 slot = blockIdx.x / tiles;   // (image, route, segment)
@@ -56,22 +72,21 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
     const int first = (tile * WARPS + warp) * CW;   // of the warp's channels
     const int length = (int)(height * width), start = (int)(segment * segment_length);
     const int end = min(start + (int)segment_length, length);
-    const int x_stride = (int)x_pixel, y_stride = (int)(routes * dim), row_stride = (int)(routes * ROW);
-    const i64 borders_per_route = (length + chunk - 1) / chunk - 1;
+    const int x_stride = (int)(x_pixel * sizeof(X)), dy_stride = (int)(x_pixel * sizeof(G));
+    const int row_stride = (int)(routes * ROW * sizeof(P));
+    const int dx_stride = (int)(routes * dim * sizeof(Y)), ddt_stride = (int)(routes * dim * sizeof(P));
+    const i64 borders_per_route = (length + CHUNK - 1) / CHUNK - 1;
 
-    // Loading is by item: one channel of the warp, every (32 / CW)-th step.
-    const int item = lane % CW, item_step = lane / CW, item_channel = first + item;
-    const bool item_exists = item_channel < dim;
-    const i64 item_row = route * dim + item_channel;
-    x += image * length * x_pixel + route * x_route + item_channel;
-    if constexpr (R == 0) steps += image * length * x_pixel + route * x_route + item_channel;
-    dy += image * length * x_pixel + route * x_route + item_channel;
+    x += image * length * x_pixel + route * x_route;
+    if constexpr (R == 0) steps += image * length * x_pixel + route * x_route;
+    dy += image * length * x_pixel + route * x_route;
     rows += (image * length * routes + route) * ROW;
-    dx += image * length * y_stride + route * dim;
-    ddt += image * length * y_stride + route * dim;
+    dx += (image * length * routes + route) * dim;
+    ddt += (image * length * routes + route) * dim;
     dbc += ((tile * pixels + image * length) * routes + route) * CELLS;
-    const float item_bias = item_exists && dt_bias ? dt_bias[item_row] * LOG2E : 0.f;
 
+    Projection projection;
+    projection.init(dt_weight, dt_bias, route * dim + first, route * dim + dim - 1, lane);
     float a_log[C][NS], carry[C][NS], da[C][NS], h[C][NS];
 #pragma unroll
     for (int c = 0; c < C; ++c)
@@ -85,58 +100,79 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
         }
     float bias_sum = 0.f, d_sum = 0.f;
 
-    // Rows and scalars of the SUB steps from l0; steps past the end get s = x = dy = 0: they change nothing.
-    auto prepare = [&](int l0, bool gradient) {
+    // Sub-chunks are read one ahead of their use: fetch starts the reads of one, prepare takes what was fetched last into
+    // rows and scalars and fetches the next. Steps past the end get s = x = dy = 0, channels past the last x = dy = 0: they
+    // change nothing.
+    int fetched = 1;   // which of the two buffers
+    Vec<X, 2> next_x[OCTETS][TILES], next_steps[R ? 1 : OCTETS][R ? 1 : TILES];
+    Vec<G, 2> next_dy[OCTETS][TILES];
+    auto fetch = [&](int l0) {
+        fetched ^= 1;
+        int *pixel = pixel_all[warp][fetched];
+        if (lane < SUB) pixel[lane] = route_pixel(max(min(l0 + lane, end - 1), 0), kind, (int)height, (int)width);
         __syncwarp();
-        if (lane < SUB) pixel[lane] = route_pixel(min(l0 + lane, end - 1), kind, (int)height, (int)width);
-        __syncwarp();
-        load_rows<SUB>(raw, rows, pixel, row_stride, lane);
-        constexpr int EACH = SUB * CW / 32;
-        float u[EACH], g[EACH], v[EACH];
+        load_rows<SUB>(raw_both + fetched * SUB * ROW, rows, pixel, row_stride, lane);
 #pragma unroll
-        for (int i = 0; i < EACH; ++i) {
-            const int j = i * (32 / CW) + item_step;
-            const bool real = item_exists && l0 + j < end;
-            const i64 offset = (i64)pixel[j] * x_stride;
-            u[i] = real ? to_float(x[offset]) : 0.f;
-            v[i] = item_bias;
-            if constexpr (R == 0) v[i] = real ? fmaf(to_float(steps[offset]), LOG2E, v[i]) : 0.f;
-            g[i] = gradient && real ? to_float(dy[offset]) * LN2 : 0.f;
-        }
-        copy_wait<0>();
-        __syncwarp();
-        convert_rows<SUB>(row_buffer, raw, lane);
-        __syncwarp();
+        for (int o = 0; o < OCTETS; ++o) {
+            const int step = o * 8 + lane / 4, at_pixel = pixel[step];
+            const bool inside = l0 + step < end;
 #pragma unroll
-        for (int r = 0; r < R; r += 4) {
-            float weight[4];
-#pragma unroll
-            for (int k = 0; k < 4; ++k)
-                weight[k] = r + k < R && item_exists ? to_float(dt_weight[item_row * R + r + k]) * LOG2E : 0.f;
-#pragma unroll
-            for (int i = 0; i < EACH; ++i) {
-                const float *row = row_buffer + (i * (32 / CW) + item_step) * ROW + r;
-#pragma unroll
-                for (int k = 0; k < 4; ++k)
-                    if (r + k < R) v[i] = fmaf(row[k], weight[k], v[i]);
+            for (int t = 0; t < TILES; ++t) {
+                const int ch = first + t * 8 + lane % 4 * 2;
+                next_x[o][t] = load_pair(at(x, at_pixel, x_stride), ch, (int)dim, inside);
+                next_dy[o][t] = load_pair(at(dy, at_pixel, dy_stride), ch, (int)dim, inside);
+                if constexpr (R == 0) next_steps[o][t] = load_pair(at(steps, at_pixel, x_stride), ch, (int)dim, inside);
             }
         }
+    };
+    const int *pixel;
+    const float *row_buffer;
+    auto prepare = [&](int l0, int next_l0) {
+        float w[OCTETS][TILES][2], u[OCTETS][TILES][2], g[OCTETS][TILES][2];
 #pragma unroll
-        for (int i = 0; i < EACH; ++i) {
-            const int j = i * (32 / CW) + item_step;
-            const float s = l0 + j >= end ? 0.f : SOFTPLUS ? softplus2(v[i]) : v[i];
-            const float sigmoid = SOFTPLUS && gradient ? sigmoid2(v[i]) : 1.f;
-            scalars[j * CW + item] = make_float4(s, u[i], sigmoid, g[i]);
+        for (int o = 0; o < OCTETS; ++o)
+#pragma unroll
+            for (int t = 0; t < TILES; ++t)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    u[o][t][e] = next_x[o][t].get(e);
+                    g[o][t][e] = next_dy[o][t].get(e);
+                    if constexpr (R == 0) w[o][t][e] = next_steps[o][t].get(e);
+                }
+        const P *raw = raw_both + fetched * SUB * ROW;
+        pixel = pixel_all[warp][fetched];
+        copy_wait<0>();
+        __syncwarp();   // also: nobody still reads what is overwritten now
+        fetch(next_l0);
+        if constexpr (CONVERT) {
+            convert_rows<SUB>(own + RAW, raw, lane);
+            row_buffer = own + RAW;
+        } else {
+            row_buffer = reinterpret_cast<const float *>(raw);
         }
+        projection.project(w, raw, w, lane);
+#pragma unroll
+        for (int o = 0; o < OCTETS; ++o)
+#pragma unroll
+            for (int t = 0; t < TILES; ++t)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    const int step = o * 8 + lane / 4, within = t * 8 + lane % 4 * 2 + e;
+                    const float v = w[o][t][e];
+                    const float s = l0 + step >= end ? 0.f : SOFTPLUS ? softplus2(v) : v;
+                    if (CW % 8 == 0 || within < CW)
+                        scalars[step * CW + within] =
+                            make_float4(s, u[o][t][e], SOFTPLUS ? sigmoid2(v) : 1.f, g[o][t][e] * LN2);
+                }
         __syncwarp();
     };
     // One step of the recurrence for the lane's states; decay gets 2^(s A).
     auto advance = [&](int j, float (*decay)[NS]) {
         float b[NS];
-        read_states<B0>(b, row_buffer + j * ROW, q);
+        read_states<RB>(b, row_buffer + j * RS, q);
 #pragma unroll
         for (int c = 0; c < C; ++c) {
-            const float4 k = scalars[j * CW + c * LANES + cl];
+            const float2 k = *reinterpret_cast<const float2 *>(scalars + j * CW + c * LANES + cl);
             const float su = k.x * k.y;
 #pragma unroll
             for (int n = 0; n < NS; ++n) {
@@ -147,8 +183,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
     };
 
     int buffer = 0;
-    for (int c0 = start + (end - 1 - start) / (int)chunk * (int)chunk; c0 >= start; c0 -= (int)chunk) {
-        const int subs = (min((int)chunk, end - c0) + SUB - 1) / SUB;
+    const int last_chunk = start + (end - 1 - start) / CHUNK * CHUNK;
+    fetch(last_chunk);
+    for (int c0 = last_chunk; c0 >= start; c0 -= CHUNK) {
+        const int subs = SUBS == 1 ? 1 : (min(CHUNK, end - c0) + SUB - 1) / SUB;
         float entry[C][NS];
 #pragma unroll
         for (int c = 0; c < C; ++c)
@@ -156,11 +194,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
             for (int n = 0; n < NS; ++n) {
                 const int ch = first + c * LANES + cl, state = q * NS + n;
                 entry[c][n] = c0 > 0 && ch < dim && state < N
-                    ? borders[((sequence * borders_per_route + c0 / chunk - 1) * N + state) * dim + ch] : 0.f;
+                    ? borders[((sequence * borders_per_route + c0 / CHUNK - 1) * N + state) * dim + ch] : 0.f;
                 h[c][n] = entry[c][n];
             }
         for (int sub = 0; sub < subs - 1; ++sub) {
-            prepare(c0 + sub * SUB, false);
+            prepare(c0 + sub * SUB, c0 + (sub + 1) * SUB);
 #pragma unroll
             for (int j = 0; j < SUB; ++j) {
                 float decay[C][NS];
@@ -174,7 +212,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
 
         for (int sub = subs - 1; sub >= 0; --sub) {
             const int l0 = c0 + sub * SUB;
-            prepare(l0, true);
+            prepare(l0, sub ? l0 - SUB : c0 - CHUNK);
             float before[SUB][C][NS], decay[SUB][C][NS];
 #pragma unroll
             for (int c = 0; c < C; ++c)
@@ -195,8 +233,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
 #pragma unroll
             for (int j = SUB - 1; j >= 0; --j) {
                 float b[NS], cc[NS];
-                read_states<B0>(b, row_buffer + j * ROW, q);
-                read_states<C0>(cc, row_buffer + j * ROW, q);
+                read_states<RB>(b, row_buffer + j * RS, q);
+                read_states<RC>(cc, row_buffer + j * RS, q);
                 float *sum = sums + j % GROUP * 2 * NSP;
 #pragma unroll
                 for (int i = 0; i < 2 * NSP; ++i) sum[i] = 0.f;
@@ -236,9 +274,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                     const float4 k = scalars[step * CW + within];
                     const float d_step = k.z * fmaf(LOG2E * k.y, items[0], items[1]);
                     if (ch < dim && l0 + step < end) {
-                        const i64 offset = (i64)pixel[step] * y_stride + ch;
-                        dx[offset] = from_float<Y>(k.x * items[0]);
-                        ddt[offset] = from_float<P>(d_step);
+                        at(dx, pixel[step], dx_stride)[ch] = from_float<Y>(k.x * items[0]);
+                        at(ddt, pixel[step], ddt_stride)[ch] = from_float<P>(d_step);
                         bias_sum += d_step;
                         d_sum = fmaf(k.y, k.w, d_sum);
                     }
@@ -260,6 +297,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
         }
     }
 
+    copy_wait<0>();
 #pragma unroll
     for (int c = 0; c < C; ++c)
 #pragma unroll

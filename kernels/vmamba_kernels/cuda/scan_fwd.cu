@@ -2,40 +2,8 @@
 // WARPS: warps a block.
 #include "common.cuh"
 
-struct Place {   // what a warp works on
-    i64 image;       // batch index
-    int route, kind, segment, channel, lane, q;
-    i64 slot;        // (image, route, segment)
-};
-
-__device__ __forceinline__ Place place(i64 routes, i64 route_kinds, i64 segments, i64 dim) {
-    Place w;
-    int groups = (int)((dim + LANES * C - 1) / (LANES * C));
-    int blocks = (groups + WARPS - 1) / WARPS;
-    w.lane = threadIdx.x % 32;
-    w.q = w.lane / LANES;
-    int group = blockIdx.x % blocks * WARPS + threadIdx.x / 32;
-    w.channel = (group * LANES + w.lane % LANES) * C;
-    w.slot = blockIdx.x / blocks;
-    w.segment = (int)(w.slot % segments);
-    i64 rest = w.slot / segments;
-    w.route = (int)(rest % routes);
-    w.kind = (int)(route_kinds >> (2 * w.route)) & 3;
-    w.image = rest / routes;
-    return w;
-}
-
-// C values of a pixel, zero where the channel does not exist.
-template <class T> __device__ __forceinline__ Vec<T, C> load_channels(const T *src, bool exists) {
-    Vec<T, C> v;
-    if (exists) {
-        v = *reinterpret_cast<const Vec<T, C> *>(src);
-    } else {
-#pragma unroll
-        for (int c = 0; c < C; ++c) v.v[c] = from_float<T>(0.f);
-    }
-    return v;
-}
+constexpr int CW = LANES * C;    // channels a warp
+constexpr int SW = CW + 8;       // of a row of steps in shared memory: spreads the rows over the banks
 
 // FORWARD: the scan itself. SUMMARY: a segment's end state from a zero start, and the sum of its steps. ADJOINT: the same
 // for the gradient's recurrence, walked backwards: g = C dy + carry, carry = a g.
@@ -47,62 +15,81 @@ __device__ __forceinline__ void scan(
     const float *__restrict__ dt_bias, const float *__restrict__ A, Y *__restrict__ y, float *__restrict__ borders,
     float *__restrict__ end_state, float *__restrict__ end_sum, i64 height, i64 width, i64 dim, i64 routes,
     i64 route_kinds, i64 u_pixel, i64 u_route, i64 chunk, i64 segment_length, i64 segments) {
-    constexpr bool CONVERT = sizeof(P) == 2;
+    using Projection = StepProjection<K, CW>;
+    constexpr int TILES = Projection::TILES, OCTETS = Projection::OCTETS;
     __shared__ __align__(16) P raw_all[WARPS][2][K * ROW];
-    __shared__ __align__(16) float rows_all[CONVERT ? WARPS : 1][CONVERT ? K * ROW : 1];
-    __shared__ int pixel_all[WARPS][2][K];
+    __shared__ __align__(16) float rows_all[CONVERT ? WARPS : 1][CONVERT ? K * RS : 1];
+    __shared__ __align__(16) float steps_all[WARPS][K * SW];
+    __shared__ __align__(16) int pixel_all[WARPS][2][K];
 
-    Place w = place(routes, route_kinds, segments, dim);
-    const int warp = threadIdx.x / 32, lane = w.lane;
-    const bool exists = w.channel < dim;
-    const int length = (int)(height * width);
-    const int start = (int)(w.segment * segment_length);
+    // What this warp works on. A lane past the last channel repeats the last one, and stores the same values.
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, q = lane / LANES;
+    const int groups = (int)((dim + CW - 1) / CW), blocks = (groups + WARPS - 1) / WARPS;
+    const int first = min((int)(blockIdx.x % blocks) * WARPS + warp, groups - 1) * CW;
+    const int channel = min(first + lane % LANES * C, (int)dim - C);
+    const i64 slot = blockIdx.x / blocks;   // (image, route, segment)
+    const int segment = (int)(slot % segments);
+    const i64 sequence = slot / segments, image = sequence / routes;
+    const int route = (int)(sequence % routes), kind = (int)(route_kinds >> (2 * route)) & 3;
+
+    const int length = (int)(height * width), start = (int)(segment * segment_length);
     const int count = min((int)segment_length, length - start);
-    const int u_stride = (int)u_pixel, y_stride = (int)(routes * dim), row_stride = (int)(routes * ROW);
-    u += w.image * length * u_pixel + w.route * u_route + w.channel;
-    if constexpr (R == 0) steps += w.image * length * u_pixel + w.route * u_route + w.channel;
-    rows += (w.image * length * routes + w.route) * ROW;
-    if constexpr (MODE == FORWARD) y += w.image * length * y_stride + w.route * dim + w.channel;
-    const i64 chunks = chunk ? (length + chunk - 1) / chunk : 1;
-    if constexpr (MODE == FORWARD)
-        borders += (w.image * routes + w.route) * (chunks - 1) * N * dim + w.channel;
+    const int u_stride = (int)(u_pixel * sizeof(U)), y_stride = (int)(routes * dim * sizeof(Y));
+    const int row_stride = (int)(routes * ROW * sizeof(P)), step_stride = (int)(u_pixel * sizeof(X));
+    u += image * length * u_pixel + route * u_route + channel;
+    if constexpr (R == 0) steps += image * length * u_pixel + route * u_route;
+    rows += (image * length * routes + route) * ROW;
+    if constexpr (MODE == FORWARD) {
+        y += (image * length * routes + route) * dim + channel;
+        borders += sequence * ((length + chunk - 1) / chunk - 1) * N * dim + channel;
+    }
 
-    float a_log[C][NS], h[C][NS], bias[C], weight[C][R ? R : 1], sum[C];
+    Projection projection;
+    projection.init(dt_weight, dt_bias, route * dim + first, route * dim + dim - 1, lane);
+    float a_log[C][NS], h[C][NS], sum[C];
 #pragma unroll
     for (int c = 0; c < C; ++c) {
-        const i64 ch = w.route * dim + w.channel + c;
-        bias[c] = exists && dt_bias ? dt_bias[ch] * LOG2E : 0.f;
         sum[c] = 0.f;
 #pragma unroll
-        for (int r = 0; r < R; ++r) weight[c][r] = exists ? to_float(dt_weight[ch * R + r]) * LOG2E : 0.f;
-#pragma unroll
         for (int n = 0; n < NS; ++n) {
-            const int state = w.q * NS + n;
-            a_log[c][n] = exists && state < N ? A[ch * N + state] : 0.f;
+            const int state = q * NS + n;
+            a_log[c][n] = state < N ? A[(route * dim + channel + c) * N + state] : 0.f;
             h[c][n] = 0.f;
             if constexpr (MODE == FORWARD)
-                if (w.segment > 0 && exists && state < N)
-                    h[c][n] = borders[((start / chunk - 1) * N + state) * dim + c];
+                if (segment > 0 && state < N) h[c][n] = borders[((start / chunk - 1) * N + state) * dim + c];
         }
     }
 
+    // Loading runs a stage of K steps ahead of the scan.
     auto set_pixels = [&](int stage) {
         if (lane < K) {
-            int step = min(stage * K + lane, count - 1);
-            step = MODE == ADJOINT ? start + count - 1 - step : start + step;
-            pixel_all[warp][stage & 1][lane] = route_pixel(step, w.kind, (int)height, (int)width);
+            const int step = min(stage * K + lane, count - 1);
+            pixel_all[warp][stage & 1][lane] =
+                route_pixel(start + (MODE == ADJOINT ? count - 1 - step : step), kind, (int)height, (int)width);
         }
     };
     Vec<U, C> next[K];
-    Vec<X, C> next_step[R ? 1 : K];
+    X next_steps[R ? 1 : OCTETS][TILES][2];
     auto load = [&](int stage) {
         const int *pixel = pixel_all[warp][stage & 1];
         load_rows<K>(raw_all[warp][stage & 1], rows, pixel, row_stride, lane);
 #pragma unroll
-        for (int j = 0; j < K; ++j) {
-            next[j] = load_channels(u + (i64)pixel[j] * u_stride, exists);
-            if constexpr (R == 0) next_step[j] = load_channels(steps + (i64)pixel[j] * u_stride, exists);
+        for (int j = 0; j < K; j += 4) {
+            const int4 p = *reinterpret_cast<const int4 *>(pixel + j);
+            next[j] = *reinterpret_cast<const Vec<U, C> *>(at(u, p.x, u_stride));
+            next[j + 1] = *reinterpret_cast<const Vec<U, C> *>(at(u, p.y, u_stride));
+            next[j + 2] = *reinterpret_cast<const Vec<U, C> *>(at(u, p.z, u_stride));
+            next[j + 3] = *reinterpret_cast<const Vec<U, C> *>(at(u, p.w, u_stride));
         }
+        if constexpr (R == 0)
+#pragma unroll
+            for (int o = 0; o < OCTETS; ++o)
+#pragma unroll
+                for (int t = 0; t < TILES; ++t)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e)
+                        next_steps[o][t][e] = at(steps, pixel[o * 8 + lane / 4],
+                                                 step_stride)[min(first + t * 8 + lane % 4 * 2 + e, (int)dim - 1)];
     };
 
     const int stages = (count + K - 1) / K;
@@ -110,55 +97,64 @@ __device__ __forceinline__ void scan(
     __syncwarp();
     load(0);
     for (int stage = 0; stage < stages; ++stage) {
-        float now[C][K], step_now[C][R ? 1 : K];
+        float now[C][K], w[OCTETS][TILES][2];
 #pragma unroll
         for (int c = 0; c < C; ++c)
 #pragma unroll
-            for (int j = 0; j < K; ++j) {
-                now[c][j] = to_float(next[j].v[c]);
-                if constexpr (R == 0) step_now[c][j] = to_float(next_step[j].v[c]);
-            }
+            for (int j = 0; j < K; ++j) now[c][j] = next[j].get(c);
+        if constexpr (R == 0)
+#pragma unroll
+            for (int o = 0; o < OCTETS; ++o)
+#pragma unroll
+                for (int t = 0; t < TILES; ++t)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) w[o][t][e] = to_float(next_steps[o][t][e]);
         set_pixels(stage + 1);
+        copy_wait<0>();
         __syncwarp();
         load(stage + 1);
-        copy_wait<1>();
+
+        const P *raw = raw_all[warp][stage & 1];
+        float *step_rows = steps_all[warp];
+        convert_rows<K>(rows_all[CONVERT ? warp : 0], raw, lane);
+        projection.project(w, raw, w, lane);
+#pragma unroll
+        for (int o = 0; o < OCTETS; ++o)
+#pragma unroll
+            for (int t = 0; t < TILES; ++t) {
+                float *to = step_rows + (o * 8 + lane / 4) * SW + t * 8 + lane % 4 * 2;
+                *reinterpret_cast<float2 *>(to) = SOFTPLUS ? make_float2(softplus2(w[o][t][0]), softplus2(w[o][t][1]))
+                                                           : make_float2(w[o][t][0], w[o][t][1]);
+            }
         __syncwarp();
-        convert_rows<K>(rows_all[CONVERT ? warp : 0], raw_all[warp][stage & 1], lane);
-        if constexpr (CONVERT) __syncwarp();
-        const float *stage_rows = CONVERT ? rows_all[warp] : reinterpret_cast<const float *>(raw_all[warp][stage & 1]);
+        const float *stage_rows = CONVERT ? rows_all[warp] : reinterpret_cast<const float *>(raw);
         const int *pixel = pixel_all[warp][stage & 1];
 
         if constexpr (MODE == FORWARD) {
             const int step = start + stage * K;
-            if (chunk && stage > 0 && step % (int)chunk == 0 && exists) {
+            if (stage > 0 && step % (int)chunk == 0) {
 #pragma unroll
                 for (int n = 0; n < NS; ++n)
-                    if (w.q * NS + n < N)
+                    if (q * NS + n < N)
 #pragma unroll
                         for (int c = 0; c < C; ++c)
-                            borders[((step / (int)chunk - 1) * (i64)N + w.q * NS + n) * dim + c] = h[c][n];
+                            borders[((step / (int)chunk - 1) * (i64)N + q * NS + n) * dim + c] = h[c][n];
             }
         }
 
         auto one = [&](int j) {
-            const float *row = stage_rows + j * ROW;
-            float dt[R ? R : 1], b[NS], cc[NS], out[C];
-            read_row<0, R>(dt, row);
-            if constexpr (MODE != ADJOINT) read_states<B0>(b, row, w.q);
-            if constexpr (MODE != SUMMARY) read_states<C0>(cc, row, w.q);
+            const float *row = stage_rows + j * RS;
+            float b[NS], cc[NS], s[C], out[C];
+            if constexpr (MODE != ADJOINT) read_states<RB>(b, row, q);
+            if constexpr (MODE != SUMMARY) read_states<RC>(cc, row, q);
+            read_row<0, C>(s, step_rows + j * SW + channel - first);
 #pragma unroll
             for (int c = 0; c < C; ++c) {
-                float v = bias[c];
-                if constexpr (R == 0) v = fmaf(step_now[c][j], LOG2E, v);
-#pragma unroll
-                for (int r = 0; r < R; ++r) v = fmaf(dt[r], weight[c][r], v);
-                const float s = SOFTPLUS ? softplus2(v) : v;
-                if constexpr (MODE != FORWARD) sum[c] += s;
-                const float su = s * now[c][j];
-                out[c] = 0.f;
+                if constexpr (MODE != FORWARD) sum[c] += s[c];
+                const float su = s[c] * now[c][j];
 #pragma unroll
                 for (int n = 0; n < NS; ++n) {
-                    const float a = exp2_fast(s * a_log[c][n]);
+                    const float a = exp2_fast(s[c] * a_log[c][n]);
                     if constexpr (MODE == ADJOINT) {
                         h[c][n] = a * fmaf(cc[n], now[c][j], h[c][n]);
                     } else {
@@ -170,38 +166,34 @@ __device__ __forceinline__ void scan(
             if constexpr (MODE == FORWARD) {
                 Vec<Y, C> result;
 #pragma unroll
-                for (int c = 0; c < C; ++c) {
+                for (int c = 0; c < C; ++c)
 #pragma unroll
                     for (int offset = LANES; offset < 32; offset *= 2) out[c] += __shfl_xor_sync(~0u, out[c], offset);
-                    result.v[c] = from_float<Y>(out[c]);
-                }
-                if (exists && w.q == 0) *reinterpret_cast<Vec<Y, C> *>(y + (i64)pixel[j] * y_stride) = result;
+                result.set(out);
+                if (S == 1 || q == 0) *reinterpret_cast<Vec<Y, C> *>(at(y, pixel[j], y_stride)) = result;
             }
         };
-        const int steps_here = count - stage * K;
-        if (steps_here >= K) {
+        const int here = count - stage * K;
+        if (here >= K) {
 #pragma unroll
             for (int j = 0; j < K; ++j) one(j);
-        } else {
+        } else {   // the last stage: a step past the end must not happen
 #pragma unroll
             for (int j = 0; j < K; ++j)
-                if (j < steps_here) one(j);
+                if (j < here) one(j);
         }
         __syncwarp();
     }
     copy_wait<0>();
 
     if constexpr (MODE != FORWARD) {
-        if (exists) {
 #pragma unroll
-            for (int c = 0; c < C; ++c) {
-                if (w.q == 0) end_sum[w.slot * dim + w.channel + c] = sum[c];
+        for (int c = 0; c < C; ++c) {
+            if (q == 0) end_sum[slot * dim + channel + c] = sum[c];
 #pragma unroll
-                for (int n = 0; n < NS; ++n)
-                    if (w.q * NS + n < N)
-                        end_state[(w.slot * N + w.q * NS + n) * dim + w.channel + c] =
-                            MODE == ADJOINT ? h[c][n] * LN2 : h[c][n];
-            }
+            for (int n = 0; n < NS; ++n)
+                if (q * NS + n < N)
+                    end_state[(slot * N + q * NS + n) * dim + channel + c] = MODE == ADJOINT ? h[c][n] * LN2 : h[c][n];
         }
     }
 }
@@ -221,7 +213,7 @@ extern "C" __global__ void BOUNDS scan_summary_kernel(
     float *end_state, float *end_sum, i64 height, i64 width, i64 dim, i64 routes, i64 route_kinds, i64 x_pixel,
     i64 x_route, i64 segment_length, i64 segments) {
     scan<SUMMARY>(x, steps, rows, dt_weight, dt_bias, A, (Y *)nullptr, nullptr, end_state, end_sum, height, width, dim,
-                  routes, route_kinds, x_pixel, x_route, 0, segment_length, segments);
+                  routes, route_kinds, x_pixel, x_route, 1, segment_length, segments);
 }
 
 extern "C" __global__ void BOUNDS scan_adjoint_kernel(
@@ -229,7 +221,7 @@ extern "C" __global__ void BOUNDS scan_adjoint_kernel(
     float *end_state, float *end_sum, i64 height, i64 width, i64 dim, i64 routes, i64 route_kinds, i64 x_pixel,
     i64 x_route, i64 segment_length, i64 segments) {
     scan<ADJOINT>(dy, steps, rows, dt_weight, dt_bias, A, (Y *)nullptr, nullptr, end_state, end_sum, height, width, dim,
-                  routes, route_kinds, x_pixel, x_route, 0, segment_length, segments);
+                  routes, route_kinds, x_pixel, x_route, 1, segment_length, segments);
 }
 
 // Passes the states over the segments: one thread a (image, route, state, channel). Forward, segment i's entry goes to the

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from . import scan
-from .layout import Layout, Rows
+from .layout import Layout, Rows, layout
 from .scan import Geometry
 
 
@@ -22,7 +22,7 @@ def selective_scan(
 
 
 def _layout(u: Tensor, A: Tensor, B: Tensor, out_dtype: torch.dtype, softplus: bool) -> Layout:
-    return Layout(A.shape[1], 0, u.shape[1] // B.shape[1], u.dtype, out_dtype, softplus)
+    return layout(A.shape[1], 0, u.shape[1] // B.shape[1], u.dtype, out_dtype, softplus)
 
 
 def _geometry(u: Tensor, B: Tensor) -> Geometry:
@@ -50,24 +50,24 @@ def _forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None,
     softplus: bool, out_dtype: torch.dtype, save: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    layout, geometry = _layout(u, A, B, out_dtype, softplus), _geometry(u, B)
+    plan, geometry = _layout(u, A, B, out_dtype, softplus), _geometry(u, B)
     if u.numel() == 0:
         return u.new_empty(u.shape, dtype=out_dtype), A.new_empty(_borders_shape(u, A, B, save))
     with torch.cuda.device(u.device):
         u, delta, A = _last(u), _last(delta), A.contiguous()
         bias = None if delta_bias is None else delta_bias.contiguous()
         skip = None if D is None else D.contiguous()
-        rows = _rows(B, C, layout.fwd_rows, layout.row_dtype)
-        y, borders = scan.forward(layout, geometry, u, delta, rows, None, bias, A, save)
-        out = scan.merge_forward(layout, y, u, skip, 1, u.new_empty(u.shape, dtype=out_dtype))
+        rows = _rows(B, C, plan.fwd_rows, plan.row_dtype)
+        y, borders = scan.forward(plan, geometry, u, delta, rows, None, bias, A, save)
+        out = scan.merge_forward(plan, y, u, skip, 1, u.new_empty(u.shape, dtype=out_dtype))
     return out.transpose(1, 2).contiguous(), borders if save else A.new_empty(0)
 
 
 def _borders_shape(u: Tensor, A: Tensor, B: Tensor, save: bool) -> tuple[int, ...]:
     if not save:
         return (0,)
-    layout, groups = _layout(u, A, B, u.dtype, True), B.shape[1]
-    return u.shape[0], groups, max((u.shape[2] + layout.chunk - 1) // layout.chunk - 1, 0), layout.states, layout.dim
+    plan, groups = _layout(u, A, B, u.dtype, True), B.shape[1]
+    return u.shape[0], groups, max((u.shape[2] + plan.chunk - 1) // plan.chunk - 1, 0), plan.states, plan.dim
 
 
 @_forward.register_fake
@@ -80,20 +80,21 @@ def _backward(
     dy: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
     delta_bias: Tensor | None, borders: Tensor, softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    layout, geometry = _layout(u, A, B, dy.dtype, softplus), _geometry(u, B)
+    plan, geometry = _layout(u, A, B, dy.dtype, softplus), _geometry(u, B)
     channels, states = A.shape
     if u.numel() == 0:
         return tuple(torch.zeros_like(t).contiguous() for t in (u, delta, A, B, C, A[:, 0], A[:, 0]))
     with torch.cuda.device(u.device):
-        like_u, like_delta = u, delta
         u, delta, dy, A = _last(u), _last(delta), _last(dy), A.contiguous()
         bias = None if delta_bias is None else delta_bias.contiguous()
         skip = None if D is None else D.contiguous()
-        row = layout.bwd_rows
-        both = tuple(_rows(B, C, r, layout.row_dtype) for r in (layout.fwd_rows, row))
-        g = scan.backward(layout, geometry, u, delta, both, None, bias, A, dy, borders)
-        du = scan.merge_backward(layout, g.x, dy, skip, None, 1, torch.empty_like(u))
-        dB, dC = (g.rows[..., at : at + states].permute(0, 2, 3, 1).to(B.dtype) for at in (row.b0, row.c0))
+        row = plan.bwd_rows
+        both = tuple(_rows(B, C, r, plan.row_dtype) for r in (plan.fwd_rows, row))
+        g = scan.backward(plan, geometry, u, delta, both, None, bias, A, dy, borders)
+        du = scan.merge_backward(plan, g.x, dy, skip, None, 1, torch.empty_like(u))
+        d_rows = u.new_empty(*g.tile_sums.shape[1:4], row.width, dtype=plan.row_dtype)
+        scan.gather_rows(plan, g.tile_sums, d_rows)
+        dB, dC = (d_rows[..., at : at + states].permute(0, 2, 3, 1).to(B.dtype) for at in (row.b0, row.c0))
     return (
         du.transpose(1, 2).contiguous(), g.steps.flatten(2).transpose(1, 2).to(delta.dtype).contiguous(),
         g.A.transpose(1, 2).reshape(channels, states).contiguous(), dB.contiguous(), dC.contiguous(),
