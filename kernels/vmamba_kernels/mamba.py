@@ -1,5 +1,147 @@
-OPERATORS = {}
+"""Mamba's names for the selective scan: its function on our operators, and its package as one of our backends.
+
+`selective_scan_fn` has the arguments of `mamba_ssm.ops.selective_scan_interface.selective_scan_fn`, so that a model
+written for that package runs here by changing one import.
+"""
+
+import math
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .operators import selective_scan
+from .registry import BackendError, Call
 
 
-def why_not(call):
-    return "it is not built yet"
+def selective_scan_fn(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    *,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Selective scan with the arguments and the meaning of Mamba's function (arXiv 2312.00752).
+
+    Args:
+        u, delta: (batch, dim, length).
+        A: (dim, states), real.
+        B, C: (dim, states), the same at every position; (batch, states, length), shared by all channels; or
+            (batch, groups, states, length).
+        D, delta_bias: (dim,) or None.
+        z: (batch, dim, length) or None; the result is multiplied by silu(z).
+        delta_softplus: whether the step sizes go through a softplus after the bias.
+        return_last_state: also return the state after the last position.
+        backend: as in `vmamba_kernels.selective_scan`.
+
+    Returns:
+        (batch, dim, length) in u's dtype, and with `return_last_state` also (batch, dim, states) in float32
+        (float64 for float64).
+
+    Raises:
+        ValueError: A, B or C is complex, or a shape does not fit, naming the argument.
+        BackendError: the backend asked for is unknown or cannot serve the call.
+    """
+    for name, t in (("A", A), ("B", B), ("C", C)):
+        if t.is_complex():
+            raise ValueError(f"{name} is {t.dtype}; only real state spaces are supported, so give a real {name}")
+    if u.dim() != 3:
+        raise ValueError(f"u has shape {tuple(u.shape)}; it must be (batch, dim, length)")
+    batch, dim, length = u.shape
+    if z is not None and z.shape != u.shape:
+        raise ValueError(f"z has shape {tuple(z.shape)}; beside u of shape {tuple(u.shape)} it must have the same")
+    B, C = _by_group("B", B, batch, length), _by_group("C", C, batch, length)
+    groups = math.lcm(B.shape[1], C.shape[1])
+    B, C = (t.repeat_interleave(groups // t.shape[1], dim=1) for t in (B, C))
+    state_dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    if not return_last_state:
+        y = selective_scan(
+            u, delta, A, B, C, D, delta_bias, delta_softplus=delta_softplus, out_dtype=state_dtype, backend=backend
+        )
+        return _gated(y, z, u.dtype)
+    # One more position for each state, where the step is 0 and C reads that state alone: nothing moves and the scan
+    # itself, whichever backend runs it, gives out the last state and its gradients.
+    states = A.shape[1]
+    delta = delta.to(state_dtype)
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(state_dtype)[:, None]
+    if delta_softplus:
+        delta = F.softplus(delta)
+    unit = torch.eye(states, dtype=C.dtype, device=C.device).expand(batch, groups, states, states)
+    u_longer, delta, B = (F.pad(t, (0, states)) for t in (u, delta, B))
+    C = torch.cat((C, unit), dim=-1)
+    y = selective_scan(u_longer, delta, A, B, C, D, delta_softplus=False, out_dtype=state_dtype, backend=backend)
+    y, last_state = y.split((length, states), dim=-1)
+    return _gated(y, z, u.dtype), last_state
+
+
+def _by_group(name: str, t: Tensor, batch: int, length: int) -> Tensor:
+    """B or C of two, three or four dimensions -> (batch, groups, states, length)."""
+    if t.dim() == 2:  # a group for each channel
+        return t.unsqueeze(-1).expand(batch, *t.shape, length)
+    if t.dim() == 3:
+        return t.unsqueeze(1)
+    if t.dim() == 4:
+        return t
+    raise ValueError(
+        f"{name} has shape {tuple(t.shape)}; it must be (dim, states), (batch, states, length) or "
+        "(batch, groups, states, length)"
+    )
+
+
+def _gated(y: Tensor, z: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return (y if z is None else y * F.silu(z.to(y.dtype))).to(dtype)
+
+
+# The backend "mamba_ssm": that package's own kernels, for cross-checks.  Used only when asked for by name.
+
+MAX_STATES = 256
+
+
+def why_not(call: Call) -> str | None:
+    """One sentence why mamba_ssm cannot serve `call`, or None."""
+    if find_spec("mamba_ssm") is None:
+        return "the package mamba_ssm is not installed (pip install mamba-ssm)"
+    if call.device.type != "cuda":
+        return f"mamba_ssm needs a GPU and the tensors are on '{call.device}'"
+    if torch.float64 in (call.dtype, call.out_dtype):
+        return "mamba_ssm computes in float32; the reference computes in float64"
+    if call.states > MAX_STATES:
+        return f"mamba_ssm handles up to {MAX_STATES} states, and there are {call.states}"
+    return None
+
+
+def _mamba_ssm_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    try:
+        interface = import_module("mamba_ssm.ops.selective_scan_interface")
+    except ImportError as error:
+        raise BackendError(f"mamba_ssm is installed but cannot be imported: {error}") from error
+    # It wants one dtype for what varies along the sequence and returns that dtype; no step size may lose digits.
+    dtype = out_dtype
+    for t in (u, delta, B, C):
+        dtype = torch.promote_types(dtype, t.dtype)
+    u, delta, B, C = (t.to(dtype).contiguous() for t in (u, delta, B, C))
+    y = interface.selective_scan_fn(u, delta, A, B, C, D, None, delta_bias, delta_softplus)
+    return y.to(out_dtype)
+
+
+OPERATORS = {"selective_scan": _mamba_ssm_scan}
