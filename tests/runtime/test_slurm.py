@@ -24,6 +24,20 @@ def stopped_by(signum):
 
 
 @pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """programs(name=script, ...) puts shell scripts where commands are looked for."""
+
+    def write(**scripts):
+        for name, script in scripts.items():
+            program = tmp_path / name
+            program.write_text(f"#!/bin/sh\n{script}\n")
+            program.chmod(program.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    return write
+
+
+@pytest.fixture
 def inside_a_job(monkeypatch):
     """The environment of one task of a local job."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -64,12 +78,8 @@ def test_the_batch_file_says_what_was_asked(tmp_path):
     assert "qos" not in text
 
 
-def test_a_job_reaches_sbatch(tmp_path, monkeypatch):
-    for name, script in {"srun": "", "sbatch": 'cp "$1" sent.sh; echo Submitted batch job 4711'}.items():
-        program = tmp_path / name
-        program.write_text(f"#!/bin/sh\n{script}\n")
-        program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+def test_a_job_reaches_sbatch(tmp_path, monkeypatch, programs):
+    programs(srun="", sbatch='cp "$1" sent.sh; echo Submitted batch job 4711')
     monkeypatch.chdir(tmp_path)
     job = submit(Job(len, get_config()), TWO_NODES, tmp_path / "jobs")
     assert job.job_id == "4711"
@@ -107,6 +117,20 @@ def test_at_the_warning_a_stopped_job_is_requeued_to_resume_its_own_folder(insid
     again = pickle.loads(pickle.dumps(requeued[0].function.config))
     assert again.MODEL.RESUME == ""
     assert again.TRAIN.AUTO_RESUME
+
+
+@pytest.mark.parametrize(("state", "code", "times"), [("RUNNING", 0, 1), ("CANCELLED", 143, 0)])
+def test_under_slurm_a_preempted_job_is_requeued_and_a_cancelled_one_is_not(monkeypatch, programs, state, code, times):
+    programs(squeue=f'[ "$3" = --jobs=4711 ] && echo {state}')
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    requeued = []
+    previous = signal.signal(signal.SIGUSR2, lambda *_: requeued.append(1))
+    with pytest.raises(SystemExit) as end:
+        Job(stopped_by(signal.SIGTERM), get_config())()
+    signal.signal(signal.SIGUSR2, previous)
+    assert end.value.code == code
+    assert len(requeued) == times
 
 
 def test_a_local_job_that_is_ended_is_not_requeued(inside_a_job):

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ class Job:
         except Stopped as stop:
             self._go_on_from_the_folder()
             warning = getattr(signal, f"SIG{job.USR_SIG}")
-            if stop.signum == warning or job.cluster == "slurm":
+            if stop.signum == warning or _is_preempted(job):
                 signal.raise_signal(warning)  # submitit's own handler: rank 0 requeues the job and ends, others return
                 sys.exit(0)
             sys.exit(128 + stop.signum)
@@ -75,6 +76,14 @@ class Job:
         self.config.MODEL.RESUME = ""
         self.config.TRAIN.AUTO_RESUME = True
         self.config.freeze()
+
+
+def _is_preempted(job: "submitit.JobEnvironment") -> bool:
+    """Whether a job ended by another signal than the warning is to go on: a cancelled one is no longer running."""
+    if job.cluster != "slurm":
+        return False
+    ask = ["squeue", "--noheader", "--format=%T", f"--jobs={job.raw_job_id}"]
+    return subprocess.run(ask, capture_output=True, text=True).stdout.strip() == "RUNNING"
 
 
 def submit(job: Job, resources: Resources, folder: Path, local: bool = False) -> "submitit.Job":
