@@ -60,6 +60,7 @@ def selective_scan(
     _require(A.dim() == 2, f"A has shape {_shape(A)}; it must be (groups*dim, states)")
     batch, channels, length = u.shape
     groups, states = B.shape[1], A.shape[1]
+    _require(length >= 1, f"u has shape {_shape(u)}; its length must be at least 1")
     _require(groups > 0 and channels % groups == 0, f"u has {channels} channels, not a multiple of B's {groups} groups")
     _check_shape("delta", delta, (batch, channels, length), "u", u)
     _check_shape("A", A, (channels, states), "u", u)
@@ -124,7 +125,7 @@ def cross_selective_scan(
         BackendError: the backend asked for is unknown or cannot serve the call.
     """
     routes = _check_routes(routes)
-    _require(x.dim() == 4, f"x has shape {_shape(x)}; it must be (batch, height, width, dim)")
+    _check_image(x)
     _require(A.dim() == 3, f"A has shape {_shape(A)}; it must be (routes, dim, states)")
     _require(dt_weight.dim() == 3, f"dt_weight has shape {_shape(dt_weight)}; it must be (routes, dim, rank)")
     batch, height, width, dim = x.shape
@@ -186,7 +187,7 @@ def cross_ssd(
         BackendError: the backend asked for is unknown or cannot serve the call.
     """
     routes = _check_routes(routes)
-    _require(x.dim() == 4, f"x has shape {_shape(x)}; it must be (batch, height, width, dim)")
+    _check_image(x)
     _require(A.dim() == 2, f"A has shape {_shape(A)}; it must be (routes, heads)")
     _require(x_proj_weight.dim() == 3, f"x_proj_weight has shape {_shape(x_proj_weight)}; it must have 3 dimensions")
     batch, height, width, dim = x.shape
@@ -218,7 +219,7 @@ def cross_ssd(
 
 def cross_scan(x: Tensor, routes: Sequence[str] = ROUTES) -> Tensor:
     """Lay an image out along routes: (batch, height, width, dim) -> (batch, routes, height*width, dim)."""
-    _require(x.dim() == 4, f"x has shape {_shape(x)}; it must be (batch, height, width, dim)")
+    _check_image(x)
     return reference.cross_scan(x, _check_routes(routes))
 
 
@@ -261,6 +262,13 @@ def _shape(t: Tensor) -> tuple[int, ...]:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _check_image(x: Tensor) -> None:
+    _require(
+        x.dim() == 4 and min(x.shape[1:3]) >= 1,
+        f"x has shape {_shape(x)}; it must be (batch, height, width, dim) with at least one pixel",
+    )
 
 
 def _check_routes(routes: Sequence[str]) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """The operators in plain PyTorch: any device, any dtype, differentiable by autograd.  Everything else is tested
 against this file, so it says what the operators are; it is also what runs on a CPU.
 
-Inside, a route is (batch, routes, length, dim), channels last and contiguous, as an image is.
+A scan takes about 2*sqrt(length) steps: routes are cut into about sqrt(length) chunks that are scanned side by side.
+Inside, what belongs to a position is laid out as (groups, steps, batch, chunks, *), so that a step is one slice.
 """
 
 import math
@@ -56,21 +57,21 @@ def selective_scan(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """`vmamba_kernels.selective_scan`, already checked."""
-    groups, dtype = B.shape[1], A.dtype
+    groups, length, dtype = B.shape[1], u.shape[2], A.dtype
 
-    def by_group(t: Tensor) -> Tensor:  # (batch, groups*dim, length) -> (batch, groups, length, dim)
-        return t.to(dtype).unflatten(1, (groups, -1)).transpose(2, 3)
+    def by_position(t: Tensor) -> Tensor:  # (batch, groups, *, length) -> (groups, steps, batch, chunks, *)
+        return torch.stack([_cut(group.transpose(1, 2)) for group in t.to(dtype).unbind(1)])
+
+    def by_group(t: Tensor) -> Tensor:  # (batch, groups*dim, length) -> (batch, groups, dim, length)
+        return t.unflatten(1, (groups, -1))
 
     if delta_bias is not None:
         delta = delta.to(dtype) + delta_bias[:, None]
-    y = _scan(
-        by_group(u),
-        _step(by_group(delta), delta_softplus),
-        A.unflatten(0, (groups, -1)),
-        B.to(dtype).transpose(2, 3),
-        C.to(dtype).transpose(2, 3),
-    )
-    y = y.transpose(2, 3).flatten(1, 2)  # (batch, groups*dim, length)
+    delta = by_position(by_group(delta))
+    if delta_softplus:
+        delta = F.softplus(delta)
+    y = _scan(by_position(by_group(u)), delta, A.unflatten(0, (groups, -1)), by_position(B), by_position(C))
+    y = _uncut(y, length).transpose(2, 3).flatten(1, 2)  # (batch, groups*dim, length)
     if D is not None:
         y = y + D[:, None] * u.to(dtype)
     return y.to(out_dtype)
@@ -89,14 +90,16 @@ def cross_selective_scan(
     """`vmamba_kernels.cross_selective_scan`, already checked."""
     rank, states, dtype = dt_weight.shape[2], A.shape[2], A.dtype
     height, width = x.shape[1:3]
-    u = cross_scan(x, routes)  # (batch, routes, length, dim)
-    projected = (u @ x_proj_weight.transpose(1, 2)).to(dtype)  # (batch, routes, length, rank + 2*states)
-    dt, B, C = projected.split((rank, states, states), dim=-1)
+    u = torch.stack([_cut(_along(x, route)) for route in routes])  # (routes, steps, batch, chunks, dim)
+    positions = u.shape[1:4]
+    projected = torch.bmm(u.flatten(1, 3), x_proj_weight.transpose(1, 2)).to(dtype)
+    dt, B, C = projected.split((rank, states, states), dim=-1)  # (routes, steps*batch*chunks, *)
     with torch.autocast(x.device.type, enabled=False):
-        delta = dt @ dt_weight.to(dtype).transpose(1, 2)  # (batch, routes, length, dim)
+        delta = torch.bmm(dt, dt_weight.to(dtype).transpose(1, 2))  # (routes, steps*batch*chunks, dim)
     if dt_bias is not None:
         delta = delta + dt_bias[:, None]
-    y = _scan(u.to(dtype), _step(delta, softplus=True), A, B, C)
+    delta, B, C = (t.unflatten(1, positions) for t in (F.softplus(delta), B, C))
+    y = _uncut(_scan(u.to(dtype), delta, A, B, C), height * width)
     return _merge(y, x, D, height, width, routes, out_dtype)
 
 
@@ -120,12 +123,8 @@ def cross_ssd(
     if dt_bias is not None:
         delta = delta + dt_bias[:, None]
     with torch.autocast(x.device.type, enabled=False):
-        y = _ssd(u.to(dtype).unflatten(-1, (heads, -1)), _step(delta, softplus=True), A, B, C, chunk_size)
+        y = _ssd(u.to(dtype).unflatten(-1, (heads, -1)), F.softplus(delta), A, B, C, chunk_size)
     return _merge(y.flatten(-2), x, None if D is None else D.flatten(1), height, width, routes, out_dtype)
-
-
-def _step(delta: Tensor, softplus: bool) -> Tensor:
-    return F.softplus(delta) if softplus else delta  # F.softplus is the identity above 20
 
 
 def _merge(
@@ -134,64 +133,74 @@ def _merge(
     """Add the routes and the skip; only the sum of D over the routes reaches the output."""
     merged = cross_merge(y, height, width, routes)
     if D is not None:
-        merged = merged + x.to(D.dtype) * D.sum(0)
+        merged = torch.addcmul(merged, x.to(D.dtype), D.sum(0))
     return merged.to(out_dtype)
 
 
-def _scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """The recurrence from a zero state, in about 2*sqrt(length) steps.
-
-    The route is cut into about sqrt(length) chunks.  First every chunk is scanned from zero, all chunks side by side;
-    then the state is carried from chunk to chunk; then each position adds what the state at its chunk's start still
-    contributes, which needs no further steps.
-
-    Args:
-        u, delta: (batch, groups, length, dim).  A: (groups, dim, states).  B, C: (batch, groups, length, states).
-
-    Returns:
-        (batch, groups, length, dim).
-    """
-    length, states = u.shape[2], A.shape[2]
-    if u.numel() == 0:
-        return u * delta * A.sum(2).unsqueeze(1) * B.sum(-1, keepdim=True) * C.sum(-1, keepdim=True)
+def _cut(t: Tensor) -> Tensor:
+    """(batch, length, *) -> (steps, batch, chunks, *); step s of chunk c is position c*steps + s, then zeros."""
+    length = t.shape[1]
     steps = math.ceil(math.sqrt(length))
     chunks = math.ceil(length / steps)
+    if chunks * steps > length:
+        t = F.pad(t, (0, 0, 0, chunks * steps - length))
+    return t.unflatten(1, (chunks, steps)).movedim(2, 0)
 
-    def chunked(t: Tensor) -> Tensor:  # (batch, groups, length, *) -> (steps, batch, groups, chunks, *), zeros behind
-        return F.pad(t, (0, 0, 0, chunks * steps - length)).unflatten(2, (chunks, steps)).movedim(3, 0).contiguous()
 
-    u, delta, B, C = chunked(delta * u), chunked(delta), chunked(B), chunked(C)
-    A = A.transpose(1, 2).unsqueeze(1)  # (groups, 1, states, dim)
+def _uncut(y: Tensor, length: int) -> Tensor:
+    """(groups, steps, batch, chunks, dim) -> (batch, groups, length, dim)."""
+    return y.permute(2, 0, 3, 1, 4).flatten(2, 3)[:, :, :length]
 
-    def decay(delta: Tensor) -> Tensor:  # (..., dim) -> (..., states, dim)
-        return (delta.unsqueeze(-2) * A).exp()
 
-    # What carries the states axis is built for a few steps at a time, so that it stays in the cache.
-    several = max(1, steps // states)
-    h = torch.zeros(())
-    y = []
-    for s in _slices(steps, several):
-        inputs = u[s].unsqueeze(-2) * B[s].unsqueeze(-1)  # (several, batch, groups, chunks, states, dim)
-        states_of_run = []
-        for decay_of_step, input_of_step in zip(decay(delta[s]).unbind(0), inputs.unbind(0), strict=True):
-            h = torch.addcmul(input_of_step, decay_of_step, h) if h.dim() else input_of_step
-            states_of_run.append(h)
-        y.append(_read(C[s], torch.stack(states_of_run)))
+def _scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """The recurrence from a zero state.
 
-    since_start = delta.cumsum(0)
-    decay_of_chunk = decay(since_start[-1])  # (batch, groups, chunks, states, dim)
-    starts = [torch.zeros_like(h[:, :, 0])]
-    for c in range(chunks - 1):
-        starts.append(torch.addcmul(h[:, :, c], decay_of_chunk[:, :, c], starts[-1]))
-    start = torch.stack(starts, dim=2)  # (batch, groups, chunks, states, dim)
+    First every chunk is scanned from zero, all side by side; then the state is carried from chunk to chunk; then each
+    position adds what the state at its chunk's start still contributes, which needs no further steps.  What stands
+    behind the end of a route changes nothing before it.
+
+    Args:
+        u, delta: (groups, steps, batch, chunks, dim).
+        A: (groups, dim, states).
+        B, C: (groups, steps, batch, chunks, states).
+
+    Returns:
+        (groups, steps, batch, chunks, dim).
+    """
+    steps, chunks = u.shape[1], u.shape[3]
+    A = A.transpose(1, 2)[:, None, None, None]  # (groups, 1, 1, 1, states, dim)
+    u = delta * u
+    # What has a states axis is computed for a few steps at a time, so that with many states it stays in the cache.
+    several = max(1, steps // A.shape[-2])
+    runs = [slice(start, start + several) for start in range(0, steps, several)]
+    state, since_start = None, None  # of each chunk, and the decay from its start: (groups, batch, chunks, states, dim)
+    local, decays = [], []
+    in_place = not torch.is_grad_enabled()  # with one state it takes a sixth off the scan
+    for run in runs:
+        decay = (delta[:, run].unsqueeze(-2) * A).exp()  # (groups, several, batch, chunks, states, dim)
+        inputs = u[:, run].unsqueeze(-2) * B[:, run].unsqueeze(-1)
+        states, products = [], []
+        for decay_of_step, input_of_step in zip(decay.unbind(1), inputs.unbind(1), strict=True):
+            if state is None:
+                state, since_start = input_of_step, decay_of_step
+            elif in_place:
+                state, since_start = input_of_step.addcmul_(decay_of_step, state), decay_of_step.mul_(since_start)
+            else:
+                state, since_start = torch.addcmul(input_of_step, decay_of_step, state), decay_of_step * since_start
+            states.append(state)
+            products.append(since_start)
+        local.append(inputs if in_place else torch.stack(states, dim=1))
+        decays.append(decay if in_place else torch.stack(products, dim=1))
+
+    starts = [torch.zeros_like(state[:, :, 0])]
+    for chunk in range(chunks - 1):
+        starts.append(torch.addcmul(state[:, :, chunk], since_start[:, :, chunk], starts[-1]))
+    start = torch.stack(starts, dim=2).unsqueeze(1)  # (groups, 1, batch, chunks, states, dim)
     y = [
-        y_run + _read(C[s], decay(since_start[s]) * start) for y_run, s in zip(y, _slices(steps, several), strict=True)
+        _read(C[:, run], torch.addcmul(from_zero, decay, start))
+        for run, from_zero, decay in zip(runs, local, decays, strict=True)
     ]
-    return torch.cat(y).movedim(0, 3).flatten(2, 3)[:, :, :length]
-
-
-def _slices(stop: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, stop, size)]
+    return torch.cat(y, dim=1)
 
 
 def _read(C: Tensor, h: Tensor) -> Tensor:

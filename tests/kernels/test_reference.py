@@ -185,6 +185,16 @@ def test_compile_sees_no_graph_break_at_any_size():
     for height in (3, 4, 7):  # the second size makes it dynamic
         case = images(height=height, dtype=torch.float32)
         torch.testing.assert_close(compiled(**case), vk.cross_selective_scan(**case))
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(**case), vk.cross_selective_scan(**case))
+
+
+def test_without_gradients_the_numbers_are_the_same():
+    torch.manual_seed(0)
+    case = images(height=9, width=7)
+    expected = vk.cross_selective_scan(**case)
+    with torch.inference_mode():
+        assert torch.equal(vk.cross_selective_scan(**case), expected)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +209,11 @@ def test_compile_sees_no_graph_break_at_any_size():
         ),
         (dict(x_proj_weight=torch.zeros(4, 9, 4).double()), "x_proj_weight has shape (4, 9, 4)"),
         (dict(D=torch.zeros(4).double()), "D has shape (4,)"),
-        (dict(x=torch.zeros(2, 3, 5)), "x has shape (2, 3, 5); it must be (batch, height, width, dim)"),
+        (
+            dict(x=torch.zeros(2, 3, 5)),
+            "x has shape (2, 3, 5); it must be (batch, height, width, dim) with at least one pixel",
+        ),
+        (dict(x=torch.zeros(2, 0, 5, 4)), "x has shape (2, 0, 5, 4)"),
         (dict(x=torch.zeros(2, 3, 5, 4, dtype=torch.int32)), "x is torch.int32"),
         (dict(A=torch.zeros(4, 4, 3, device="meta")), "A is on meta and x on cpu"),
         (dict(out_dtype=torch.int8), "out_dtype is torch.int8"),
