@@ -105,11 +105,12 @@ __device__ __forceinline__ float sigmoid2(float w) {   // 1 / (1 + 2^-w)
     return w >= 0.f ? r : z * r;
 }
 
-// The pixel that a route visits at a step. Routes: 0 rows, 1 columns, 2 rows reversed, 3 columns reversed.
-__device__ __forceinline__ int route_pixel(int step, int route, int height, int width) {
-    if (route & 2) step = height * width - 1 - step;
+// The pixel that a route visits at a step. Routes: 0 rows, 1 columns, 2 rows reversed, 3 columns reversed. division: a
+// division by the height as a multiplication, (step * (division >> 6)) >> (division & 63), exact below 2^31.
+__device__ __forceinline__ int route_pixel(int step, int route, int height, int width, int length, i64 division) {
+    if (route & 2) step = length - 1 - step;
     if (route & 1) {
-        int column = step / height;
+        const int column = (int)(((unsigned long long)step * (unsigned)(division >> 6)) >> (division & 63));
         step = (step - column * height) * width + column;
     }
     return step;

@@ -93,14 +93,12 @@ def _backward(
             fwd_rows = _project(x, plan.fwd_rows.pack(x_proj_weight).flatten(0, 1), dtype)
         g = scan.backward(plan, geometry, x, None, (fwd_rows, rows), dt_weight, bias, A, dy, borders)
 
-        # The rows' gradient: the columns of the steps by a matrix product, padded to whole 16 bytes; then B's and C's.
-        rows, d_steps = rows.view(pixels, routes, row.width), g.steps.view(pixels, routes, dim)
-        d_rows = rows.new_empty(pixels, routes, row.width)
-        padded = -(-rank // 8) * 8
-        dt_padded = torch.nn.functional.pad(dt_weight.to(dtype), (0, padded - rank))
-        torch.bmm(d_steps.transpose(0, 1), dt_padded, out=d_rows[:, :, :padded].transpose(0, 1))
-        scan.gather_rows(plan, g.tile_sums, d_rows)
-        d_dt_weight = torch.stack([(d_steps[:, k].t() @ rows[:, k, :padded])[:, :rank] for k in range(routes)])
+        d_rows, d_dt_weight = g.rows.view(pixels, routes, row.width), g.dt_weight
+        if d_dt_weight is None:
+            d_steps = g.steps.view(pixels, routes, dim).transpose(0, 1)
+            d_rows[:, :, :rank] = torch.bmm(d_steps, dt_weight.to(dtype)).transpose(0, 1)
+            step_rows = rows.view(pixels, routes, row.width)[:, :, :rank].transpose(0, 1)
+            d_dt_weight = torch.bmm(d_steps.transpose(1, 2), step_rows)
         d_rows = d_rows.view(pixels, routes * row.width)
         d_weight = row.unpack((d_rows.t() @ x.view(pixels, dim).to(dtype)).view(routes, row.width, dim))
         through_rows = d_rows @ weight.to(dtype)  # (pixels, dim)

@@ -28,16 +28,20 @@ class Rows:
         return -(-self.states // self.lanes)
 
     @cached_property
+    def padded_states(self) -> int:
+        return self.lane_states * self.lanes
+
+    @cached_property
     def b0(self) -> int:
         return self.rank if self.lane_states % 4 else _round_up(self.rank, 4)
 
     @cached_property
     def c0(self) -> int:
-        return self.b0 + self.lane_states * self.lanes
+        return self.b0 + self.padded_states
 
     @cached_property
     def width(self) -> int:
-        return _round_up(self.c0 + self.lane_states * self.lanes, 8)
+        return _round_up(self.c0 + self.padded_states, 8)
 
     @cached_property
     def sections(self) -> tuple[tuple[int, int], ...]:
@@ -154,32 +158,53 @@ class Layout:
 
     @cached_property
     def chunk(self) -> int:
-        """Steps between the states kept for the backward pass: those of 16 states take 1.3 times a bfloat16 x."""
-        return min(max(16, _round_up(6 * self.states, 16)), 128)
+        """Steps between the states kept for the backward pass: those of 16 states take 1.4 times a bfloat16 x."""
+        return min(max(16, 11 * self.states // 2 // 8 * 8), 128)
+
+    @cached_property
+    def fused(self) -> bool:
+        """Whether the backward kernel itself forms the gradients of the step projection."""
+        return self.row_dtype == torch.bfloat16 and self.rank > 0
 
     def bwd_shared(self, warps: int) -> int:
-        """Bytes of shared memory of a block of the backward kernel."""
-        cells = 2 * self.bwd_rows.lane_states * self.bwd_rows.lanes
-        own = 2 * self.sub * self.bwd_rows.width * self.row_dtype.itemsize + self.sub * self.bwd_warp_channels * 16
-        if self.row_dtype == torch.bfloat16:  # B and C also as float32
-            own += self.sub * 4 * (2 if cells == 2 else _round_up(cells, 4))
-        own += (self.chunk // self.sub - 1) * self.bwd_channels * self.bwd_rows.lane_states * 128
-        return warps * (2 * self.sub * cells * 4 + own)
+        """Bytes of shared memory of a block of the backward kernel, as its constants add up."""
+        rows, channels, converted = self.bwd_rows, self.bwd_warp_channels, 2 * self.bwd_rows.padded_states
+        own = 2 * self.sub * rows.width * self.row_dtype.itemsize + self.sub * channels * 16
+        if self.row_dtype == torch.bfloat16:
+            own += self.sub * 4 * (2 if converted == 2 else _round_up(converted, 4))
+        own += self.sub * rows.width * 4
+        if self.fused:
+            tile, depth = max(channels, 8), -(-self.rank // 8)
+            own += self.sub * (tile + 8) * 2 + tile // 8 * depth * 128 + -(-channels // 16) * depth * 512
+        own += (self.chunk // self.sub - 1) * self.bwd_channels * rows.lane_states * 128
+        return warps * own
 
     @cache  # noqa: B019 - layouts are few and live as long as the process
     def bwd_warps(self, shared_limit: int) -> int:
-        """Warps a block: at most 12 (6 with many states), and what the shared memory holds."""
-        warps = _even(-(-self.dim // self.bwd_warp_channels), 12 if self.states <= 2 else 6)
-        while warps > 1 and self.bwd_shared(warps) + 2048 > shared_limit:
-            warps -= 1
-        return warps
+        """Warps a block, for the most channels in flight on a multiprocessor of `shared_limit` bytes."""
+        groups = -(-self.dim // self.bwd_warp_channels)
+
+        in_flight = {}
+        for warps in range(1, 13):
+            blocks = min(12 // warps, shared_limit // (self.bwd_shared(warps) + 3072))
+            in_flight[warps] = blocks * groups / -(-groups // warps)
+        enough = 0.93 * max(in_flight.values())
+        return max(warps for warps in in_flight if in_flight[warps] >= enough)  # the fewer blocks add up their sums
 
     @cache  # noqa: B019
     def bwd_macros(self, warps: int) -> tuple[tuple[str, object], ...]:
         return self._macros(
-            self.bwd_rows, C=self.bwd_channels, SUB=self.sub, CHUNK=self.chunk, EVEN=int(self.dim % 2 == 0),
+            self.bwd_rows, C=self.bwd_channels, SUB=self.sub, CHUNK=self.chunk, KEEP=self.keep,
+            EVEN=int(self.dim % 2 == 0), TILED=int(self.bwd_tiles(warps) > 1),
             WARPS=warps, MIN_BLOCKS=self.bwd_blocks(warps),
         )  # fmt: skip
+
+    def bwd_tiles(self, warps: int) -> int:
+        return -(-self.dim // (warps * self.bwd_warp_channels))
+
+    @cached_property
+    def keep(self) -> int:
+        return self.sub
 
     def bwd_blocks(self, warps: int) -> int:
         return max(1, 12 // warps)

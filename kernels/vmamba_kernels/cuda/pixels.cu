@@ -52,16 +52,16 @@ extern "C" __global__ void merge_bwd_kernel(const Y *dx, const G *dy, const floa
     merge(dx, dy, skip, extra, out, count, (int)dim, (int)routes, 1.f);
 }
 
-// B's and C's columns of the rows' gradient, summed over channel tiles; columns of padding become zero, those of the steps
-// are left to a matrix product. count: pixels * routes * (ROW - R).
-extern "C" __global__ void gather_rows_kernel(const float *dbc, P *rows, i64 count, i64 pixel_routes, i64 tiles) {
-    constexpr int COLUMNS = ROW - R, CELLS = 2 * NP;
+// The rows' gradient summed over channel tiles. count: groups of four columns of all rows.
+extern "C" __global__ void sum_tiles_kernel(const float4 *tile_rows, P *rows, i64 count, i64 tiles) {
     for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (i64)gridDim.x * blockDim.x) {
-        const i64 row = divide(i, COLUMNS);
-        const int column = R + (int)(i - row * COLUMNS), cell = column - B0;
-        float sum = 0.f;
-        if (cell >= 0 && cell < CELLS)
-            for (i64 tile = 0; tile < tiles; ++tile) sum += dbc[(tile * pixel_routes + row) * CELLS + cell];
-        rows[row * ROW + column] = from_float<P>(sum);
+        float sum[4] = {0.f, 0.f, 0.f, 0.f};
+        for (i64 tile = 0; tile < tiles; ++tile) {
+            const float4 v = tile_rows[tile * count + i];
+            sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+        }
+        Vec<P, 4> result;
+        result.set(sum);
+        reinterpret_cast<Vec<P, 4> *>(rows)[i] = result;
     }
 }

@@ -39,7 +39,10 @@ class Geometry:
         return self.batch * self.routes
 
     def arguments(self, dim: int) -> tuple[int, ...]:
-        return self.height, self.width, dim, self.routes, self.kinds, self.pixel_stride, self.route_stride
+        """The kernels' arguments in their order; the last is a division by the height as a multiplication."""
+        shift = 31 + (self.height - 1).bit_length()
+        division = -(-(1 << shift) // self.height) << 6 | shift
+        return self.height, self.width, dim, self.routes, self.kinds, self.pixel_stride, self.route_stride, division
 
 
 @cache
@@ -105,8 +108,9 @@ def forward(
 @dataclass
 class Gradients:
     x: Tensor  # (batch, length, routes, dim): a route's share, through the recurrence
-    steps: Tensor  # (batch, length, routes, dim)
-    tile_sums: Tensor  # (tiles, batch, length, routes, cells): of B and C, to be summed over channel tiles
+    rows: Tensor  # (batch, length, routes, row width); the steps' columns only if the layout is fused
+    steps: Tensor | None  # (batch, length, routes, dim), unless fused
+    dt_weight: Tensor | None  # (routes, dim, rank) float32, if fused
     A: Tensor  # (routes, states, dim) float32
     dt_bias: Tensor  # (routes, dim) float32
     D: Tensor  # (routes, dim) float32
@@ -120,7 +124,7 @@ def backward(
     device, length, dim, states = x.device, geometry.length, layout.dim, layout.states
     processors, shared_limit = _limits(device)
     warps = layout.bwd_warps(shared_limit)
-    tiles = -(-dim // (warps * layout.bwd_warp_channels))
+    tiles = layout.bwd_tiles(warps)
     module = load("scan_bwd.cu", layout.bwd_macros(warps), device)
     segment, segments = layout.segments(geometry.sequences, length, tiles * warps, processors)
     inputs = dt_weight, dt_bias, A
@@ -137,29 +141,28 @@ def backward(
         )  # fmt: skip
         _pass_borders(fwd, state, total, A, exits, layout, geometry, segments, 0, segments, True)
 
-    shape = geometry.batch, length, geometry.routes
-    cells = 2 * layout.bwd_rows.lane_states * layout.bwd_rows.lanes
-    dx = x.new_empty(*shape, dim, dtype=layout.route_dtype)
-    d_steps = x.new_empty(*shape, dim, dtype=layout.row_dtype)
-    tile_sums = A.new_empty(tiles, *shape, cells)
-    dA = A.new_empty(geometry.batch, geometry.routes, segments, states, dim)
-    d_bias = A.new_empty(geometry.batch, geometry.routes, segments, dim)
-    dD = torch.empty_like(d_bias)
+    shape, row_shape = (geometry.batch, geometry.routes, segments), (geometry.batch, length, geometry.routes)
+    dx = x.new_empty(*row_shape, dim, dtype=layout.route_dtype)
+    d_rows = x.new_empty(*row_shape, layout.bwd_rows.width, dtype=layout.row_dtype)
+    tile_rows = A.new_empty(tiles, *d_rows.shape) if tiles > 1 else d_rows
+    d_steps = d_weight = None
+    if layout.fused:
+        d_weight = A.new_empty(*shape, dim, layout.rank)
+    else:
+        d_steps = x.new_empty(*row_shape, dim, dtype=layout.row_dtype)
+    dA, d_bias, dD = A.new_empty(*shape, states, dim), A.new_empty(*shape, dim), A.new_empty(*shape, dim)
     module.scan_bwd_kernel(
         geometry.sequences * segments * tiles, 32 * warps, layout.bwd_shared(warps), x, steps, rows[1], *inputs, dy,
-        borders, exits, dx, d_steps, tile_sums, dA, d_bias, dD, geometry.pixels, *geometry.arguments(dim),
+        borders, exits, dx, d_steps, tile_rows, d_weight, dA, d_bias, dD, geometry.pixels, *geometry.arguments(dim),
         segment, segments,
     )  # fmt: skip
-    return Gradients(dx, d_steps, tile_sums, dA.sum((0, 2)), d_bias.sum((0, 2)), dD.sum((0, 2)))
-
-
-def gather_rows(layout: Layout, tile_sums: Tensor, d_rows: Tensor) -> None:
-    """Write the columns of B and C, and zeros, into the rows' gradient (..., row width), all but the first `rank`."""
-    tiles, pixel_routes = tile_sums.shape[0], tile_sums[0, ..., 0].numel()
-    count = pixel_routes * (layout.bwd_rows.width - layout.rank)
-    load("pixels.cu", layout.pixel_macros, d_rows.device).gather_rows_kernel(
-        _blocks(count), 256, 0, tile_sums, d_rows, count, pixel_routes, tiles
-    )
+    if tiles > 1:
+        count = d_rows.numel() // 4
+        load("pixels.cu", layout.pixel_macros, device).sum_tiles_kernel(
+            _blocks(count), 256, 0, tile_rows, d_rows, count, tiles
+        )
+    dA, d_bias, dD = (t.sum((0, 2)) for t in (dA, d_bias, dD))
+    return Gradients(dx, d_rows, d_steps, None if d_weight is None else d_weight.sum((0, 2)), dA, d_bias, dD)
 
 
 def merge_forward(layout: Layout, y: Tensor, x: Tensor, skip: Tensor | None, routes: int, out: Tensor) -> Tensor:

@@ -1,14 +1,35 @@
 // The gradient of one segment of one route of one image, for WARPS * CW channels a block: chunk by chunk from the end, each
-// chunk's states recomputed from its border. C: channels a lane; SUB: steps whose states and
-// decays are held in registers; CHUNK: steps between borders, a multiple of SUB; EVEN: whether dim is.
+// chunk's states recomputed from its border, first in passing (keeping those at sub-chunk starts), then sub-chunk by
+// sub-chunk from the end with all states at hand. C: channels a lane; SUB: steps of a sub-chunk; CHUNK: steps between
+// borders, a multiple of SUB; KEEP: decays of how many steps of a sub-chunk are kept, not computed twice; EVEN: whether dim
+// is; TILED: whether several blocks share the channels, so that sums over channels are partial.
 #include "common.cuh"
 
 constexpr int CW = LANES * C;                          // channels a warp
 constexpr int SUBS = CHUNK / SUB;                      // sub-chunks a chunk
-constexpr int NSP = NS <= 1 ? 1 : NS <= 2 ? 2 : 4;     // states a lane, a power of two (NS <= 4)
+constexpr int PAIRS = C * NS;                          // states a lane
+constexpr int NSP = NS <= 1 ? 1 : NS <= 2 ? 2 : 4;     // of a channel, a power of two (NS <= 4)
 constexpr int GROUP = LANES > 2 * NSP ? LANES / (2 * NSP) : 1;   // steps whose dB and dC are reduced together
 constexpr int ITEM_STEPS = S / C > 1 ? S / C : 1;      // steps whose sums over states are reduced together
 static_assert(NS <= 4 && CW <= 32 && SUB % GROUP == 0 && SUB % ITEM_STEPS == 0 && (C == 1 || C <= S), "layout");
+
+// With bfloat16 rows the gradients of the step projection are matrix products of the steps' gradients (bfloat16, a tile in
+// shared memory) on the spot; otherwise the steps' gradients are written out.
+constexpr bool FUSED = CONVERT && R > 0;
+constexpr int DEPTH = FUSED ? (R + 7) / 8 : 0;         // column tiles of dt_weight
+constexpr int TILE_ROWS = CW < 8 ? 8 : CW, TILE_WIDTH = TILE_ROWS + 8;   // channels of the tile, halves of its rows
+constexpr int WEIGHT_TILES = (CW + 15) / 16;
+
+// A warp's shared memory, in floats; layout.py adds up the same.
+constexpr int RAW = SUB * ROW * sizeof(P) / 4, RAW_AT = 0;                       // copied rows: this sub-chunk's, the next's
+constexpr int ROWS_AT = RAW_AT + 2 * RAW;                                        // B and C as float32
+constexpr int SCALARS_AT = ROWS_AT + (CONVERT ? SUB * RS : 0);                   // [SUB][CW] of s, x, sigmoid, dy ln 2
+constexpr int CELLS_AT = SCALARS_AT + SUB * CW * 4;                              // [SUB][ROW]: rows' gradient
+constexpr int TILE_AT = CELLS_AT + SUB * ROW;                                // [SUB][TILE_WIDTH] bfloat16
+constexpr int WEIGHT_AT = TILE_AT + (FUSED ? SUB * TILE_WIDTH / 2 : 0);          // [TILE_ROWS / 8][DEPTH][32] pairs
+constexpr int WEIGHT_SUM_AT = WEIGHT_AT + TILE_ROWS / 8 * DEPTH * 32;            // [WEIGHT_TILES][DEPTH][32] of four
+constexpr int STATES_AT = WEIGHT_SUM_AT + WEIGHT_TILES * DEPTH * 128;            // [SUBS - 1][PAIRS][32]
+constexpr int OWN = STATES_AT + (SUBS - 1) * PAIRS * 32;
 
 // Sums of COUNT values over the lanes that differ in bits FIRST .. FIRST * LANES_ - 1 of their number, by exchanging halves:
 // afterwards a lane holds COUNT / LANES_ of the sums, starting at (its index) * COUNT / LANES_.
@@ -41,28 +62,40 @@ template <class T> __device__ __forceinline__ Vec<T, 2> load_pair(const T *pixel
     return v;
 }
 
+__device__ __forceinline__ void matrix_multiply_add(float *d, unsigned a0, unsigned a1, unsigned b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(b));
+}
+
+// Eight rows of eight halves, transposed: a lane gets column lane / 4 of rows lane % 4 * 2 and the next.
+__device__ __forceinline__ unsigned read_transposed(const void *row_of_lane) {
+    unsigned v, address = static_cast<unsigned>(__cvta_generic_to_shared(row_of_lane));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(v) : "r"(address));
+    return v;
+}
+
+#if TILED
+typedef float Cell;
+#else
+typedef P Cell;
+#endif
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_kernel(
     const X *__restrict__ x, const X *__restrict__ steps, const P *__restrict__ rows, const X *__restrict__ dt_weight,
     const float *__restrict__ dt_bias, const float *__restrict__ A, const G *__restrict__ dy,
     const float *__restrict__ borders, const float *__restrict__ exits, Y *__restrict__ dx, P *__restrict__ ddt,
-    float *__restrict__ dbc, float *__restrict__ dA, float *__restrict__ dbias, float *__restrict__ dD, i64 pixels,
+    Cell *__restrict__ d_rows, float *__restrict__ d_dt_weight, float *__restrict__ dA, float *__restrict__ dbias, float *__restrict__ dD, i64 pixels,
     i64 height, i64 width, i64 dim, i64 routes, i64 route_kinds, i64 x_pixel, i64 x_route,
-    i64 segment_length, i64 segments) {
+    i64 division, i64 segment_length, i64 segments) {
     using Projection = StepProjection<SUB, CW>;
     constexpr int TILES = Projection::TILES, OCTETS = Projection::OCTETS;
-    constexpr int PAIRS = C * NS, CELLS = 2 * NP;
-    constexpr int RAW = 2 * SUB * ROW * sizeof(P) / 4, ROWS = CONVERT ? SUB * RS : 0;   // floats of a warp's rows: the
-    // copies of this sub-chunk and the next, and B and C as float32
     extern __shared__ __align__(16) float shared[];
     __shared__ int pixel_all[WARPS][2][SUB];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, cl = lane % LANES, q = lane / LANES;
-
-    // Shared memory: reduction cells [2][WARPS][SUB][CELLS], then a warp's rows, scalars and sub-chunk states.
-    float *cells = shared;
-    float *own = shared + 2 * WARPS * SUB * CELLS + warp * (RAW + ROWS + SUB * CW * 4 + (SUBS - 1) * PAIRS * 32);
-    P *raw_both = reinterpret_cast<P *>(own);
-    float4 *scalars = reinterpret_cast<float4 *>(own + RAW + ROWS);   // [SUB][CW]: s, x, sigmoid, dy ln 2
-    float *states = own + RAW + ROWS + SUB * CW * 4;                  // [SUBS - 1][PAIRS][32]
+    float *own = shared + warp * OWN;
+    float4 *scalars = reinterpret_cast<float4 *>(own + SCALARS_AT);
+    float *states = own + STATES_AT;
 
     const int tiles = (int)((dim + WARPS * CW - 1) / (WARPS * CW)), tile = blockIdx.x % tiles;
     const i64 slot = blockIdx.x / tiles;   // (image, route, segment)
@@ -73,17 +106,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
     const int length = (int)(height * width), start = (int)(segment * segment_length);
     const int end = min(start + (int)segment_length, length);
     const int x_stride = (int)(x_pixel * sizeof(X)), dy_stride = (int)(x_pixel * sizeof(G));
-    const int row_stride = (int)(routes * ROW * sizeof(P));
+    const int row_stride = (int)(routes * ROW * sizeof(P)), d_row_stride = (int)(routes * ROW * sizeof(Cell));
     const int dx_stride = (int)(routes * dim * sizeof(Y)), ddt_stride = (int)(routes * dim * sizeof(P));
-    const i64 borders_per_route = (length + CHUNK - 1) / CHUNK - 1;
 
     x += image * length * x_pixel + route * x_route;
     if constexpr (R == 0) steps += image * length * x_pixel + route * x_route;
     dy += image * length * x_pixel + route * x_route;
     rows += (image * length * routes + route) * ROW;
+    borders += (sequence * ((length + CHUNK - 1) / CHUNK - 1) * N + q * NS) * dim + first + cl;
     dx += (image * length * routes + route) * dim;
     ddt += (image * length * routes + route) * dim;
-    dbc += ((tile * pixels + image * length) * routes + route) * CELLS;
+    d_rows += ((tile * pixels + image * length) * routes + route) * ROW;
 
     Projection projection;
     projection.init(dt_weight, dt_bias, route * dim + first, route * dim + dim - 1, lane);
@@ -99,6 +132,21 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
             da[c][n] = 0.f;
         }
     float bias_sum = 0.f, d_sum = 0.f;
+    for (int i = lane; i < SUB * ROW; i += 32) own[CELLS_AT + i] = 0.f;   // some columns are never written
+    if constexpr (FUSED) {
+        for (int i = lane; i < SUB * TILE_WIDTH / 2; i += 32) own[TILE_AT + i] = 0.f;
+        for (int i = lane; i < WEIGHT_TILES * DEPTH * 128; i += 32) own[WEIGHT_SUM_AT + i] = 0.f;
+#pragma unroll
+        for (int t = 0; t < TILE_ROWS / 8; ++t)
+#pragma unroll
+            for (int k = 0; k < DEPTH; ++k) {   // dt_weight of two channels for one column
+                const int ch = first + t * 8 + lane % 4 * 2, r = k * 8 + lane / 4;
+                const X *at_weight = dt_weight + (route * dim + ch) * R + r;
+                const unsigned low = ch < dim && r < R ? bits(at_weight[0]) : 0;
+                const unsigned high = ch + 1 < dim && r < R ? bits(at_weight[R]) : 0;
+                reinterpret_cast<unsigned *>(own + WEIGHT_AT)[(t * DEPTH + k) * 32 + lane] = low | high << 16;
+            }
+    }
 
     // Sub-chunks are read one ahead of their use: fetch starts the reads of one, prepare takes what was fetched last into
     // rows and scalars and fetches the next. Steps past the end get s = x = dy = 0, channels past the last x = dy = 0: they
@@ -106,12 +154,22 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
     int fetched = 1;   // which of the two buffers
     Vec<X, 2> next_x[OCTETS][TILES], next_steps[R ? 1 : OCTETS][R ? 1 : TILES];
     Vec<G, 2> next_dy[OCTETS][TILES];
+    float border[C][NS];   // fetched too where every sub-chunk is a chunk
+    auto read_border = [&](float (*to)[NS], int chunk) {
+#pragma unroll
+        for (int c = 0; c < C; ++c)
+#pragma unroll
+            for (int n = 0; n < NS; ++n)
+                to[c][n] = chunk > 0 && first + c * LANES + cl < dim && q * NS + n < N
+                    ? borders[((chunk - 1) * (i64)N + n) * dim + c * LANES] : 0.f;
+    };
     auto fetch = [&](int l0) {
+        if constexpr (SUBS == 1) read_border(border, l0 / CHUNK);
         fetched ^= 1;
         int *pixel = pixel_all[warp][fetched];
-        if (lane < SUB) pixel[lane] = route_pixel(max(min(l0 + lane, end - 1), 0), kind, (int)height, (int)width);
+        if (lane < SUB) pixel[lane] = route_pixel(max(min(l0 + lane, end - 1), 0), kind, (int)height, (int)width, length, division);
         __syncwarp();
-        load_rows<SUB>(raw_both + fetched * SUB * ROW, rows, pixel, row_stride, lane);
+        load_rows<SUB>(reinterpret_cast<P *>(own + RAW_AT + fetched * RAW), rows, pixel, row_stride, lane);
 #pragma unroll
         for (int o = 0; o < OCTETS; ++o) {
             const int step = o * 8 + lane / 4, at_pixel = pixel[step];
@@ -126,8 +184,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
         }
     };
     const int *pixel;
+    const P *raw;
     const float *row_buffer;
-    auto prepare = [&](int l0, int next_l0) {
+    auto prepare = [&](int l0, int next_l0, bool gradient) {
         float w[OCTETS][TILES][2], u[OCTETS][TILES][2], g[OCTETS][TILES][2];
 #pragma unroll
         for (int o = 0; o < OCTETS; ++o)
@@ -139,17 +198,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                     g[o][t][e] = next_dy[o][t].get(e);
                     if constexpr (R == 0) w[o][t][e] = next_steps[o][t].get(e);
                 }
-        const P *raw = raw_both + fetched * SUB * ROW;
+        raw = reinterpret_cast<const P *>(own + RAW_AT + fetched * RAW);
         pixel = pixel_all[warp][fetched];
         copy_wait<0>();
         __syncwarp();   // also: nobody still reads what is overwritten now
         fetch(next_l0);
-        if constexpr (CONVERT) {
-            convert_rows<SUB>(own + RAW, raw, lane);
-            row_buffer = own + RAW;
-        } else {
-            row_buffer = reinterpret_cast<const float *>(raw);
-        }
+        convert_rows<SUB>(own + ROWS_AT, raw, lane);
+        row_buffer = CONVERT ? own + ROWS_AT : reinterpret_cast<const float *>(raw);
         projection.project(w, raw, w, lane);
 #pragma unroll
         for (int o = 0; o < OCTETS; ++o)
@@ -162,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                     const float s = l0 + step >= end ? 0.f : SOFTPLUS ? softplus2(v) : v;
                     if (CW % 8 == 0 || within < CW)
                         scalars[step * CW + within] =
-                            make_float4(s, u[o][t][e], SOFTPLUS ? sigmoid2(v) : 1.f, g[o][t][e] * LN2);
+                            make_float4(s, u[o][t][e], SOFTPLUS && gradient ? sigmoid2(v) : 1.f, g[o][t][e] * LN2);
                 }
         __syncwarp();
     };
@@ -182,54 +237,49 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
         }
     };
 
-    int buffer = 0;
     const int last_chunk = start + (end - 1 - start) / CHUNK * CHUNK;
     fetch(last_chunk);
     for (int c0 = last_chunk; c0 >= start; c0 -= CHUNK) {
         const int subs = SUBS == 1 ? 1 : (min(CHUNK, end - c0) + SUB - 1) / SUB;
-        float entry[C][NS];
-#pragma unroll
-        for (int c = 0; c < C; ++c)
-#pragma unroll
-            for (int n = 0; n < NS; ++n) {
-                const int ch = first + c * LANES + cl, state = q * NS + n;
-                entry[c][n] = c0 > 0 && ch < dim && state < N
-                    ? borders[((sequence * borders_per_route + c0 / CHUNK - 1) * N + state) * dim + ch] : 0.f;
-                h[c][n] = entry[c][n];
-            }
+        if constexpr (SUBS > 1) read_border(h, c0 / CHUNK);
         for (int sub = 0; sub < subs - 1; ++sub) {
-            prepare(c0 + sub * SUB, c0 + (sub + 1) * SUB);
+            prepare(c0 + sub * SUB, c0 + (sub + 1) * SUB, false);
 #pragma unroll
             for (int j = 0; j < SUB; ++j) {
                 float decay[C][NS];
                 advance(j, decay);
             }
 #pragma unroll
-            for (int c = 0; c < C; ++c)
-#pragma unroll
-                for (int n = 0; n < NS; ++n) states[(sub * PAIRS + c * NS + n) * 32 + lane] = h[c][n];
+            for (int i = 0; i < PAIRS; ++i) states[(sub * PAIRS + i) * 32 + lane] = h[i / NS][i % NS];
         }
 
         for (int sub = subs - 1; sub >= 0; --sub) {
             const int l0 = c0 + sub * SUB;
-            prepare(l0, sub ? l0 - SUB : c0 - CHUNK);
+            if constexpr (SUBS == 1) {
+#pragma unroll
+                for (int i = 0; i < PAIRS; ++i) h[i / NS][i % NS] = border[i / NS][i % NS];
+            }
+            prepare(l0, sub ? l0 - SUB : c0 - CHUNK, true);
             float before[SUB][C][NS], decay[SUB][C][NS];
+            if constexpr (SUBS > 1) {
+                if (sub == 0) {
+                    read_border(h, c0 / CHUNK);
+                } else {
 #pragma unroll
-            for (int c = 0; c < C; ++c)
-#pragma unroll
-                for (int n = 0; n < NS; ++n)
-                    h[c][n] = sub ? states[((sub - 1) * PAIRS + c * NS + n) * 32 + lane] : entry[c][n];
+                    for (int i = 0; i < PAIRS; ++i) h[i / NS][i % NS] = states[((sub - 1) * PAIRS + i) * 32 + lane];
+                }
+            }
 #pragma unroll
             for (int j = 0; j < SUB; ++j) {
 #pragma unroll
-                for (int c = 0; c < C; ++c)
-#pragma unroll
-                    for (int n = 0; n < NS; ++n) before[j][c][n] = h[c][n];
+                for (int i = 0; i < PAIRS; ++i) before[j][i / NS][i % NS] = h[i / NS][i % NS];
                 advance(j, decay[j]);
             }
 
             float sums[GROUP * 2 * NSP], items[ITEM_STEPS * C * 2];
-            float *cell = cells + (buffer * WARPS + warp) * SUB * CELLS;
+            float *cell = own + CELLS_AT;
+            __syncthreads();   // nobody still reads cells
+            bf16 *tile_rows = reinterpret_cast<bf16 *>(own + TILE_AT);
 #pragma unroll
             for (int j = SUB - 1; j >= 0; --j) {
                 float b[NS], cc[NS];
@@ -247,53 +297,89 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                     for (int n = 0; n < NS; ++n) {
                         const float after = j + 1 < SUB ? before[j + 1 < SUB ? j + 1 : 0][c][n] : h[c][n];
                         const float g = fmaf(cc[n], k.w, carry[c][n]);
+                        const float a = j < KEEP ? decay[j][c][n] : exp2_fast(k.x * a_log[c][n]);
                         sum[n] = fmaf(g, su, sum[n]);
                         sum[NSP + n] = fmaf(after, k.w, sum[NSP + n]);
                         by_b = fmaf(g, b[n], by_b);
-                        carry[c][n] = decay[j][c][n] * g;
+                        carry[c][n] = a * g;
                         const float ga = carry[c][n] * before[j][c][n];
                         by_a = fmaf(ga, a_log[c][n], by_a);
                         da[c][n] = fmaf(ga, k.x, da[c][n]);
                     }
-                    float *slot_item = items + (j % ITEM_STEPS * C + c) * 2;
-                    slot_item[0] = by_b;
-                    slot_item[1] = by_a;
+                    items[(j % ITEM_STEPS * C + c) * 2] = by_b;
+                    items[(j % ITEM_STEPS * C + c) * 2 + 1] = by_a;
                 }
-                if (j % GROUP == 0) {
+                if (j % GROUP == 0) {   // over channels
                     reduce_scatter<GROUP * 2 * NSP, 1, LANES>(sums, lane);
                     constexpr int HELD = GROUP * 2 * NSP / LANES;
 #pragma unroll
                     for (int i = 0; i < HELD; ++i) {
                         const int index = cl * HELD + i, n = index % NSP, which = index / NSP % 2, step = index / NSP / 2;
-                        if (n < NS) cell[(j + step) * CELLS + which * NP + q * NS + n] = sums[i];
+                        if (n < NS) cell[(j + step) * ROW + B0 + which * NP + q * NS + n] = sums[i];
                     }
                 }
-                if (j % ITEM_STEPS == 0) {
+                if (j % ITEM_STEPS == 0) {   // over states; then the lane has one channel of one step
                     reduce_scatter<ITEM_STEPS * C * 2, LANES, S>(items, lane);
                     const int step = j + q / C, within = q % C * LANES + cl, ch = first + within;
                     const float4 k = scalars[step * CW + within];
-                    const float d_step = k.z * fmaf(LOG2E * k.y, items[0], items[1]);
-                    if (ch < dim && l0 + step < end) {
+                    const bool real = ch < dim && l0 + step < end;
+                    const float d_step = real ? k.z * fmaf(LOG2E * k.y, items[0], items[1]) : 0.f;
+                    if constexpr (FUSED) tile_rows[step * TILE_WIDTH + within] = from_float<bf16>(d_step);
+                    bias_sum += d_step;
+                    d_sum = fmaf(k.y, k.w, d_sum);
+                    if (real) {
                         at(dx, pixel[step], dx_stride)[ch] = from_float<Y>(k.x * items[0]);
-                        at(ddt, pixel[step], ddt_stride)[ch] = from_float<P>(d_step);
-                        bias_sum += d_step;
-                        d_sum = fmaf(k.y, k.w, d_sum);
+                        if constexpr (!FUSED) at(ddt, pixel[step], ddt_stride)[ch] = from_float<P>(d_step);
                     }
                 }
             }
 
+            if constexpr (FUSED) {
+                __syncwarp();
+#pragma unroll
+                for (int k = 0; k < DEPTH; ++k) {   // rows' gradient: (steps, channels) by (channels, ranks)
+                    float d[4] = {0.f, 0.f, 0.f, 0.f};
+                    const bf16 *from = tile_rows + lane / 4 * TILE_WIDTH + lane % 4 * 2;
+#pragma unroll
+                    for (int t = 0; t < TILE_ROWS / 8; ++t)
+                        matrix_multiply_add(
+                            d, *reinterpret_cast<const unsigned *>(from + t * 8),
+                            OCTETS > 1 ? *reinterpret_cast<const unsigned *>(from + t * 8 + 8 * TILE_WIDTH) : 0,
+                            reinterpret_cast<const unsigned *>(own + WEIGHT_AT)[(t * DEPTH + k) * 32 + lane]);
+#pragma unroll
+                    for (int i = 0; i < 2 * OCTETS; ++i)
+                        if (k * 8 + 8 <= R || k * 8 + lane % 4 * 2 + i % 2 < R)
+                            cell[(i / 2 * 8 + lane / 4) * ROW + k * 8 + lane % 4 * 2 + i % 2] = d[i];
+                }
+#pragma unroll
+                for (int k = 0; k < DEPTH; ++k)   // dt_weight's: (channels, steps) by (steps, ranks)
+#pragma unroll
+                    for (int t = 0; t < WEIGHT_TILES; ++t) {
+                        float4 *sum = reinterpret_cast<float4 *>(own + WEIGHT_SUM_AT) + (t * DEPTH + k) * 32 + lane;
+                        float4 old = *sum;
+                        float d[4] = {old.x, old.y, old.z, old.w};
+#pragma unroll
+                        for (int o = 0; o < OCTETS; ++o) {
+                            const int row = o * 8 + lane % 8;
+                            const bf16 *from = tile_rows + row * TILE_WIDTH + t * 16;
+                            matrix_multiply_add(d, read_transposed(from),
+                                                t * 16 + 8 < TILE_ROWS ? read_transposed(from + 8) : 0,
+                                                read_transposed(raw + row * ROW + k * 8));
+                        }
+                        *sum = make_float4(d[0], d[1], d[2], d[3]);
+                    }
+            }
+
             __syncthreads();
-            for (int i = threadIdx.x; i < SUB * CELLS; i += 32 * WARPS) {
-                const int j = i / CELLS;
+            for (int i = threadIdx.x; i < SUB * ROW; i += 32 * WARPS) {
+                const int j = i / ROW;
                 if (l0 + j < end) {
                     float sum = 0.f;
 #pragma unroll
-                    for (int other = 0; other < WARPS; ++other)
-                        sum += cells[(buffer * WARPS + other) * SUB * CELLS + i];
-                    dbc[(i64)pixel[j] * routes * CELLS + i % CELLS] = sum;
+                    for (int other = 0; other < WARPS; ++other) sum += shared[other * OWN + CELLS_AT + i];
+                    at(d_rows, pixel[j], d_row_stride)[i % ROW] = from_float<Cell>(sum);
                 }
             }
-            buffer ^= 1;
         }
     }
 
@@ -305,6 +391,20 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
             const int ch = first + c * LANES + cl, state = q * NS + n;
             if (ch < dim && state < N) dA[(slot * N + state) * dim + ch] = da[c][n] * LN2;
         }
+    if constexpr (FUSED)
+#pragma unroll
+        for (int k = 0; k < DEPTH; ++k)
+#pragma unroll
+            for (int t = 0; t < WEIGHT_TILES; ++t) {
+                const float4 sum = reinterpret_cast<const float4 *>(own + WEIGHT_SUM_AT)[(t * DEPTH + k) * 32 + lane];
+                const float d[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int within = t * 16 + i / 2 * 8 + lane / 4, r = k * 8 + lane % 4 * 2 + i % 2;
+                    if (within < CW && first + within < dim && r < R)
+                        d_dt_weight[(slot * dim + first + within) * R + r] = d[i];
+                }
+            }
 #pragma unroll
     for (int offset = LANES * C; offset < 32; offset *= 2) {
         bias_sum += __shfl_xor_sync(~0u, bias_sum, offset);

@@ -14,7 +14,7 @@ __device__ __forceinline__ void scan(
     const U *__restrict__ u, const X *__restrict__ steps, const P *__restrict__ rows, const X *__restrict__ dt_weight,
     const float *__restrict__ dt_bias, const float *__restrict__ A, Y *__restrict__ y, float *__restrict__ borders,
     float *__restrict__ end_state, float *__restrict__ end_sum, i64 height, i64 width, i64 dim, i64 routes,
-    i64 route_kinds, i64 u_pixel, i64 u_route, i64 chunk, i64 segment_length, i64 segments) {
+    i64 route_kinds, i64 u_pixel, i64 u_route, i64 division, i64 chunk, i64 segment_length, i64 segments) {
     using Projection = StepProjection<K, CW>;
     constexpr int TILES = Projection::TILES, OCTETS = Projection::OCTETS;
     __shared__ __align__(16) P raw_all[WARPS][2][K * ROW];
@@ -65,7 +65,8 @@ __device__ __forceinline__ void scan(
         if (lane < K) {
             const int step = min(stage * K + lane, count - 1);
             pixel_all[warp][stage & 1][lane] =
-                route_pixel(start + (MODE == ADJOINT ? count - 1 - step : step), kind, (int)height, (int)width);
+                route_pixel(start + (MODE == ADJOINT ? count - 1 - step : step), kind, (int)height, (int)width, length,
+                            division);
         }
     };
     Vec<U, C> next[K];
@@ -202,26 +203,26 @@ __device__ __forceinline__ void scan(
 
 extern "C" __global__ void BOUNDS scan_fwd_kernel(
     const X *x, const X *steps, const P *rows, const X *dt_weight, const float *dt_bias, const float *A, Y *y,
-    float *borders, i64 height, i64 width, i64 dim, i64 routes, i64 route_kinds, i64 x_pixel, i64 x_route, i64 chunk,
-    i64 segment_length, i64 segments) {
+    float *borders, i64 height, i64 width, i64 dim, i64 routes, i64 route_kinds, i64 x_pixel, i64 x_route, i64 division,
+    i64 chunk, i64 segment_length, i64 segments) {
     scan<FORWARD>(x, steps, rows, dt_weight, dt_bias, A, y, borders, nullptr, nullptr, height, width, dim, routes,
-                  route_kinds, x_pixel, x_route, chunk, segment_length, segments);
+                  route_kinds, x_pixel, x_route, division, chunk, segment_length, segments);
 }
 
 extern "C" __global__ void BOUNDS scan_summary_kernel(
     const X *x, const X *steps, const P *rows, const X *dt_weight, const float *dt_bias, const float *A,
     float *end_state, float *end_sum, i64 height, i64 width, i64 dim, i64 routes, i64 route_kinds, i64 x_pixel,
-    i64 x_route, i64 segment_length, i64 segments) {
+    i64 x_route, i64 division, i64 segment_length, i64 segments) {
     scan<SUMMARY>(x, steps, rows, dt_weight, dt_bias, A, (Y *)nullptr, nullptr, end_state, end_sum, height, width, dim,
-                  routes, route_kinds, x_pixel, x_route, 1, segment_length, segments);
+                  routes, route_kinds, x_pixel, x_route, division, 1, segment_length, segments);
 }
 
 extern "C" __global__ void BOUNDS scan_adjoint_kernel(
     const G *dy, const X *steps, const P *rows, const X *dt_weight, const float *dt_bias, const float *A,
     float *end_state, float *end_sum, i64 height, i64 width, i64 dim, i64 routes, i64 route_kinds, i64 x_pixel,
-    i64 x_route, i64 segment_length, i64 segments) {
+    i64 x_route, i64 division, i64 segment_length, i64 segments) {
     scan<ADJOINT>(dy, steps, rows, dt_weight, dt_bias, A, (Y *)nullptr, nullptr, end_state, end_sum, height, width, dim,
-                  routes, route_kinds, x_pixel, x_route, 1, segment_length, segments);
+                  routes, route_kinds, x_pixel, x_route, division, 1, segment_length, segments);
 }
 
 // Passes the states over the segments: one thread a (image, route, state, channel). Forward, segment i's entry goes to the

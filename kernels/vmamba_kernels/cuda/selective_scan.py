@@ -92,9 +92,7 @@ def _backward(
         both = tuple(_rows(B, C, r, plan.row_dtype) for r in (plan.fwd_rows, row))
         g = scan.backward(plan, geometry, u, delta, both, None, bias, A, dy, borders)
         du = scan.merge_backward(plan, g.x, dy, skip, None, 1, torch.empty_like(u))
-        d_rows = u.new_empty(*g.tile_sums.shape[1:4], row.width, dtype=plan.row_dtype)
-        scan.gather_rows(plan, g.tile_sums, d_rows)
-        dB, dC = (d_rows[..., at : at + states].permute(0, 2, 3, 1).to(B.dtype) for at in (row.b0, row.c0))
+        dB, dC = (g.rows[..., at : at + states].permute(0, 2, 3, 1).to(B.dtype) for at in (row.b0, row.c0))
     return (
         du.transpose(1, 2).contiguous(), g.steps.flatten(2).transpose(1, 2).to(delta.dtype).contiguous(),
         g.A.transpose(1, 2).reshape(channels, states).contiguous(), dB.contiguous(), dC.contiguous(),
