@@ -1,10 +1,11 @@
 """Selective-scan operators for images and sequences, one signature for every backend.
 
 `selective_scan` is the 1-D operator, `cross_selective_scan` and `cross_ssd` take an image, project it, scan it along
-several routes and merge the results.  `reference.py` is their specification; `registry.py` says who can serve a call.
+several routes and merge the results; `layer_norm` norms the channels of each pixel.  `reference.py` is their
+specification; `registry.py` says who can serve a call.
 """
 
-from .operators import ROUTES, cross_merge, cross_scan, cross_selective_scan, cross_ssd, selective_scan
+from .operators import ROUTES, cross_merge, cross_scan, cross_selective_scan, cross_ssd, layer_norm, selective_scan
 from .registry import BackendError, Call, backends, choose, explain
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "cross_selective_scan",
     "cross_ssd",
     "explain",
+    "layer_norm",
     "selective_scan",
 ]

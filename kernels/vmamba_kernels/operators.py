@@ -217,6 +217,49 @@ def cross_ssd(
     return scan(x, x_proj_weight, dt_bias, A, D, routes, chunk_size, out_dtype)
 
 
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float = 1e-5,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """LayerNorm over the last dimension, computed in at least float32 whatever it reads and writes.
+
+    Args:
+        x: (..., dim).
+        weight, bias: (dim,).
+        eps: added to the variance.
+        out_dtype: dtype of the result; by default x's.  Autocast changes nothing.
+        backend: a name from `backends()`; None or "auto" takes the fastest that can serve the call.
+
+    Returns:
+        (..., dim).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, naming the argument.
+        BackendError: the backend asked for is unknown or cannot serve the call.
+    """
+    _require(x.dim() >= 1 and x.shape[-1] >= 1, f"x has shape {_shape(x)}; its last dimension, the channels, is empty")
+    _check_shape("weight", weight, (x.shape[-1],), "x", x)
+    _check_shape("bias", bias, (x.shape[-1],), "x", x)
+    _check_tensors(x=x, weight=weight, bias=bias)
+    weight, bias = _to(_state_dtype(x), weight, bias)
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    _require(out_dtype in FLOATS, f"out_dtype is {out_dtype}; it must be one of {', '.join(map(str, FLOATS))}")
+    norm = registry.implementation(
+        backend,
+        operator="layer_norm",
+        device=x.device,
+        dtype=x.dtype,
+        out_dtype=out_dtype,
+        dim=index(x.shape[-1]),
+    )
+    return norm(x, weight, bias, eps, out_dtype)
+
+
 def cross_scan(x: Tensor, routes: Sequence[str] = ROUTES) -> Tensor:
     """Lay an image out along routes: (batch, height, width, dim) -> (batch, routes, height*width, dim)."""
     _check_image(x)

@@ -127,6 +127,12 @@ def cross_ssd(
     return _merge(y.flatten(-2), x, None if D is None else D.flatten(1), height, width, routes, out_dtype)
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
+    """`vmamba_kernels.layer_norm`, already checked."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, eps).to(out_dtype)
+
+
 def _merge(
     y: Tensor, x: Tensor, D: Tensor | None, height: int, width: int, routes: tuple[str, ...], out_dtype: torch.dtype
 ) -> Tensor:
@@ -255,4 +261,5 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     "selective_scan": selective_scan,
     "cross_selective_scan": cross_selective_scan,
     "cross_ssd": cross_ssd,
+    "layer_norm": layer_norm,
 }

@@ -23,6 +23,7 @@ PREFERENCE = {
     "selective_scan": ("cuda", "triton", "reference"),
     "cross_selective_scan": ("cuda", "triton", "reference"),
     "cross_ssd": ("triton", "reference"),
+    "layer_norm": ("cuda", "reference"),
 }
 
 

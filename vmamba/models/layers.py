@@ -7,11 +7,13 @@ same memory as a "channels_last" image.  The indices inside the `nn.Sequential`s
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from timm.layers import GluMlp, Mlp, get_act_layer
 from torch import Tensor, nn
 
 from vmamba.errors import UserError, unknown
+from vmamba_kernels import layer_norm
 
 ACTIVATIONS = ("silu", "gelu", "relu", "sigmoid", "tanh", "softplus")
 NORMS = ("ln", "bn")
@@ -28,8 +30,29 @@ class ToChannelsLast(nn.Module):
         return x.permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels, computed in float32 whatever it reads.
+
+    Under autocast it gives the dtype that the next layer would cast to anyway, which halves what is written; with
+    `keep_float32`, where no such layer follows, it gives float32 as PyTorch's does.
+    """
+
+    def __init__(self, dim: int, keep_float32: bool = False):
+        super().__init__(dim)
+        self.keep_float32 = keep_float32
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.float32 if self.keep_float32 else torch.get_autocast_dtype(x.device.type)
+        return layer_norm(x, self.weight, self.bias, eps=self.eps, out_dtype=dtype)
+
+
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm of channels-last images."""
+    """Batch norm of channels-last images.  Under autocast it gives what it reads, `keep_float32` or not."""
+
+    def __init__(self, dim: int, keep_float32: bool = False):
+        super().__init__(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -59,11 +82,11 @@ def activation(name: str) -> Callable[[], nn.Module]:
     return nn.Softplus if name == "softplus" else get_act_layer(name)
 
 
-def norm_layer(name: str) -> Callable[[int], nn.Module]:
+def norm_layer(name: str) -> type[LayerNorm] | type[BatchNorm]:
     """The class of a norm by its name: "ln" over channels, "bn" over the batch.  Raises UserError for another."""
     if name not in NORMS:
         raise unknown("norm_layer", name, NORMS)
-    return nn.LayerNorm if name == "ln" else BatchNorm
+    return LayerNorm if name == "ln" else BatchNorm
 
 
 def out_norm(name: str, dim: int) -> nn.Module:
@@ -74,7 +97,7 @@ def out_norm(name: str, dim: int) -> nn.Module:
     if name not in OUT_NORMS:
         raise unknown("out_norm", name, OUT_NORMS)
     if name == "ln":
-        return nn.LayerNorm(dim)
+        return LayerNorm(dim)
     if name == "none":
         return nn.Identity()
     if name == "softmax":
@@ -84,7 +107,7 @@ def out_norm(name: str, dim: int) -> nn.Module:
     convolution = DepthwiseConv(dim, 3, bias=False)
     if name == "dwconv3":
         return nn.Sequential(nn.Identity(), convolution)
-    return nn.Sequential(nn.LayerNorm(dim), nn.Identity(), convolution)
+    return nn.Sequential(LayerNorm(dim), nn.Identity(), convolution)
 
 
 def mlp(dim: int, ratio: float, act: str, drop: float, gated: bool) -> nn.Module:
@@ -95,14 +118,16 @@ def mlp(dim: int, ratio: float, act: str, drop: float, gated: bool) -> nn.Module
     return Mlp(dim, hidden, act_layer=activation(act), drop=drop)
 
 
-def patch_embed(version: str, in_chans: int, dim: int, patch_size: int, norm: Callable[[int], nn.Module]) -> nn.Module:
+def patch_embed(version: str, in_chans: int, dim: int, patch_size: int, norm: Callable[..., nn.Module]) -> nn.Module:
     """(B, in_chans, H, W) -> (B, H', W', dim).
 
     "v1": one convolution over patches, so H' = H // patch_size; "v2": two 3x3 convolutions of half the stride each, a
     norm and GELU between them, so H' = ceil(H / patch_size) for patch_size 4.
     """
     if version == "v1":
-        return nn.Sequential(nn.Conv2d(in_chans, dim, patch_size, patch_size), ToChannelsLast(), norm(dim))
+        return nn.Sequential(
+            nn.Conv2d(in_chans, dim, patch_size, patch_size), ToChannelsLast(), norm(dim, keep_float32=True)
+        )
     if version == "v2":
         if patch_size % 2:
             raise UserError(f"patch_size is {patch_size}; patch_embed 'v2' halves it, so choose an even one or 'v1'")
@@ -115,7 +140,7 @@ def patch_embed(version: str, in_chans: int, dim: int, patch_size: int, norm: Ca
             nn.GELU(),
             nn.Conv2d(dim // 2, dim, stride + 1, stride, padding=1),
             ToChannelsLast(),
-            norm(dim),
+            norm(dim, keep_float32=True),
         )
     raise unknown("patch_embed", version, ("v1", "v2"))
 
@@ -123,7 +148,7 @@ def patch_embed(version: str, in_chans: int, dim: int, patch_size: int, norm: Ca
 class PatchMerging(nn.Module):
     """Downsampling "v1" (Swin's): the channels of 2x2 pixels, norm, linear; an odd side is padded with zeros."""
 
-    def __init__(self, dim: int, out_dim: int, norm: Callable[[int], nn.Module]):
+    def __init__(self, dim: int, out_dim: int, norm: Callable[..., nn.Module]):
         super().__init__()
         self.norm = norm(4 * dim)
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
@@ -136,7 +161,7 @@ class PatchMerging(nn.Module):
         return self.reduction(self.norm(x))
 
 
-def downsample(version: str, dim: int, out_dim: int, norm: Callable[[int], nn.Module]) -> nn.Module:
+def downsample(version: str, dim: int, out_dim: int, norm: Callable[..., nn.Module]) -> nn.Module:
     """(B, H, W, dim) -> (B, H', W', out_dim).
 
     "v1": `PatchMerging`; "v2": a 2x2 convolution of stride 2 (an odd side loses its last line); "v3": a 3x3 convolution
@@ -148,4 +173,4 @@ def downsample(version: str, dim: int, out_dim: int, norm: Callable[[int], nn.Mo
         raise unknown("downsample", version, ("v1", "v2", "v3"))
     kernel, padding = (2, 0) if version == "v2" else (3, 1)
     convolution = nn.Conv2d(dim, out_dim, kernel, stride=2, padding=padding)
-    return nn.Sequential(ToChannelsFirst(), convolution, ToChannelsLast(), norm(out_dim))
+    return nn.Sequential(ToChannelsFirst(), convolution, ToChannelsLast(), norm(out_dim, keep_float32=True))

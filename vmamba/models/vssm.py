@@ -205,7 +205,7 @@ class VSSM(nn.Module):
                 Stage(blocks, layers.downsample(downsample, dim, dims[i + 1], norm) if dims[i + 1 :] else None)
             )
         self.layers = nn.ModuleList(stages)
-        self.classifier = Classifier(dims[-1], num_classes, norm(dims[-1]), global_pool, drop_rate)
+        self.classifier = Classifier(dims[-1], num_classes, norm(dims[-1], keep_float32=True), global_pool, drop_rate)
         self.apply(_init_linear)
 
     def forward(self, x: Tensor) -> Tensor:

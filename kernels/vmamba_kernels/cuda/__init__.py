@@ -5,10 +5,15 @@ import torch
 from ..registry import BackendError, Call
 from .compiler import nvrtc_version
 from .cross_selective_scan import cross_selective_scan
+from .layer_norm import MAX_DIM, layer_norm
 from .layout import MAX_RANK, MAX_ROUTES, MAX_STATES, TYPES
 from .selective_scan import selective_scan
 
-OPERATORS = {"cross_selective_scan": cross_selective_scan, "selective_scan": selective_scan}
+OPERATORS = {
+    "cross_selective_scan": cross_selective_scan,
+    "selective_scan": selective_scan,
+    "layer_norm": layer_norm,
+}
 
 
 def why_not(call: Call) -> str | None:
@@ -18,7 +23,10 @@ def why_not(call: Call) -> str | None:
     for dtype in (call.dtype, call.out_dtype):
         if dtype not in TYPES:
             return f"{str(dtype).removeprefix('torch.')} is not among its types (float32, bfloat16, float16)"
-    if not 1 <= call.states <= MAX_STATES:
+    if call.operator == "layer_norm":
+        if call.dim > MAX_DIM:
+            return f"it norms up to {MAX_DIM} channels, not {call.dim}"
+    elif not 1 <= call.states <= MAX_STATES:
         return f"it holds 1 to {MAX_STATES} states, not {call.states}"
     if call.operator == "cross_selective_scan" and not 1 <= call.rank <= MAX_RANK:
         return f"it takes step projections of rank 1 to {MAX_RANK}, not {call.rank}"

@@ -1,0 +1,91 @@
+"""`layer_norm` against PyTorch's, its dtypes, and its kernels: compiled for every architecture here, run on a GPU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import vmamba_kernels as vk
+
+DIMS = (1, 3, 48, 96, 100, 768, 1024)
+BACKENDS = ["reference", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def case(dim, dtype=torch.float32, rows=(2, 5, 7), device="cpu"):
+    torch.manual_seed(dim)
+    x = (3 * torch.randn(*rows, dim, device=device) + 1).to(dtype)
+    return x, torch.randn(dim, device=device), torch.randn(dim, device=device)
+
+
+def device_of(backend):
+    return "cpu" if backend == "reference" else backend
+
+
+def relative(out, expected):
+    return ((out.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-12)).item()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+def test_output_and_gradients_agree_with_pytorch_in_float64(backend, dim, dtype, out_dtype):
+    inputs = [t.requires_grad_() for t in case(dim, dtype, device=device_of(backend))]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    out = vk.layer_norm(*inputs, out_dtype=out_dtype, backend=backend)
+    expected = F.layer_norm(exact[0], (dim,), *exact[1:])
+    assert out.dtype == out_dtype
+    dy = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, inputs, dy)
+    expected_gradients = torch.autograd.grad(expected, exact, dy.double())
+    assert [g.dtype for g in gradients] == [dtype, torch.float32, torch.float32]
+    bound = 1e-6 if dtype == out_dtype == torch.float32 else 1e-2
+    assert relative(out, expected) < bound
+    if dim > 1:  # the norm of one channel is its bias
+        for gradient, exact_gradient in zip(gradients, expected_gradients, strict=True):
+            assert relative(gradient, exact_gradient) < bound
+
+
+@pytest.mark.gpu
+def test_odd_strides_addresses_and_sizes_on_the_gpu():
+    device = device_of("cuda")
+    x, weight, bias = case(96, rows=(3, 4, 5), device=device)
+    expected = F.layer_norm(x, (96,), weight, bias)
+    strided = x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+    torch.testing.assert_close(vk.layer_norm(strided, weight, bias, backend="cuda"), expected)
+    shifted = torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x)
+    torch.testing.assert_close(vk.layer_norm(shifted, weight, bias, backend="cuda"), expected)
+    assert vk.layer_norm(x[:0], weight, bias, backend="cuda").shape == (0, 4, 5, 96)
+    runs = []
+    for _ in range(2):
+        w = weight.clone().requires_grad_()
+        vk.layer_norm(x.repeat(400, 1, 1, 1), w, bias, backend="cuda").square().sum().backward()
+        runs.append(w.grad)
+    assert torch.equal(*runs)
+    torch.library.opcheck(torch.ops.vmamba.layer_norm_cuda, (x, weight, bias, 1e-5, torch.bfloat16))
+
+
+def test_autocast_does_not_round_what_is_asked_in_float32():
+    x, weight, bias = case(96)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = vk.layer_norm(x, weight, bias)
+    assert torch.equal(out, vk.layer_norm(x, weight, bias))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
+def test_compiles_for_every_architecture(arch, tmp_path, monkeypatch):
+    from vmamba_kernels.cuda.compiler import compile_cubin
+    from vmamba_kernels.cuda.layer_norm import macros
+
+    monkeypatch.setenv("VMAMBA_KERNELS_CACHE", str(tmp_path))
+    for dim in (3, 96, 1024):
+        assert compile_cubin("layer_norm.cu", dict(macros(dim, torch.float32, torch.bfloat16)), arch)[:4] == b"\x7fELF"
+
+
+def test_errors_name_the_argument():
+    x, weight, bias = case(96)
+    with pytest.raises(
+        ValueError, match=r"weight has shape \(3,\); beside x of shape \(2, 5, 7, 96\) it must be \(96,\)"
+    ):
+        vk.layer_norm(x, weight[:3], bias)
+    with pytest.raises(vk.BackendError, match="backend 'triton' cannot serve layer_norm here"):
+        vk.layer_norm(x, weight, bias, backend="triton")
