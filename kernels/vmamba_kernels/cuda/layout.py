@@ -169,7 +169,9 @@ class Layout:
     def bwd_shared(self, warps: int) -> int:
         """Bytes of shared memory of a block of the backward kernel, as its constants add up."""
         rows, channels, converted = self.bwd_rows, self.bwd_warp_channels, 2 * self.bwd_rows.padded_states
-        own = 2 * self.sub * rows.width * self.row_dtype.itemsize + self.sub * channels * 16
+        own = 2 * self.sub * rows.width * self.row_dtype.itemsize
+        packed = self.x == self.out == torch.bfloat16
+        own += self.sub * (channels if channels < 16 else channels + 8) * (12 if packed else 20)
         if self.row_dtype == torch.bfloat16:
             own += self.sub * 4 * (2 if converted == 2 else _round_up(converted, 4))
         own += self.sub * rows.width * 4
@@ -194,17 +196,13 @@ class Layout:
     @cache  # noqa: B019
     def bwd_macros(self, warps: int) -> tuple[tuple[str, object], ...]:
         return self._macros(
-            self.bwd_rows, C=self.bwd_channels, SUB=self.sub, CHUNK=self.chunk, KEEP=self.keep,
+            self.bwd_rows, C=self.bwd_channels, SUB=self.sub, CHUNK=self.chunk, 
             EVEN=int(self.dim % 2 == 0), TILED=int(self.bwd_tiles(warps) > 1),
             WARPS=warps, MIN_BLOCKS=self.bwd_blocks(warps),
         )  # fmt: skip
 
     def bwd_tiles(self, warps: int) -> int:
         return -(-self.dim // (warps * self.bwd_warp_channels))
-
-    @cached_property
-    def keep(self) -> int:
-        return self.sub
 
     def bwd_blocks(self, warps: int) -> int:
         return max(1, 12 // warps)

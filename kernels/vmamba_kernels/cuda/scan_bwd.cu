@@ -1,15 +1,15 @@
 // The gradient of one segment of one route of one image, for WARPS * CW channels a block: chunk by chunk from the end, each
 // chunk's states recomputed from its border, first in passing (keeping those at sub-chunk starts), then sub-chunk by
 // sub-chunk from the end with all states at hand. C: channels a lane; SUB: steps of a sub-chunk; CHUNK: steps between
-// borders, a multiple of SUB; KEEP: decays of how many steps of a sub-chunk are kept, not computed twice; EVEN: whether dim
-// is; TILED: whether several blocks share the channels, so that sums over channels are partial.
+// borders, a multiple of SUB; EVEN: whether dim is; TILED: whether several blocks share the channels, so that sums over channels are partial.
 #include "common.cuh"
 
 constexpr int CW = LANES * C;                          // channels a warp
 constexpr int SUBS = CHUNK / SUB;                      // sub-chunks a chunk
 constexpr int PAIRS = C * NS;                          // states a lane
 constexpr int NSP = NS <= 1 ? 1 : NS <= 2 ? 2 : 4;     // of a channel, a power of two (NS <= 4)
-constexpr int GROUP = LANES > 2 * NSP ? LANES / (2 * NSP) : 1;   // steps whose dB and dC are reduced together
+constexpr bool BY_MATRIX = CONVERT && LANES >= 4;      // dB and dC are summed over lanes by matrix instructions (tf32)
+constexpr int GROUP = BY_MATRIX ? 8 / NSP : LANES > 2 * NSP ? LANES / (2 * NSP) : 1;   // steps summed together
 constexpr int ITEM_STEPS = S / C > 1 ? S / C : 1;      // steps whose sums over states are reduced together
 static_assert(NS <= 4 && CW <= 32 && SUB % GROUP == 0 && SUB % ITEM_STEPS == 0 && (C == 1 || C <= S), "layout");
 
@@ -20,11 +20,36 @@ constexpr int DEPTH = FUSED ? (R + 7) / 8 : 0;         // column tiles of dt_wei
 constexpr int TILE_ROWS = CW < 8 ? 8 : CW, TILE_WIDTH = TILE_ROWS + 8;   // channels of the tile, halves of its rows
 constexpr int WEIGHT_TILES = (CW + 15) / 16;
 
+// What a step of a channel is made of, besides the sigmoid: s, x and dy; two half-width ones share a word.
+template <bool PACKED> struct StepItem {
+    float s, x_, dy_, unused;
+    __device__ __forceinline__ void set(float step, Vec<X, 2> x, Vec<G, 2> dy, int e) {
+        s = step, x_ = x.get(e), dy_ = dy.get(e);
+    }
+    __device__ __forceinline__ float x() const { return x_; }
+    __device__ __forceinline__ float dy() const { return dy_; }
+};
+template <> struct StepItem<true> {
+    float s;
+    unsigned both;
+    __device__ __forceinline__ void set(float step, Vec<bf16, 2> x, Vec<bf16, 2> dy, int e) {
+        s = step, both = __byte_perm(x.both, dy.both, e ? 0x7632 : 0x5410);
+    }
+    __device__ __forceinline__ float x() const { return lower_half(both); }
+    __device__ __forceinline__ float dy() const { return upper_half(both); }
+};
+template <class A, class B> struct Same { static constexpr bool value = false; };
+template <class A> struct Same<A, A> { static constexpr bool value = true; };
+constexpr bool PACKED = Same<X, bf16>::value && Same<G, bf16>::value;
+using Item = StepItem<PACKED>;
+constexpr int IW = CW < 16 ? CW : CW + 8;              // of a row of items: spreads the rows over the banks
+
 // A warp's shared memory, in floats; layout.py adds up the same.
 constexpr int RAW = SUB * ROW * sizeof(P) / 4, RAW_AT = 0;                       // copied rows: this sub-chunk's, the next's
 constexpr int ROWS_AT = RAW_AT + 2 * RAW;                                        // B and C as float32
-constexpr int SCALARS_AT = ROWS_AT + (CONVERT ? SUB * RS : 0);                   // [SUB][CW] of s, x, sigmoid, dy ln 2
-constexpr int CELLS_AT = SCALARS_AT + SUB * CW * 4;                              // [SUB][ROW]: rows' gradient
+constexpr int STEPS_AT = ROWS_AT + (CONVERT ? SUB * RS : 0);                     // [SUB][IW] of s, x, dy
+constexpr int SIGMOIDS_AT = STEPS_AT + SUB * IW * (sizeof(Item) / 4);            // [SUB][IW]
+constexpr int CELLS_AT = SIGMOIDS_AT + SUB * IW;                              // [SUB][ROW]: rows' gradient
 constexpr int TILE_AT = CELLS_AT + SUB * ROW;                                // [SUB][TILE_WIDTH] bfloat16
 constexpr int WEIGHT_AT = TILE_AT + (FUSED ? SUB * TILE_WIDTH / 2 : 0);          // [TILE_ROWS / 8][DEPTH][32] pairs
 constexpr int WEIGHT_SUM_AT = WEIGHT_AT + TILE_ROWS / 8 * DEPTH * 32;            // [WEIGHT_TILES][DEPTH][32] of four
@@ -68,6 +93,30 @@ __device__ __forceinline__ void matrix_multiply_add(float *d, unsigned a0, unsig
         : "r"(a0), "r"(a1), "r"(b));
 }
 
+// Sums of 16 values over the lanes of a state group, by matrices of ones and zeros that add four lanes of a value into a row
+// of its own: select[i] has ones in rows 2 i (for the first of two values) and 2 i + 1. Inputs lose float32's last 13 bits.
+// A lane then holds values lane / 4 (v[0]; v[1] for the next state group if LANES is 4) and lane / 4 + 8 (v[2], v[3]), of
+// state group lane % 4 * S / 4.
+__device__ __forceinline__ void reduce_by_matrix(float *v, const uint4 *select) {
+    float d[2][4] = {};
+#pragma unroll
+    for (int i = 0; i < 16; i += 2) {
+        float *to = d[i / 8];
+        const uint4 a = select[i % 8 / 2];
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(to[0]), "+f"(to[1]), "+f"(to[2]), "+f"(to[3])
+            : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(__float_as_uint(v[i])), "r"(__float_as_uint(v[i + 1])));
+    }
+    v[0] = d[0][0], v[1] = d[0][1], v[2] = d[1][0], v[3] = d[1][1];
+    if constexpr (LANES > 4) v[0] += v[1], v[2] += v[3];
+#pragma unroll
+    for (int bit = 1; bit < LANES / 8; bit *= 2) {
+        v[0] += __shfl_xor_sync(~0u, v[0], bit);
+        v[2] += __shfl_xor_sync(~0u, v[2], bit);
+    }
+}
+
 // Eight rows of eight halves, transposed: a lane gets column lane / 4 of rows lane % 4 * 2 and the next.
 __device__ __forceinline__ unsigned read_transposed(const void *row_of_lane) {
     unsigned v, address = static_cast<unsigned>(__cvta_generic_to_shared(row_of_lane));
@@ -94,7 +143,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
     __shared__ int pixel_all[WARPS][2][SUB];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, cl = lane % LANES, q = lane / LANES;
     float *own = shared + warp * OWN;
-    float4 *scalars = reinterpret_cast<float4 *>(own + SCALARS_AT);
+    Item *items = reinterpret_cast<Item *>(own + STEPS_AT);
+    float *sigmoids = own + SIGMOIDS_AT;
     float *states = own + STATES_AT;
 
     const int tiles = (int)((dim + WARPS * CW - 1) / (WARPS * CW)), tile = blockIdx.x % tiles;
@@ -187,17 +237,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
     const P *raw;
     const float *row_buffer;
     auto prepare = [&](int l0, int next_l0, bool gradient) {
-        float w[OCTETS][TILES][2], u[OCTETS][TILES][2], g[OCTETS][TILES][2];
+        float w[OCTETS][TILES][2];
+        Vec<X, 2> now_x[OCTETS][TILES];
+        Vec<G, 2> now_dy[OCTETS][TILES];
 #pragma unroll
         for (int o = 0; o < OCTETS; ++o)
 #pragma unroll
-            for (int t = 0; t < TILES; ++t)
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    u[o][t][e] = next_x[o][t].get(e);
-                    g[o][t][e] = next_dy[o][t].get(e);
-                    if constexpr (R == 0) w[o][t][e] = next_steps[o][t].get(e);
-                }
+            for (int t = 0; t < TILES; ++t) {
+                now_x[o][t] = next_x[o][t], now_dy[o][t] = next_dy[o][t];
+                if constexpr (R == 0) w[o][t][0] = next_steps[o][t].get(0), w[o][t][1] = next_steps[o][t].get(1);
+            }
         raw = reinterpret_cast<const P *>(own + RAW_AT + fetched * RAW);
         pixel = pixel_all[warp][fetched];
         copy_wait<0>();
@@ -215,27 +264,34 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                     const int step = o * 8 + lane / 4, within = t * 8 + lane % 4 * 2 + e;
                     const float v = w[o][t][e];
                     const float s = l0 + step >= end ? 0.f : SOFTPLUS ? softplus2(v) : v;
-                    if (CW % 8 == 0 || within < CW)
-                        scalars[step * CW + within] =
-                            make_float4(s, u[o][t][e], SOFTPLUS && gradient ? sigmoid2(v) : 1.f, g[o][t][e] * LN2);
+                    if (CW % 8 == 0 || within < CW) {
+                        items[step * IW + within].set(s, now_x[o][t], now_dy[o][t], e);
+                        if (gradient) sigmoids[step * IW + within] = SOFTPLUS ? sigmoid2(v) : 1.f;
+                    }
                 }
         __syncwarp();
     };
-    // One step of the recurrence for the lane's states; decay gets 2^(s A).
-    auto advance = [&](int j, float (*decay)[NS]) {
+    // One step of the recurrence for the lane's states.
+    auto advance = [&](int j) {
         float b[NS];
         read_states<RB>(b, row_buffer + j * RS, q);
 #pragma unroll
         for (int c = 0; c < C; ++c) {
-            const float2 k = *reinterpret_cast<const float2 *>(scalars + j * CW + c * LANES + cl);
-            const float su = k.x * k.y;
+            const Item item = items[j * IW + c * LANES + cl];
+            const float su = item.s * item.x();
 #pragma unroll
-            for (int n = 0; n < NS; ++n) {
-                decay[c][n] = exp2_fast(k.x * a_log[c][n]);
-                h[c][n] = fmaf(decay[c][n], h[c][n], su * b[n]);
-            }
+            for (int n = 0; n < NS; ++n)
+                h[c][n] = fmaf(exp2_fast(item.s * a_log[c][n]), h[c][n], su * b[n]);
         }
     };
+    uint4 select[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        select[i] = make_uint4(lane / 4 == 2 * i ? __float_as_uint(1.f) : 0, 0,
+                               lane / 4 == 2 * i + 1 ? __float_as_uint(1.f) : 0, 0);
+        // Hides where the values come from: they stay in four registers in a row instead of being made at each use.
+        asm volatile("" : "+r"(select[i].x), "+r"(select[i].y), "+r"(select[i].z), "+r"(select[i].w));
+    }
 
     const int last_chunk = start + (end - 1 - start) / CHUNK * CHUNK;
     fetch(last_chunk);
@@ -245,10 +301,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
         for (int sub = 0; sub < subs - 1; ++sub) {
             prepare(c0 + sub * SUB, c0 + (sub + 1) * SUB, false);
 #pragma unroll
-            for (int j = 0; j < SUB; ++j) {
-                float decay[C][NS];
-                advance(j, decay);
-            }
+            for (int j = 0; j < SUB; ++j) advance(j);
 #pragma unroll
             for (int i = 0; i < PAIRS; ++i) states[(sub * PAIRS + i) * 32 + lane] = h[i / NS][i % NS];
         }
@@ -260,7 +313,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                 for (int i = 0; i < PAIRS; ++i) h[i / NS][i % NS] = border[i / NS][i % NS];
             }
             prepare(l0, sub ? l0 - SUB : c0 - CHUNK, true);
-            float before[SUB][C][NS], decay[SUB][C][NS];
+            float before[SUB][C][NS];
             if constexpr (SUBS > 1) {
                 if (sub == 0) {
                     read_border(h, c0 / CHUNK);
@@ -273,62 +326,84 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
             for (int j = 0; j < SUB; ++j) {
 #pragma unroll
                 for (int i = 0; i < PAIRS; ++i) before[j][i / NS][i % NS] = h[i / NS][i % NS];
-                advance(j, decay[j]);
+                advance(j);
             }
 
-            float sums[GROUP * 2 * NSP], items[ITEM_STEPS * C * 2];
+            float sums[GROUP * 2 * NSP], by_states[ITEM_STEPS * C * 2];
             float *cell = own + CELLS_AT;
             __syncthreads();   // nobody still reads cells
             bf16 *tile_rows = reinterpret_cast<bf16 *>(own + TILE_AT);
 #pragma unroll
             for (int j = SUB - 1; j >= 0; --j) {
-                float b[NS], cc[NS];
-                read_states<RB>(b, row_buffer + j * RS, q);
-                read_states<RC>(cc, row_buffer + j * RS, q);
+                float bc[2 * NS], *b = bc, *cc = bc + NS;
+                if constexpr (S == 1) {
+                    read_row<RB, 2 * NS>(bc, row_buffer + j * RS);
+                } else {
+                    read_states<RB>(b, row_buffer + j * RS, q);
+                    read_states<RC>(cc, row_buffer + j * RS, q);
+                }
+                Item item;
                 float *sum = sums + j % GROUP * 2 * NSP;
 #pragma unroll
                 for (int i = 0; i < 2 * NSP; ++i) sum[i] = 0.f;
 #pragma unroll
                 for (int c = 0; c < C; ++c) {
-                    const float4 k = scalars[j * CW + c * LANES + cl];
-                    const float su = k.x * k.y;
+                    item = items[j * IW + c * LANES + cl];
+                    const float su = item.s * item.x(), dy_here = item.dy();
                     float by_b = 0.f, by_a = 0.f;
 #pragma unroll
                     for (int n = 0; n < NS; ++n) {
                         const float after = j + 1 < SUB ? before[j + 1 < SUB ? j + 1 : 0][c][n] : h[c][n];
-                        const float g = fmaf(cc[n], k.w, carry[c][n]);
-                        const float a = j < KEEP ? decay[j][c][n] : exp2_fast(k.x * a_log[c][n]);
+                        const float g = fmaf(cc[n], dy_here, carry[c][n]);
+                        const float a = exp2_fast(item.s * a_log[c][n]);
                         sum[n] = fmaf(g, su, sum[n]);
-                        sum[NSP + n] = fmaf(after, k.w, sum[NSP + n]);
+                        sum[NSP + n] = fmaf(after, dy_here, sum[NSP + n]);
                         by_b = fmaf(g, b[n], by_b);
                         carry[c][n] = a * g;
                         const float ga = carry[c][n] * before[j][c][n];
                         by_a = fmaf(ga, a_log[c][n], by_a);
-                        da[c][n] = fmaf(ga, k.x, da[c][n]);
+                        da[c][n] = fmaf(ga, item.s, da[c][n]);
                     }
-                    items[(j % ITEM_STEPS * C + c) * 2] = by_b;
-                    items[(j % ITEM_STEPS * C + c) * 2 + 1] = by_a;
+                    by_states[(j % ITEM_STEPS * C + c) * 2] = by_b;
+                    by_states[(j % ITEM_STEPS * C + c) * 2 + 1] = by_a;
                 }
                 if (j % GROUP == 0) {   // over channels
-                    reduce_scatter<GROUP * 2 * NSP, 1, LANES>(sums, lane);
-                    constexpr int HELD = GROUP * 2 * NSP / LANES;
+                    auto store = [&](int index, int group, float sum) {
+                        const int n = index % NSP, which = index / NSP % 2, step = index / NSP / 2;
+                        if (n < NS) cell[(j + step) * ROW + B0 + which * NP + group * NS + n] = sum;
+                    };
+                    if constexpr (BY_MATRIX) {
+                        reduce_by_matrix(sums, select);
+                        constexpr int SAME = LANES < 8 ? 1 : LANES / 8;   // lanes that now hold the same sums
+                        const int group = lane % 4 * S / 4;
+                        if (lane % SAME == 0) {
+                            store(lane / 4, group, sums[0]);
+                            store(lane / 4 + 8, group, sums[2]);
+                            if (LANES == 4) {
+                                store(lane / 4, group + 1, sums[1]);
+                                store(lane / 4 + 8, group + 1, sums[3]);
+                            }
+                        }
+                    } else {
+                        reduce_scatter<GROUP * 2 * NSP, 1, LANES>(sums, lane);
+                        constexpr int HELD = GROUP * 2 * NSP / LANES;
 #pragma unroll
-                    for (int i = 0; i < HELD; ++i) {
-                        const int index = cl * HELD + i, n = index % NSP, which = index / NSP % 2, step = index / NSP / 2;
-                        if (n < NS) cell[(j + step) * ROW + B0 + which * NP + q * NS + n] = sums[i];
+                        for (int i = 0; i < HELD; ++i) store(cl * HELD + i, q, sums[i]);
                     }
                 }
                 if (j % ITEM_STEPS == 0) {   // over states; then the lane has one channel of one step
-                    reduce_scatter<ITEM_STEPS * C * 2, LANES, S>(items, lane);
+                    reduce_scatter<ITEM_STEPS * C * 2, LANES, S>(by_states, lane);
                     const int step = j + q / C, within = q % C * LANES + cl, ch = first + within;
-                    const float4 k = scalars[step * CW + within];
+                    if constexpr (S > 1) item = items[step * IW + within];   // it is another one
                     const bool real = ch < dim && l0 + step < end;
-                    const float d_step = real ? k.z * fmaf(LOG2E * k.y, items[0], items[1]) : 0.f;
+                    Y *to_dx = at(dx, pixel[step], dx_stride) + ch;
+                    float d_step = sigmoids[step * IW + within] * fmaf(item.x(), by_states[0], LN2 * by_states[1]);
+                    if (!real) d_step = 0.f;
                     if constexpr (FUSED) tile_rows[step * TILE_WIDTH + within] = from_float<bf16>(d_step);
                     bias_sum += d_step;
-                    d_sum = fmaf(k.y, k.w, d_sum);
+                    d_sum = fmaf(item.x(), item.dy(), d_sum);
                     if (real) {
-                        at(dx, pixel[step], dx_stride)[ch] = from_float<Y>(k.x * items[0]);
+                        *to_dx = from_float<Y>(item.s * LN2 * by_states[0]);
                         if constexpr (!FUSED) at(ddt, pixel[step], ddt_stride)[ch] = from_float<P>(d_step);
                     }
                 }
@@ -377,7 +452,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                     float sum = 0.f;
 #pragma unroll
                     for (int other = 0; other < WARPS; ++other) sum += shared[other * OWN + CELLS_AT + i];
-                    at(d_rows, pixel[j], d_row_stride)[i % ROW] = from_float<Cell>(sum);
+                    at(d_rows, pixel[j], d_row_stride)[i % ROW] = from_float<Cell>(i % ROW < B0 ? sum : sum * LN2);
                 }
             }
         }
@@ -389,7 +464,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
 #pragma unroll
         for (int n = 0; n < NS; ++n) {
             const int ch = first + c * LANES + cl, state = q * NS + n;
-            if (ch < dim && state < N) dA[(slot * N + state) * dim + ch] = da[c][n] * LN2;
+            if (ch < dim && state < N) dA[(slot * N + state) * dim + ch] = da[c][n] * (LN2 * LN2);
         }
     if constexpr (FUSED)
 #pragma unroll
@@ -413,6 +488,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
     const int ch = first + q % C * LANES + cl;
     if (q < C && ch < dim) {
         dbias[slot * dim + ch] = bias_sum;
-        dD[slot * dim + ch] = d_sum * LOG2E;
+        dD[slot * dim + ch] = d_sum;
     }
 }

@@ -194,7 +194,7 @@ __device__ __forceinline__ void scan(
 #pragma unroll
             for (int n = 0; n < NS; ++n)
                 if (q * NS + n < N)
-                    end_state[(slot * N + q * NS + n) * dim + channel + c] = MODE == ADJOINT ? h[c][n] * LN2 : h[c][n];
+                    end_state[(slot * N + q * NS + n) * dim + channel + c] = h[c][n];
         }
     }
 }
