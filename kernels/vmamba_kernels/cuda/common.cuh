@@ -1,6 +1,7 @@
 // Shared by every kernel. A compilation defines these macros (see kernels.py):
 //   N, R          states and rank of the step projection (R = 0: the steps themselves are given, operator selective_scan)
 //   S             lanes of a warp that share a channel, each holding NS = ceil(N / S) of its states
+//   NP, B0, ROW   of a projected row: states with padding, the column where B starts (C follows), columns in all
 //   X, P, Y, G    types of the pixels, of the projected rows and their gradients, of a route's output, of the output's gradient
 //   SOFTPLUS      whether the step goes through softplus
 // The steps are kept as s = delta / ln 2, so that exp(delta A) = 2^(s A); a state is then h / ln 2, and whoever reads a
@@ -14,11 +15,7 @@ struct fp16 { unsigned short bits; };
 #define LOG2E 1.44269504088896f
 
 constexpr int NS = (N + S - 1) / S;          // states a lane
-constexpr int NP = NS * S;                   // states of a row, zeros after N
 constexpr int LANES = 32 / S;                // lanes of a warp that hold different channels
-constexpr int R4 = NS % 4 ? R : (R + 3) / 4 * 4;
-constexpr int B0 = R4, C0 = B0 + NP;         // columns of a projected row: steps, then B, then C
-constexpr int ROW = (C0 + NP + 7) / 8 * 8;   // padded to whole 16-byte reads
 
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(bf16 v) { return __uint_as_float((unsigned)v.bits << 16); }
@@ -147,13 +144,14 @@ template <int OFFSET, int COUNT> __device__ __forceinline__ void read_row(float 
 // The rows' B and C as float32: where they lie in the copied rows, or in a converted copy of RS floats a row.
 constexpr bool CONVERT = sizeof(P) == 2;
 constexpr int RB = CONVERT ? 0 : B0, RC = RB + NP;
+constexpr bool ALIGNED = NS % 4 == 0 && NP % 4 == 0 && B0 % 4 == 0;
 constexpr int RS = CONVERT ? (NP == 1 ? 2 : (2 * NP + 3) / 4 * 4) : ROW;
 
 // A lane's NS values of B (COLUMN = RB) or C (RC); q is the lane's state group.
 template <int COLUMN> __device__ __forceinline__ void read_states(float *dst, const float *row, int q) {
     if constexpr (S == 1) {
         read_row<COLUMN, NS>(dst, row);
-    } else if constexpr (NS % 4 == 0) {
+    } else if constexpr (ALIGNED) {
         read_row<0, NS>(dst, row + COLUMN + q * NS);
     } else {
 #pragma unroll
@@ -178,7 +176,7 @@ __device__ __forceinline__ float lower_half(unsigned v) { return __uint_as_float
 
 // B and C of COUNT copied rows as float32.
 template <int COUNT> __device__ __forceinline__ void convert_rows(float *dst, const P *raw, int lane) {
-    if constexpr (CONVERT && NS % 4 == 0) {
+    if constexpr (CONVERT && NP % 4 == 0 && B0 % 4 == 0) {
         constexpr int PER_ROW = NP < 2 ? 1 : 2 * NP / 4, TOTAL = COUNT * PER_ROW;
 #pragma unroll
         for (int i = 0; i < (TOTAL + 31) / 32; ++i) {

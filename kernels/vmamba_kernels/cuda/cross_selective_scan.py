@@ -51,10 +51,11 @@ def _forward(
         return out, A.new_empty(_borders_shape(x, A, save))
     with torch.cuda.device(x.device):
         x, dt_weight, A = aligned(x), dt_weight.contiguous(), A.contiguous()
-        rows = _project(x, plan.fwd_rows.pack(x_proj_weight).flatten(0, 1), plan.row_dtype)
+        weight, skip = scan.pack(plan, x_proj_weight.contiguous(), None if D is None else D.contiguous())
+        rows = _project(x, weight, plan.row_dtype)
         bias = None if dt_bias is None else dt_bias.contiguous()
         y, borders = scan.forward(plan, geometry, x, None, rows, dt_weight, bias, A, save)
-        scan.merge_forward(plan, y, x, None if D is None else D.sum(0), geometry.routes, out)
+        scan.merge_forward(plan, y, x, skip, geometry.routes, out)
     return out, borders if save else A.new_empty(0)
 
 
@@ -83,32 +84,24 @@ def _backward(
         zeros = [torch.zeros_like(t) for t in (x, x_proj_weight, dt_weight, A[:, :, 0], A, A[:, :, 0])]
         return tuple(t.contiguous() for t in zeros)
     with torch.cuda.device(x.device):
-        dtype, row = plan.row_dtype, plan.bwd_rows
+        dtype, width = plan.row_dtype, plan.row_width
         x, dy, dt_weight, A = aligned(x), aligned(dy), dt_weight.contiguous(), A.contiguous()
         bias = None if dt_bias is None else dt_bias.contiguous()
-        weight = row.pack(x_proj_weight).flatten(0, 1)  # (routes * row width, dim)
+        weight, skip = scan.pack(plan, x_proj_weight.contiguous(), None if D is None else D.contiguous())
         rows = _project(x, weight, dtype)
-        fwd_rows = rows
-        if plan.fwd_rows.width != row.width or plan.fwd_rows.sections != row.sections:
-            fwd_rows = _project(x, plan.fwd_rows.pack(x_proj_weight).flatten(0, 1), dtype)
-        g = scan.backward(plan, geometry, x, None, (fwd_rows, rows), dt_weight, bias, A, dy, borders)
+        g = scan.backward(plan, geometry, x, None, rows, dt_weight, bias, A, dy, borders)
 
-        d_rows, d_dt_weight = g.rows.view(pixels, routes, row.width), g.dt_weight
+        d_rows, d_dt_weight = g.rows.view(pixels, routes, width), g.dt_weight
         if d_dt_weight is None:
             d_steps = g.steps.view(pixels, routes, dim).transpose(0, 1)
             d_rows[:, :, :rank] = torch.bmm(d_steps, dt_weight.to(dtype)).transpose(0, 1)
-            step_rows = rows.view(pixels, routes, row.width)[:, :, :rank].transpose(0, 1)
-            d_dt_weight = torch.bmm(d_steps.transpose(1, 2), step_rows)
-        d_rows = d_rows.view(pixels, routes * row.width)
-        d_weight = row.unpack((d_rows.t() @ x.view(pixels, dim).to(dtype)).view(routes, row.width, dim))
+            step_rows = rows.view(pixels, routes, width)[:, :, :rank].transpose(0, 1)
+            d_dt_weight = torch.bmm(d_steps.transpose(1, 2), step_rows).to(dt_weight.dtype)
+        d_rows = d_rows.view(pixels, routes * width)
+        d_weight = (d_rows.t() @ x.view(pixels, dim).to(dtype)).to(x_proj_weight.dtype).view(routes, width, dim)
         through_rows = d_rows @ weight.to(dtype)  # (pixels, dim)
-        skip = None if D is None else D.sum(0)
         dx = scan.merge_backward(plan, g.x, dy, skip, through_rows, routes, torch.empty_like(x))
-        dD = g.D[:1].expand(routes, dim).contiguous()  # only the sum of D over routes reaches the output
-    return (
-        dx, d_weight.to(x_proj_weight.dtype).contiguous(), d_dt_weight.to(dt_weight.dtype), g.dt_bias,
-        g.A.transpose(1, 2).contiguous(), dD,
-    )  # fmt: skip
+    return dx, torch.cat(plan.sections(d_weight, 1), 1), d_dt_weight, g.dt_bias, g.A, g.D
 
 
 @_backward.register_fake

@@ -1,4 +1,4 @@
-// Kernels over pixels: the sum of the routes, and the gradient rows of B and C.
+// What happens before and after the scans: weights packed into padded rows, routes added, partial sums added.
 #include "common.cuh"
 
 __device__ __forceinline__ i64 divide(i64 a, int b) {   // 64-bit division only where it is needed
@@ -64,4 +64,58 @@ extern "C" __global__ void sum_tiles_kernel(const float4 *tile_rows, P *rows, i6
         result.set(sum);
         reinterpret_cast<Vec<P, 4> *>(rows)[i] = result;
     }
+}
+
+// weight (routes, R + 2 N, dim) to packed (routes, ROW, dim), zeros between the sections; skip: the sum of D over the routes.
+// count: routes * ROW * dim.
+extern "C" __global__ void pack_kernel(const X *weight, X *packed, const float *D, float *skip, i64 count, i64 dim,
+                                       i64 routes) {
+    const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    const i64 row = i / dim, ch = i - row * dim, route = row / ROW;
+    const int column = (int)(row - route * ROW);
+    int from = -1;
+    if (column < R) from = column;
+    if (column >= B0 && column < B0 + N) from = R + column - B0;
+    if (column >= B0 + NP && column < B0 + NP + N) from = R + N + column - B0 - NP;
+    packed[i] = from < 0 ? from_float<X>(0.f) : weight[(route * (R + 2 * N) + from) * dim + ch];
+    if (skip && i < dim) {
+        float sum = 0.f;
+        for (i64 k = 0; k < routes; ++k) sum += D[k * dim + i];
+        skip[i] = sum;
+    }
+}
+
+// The backward kernel's partial sums over (images, segments), into the parameters' gradients, 32 outputs a block of (32, 8):
+// dA (images, routes, segments, N, dim) -> (routes, dim, N); dt_bias and D (images, routes, segments, dim) -> (routes, dim):
+// with a projection D is the same for every route; dt_weight (images, routes, segments, dim, R) -> (routes, dim, R), if there.
+extern "C" __global__ void __launch_bounds__(256) sum_parameters_kernel(
+    const float *dA, const float *d_bias, const float *dD, const float *d_weight, float *dA_out, float *d_bias_out,
+    float *dD_out, X *d_weight_out, i64 images, i64 routes, i64 segments, i64 dim) {
+    __shared__ float sums[8][32];
+    const int lane = threadIdx.x % 32, slice = threadIdx.x / 32;
+    const i64 per_route = dim * (N + 2 + (d_weight ? R : 0));
+    const i64 output = (i64)blockIdx.x * 32 + lane, route = output / per_route, within = output - route * per_route;
+    const bool exists = route < routes;
+    const i64 kind = within / dim;   // 0 .. N - 1: dA of a state; N: dt_bias; N + 1: D; then dt_weight
+    const float *from = dA;
+    i64 size = N * dim, offset = within, of_route = route;
+    if (kind == N) from = d_bias, size = dim, offset = within - N * dim;
+    if (kind == N + 1) from = dD, size = dim, offset = within - (N + 1) * dim, of_route = R ? 0 : route;
+    if (kind >= N + 2) from = d_weight, size = dim * R, offset = within - (N + 2) * dim;
+    float sum = 0.f;
+    if (exists)
+#pragma unroll 4
+        for (i64 i = slice; i < images * segments; i += 8) {
+            const i64 image = i / segments, segment = i - image * segments;
+            sum += from[((image * routes + of_route) * segments + segment) * size + offset];
+        }
+    sums[slice][lane] = sum;
+    __syncthreads();
+    if (slice || !exists) return;
+    for (int i = 1; i < 8; ++i) sum += sums[i][lane];
+    if (kind < N) dA_out[(route * dim + within - kind * dim) * N + kind] = sum;
+    if (kind == N) d_bias_out[route * dim + offset] = sum;
+    if (kind == N + 1) dD_out[route * dim + offset] = sum;
+    if (kind >= N + 2) d_weight_out[route * size + offset] = from_float<X>(sum);
 }

@@ -110,17 +110,17 @@ class Gradients:
     x: Tensor  # (batch, length, routes, dim): a route's share, through the recurrence
     rows: Tensor  # (batch, length, routes, row width); the steps' columns only if the layout is fused
     steps: Tensor | None  # (batch, length, routes, dim), unless fused
-    dt_weight: Tensor | None  # (routes, dim, rank) float32, if fused
-    A: Tensor  # (routes, states, dim) float32
+    dt_weight: Tensor | None  # (routes, dim, rank), if fused
+    A: Tensor  # (routes, dim, states) float32
     dt_bias: Tensor  # (routes, dim) float32
-    D: Tensor  # (routes, dim) float32
+    D: Tensor  # (routes, dim) float32, of one route at every route: only their sum reaches the output
 
 
 def backward(
-    layout: Layout, geometry: Geometry, x: Tensor, steps: Tensor | None, rows: tuple[Tensor, Tensor],
+    layout: Layout, geometry: Geometry, x: Tensor, steps: Tensor | None, rows: Tensor,
     dt_weight: Tensor | None, dt_bias: Tensor | None, A: Tensor, dy: Tensor, borders: Tensor,
 ) -> Gradients:  # fmt: skip
-    """The gradients of `forward`'s output times ln 2, plus D x; `rows` as packed for forward and for backward."""
+    """The gradients of `forward`'s output times ln 2, plus D x."""
     device, length, dim, states = x.device, geometry.length, layout.dim, layout.states
     processors, shared_limit = _limits(device)
     warps = layout.bwd_warps(shared_limit)
@@ -136,14 +136,14 @@ def backward(
         total = A.new_empty(geometry.sequences, segments, dim)
         exits = A.new_empty(geometry.sequences, segments, states, dim)
         fwd.scan_adjoint_kernel(
-            geometry.sequences * segments * blocks, 32 * layout.fwd_warps, 0, dy, steps, rows[0], *inputs, state,
+            geometry.sequences * segments * blocks, 32 * layout.fwd_warps, 0, dy, steps, rows, *inputs, state,
             total, *geometry.arguments(dim), segment, segments,
         )  # fmt: skip
         _pass_borders(fwd, state, total, A, exits, layout, geometry, segments, 0, segments, True)
 
     shape, row_shape = (geometry.batch, geometry.routes, segments), (geometry.batch, length, geometry.routes)
     dx = x.new_empty(*row_shape, dim, dtype=layout.route_dtype)
-    d_rows = x.new_empty(*row_shape, layout.bwd_rows.width, dtype=layout.row_dtype)
+    d_rows = x.new_empty(*row_shape, layout.row_width, dtype=layout.row_dtype)
     tile_rows = A.new_empty(tiles, *d_rows.shape) if tiles > 1 else d_rows
     d_steps = d_weight = None
     if layout.fused:
@@ -152,17 +152,34 @@ def backward(
         d_steps = x.new_empty(*row_shape, dim, dtype=layout.row_dtype)
     dA, d_bias, dD = A.new_empty(*shape, states, dim), A.new_empty(*shape, dim), A.new_empty(*shape, dim)
     module.scan_bwd_kernel(
-        geometry.sequences * segments * tiles, 32 * warps, layout.bwd_shared(warps), x, steps, rows[1], *inputs, dy,
+        geometry.sequences * segments * tiles, 32 * warps, warps * layout.bwd_warp_shared, x, steps, rows, *inputs, dy,
         borders, exits, dx, d_steps, tile_rows, d_weight, dA, d_bias, dD, geometry.pixels, *geometry.arguments(dim),
         segment, segments,
     )  # fmt: skip
+    pixel_module = load("pixels.cu", layout.pixel_macros, device)
     if tiles > 1:
         count = d_rows.numel() // 4
-        load("pixels.cu", layout.pixel_macros, device).sum_tiles_kernel(
-            _blocks(count), 256, 0, tile_rows, d_rows, count, tiles
-        )
-    dA, d_bias, dD = (t.sum((0, 2)) for t in (dA, d_bias, dD))
-    return Gradients(dx, d_rows, d_steps, None if d_weight is None else d_weight.sum((0, 2)), dA, d_bias, dD)
+        pixel_module.sum_tiles_kernel(_blocks(count), 256, 0, tile_rows, d_rows, count, tiles)
+    grads = Gradients(
+        dx, d_rows, d_steps, None if d_weight is None else x.new_empty(geometry.routes, dim, layout.rank),
+        torch.empty_like(A), A.new_empty(geometry.routes, dim), A.new_empty(geometry.routes, dim),
+    )  # fmt: skip
+    outputs = geometry.routes * dim * (states + 2 + (layout.rank if layout.fused else 0))
+    pixel_module.sum_parameters_kernel(
+        -(-outputs // 32), 256, 0, dA, d_bias, dD, d_weight, grads.A, grads.dt_bias, grads.D, grads.dt_weight,
+        geometry.batch, geometry.routes, segments, dim,
+    )  # fmt: skip
+    return grads
+
+
+def pack(layout: Layout, weight: Tensor, D: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(routes, rank + 2*states, dim) -> (routes * row width, dim), and the sum of D over the routes."""
+    routes, _, dim = weight.shape
+    packed = weight.new_empty(routes * layout.row_width, dim)
+    skip = None if D is None else D.new_empty(dim)
+    module = load("pixels.cu", layout.pixel_macros, weight.device)
+    module.pack_kernel(-(-packed.numel() // 256), 256, 0, weight, packed, D, skip, packed.numel(), dim, routes)
+    return packed, skip
 
 
 def merge_forward(layout: Layout, y: Tensor, x: Tensor, skip: Tensor | None, routes: int, out: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ template <class A, class B> struct Same { static constexpr bool value = false; }
 template <class A> struct Same<A, A> { static constexpr bool value = true; };
 constexpr bool PACKED = Same<X, bf16>::value && Same<G, bf16>::value;
 using Item = StepItem<PACKED>;
-constexpr int IW = CW < 16 ? CW : CW + 8;              // of a row of items: spreads the rows over the banks
+constexpr int IW = CW < 32 ? CW : CW + 8;              // of a row of items: spreads the rows over the banks
 
 // A warp's shared memory, in floats; layout.py adds up the same.
 constexpr int RAW = SUB * ROW * sizeof(P) / 4, RAW_AT = 0;                       // copied rows: this sub-chunk's, the next's

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from . import scan
-from .layout import Layout, Rows, layout
+from .layout import Layout, layout
 from .scan import Geometry
 
 
@@ -36,13 +36,13 @@ def _last(t: Tensor) -> Tensor:
     return scan.aligned(t.transpose(1, 2))
 
 
-def _rows(B: Tensor, C: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+def _rows(B: Tensor, C: Tensor, plan: Layout) -> Tensor:
     """(batch, length, groups, row width)."""
-    batch, groups, states, length = B.shape
-    packed = B.new_zeros(batch, length, groups, rows.width, dtype=dtype)
-    packed[..., rows.b0 : rows.b0 + states] = B.permute(0, 3, 1, 2)
-    packed[..., rows.c0 : rows.c0 + states] = C.permute(0, 3, 1, 2)
-    return packed
+    batch, groups, _, length = B.shape
+    rows = B.new_zeros(batch, length, groups, plan.row_width, dtype=plan.row_dtype)
+    for section, part in zip(plan.sections(rows, 3)[1:], (B, C), strict=True):
+        section.copy_(part.permute(0, 3, 1, 2))
+    return rows
 
 
 @torch.library.custom_op("vmamba::selective_scan_cuda", mutates_args=(), device_types="cuda")
@@ -57,7 +57,7 @@ def _forward(
         u, delta, A = _last(u), _last(delta), A.contiguous()
         bias = None if delta_bias is None else delta_bias.contiguous()
         skip = None if D is None else D.contiguous()
-        rows = _rows(B, C, plan.fwd_rows, plan.row_dtype)
+        rows = _rows(B, C, plan)
         y, borders = scan.forward(plan, geometry, u, delta, rows, None, bias, A, save)
         out = scan.merge_forward(plan, y, u, skip, 1, u.new_empty(u.shape, dtype=out_dtype))
     return out.transpose(1, 2).contiguous(), borders if save else A.new_empty(0)
@@ -88,14 +88,12 @@ def _backward(
         u, delta, dy, A = _last(u), _last(delta), _last(dy), A.contiguous()
         bias = None if delta_bias is None else delta_bias.contiguous()
         skip = None if D is None else D.contiguous()
-        row = plan.bwd_rows
-        both = tuple(_rows(B, C, r, plan.row_dtype) for r in (plan.fwd_rows, row))
-        g = scan.backward(plan, geometry, u, delta, both, None, bias, A, dy, borders)
+        g = scan.backward(plan, geometry, u, delta, _rows(B, C, plan), None, bias, A, dy, borders)
         du = scan.merge_backward(plan, g.x, dy, skip, None, 1, torch.empty_like(u))
-        dB, dC = (g.rows[..., at : at + states].permute(0, 2, 3, 1).to(B.dtype) for at in (row.b0, row.c0))
+        dB, dC = (part.permute(0, 2, 3, 1).to(B.dtype) for part in plan.sections(g.rows, 3)[1:])
     return (
         du.transpose(1, 2).contiguous(), g.steps.flatten(2).transpose(1, 2).to(delta.dtype).contiguous(),
-        g.A.transpose(1, 2).reshape(channels, states).contiguous(), dB.contiguous(), dC.contiguous(),
+        g.A.view(channels, states), dB.contiguous(), dC.contiguous(),
         g.D.reshape(-1), g.dt_bias.reshape(-1),
     )  # fmt: skip
 
