@@ -13,6 +13,7 @@ ROOMS = [  # rooms in one line are neighbours and do not know each other
     ["vmamba.config"],
     ["vmamba.runtime"],
     ["vmamba.classification", "vmamba.detection", "vmamba.segmentation"],
+    ["vmamba.analysis"],
 ]
 HELPERS = {"vmamba.values": "vmamba.config"}  # files that belong to another file's room
 DOORS = ("main.py", "kernels", "classification", "detection", "segmentation", "analyze")

@@ -1,0 +1,45 @@
+"""What the figures share: colours that colour-blind readers tell apart, labels inside the page, a PDF and a PNG."""
+
+from pathlib import Path
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from vmamba.analysis.tables import cannot_write
+from vmamba.runtime.checkpoint import write_atomically
+
+# Okabe and Ito's palette (jfly.uni-koeln.de/color), without its yellow, which is faint on paper.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = "osD^vPX"
+STYLE = {
+    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,  # text stays text
+}
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of so many inches whose labels make room for themselves."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path, dpi: int = 150) -> None:
+    """Write `path` with the suffixes .pdf and .png.  Raises UserError where they cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    for kind in ("pdf", "png"):
+        write_atomically(
+            path.with_suffix(f".{kind}"),
+            lambda file, kind=kind: figure.savefig(
+                file, format=kind, dpi=dpi, metadata={"pdf": {"CreationDate": None}}.get(kind)
+            ),
+        )

@@ -1,0 +1,301 @@
+"""How fast models are: images a second, latency, peak memory, against each other in one run.
+
+Clocks, temperature and neighbours change a machine from minute to minute, so the models that are compared take turns,
+a step each, and the median of a model's steps counts.
+"""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vmamba.analysis import zoo
+from vmamba.analysis.plotting import MARKERS, STYLE, new_figure, save_figure
+from vmamba.analysis.tables import markdown as markdown_table
+from vmamba.analysis.tables import write_json, write_text
+from vmamba.errors import UserError, unknown
+from vmamba.models.vssm import VSSM
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MODES = ("forward", "train")
+CPU_BATCH = 8  # "auto" without a GPU's memory to fill
+LARGEST_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the models do while they take turns.  A batch of None is the largest power of two that fits."""
+
+    size: int  # pixels a side
+    dtype: str  # of autocast; float32: none
+    mode: str  # forward: without gradients; train: forward, cross-entropy, backward, AdamW
+    batch: int | None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One model in one case.  What did not fit into memory has no time."""
+
+    model: str
+    size: int
+    dtype: str
+    mode: str
+    batch: int
+    images_per_second: float | None
+    milliseconds: float | None  # a step; for batch 1 the latency
+    peak_memory_mb: float | None  # weights, activations, gradients, optimiser; None on a CPU
+    ratio: float | None  # images a second in units of the model compared with
+    parameters: int
+
+
+def throughput(
+    models: Sequence[str],
+    sizes: Sequence[int],
+    batch_sizes: Sequence[str],
+    dtypes: Sequence[str],
+    modes: Sequence[str],
+    relative_to: str | None,
+    compile: bool,
+    channels_last: bool,
+    backend: str,
+    warm_up: int,
+    repeats: int,
+    device: str,
+    output: str,
+    markdown: str | None,
+) -> list[Timing]:
+    """Time every model in every case, write throughput.{md,json,pdf,png} into `output`, and print the table.
+
+    The forward mode is also timed at batch 1, which is the latency.  `markdown` names one more file for the table.
+    Raises UserError for unknown names, and batch sizes that are no numbers.
+    """
+    reference = relative_to or models[0]
+    if reference not in models:
+        raise unknown("model in --relative-to", reference, models)
+    place = zoo.choose_device(device)
+    batches = [_batch(text) for text in batch_sizes]
+    timings = []
+    for size in sizes:
+        subjects = {}
+        for name in models:
+            model, _ = zoo.create(name, size, backend=backend)
+            subjects[name] = model.to(memory_format=torch.channels_last) if channels_last else model
+        for case in _cases(size, dtypes, modes, batches):
+            new = compare(subjects, case, place, warm_up=warm_up, repeats=repeats, compile=compile, reference=reference)
+            print(markdown_table([_row(timing) for timing in new]), flush=True)
+            timings += new
+    settings = {
+        "device": _describe(place),
+        "torch": torch.__version__,
+        "warm_up": warm_up,
+        "repeats": repeats,
+        "compile": compile,
+        "channels_last": channels_last,
+        "backend": backend,
+        "relative_to": reference,
+    }
+    folder = Path(output)
+    write_json(folder / "throughput.json", {"settings": settings, "timings": [asdict(timing) for timing in timings]})
+    page = _page(timings, settings)
+    for path in filter(None, (folder / "throughput.md", markdown)):
+        write_text(Path(path), page)
+    plot(timings, folder / "throughput")
+    print(f"written to {folder}")
+    return timings
+
+
+def compare(
+    models: dict[str, nn.Module],
+    case: Case,
+    device: torch.device,
+    *,
+    warm_up: int,
+    repeats: int,
+    compile: bool,
+    reference: str,
+) -> list[Timing]:
+    """Let the models take turns in one case; `reference` is the name of the one that the others are measured in."""
+    batches, peaks, steps = {}, {}, {}
+    for name, model in models.items():
+        model.to(device).train(case.mode == "train")
+        batches[name] = case.batch or largest_batch(model, case, device)
+        step = build_step(torch.compile(model) if compile else model, case, batches[name], device)
+        try:
+            peaks[name] = peak_memory_mb(lambda step=step: [step() for _ in range(warm_up)], model, device)
+            steps[name] = step
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            times[name].append(elapsed(step, device))
+    for model in models.values():
+        model.zero_grad()
+        model.to("cpu")
+    seconds = {name: statistics.median(several) for name, several in times.items()}
+    rates = {name: batches[name] / seconds[name] for name in steps}
+    return [
+        Timing(
+            model=name,
+            size=case.size,
+            dtype=case.dtype,
+            mode=case.mode,
+            batch=batches[name],
+            images_per_second=rates.get(name),
+            milliseconds=1000 * seconds[name] if name in steps else None,
+            peak_memory_mb=peaks.get(name),
+            ratio=rates[name] / rates[reference] if name in rates and reference in rates else None,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+        )
+        for name, model in models.items()
+    ]
+
+
+def build_step(model: nn.Module, case: Case, batch: int, device: torch.device) -> Callable[[], object]:
+    """One step of `case` on random images, as a function to be called again and again."""
+    images = torch.randn(batch, _in_chans(model), case.size, case.size, device=device)
+    targets = torch.zeros(batch, dtype=torch.long, device=device)
+    autocast = torch.autocast(device.type, DTYPES[case.dtype], enabled=case.dtype != "float32")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6) if case.mode == "train" else None
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        with autocast:
+            return model(images)
+
+    def train() -> None:
+        optimizer.zero_grad()
+        with autocast:
+            logits = model(images)
+        F.cross_entropy(logits.float(), targets).backward()
+        optimizer.step()
+
+    return train if optimizer else forward
+
+
+def largest_batch(model: nn.Module, case: Case, device: torch.device) -> int:
+    """The largest power of two, up to `LARGEST_BATCH`, that fits into the GPU's memory; `CPU_BATCH` on a CPU."""
+    if device.type != "cuda":
+        return CPU_BATCH
+    batch = 1
+    while 2 * batch <= LARGEST_BATCH:
+        try:
+            build_step(model, case, 2 * batch, device)()
+        except torch.OutOfMemoryError:
+            break
+        batch *= 2
+    model.zero_grad()
+    torch.cuda.empty_cache()
+    return batch
+
+
+def peak_memory_mb(work: Callable[[], object], model: nn.Module, device: torch.device) -> float | None:
+    """MB of GPU memory that `model`'s tensors and what `work` allocates take at most together; None on a CPU."""
+    if device.type != "cuda":
+        work()
+        return None
+    before = torch.cuda.memory_allocated(device)  # the weights of all models, among them this one's
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    own = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return (torch.cuda.max_memory_allocated(device) - before + own) / 2**20
+
+
+def elapsed(step: Callable[[], object], device: torch.device) -> float:
+    """Seconds that a step takes, by the GPU's own clock where there is one."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def plot(timings: Sequence[Timing], path: Path) -> None:
+    """Images a second against the size, a panel a mode and dtype, each model at its largest batch."""
+    panels = sorted({(timing.mode, timing.dtype) for timing in timings})
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(4 * len(panels), 3.4)
+        for axes, (mode, dtype) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            for marker, name in zip(MARKERS * len(timings), dict.fromkeys(t.model for t in timings), strict=False):
+                best = {}  # by size
+                for timing in timings:
+                    if (timing.mode, timing.dtype, timing.model) == (mode, dtype, name) and timing.images_per_second:
+                        best[timing.size] = max(best.get(timing.size, 0), timing.images_per_second)
+                axes.plot(list(best), list(best.values()), marker=marker, label=name)
+            axes.set(title=f"{mode}, {dtype}", xlabel="image side (pixels)", ylabel="images / s", yscale="log")
+            axes.set_xticks(sorted({timing.size for timing in timings}))
+            axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+        save_figure(figure, path)
+
+
+def _cases(size: int, dtypes: Sequence[str], modes: Sequence[str], batches: Sequence[int | None]) -> list[Case]:
+    return [
+        Case(size, dtype, mode, batch)
+        for mode in modes
+        for dtype in dtypes
+        for batch in dict.fromkeys([1, *batches] if mode == "forward" else batches)
+    ]
+
+
+def _batch(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--batch-sizes names '{text}'; give positive numbers, or auto for the largest that fits")
+    return int(text)
+
+
+def _in_chans(model: nn.Module) -> int:
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    return model.in_chans if isinstance(model, VSSM) else 3
+
+
+def _row(timing: Timing) -> dict[str, Any]:
+    return {
+        "model": timing.model,
+        "parameters (M)": timing.parameters / 1e6,
+        "size": timing.size,
+        "dtype": timing.dtype,
+        "mode": timing.mode,
+        "batch": timing.batch,
+        "images/s": timing.images_per_second or "out of memory",
+        "ms a step": timing.milliseconds,
+        "peak memory (MB)": timing.peak_memory_mb,
+        "ratio": timing.ratio,
+    }
+
+
+def _page(timings: Sequence[Timing], settings: dict[str, Any]) -> str:
+    compiled = "torch.compile, " if settings["compile"] else ""
+    layout = "channels-last images" if settings["channels_last"] else "PyTorch's default layout"
+    return (
+        f"# Throughput\n\n"
+        f"{settings['device']}, PyTorch {settings['torch']}, {compiled}{layout}, backend {settings['backend']}; "
+        f"written by `analyze/throughput.py`.\n\n"
+        f"The models take turns, a step each; a row is the median of {settings['repeats']} steps after "
+        f"{settings['warm_up']} of warm-up. "
+        f"bfloat16 and float16 are autocast. Training is forward, cross-entropy, backward and AdamW. At batch 1 the "
+        f"time of a step is the latency. Peak memory is the model's own: weights, activations, gradients, optimiser. "
+        f"Ratio is images a second over {settings['relative_to']}'s. Weights are random; they do not change the "
+        f"speed.\n\n{markdown_table([_row(timing) for timing in timings])}"
+    )
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} threads of a CPU ({platform.machine()})"
