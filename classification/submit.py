@@ -42,10 +42,9 @@ def main() -> None:
     submitted = submit(Job(run, config), resources, folder, args.local)
     print(f"job {submitted.job_id}; its logs: {submitted.paths.stdout} and {submitted.paths.stderr}")
     if args.local:
-        failure = submitted.exception()
-        if failure is not None:
+        if submitted.exception() is not None:
             raise UserError(f"job {submitted.job_id} failed; {submitted.paths.stderr} says why")
-        print(f"job {submitted.job_id} is done: {submitted.result()}")
+        print(f"job {submitted.job_id} is done: {submitted.results()[0]}")
 
 
 if __name__ == "__main__":

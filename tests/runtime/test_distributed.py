@@ -71,3 +71,10 @@ def test_a_gpu_that_is_not_there_is_a_sentence(monkeypatch):
     with pytest.raises(UserError, match="process 2 of this machine has no GPU, PyTorch sees 2"):
         distributed._choose_device("auto", 2)
     assert distributed._choose_device("auto", 1) == torch.device("cuda", 1)
+
+
+def test_a_slurm_task_that_sees_its_own_gpu_alone_takes_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
+    assert distributed._choose_device("auto", 3) == torch.device("cuda", 0)

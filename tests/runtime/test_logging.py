@@ -1,11 +1,13 @@
 """The log and the metrics: appended to, never lost, one line an epoch."""
 
 import json
+import re
 
 import pytest
 
 from vmamba.errors import UserError
-from vmamba.runtime.logging import Pace, create_logger, read_metrics, write_metrics
+from vmamba.runtime.distributed import World
+from vmamba.runtime.logging import Pace, create_logger, progress, read_metrics, write_metrics
 
 from .conftest import CPU
 
@@ -70,3 +72,13 @@ def test_pace_counts_steps_not_micro_batches():
     again, _ = pace.lap(13)
     assert 0 <= waiting <= seconds
     assert again >= 0
+
+
+def test_long_work_shows_a_bar_on_rank_0s_terminal_alone(capsys, monkeypatch):
+    assert list(progress(range(3), CPU, "epoch 1/2")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("vmamba.runtime.logging.on_terminal", lambda: True)
+    assert list(progress(range(3), CPU, "epoch 1/2")) == [0, 1, 2]
+    assert re.search(r"epoch 1/2: .*0/3 \[00:00<", capsys.readouterr().err)
+    list(progress(range(3), World(1, 2, 1, CPU.device), "epoch 1/2"))
+    assert capsys.readouterr().err == ""

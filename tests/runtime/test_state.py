@@ -68,12 +68,16 @@ def test_an_ema_switched_on_later_starts_from_the_weights(tiny):
         ({"model": nn.Linear(4, 3)}, r"'x\.pth' is of another architecture"),
         ({"steps_per_epoch": 20}, r"'x\.pth' is of a run with 20 steps an epoch and this one has 10"),
         ({"opts": ("TRAIN.OPTIMIZER.NAME", "sgd")}, r"'x\.pth' was written with TRAIN\.OPTIMIZER\.NAME sgd"),
+        ({"drop_group": True}, r"'x\.pth' has other groups of parameters"),
     ],
 )
 def test_what_is_not_its_own_is_refused(tiny, other, sentence):
-    saved = tiny(*other.pop("opts", ()), **other)
+    drop_group = other.pop("drop_group", False)
+    saved = tiny(*other.pop("opts", ()), **other).state.state_dict()
+    if drop_group:
+        saved["optimizer"]["param_groups"].pop()
     with pytest.raises(UserError, match=sentence):
-        tiny().state.load_state_dict(saved.state.state_dict(), "x.pth")
+        tiny().state.load_state_dict(saved, "x.pth")
 
 
 def test_bare_weights_cannot_be_resumed(tiny):

@@ -13,6 +13,11 @@ from vmamba.runtime.state import TrainState
 from vmamba.runtime.step import StepReport
 from vmamba_kernels.registry import Call, choose
 
+try:
+    from vmamba.models.flops import complexity
+except ImportError:  # until the counter is there
+    complexity = None
+
 Results = dict[str, float]  # loss, acc1, acc5 (percent); ema_loss, ema_acc1, ema_acc5 where there is an EMA
 
 
@@ -22,8 +27,9 @@ def describe(config: CfgNode, world: World, model: VSSM) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     height, width = image_size(config)
+    flops = f", {complexity(model, (height, width)).macs / 1e9:.2f} GFLOPs" if complexity else ""
     return (
-        f"{config.MODEL.NAME}: {parameters:,} parameters at {height} x {width} pixels; "
+        f"{config.MODEL.NAME}: {parameters:,} parameters{flops} at {height} x {width} pixels; "
         f"{world.size} process{'es' * (world.size > 1)} on {name}; {describe_precision(config)}; "
         f"scan backend {scan_backends(config, model, device)}; torch {torch.__version__}"
     )

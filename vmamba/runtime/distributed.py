@@ -87,6 +87,8 @@ def _choose_device(name: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("DEVICE is cuda, but PyTorch sees no GPU on this machine; use --opts DEVICE cpu")
+    if "SLURM_GPUS_PER_TASK" in os.environ and torch.cuda.device_count() == 1:  # each task sees its own GPU alone
+        return torch.device("cuda", 0)
     if local_rank >= torch.cuda.device_count():
         raise UserError(
             f"process {local_rank} of this machine has no GPU, PyTorch sees {torch.cuda.device_count()}; start no more "

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Collection, Iterable
@@ -63,7 +64,9 @@ def on_terminal() -> bool:
 
 def progress(items: Collection, world: World, title: str) -> Iterable:
     """`items`, with a bar of rate and time left on rank 0's terminal."""
-    return tqdm(items, desc=title, leave=False, disable=not (world.main and on_terminal()))
+    size = shutil.get_terminal_size()  # tqdm itself shows nothing on a terminal that tells no size
+    shown = world.main and on_terminal()
+    return tqdm(items, desc=title, leave=False, disable=not shown, ncols=size.columns, nrows=size.lines)
 
 
 def memory_mb(device: torch.device) -> float:

@@ -102,7 +102,13 @@ class TrainState:
                 f"from the weights with --pretrained"
             )
         own = [{key: group[key] for key in ("initial_lr", "weight_decay")} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise UserError(
+                f"the optimiser in '{source}' has other groups of parameters ({error}); keep TRAIN.DECAY_SSM, or start "
+                f"from the weights with --pretrained"
+            ) from error
         for group, options in zip(self.optimizer.param_groups, own, strict=True):
             group.update(options)
 

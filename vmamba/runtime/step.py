@@ -28,7 +28,7 @@ def parallelise(model: nn.Module, config: CfgNode, world: World) -> nn.Module:
         model.compile()
     if world.size == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[world.local_rank] if world.device.type == "cuda" else None)
+    return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
 
 
 class OptimizerStep:
