@@ -30,7 +30,7 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def save_figure(figure: Figure, path: Path, dpi: int = 150) -> None:
+def save_figure(figure: Figure, path: Path, dpi: int = 110) -> None:
     """Write `path` with the suffixes .pdf and .png.  Raises UserError where they cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -86,7 +86,7 @@ def throughput(
     for size in sizes:
         subjects = {}
         for name in models:
-            model, _ = zoo.create(name, size, backend=backend)
+            model = zoo.create(name, size, backend=backend).model
             subjects[name] = model.to(memory_format=torch.channels_last) if channels_last else model
         for case in _cases(size, dtypes, modes, batches):
             new = compare(subjects, case, place, warm_up=warm_up, repeats=repeats, compile=compile, reference=reference)

@@ -1,6 +1,7 @@
 """The models that are analysed: ours or timm's, by name, with weights from a file or random ones."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import timm
@@ -11,40 +12,60 @@ from yacs.config import CfgNode
 
 from vmamba.errors import UserError, unknown
 from vmamba.models.variants import build_model, create_model, list_models
-from vmamba.models.vssm import VSSM
 from vmamba.runtime.checkpoint import load_weights, read_checkpoint, read_weights
 
 UNTRAINED = "random weights, not trained on ImageNet"
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of a channel
 
 
-def create(
-    name: str, size: int, weights: str | Path | None = None, backend: str = "auto", **options: int
-) -> tuple[nn.Module, str]:
-    """A model for images of `size` pixels a side, in eval mode, and what its weights are, to be written on figures.
+@dataclass(frozen=True)
+class Subject:
+    """A model under analysis, in eval mode."""
+
+    name: str
+    model: nn.Module
+    weights: str  # what they are, to be written on figures
+    in_chans: int = 3
+    mean: Sequence[float] = IMAGENET[0]  # of the images it was trained on, values in 0..1
+    std: Sequence[float] = IMAGENET[1]
+
+
+def create(name: str, size: int, weights: str | Path | None = None, backend: str = "auto") -> Subject:
+    """A model for square images of `size` pixels a side.
 
     Args:
         name: of `vmamba.list_models()` or of `timm.list_models()`.
-        weights: a checkpoint; one of our runs says itself what the model's options, classes and channels are.
+        weights: a checkpoint; one of our runs says itself what the model's options, classes and channels are.  For
+            timm's models "pretrained" downloads timm's.
         backend: of the scans of our models.
-        options: num_classes, in_chans where no weights are given.
 
     Raises UserError for an unknown name, or for weights that do not belong to the model.
     """
     if name in list_models():
-        model, label = _ours(name, size, weights, backend, options)
+        subject = _ours(name, size, weights, backend)
     elif timm.is_model(name):
-        model, label = _timm(name, size, weights, options)
+        subject = _timm(name, size, weights)
     else:
         raise unknown("model", name, [*list_models(), *timm.list_models()])
-    return model.eval(), label
+    subject.model.eval()
+    return subject
+
+
+def create_untrained(name: str, size: int, weights: str | Path | None) -> Subject:
+    """The model that `weights` belongs to with random weights, always the same ones.  Raises UserError as `create`."""
+    torch.manual_seed(0)
+    config = _config(weights) if weights and name in list_models() else None
+    if config is None:
+        return create(name, size)
+    subject = _of_run(name, "auto", config, weights)
+    subject.model.eval()
+    return replace(subject, weights=UNTRAINED)
 
 
 def pair_weights(models: Sequence[str], weights: Sequence[str]) -> list[str | None]:
     """One checkpoint a model, in order; "-" stands for none.  Raises UserError when the numbers differ."""
     if weights and len(weights) != len(models):
-        raise UserError(
-            f"--weights names {len(weights)} files for {len(models)} models; name one a model, '-' for none"
-        )
+        raise UserError(f"--weights names {len(weights)} files for {len(models)} models; name one a model, - for none")
     return [None if path == "-" else path for path in weights] or [None] * len(models)
 
 
@@ -60,41 +81,45 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _ours(name: str, size: int, weights: str | Path | None, backend: str, options: dict) -> tuple[VSSM, str]:
+def _ours(name: str, size: int, weights: str | Path | None, backend: str) -> Subject:
     if weights is None:
-        return create_model(name, img_size=size, backend=backend, **options), UNTRAINED
-    content = read_checkpoint(weights)
-    config = content.get("config") if isinstance(content, dict) else None
-    state = read_weights(weights)
-    if isinstance(config, dict) and isinstance(config.get("DATA"), dict):
-        config = CfgNode(config)
-        if name != config.MODEL.NAME:
-            raise UserError(f"'{weights}' holds a {config.MODEL.NAME}, not a {name}; name that model")
-        model = build_model(config)
-        model.set_backend(backend)
-        data = config.DATA.DATASET
-        label = "trained on ImageNet" if data == "imagenet" else f"trained on {data}, not on ImageNet"
+        return Subject(name, create_model(name, img_size=size, backend=backend), UNTRAINED)
+    config = _config(weights)
+    if config is None:
+        subject = Subject(name, create_model(name, img_size=size, backend=backend), f"weights {Path(weights).name}")
     else:
-        if "classifier.head.weight" in state:
-            options = options | {"num_classes": len(state["classifier.head.weight"])}
-        model = create_model(name, img_size=size, backend=backend, **options)
+        subject = _of_run(name, backend, config, weights)
+    load_weights(subject.model, read_weights(weights), weights)
+    return subject
+
+
+def _config(weights: str | Path) -> CfgNode | None:
+    """The config in a checkpoint of one of our runs; None in another file."""
+    config = read_checkpoint(weights).get("config")
+    ours = isinstance(config, dict) and "NAME" in config.get("MODEL", {})
+    return CfgNode(config) if ours else None
+
+
+def _of_run(name: str, backend: str, config: CfgNode, weights: str | Path) -> Subject:
+    if name != config.MODEL.NAME:
+        raise UserError(f"'{weights}' holds a {config.MODEL.NAME}, not a {name}; name that model")
+    model = build_model(config)
+    model.set_backend(backend)
+    data, channels = config.DATA.DATASET, config.MODEL.IN_CHANS
+    label = "trained on ImageNet" if data == "imagenet" else f"trained on {data}, not on ImageNet"
+    mean, std = (list(value) * channels if len(value) == 1 else value for value in (config.DATA.MEAN, config.DATA.STD))
+    return Subject(name, model, label, channels, mean, std)
+
+
+def _timm(name: str, size: int, weights: str | Path | None) -> Subject:
+    settings = timm.get_pretrained_cfg(name)
+    options = {"img_size": size} if settings.fixed_input_size else {}  # position embeddings, windows of that size
+    model = timm.create_model(name, pretrained=weights == "pretrained", **options)
+    label = {None: UNTRAINED, "pretrained": f"timm's weights {settings.tag}"}.get(weights)
+    if label is None:
         label = f"weights {Path(weights).name}"
-    load_weights(model, state, weights)
-    return model, label
-
-
-def _timm(name: str, size: int, weights: str | Path | None, options: dict) -> tuple[nn.Module, str]:
-    if timm.get_pretrained_cfg(name).fixed_input_size:  # position embeddings and windows of that size
-        options = options | {"img_size": size}
-    if weights == "pretrained":
-        return timm.create_model(
-            name, pretrained=True, **options
-        ), f"timm's weights {timm.get_pretrained_cfg(name).tag}"
-    model = timm.create_model(name, **options)
-    if weights is None:
-        return model, UNTRAINED
-    try:
-        load_checkpoint(model, str(weights))
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot load '{weights}' into {name}: {str(error).splitlines()[0]}") from error
-    return model, f"weights {Path(weights).name}"
+        try:
+            load_checkpoint(model, str(weights))
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"cannot load '{weights}' into {name}: {str(error).splitlines()[0]}") from error
+    return Subject(name, model, label, mean=settings.mean, std=settings.std)
