@@ -1,0 +1,147 @@
+"""Training curves of runs, overlaid: of ours from their folders, of the released ones from their text logs."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from matplotlib import rc_context
+
+from vmamba.analysis.plotting import STYLE, new_figure, save_figure
+from vmamba.analysis.tables import write_json
+from vmamba.errors import UserError
+from vmamba.runtime.logging import read_metrics
+
+Series = list[tuple[float, float, float]]  # (epochs, hours since the start, value)
+PANELS = {  # panel -> its series: key and label
+    "loss": {"train_loss": "training", "loss": "held out"},
+    "top-1 (%)": {"acc1": "plain", "ema_acc1": "EMA"},
+    "learning rate": {"lr": ""},
+    "gradient norm": {"grad_norm": ""},
+}
+LINES = ("-", "--")
+
+# What a step's line says, in our log.txt and in the logs of Swin and of the released VMamba.
+_MOMENT = re.compile(r"^\[?(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)")
+_STEP = re.compile(r"\btrain:? \[(\d+)/\d+\]\[(\d+)/(\d+)\]", re.IGNORECASE)
+_VALUE = {key: re.compile(rf"\b{key} (\d\S*)(?: \((\S+)\))?") for key in ("lr", "loss", "grad_norm")}
+_ACCURACY = re.compile(r"\* Acc@1 (\d+\.?\d*)")
+
+
+def curves(runs: Sequence[str], by: str, smooth: int, output: str) -> dict[str, dict[str, Series]]:
+    """Draw the runs' loss, accuracy, learning rate and gradient norm over each other.
+
+    Args:
+        runs: folders of our runs, their metrics.jsonl, or text logs of Swin's kind.
+        by: what the curves run along, "epoch" or "time".
+        smooth: gradient norms are medians of so many logged steps.
+        output: folder for curves.{pdf,png} and the numbers, curves.json.
+
+    Returns the series of each run.  Raises UserError for a run that is not there or has nothing to draw.
+    """
+    found = {_name(run, runs): read_run(Path(run)) for run in runs}
+    plot(found, by, smooth, Path(output) / "curves")
+    write_json(Path(output) / "curves.json", found)
+    print(f"written to {output}")
+    return found
+
+
+def read_run(path: Path) -> dict[str, Series]:
+    """The series of a run, by the keys in `PANELS`.  Raises UserError where there are none."""
+    folder = path.parent if path.name == "metrics.jsonl" else path
+    if (folder / "metrics.jsonl").is_file():
+        series = _ours(folder)
+    elif path.is_file():
+        series = read_log(path.read_text(encoding="utf-8", errors="replace").splitlines())
+    else:
+        raise UserError(f"there is no run '{path}'; name a folder with metrics.jsonl, or a text log")
+    if not any(series.values()):
+        raise UserError(f"'{path}' has no epoch to draw yet; name a run with metrics, or a log with lines of training")
+    return series
+
+
+def read_log(lines: Iterable[str]) -> dict[str, Series]:
+    """The series of a text log of Swin's kind.
+
+    Steps give learning rate, gradient norm and, at an epoch's last step, its mean loss; of several accuracies between
+    two epochs the first is the plain weights', the second the EMA's.
+    """
+    series: dict[str, Series] = {key: [] for keys in PANELS.values() for key in keys}
+    start, hours, epochs, accuracies = None, 0.0, 0.0, 0
+    for line in lines:
+        if moment := _MOMENT.match(line):
+            now = datetime.fromisoformat(moment[1])
+            start = start or now
+            hours = (now - start).total_seconds() / 3600
+        if step := _STEP.search(line):
+            epoch, number, steps = (int(text) for text in step.groups())
+            epochs, accuracies = epoch + number / steps, 0
+            values = {key: found for key, pattern in _VALUE.items() if (found := pattern.search(line))}
+            for key in ("lr", "grad_norm"):
+                if key in values:
+                    series[key].append((epochs, hours, float(values[key][1])))
+            if "loss" in values and values["loss"][2]:  # the epoch's mean so far: its last line counts
+                if series["train_loss"] and int(series["train_loss"][-1][0]) == epoch:
+                    series["train_loss"].pop()
+                series["train_loss"].append((epochs, hours, float(values["loss"][2])))
+        elif (accuracy := _ACCURACY.search(line)) and accuracies < 2:
+            series[("acc1", "ema_acc1")[accuracies]].append((float(round(epochs)), hours, float(accuracy[1])))
+            accuracies += 1
+    return series
+
+
+def _ours(folder: Path) -> dict[str, Series]:
+    """Of metrics.jsonl, and of log.txt what only that has: the gradient norm."""
+    series: dict[str, Series] = {key: [] for keys in PANELS.values() for key in keys}
+    seconds = 0.0
+    for entry in read_metrics(folder / "metrics.jsonl"):
+        seconds += entry["seconds"]
+        for key in series:
+            if entry.get(key) is not None:
+                series[key].append((entry["epoch"], seconds / 3600, entry[key]))
+    log = folder / "log.txt"
+    if log.is_file():
+        lines = (line for line in log.read_text(encoding="utf-8").splitlines() if _STEP.search(line))
+        norms = read_log(lines)["grad_norm"]
+        # Our log counts epochs from one.  Where a run was resumed, the later line of a step counts.
+        by_epoch = {epochs - 1: (epochs - 1, hours, value) for epochs, hours, value in norms}
+        series["grad_norm"] = [by_epoch[epochs] for epochs in sorted(by_epoch)]
+    return series
+
+
+def plot(runs: dict[str, dict[str, Series]], by: str, smooth: int, path: Path) -> None:
+    """A panel for each of `PANELS`, a colour a run."""
+    with rc_context(STYLE):
+        figure = new_figure(11, 3.2)
+        for axes, (title, keys) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+            for number, (run, series) in enumerate(runs.items()):
+                for line, (key, label) in zip(LINES, keys.items(), strict=False):
+                    points = list(_medians(series[key], smooth)) if key == "grad_norm" else series[key]
+                    if points:
+                        epochs, hours, values = zip(*points, strict=True)
+                        text = ", ".join(filter(None, [run if len(runs) > 1 else "", label]))
+                        marker = "." if len(points) < 3 else None
+                        along = epochs if by == "epoch" else hours
+                        axes.plot(along, values, line, color=f"C{number}", label=text or None, marker=marker)
+            axes.set(title=title, xlabel="epoch" if by == "epoch" else "hours")
+            axes.grid(alpha=0.3)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(fontsize=7)
+            if not axes.lines:
+                axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center")
+        save_figure(figure, path)
+
+
+def _medians(series: Series, several: int) -> Iterator[tuple[float, float, float]]:
+    for start in range(0, len(series), several):
+        part = series[start : start + several]
+        yield (*part[len(part) // 2][:2], sorted(value for _, _, value in part)[len(part) // 2])
+
+
+def _name(run: str, runs: Sequence[str]) -> str:
+    """The shortest end of a run's path that no other has."""
+    parts, *others = (Path(path).resolve().parts for path in (run, *runs))
+    for count in range(1, len(parts) + 1):
+        if sum(other[-count:] == parts[-count:] for other in others) == 1:
+            return "/".join(parts[-count:])
+    raise UserError(f"'{run}' is named twice; name each run once")
