@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 import vmamba_kernels as vk
+import vmamba_kernels.triton as backend
+from vmamba_kernels.triton import scan_kernels, ssd
 
 CASES = Path(__file__).with_name("triton_cases.py")
 ROOT = CASES.parents[2]
@@ -32,6 +37,43 @@ def test_kernels_agree_with_the_reference_on_the_gpu():
     run_cases(TRITON_INTERPRET="0")
 
 
+def compile_for(architecture, kernel, dtype, constants, ones=("u_d", "B_n")):
+    """The compiled kernel, made where no GPU is; pointers are float32 but those of images and projections."""
+    varying = {"u", "x", "dt", "B", "C", "P", "w", "y", "dy", "du", "ddt", "dP", "values"}
+    floats = {"bias", "A2", "skip", "states", "sums", "adjoints", "scratch", "dB", "dC", "dA", "dbias", "dskip"}
+    signature, known = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants or name in ones:
+            signature[name], known[(i,)] = "constexpr", constants.get(name, 1)
+        else:
+            signature[name] = f"*{dtype}" if name in varying else "*fp32" if name in floats else "i32"
+    source = ASTSource(kernel, signature, known)
+    return triton.compile(source, GPUTarget("cuda", architecture, 32), options={"num_warps": 2})
+
+
+@pytest.mark.parametrize("architecture, dtype, states", [(80, "fp32", 1), (120, "bf16", 16)])
+def test_scan_kernels_compile_without_tf32(architecture, dtype, states):
+    """Triton turns some sums of products into TF32 matrix products by itself; then float32 loses digits."""
+    constants = dict(
+        N=states, NP=states, RANK=12, C_AT=states, DT_AT=2 * states, STEPS=16 if states == 1 else 2, BLOCK=64,
+        HAS_BIAS=True, HAS_SKIP=True, SOFTPLUS=True, WIDE=False, MODE="save", SPLIT=False,
+    )  # fmt: skip
+    for kernel in (scan_kernels.scan_fwd_kernel, scan_kernels.scan_bwd_kernel):
+        compiled = compile_for(architecture, kernel, dtype, constants)
+        assert "tt.dot" not in compiled.asm["ttir"]
+        assert compiled.asm["cubin"]
+
+
+def test_ssd_kernels_compile():
+    constants = dict(
+        N=16, NP=16, HEAD=16, HP=16, Q=32, HAS_BIAS=True, HAS_SKIP=True, WIDE=False, ADJOINT=True, PRECISION="tf32"
+    )
+    for kernel in (ssd.ssd_state_kernel, ssd.ssd_fwd_kernel, ssd.ssd_bwd_kernel):
+        compiled = compile_for(80, kernel, "bf16", constants)
+        assert "tt.dot" in compiled.asm["ttir"]
+        assert compiled.asm["cubin"]
+
+
 def test_says_why_it_cannot_serve():
     def reason(device="cpu", dtype=torch.float32, **sizes):
         call = vk.Call("cross_selective_scan", torch.device(device), dtype, dtype, **sizes)
@@ -44,8 +86,6 @@ def test_says_why_it_cannot_serve():
 
 
 def test_says_which_size_is_beyond_it(monkeypatch):
-    import vmamba_kernels.triton as backend
-
     monkeypatch.setattr(backend, "INTERPRETED", True)  # as if on a device that it serves
 
     def reason(dtype=torch.float32, **sizes):

@@ -51,8 +51,7 @@ def load_step(
 ):  # fmt: skip
     """delta [STEPS, BLOCK] and its derivative by the step size before bias and softplus.
 
-    RANK 0 reads step sizes of every channel; otherwise they are made here from RANK numbers a pixel, 8 at a time
-    (Triton 3.2 fails on fewer).
+    RANK 0 reads step sizes of every channel; otherwise they are made here from RANK numbers a pixel, 8 at a time.
     """
     mask = valid[:, None] & inside[None, :]
     if RANK == 0:
@@ -65,7 +64,10 @@ def load_step(
             part = tl.load(dt + pixel[:, None] * B_l + r[None, :], part_mask, other=0.0).to(tl.float32)
             weight_mask = (r < RANK)[:, None] & inside[None, :]
             weight = tl.load(w + r[:, None] * dim + channel[None, :], weight_mask, other=0.0).to(tl.float32)
-            v += tl.sum(part[:, :, None] * weight[None, :, :], axis=1)
+            # The mask once more, though nothing is behind it: Triton would make the sum of a plain product a matrix
+            # product in TF32, which loses digits of float32.
+            weight = tl.where(weight_mask[None, :, :], weight[None, :, :], 0.0)
+            v += tl.sum(part[:, :, None] * weight, axis=1)
     if HAS_BIAS:
         v += tl.load(bias + channel, inside, other=0.0)[None, :]
     if SOFTPLUS:
@@ -311,7 +313,7 @@ def scan_bwd_kernel(
                 g = pick(leaving, index, STEPS - 1 - i) + g
                 gs = tl.where(index == STEPS - 1 - i, g[None, :, :], gs)
                 g = pick(decay, index, STEPS - 1 - i) * g
-            states_at = dB_l * pixel[:, None] + state[None, :]
+            states_at = pixel[:, None] * dB_l + state[None, :]
             states_in = valid[:, None] & (state < N)[None, :]
             tl.store(dC + states_at, tl.sum((olds + entering) * dout[:, None, :], axis=2), states_in)
             tl.store(dB + states_at, tl.sum(gs * step[:, None, :], axis=2), states_in)
