@@ -14,8 +14,8 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -88,7 +88,7 @@ SMALL_ROWS = [
 ]
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--operators", nargs="+", default=list(vk.registry.PREFERENCE), choices=vk.registry.PREFERENCE)
     parser.add_argument("--backends", nargs="+", help="default: all that can serve the call but the reference")
@@ -98,7 +98,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=20, help="timed runs of each (default: %(default)s)")
     parser.add_argument("--batch", type=int, help="instead of each row's own")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there too")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("There is no GPU here to time on; --device cpu times the reference at small sizes.")
@@ -115,7 +115,7 @@ def main() -> int:
     wrong = 0
     for row in rows:
         if args.batch:
-            row = Row(**{**row.__dict__, "batch": args.batch, "original": None})
+            row = replace(row, batch=args.batch, original=None)
         case = Case(row, getattr(torch, args.dtype), device)
         for backend in args.backends or case.servers():
             try:
@@ -128,10 +128,13 @@ def main() -> int:
                     cells = case.measure(backend, machine, args.repeats)
             except torch.OutOfMemoryError:
                 cells = ("out of memory",)
+            except vk.BackendError as error:
+                cells = (str(error),)
             line = (row.text, backend, *cells)
             tables.setdefault(row.operator, []).append(line)
             print(f"{row.operator:21}", " | ".join(line), flush=True)
     if args.markdown:
+        args.markdown.parent.mkdir(parents=True, exist_ok=True)
         args.markdown.write_text(_markdown(head, tables))
     return 1 if wrong else 0
 
