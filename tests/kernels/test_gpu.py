@@ -16,6 +16,7 @@ pytestmark = [
 BACKENDS = ("cuda", "triton")
 ROUTES = ("row", "col", "row_rev", "col_rev")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+TINY = 1e-30  # what float32 cannot hold, or only in part, counts as zero
 NAMES = ("out", "x", "x_proj_weight", "dt_weight", "dt_bias", "A", "D")
 
 FACTORS = {
@@ -99,13 +100,14 @@ def errors(got, want):
     for name, a, b in zip(NAMES, got, want, strict=True):
         if b is not None and b.numel():
             norm = b.double().norm()
-            result[name] = float((a.double() - b.double()).norm() / (norm if norm > 0 else 1))
+            result[name] = float((a.double() - b.double()).norm() / (norm if norm > TINY else 1))
     return result
 
 
-def check(tensors, backend, routes=ROUTES, out_dtype=None, grad=None):
+def check(tensors, backend, routes=ROUTES, out_dtype=None, grad=None, inherent=0.0):
     """Against the float64 reference: 1e-6 sqrt(length) in float32; in the half types 1e-2, or half as much again as
-    plain PyTorch in the same types where that is worse (few values, much cancellation)."""
+    plain PyTorch in the same types where that is worse (few values, much cancellation).  inherent: error that rounding
+    the inputs' own sums to float32 makes."""
     x = tensors[0]
     if grad is None:
         grad = torch.randn(x.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
@@ -114,7 +116,7 @@ def check(tensors, backend, routes=ROUTES, out_dtype=None, grad=None):
     got = run(tensors, backend, routes, out_dtype, grad)
     found = errors(got, want)
     if x.dtype == F32:
-        bounds = dict.fromkeys(found, 1e-6 * math.sqrt(x.shape[1] * x.shape[2]))
+        bounds = dict.fromkeys(found, 1e-6 * math.sqrt(x.shape[1] * x.shape[2]) + inherent)
     else:
         plain = errors(run(tensors, "reference", routes, out_dtype, grad), want)
         bounds = {name: max(1e-2, 1.5 * plain[name]) for name in found}
@@ -204,7 +206,9 @@ def test_steps_far_from_zero(backend, shift, dtype):
     tensors[3] = tensors[3].detach() * 0 + shift
     if shift < 0:  # float32 holds them, so the scan must
         tensors[4] = tensors[4].detach() * 1e3
-    check(tensors, backend)
+    check(
+        tensors, backend, inherent=2 * abs(shift) * 2**-23
+    )  # dt + bias is rounded, and dA goes with its exponential's square
 
 
 def test_decay_underflows(backend):
@@ -247,9 +251,9 @@ def test_past_2_to_31_elements(backend):
         pytest.skip("needs a GPU of 60 GB")
     tensors = make(1, size, dim, 1, 6, BF16)
     few = run(tensors, backend)
-    many = run([tensors[0].detach().expand(batch, *size, dim), *tensors[1:]], backend, grad=None if batch == 1 else (
-        torch.randn((1, *size, dim), generator=torch.Generator("cuda").manual_seed(1), device="cuda").expand(batch, -1, -1, -1)
-    ))  # fmt: skip
+    grad = torch.randn((1, *size, dim), generator=torch.Generator("cuda").manual_seed(1), device="cuda")
+    x = tensors[0].detach().expand(batch, *size, dim)
+    many = run([x, *tensors[1:]], backend, grad=grad.expand(batch, *size, dim))
     last = [many[0][-1:], many[1][-1:]] + [None if t is None else t.double() / batch for t in many[2:]]
     assert all(value < 5e-3 for value in errors(last, few).values()), errors(last, few)
 

@@ -197,6 +197,14 @@ template <int COUNT> __device__ __forceinline__ void convert_rows(float *dst, co
     }
 }
 
+// d (16, 8) += a (16, 8) b (8, 8), bfloat16 into float32. A lane's d: rows lane / 4 and 8 more, columns lane % 4 * 2 and the
+// next; a: the same rows and pairs of columns; b: the pair of rows lane % 4 * 2, column lane / 4.
+__device__ __forceinline__ void matrix_multiply_add(float *d, unsigned a0, unsigned a1, unsigned b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(b));
+}
+
 // The steps of a warp's CH channels at STEPS positions, w = (dt + bias) / ln 2 before the softplus, dt = rows * dt_weight.
 // A lane holds w[o][t][e]: position o * 8 + lane / 4, channel t * 8 + lane % 4 * 2 + e: the layout of a matrix
 // instruction's result, which bfloat16 rows are multiplied with (its products are exact, its sums float32).
@@ -250,11 +258,7 @@ template <int STEPS, int CH> struct StepProjection {
             for (int t = 0; t < TILES; ++t) {
                 float d[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-                for (int k = 0; k < DEPTH; ++k)
-                    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
-                        "{%0, %1, %2, %3};"
-                        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                        : "r"(a[k][0]), "r"(a[k][1]), "r"(weight[t][k]));
+                for (int k = 0; k < DEPTH; ++k) matrix_multiply_add(d, a[k][0], a[k][1], weight[t][k]);
 #pragma unroll
                 for (int o = 0; o < OCTETS; ++o)
 #pragma unroll

@@ -8,6 +8,7 @@ rename: several processes may start at once, and a damaged entry is compiled aga
 import hashlib
 import os
 import tempfile
+import threading
 import warnings
 from collections.abc import Mapping
 from functools import cache, lru_cache
@@ -22,16 +23,20 @@ OPTIONS = ("c++17",)  # of NVRTC, beside the architecture and the macros
 INSTALL = "the cuda backend needs NVRTC through cuda.core: pip install cuda-core nvidia-cuda-nvrtc"
 
 
+_IMPORT = threading.Lock()  # a second thread would see cuda.core half imported
+
+
 @cache
 def cuda_core():
-    """The module cuda.core, under either of its names (releases before 0.5 had it under experimental)."""
-    try:
-        import cuda.core as core
+    """The module cuda.core, under either of its names (older releases have it under experimental)."""
+    with _IMPORT:
+        try:
+            import cuda.core as core
 
-        if not hasattr(core, "Program"):
-            import cuda.core.experimental as core
-    except ImportError as error:
-        raise BackendError(f"{INSTALL} ({error})") from error
+            if not hasattr(core, "Program"):
+                import cuda.core.experimental as core
+        except ImportError as error:
+            raise BackendError(f"{INSTALL} ({error})") from error
     return core
 
 

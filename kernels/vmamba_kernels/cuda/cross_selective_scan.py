@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import scan
-from .layout import Layout, layout
+from .layout import Layout, chunk_steps, layout
 from .scan import Geometry, aligned
 
 KINDS = {"row": 0, "col": 1, "row_rev": 2, "col_rev": 3}
@@ -63,7 +63,7 @@ def _borders_shape(x: Tensor, A: Tensor, save: bool) -> tuple[int, ...]:
     if not save:
         return (0,)
     routes, dim, states = A.shape
-    chunk = layout(states, 0, dim, x.dtype, x.dtype).chunk
+    chunk = chunk_steps(int(states))
     return x.shape[0], routes, (x.shape[1] * x.shape[2] + chunk - 1) // chunk - 1, states, dim
 
 
@@ -115,9 +115,12 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*tensors, output[1])
     ctx.kinds = kinds
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for the borders
 
 
 def _autograd(ctx, dy, _):
+    if dy is None:
+        return (None,) * 9
     *tensors, borders = ctx.saved_tensors
     dx, d_weight, d_dt_weight, d_bias, dA, dD = _backward(dy, *tensors, borders, ctx.kinds)
     _, _, _, bias, _, D = tensors

@@ -130,8 +130,7 @@ class Layout:
 
     @cached_property
     def chunk(self) -> int:
-        """Steps between the states kept for the backward pass: those of 16 states take 1.4 times a bfloat16 x."""
-        return min(max(16, 11 * self.states // 2 // 8 * 8), 128)
+        return chunk_steps(self.states)
 
     @cached_property
     def fused(self) -> bool:
@@ -181,6 +180,7 @@ class Layout:
         return self._macros(
             self.bwd_lanes, C=self.bwd_channels, SUB=self.sub, CHUNK=self.chunk, EVEN=int(self.dim % 2 == 0),
             TILED=int(self.bwd_tiles(warps) > 1), WARPS=warps, MIN_BLOCKS=max(1, 12 // warps),
+            WARP_SHARED=self.bwd_warp_shared,
         )  # fmt: skip
 
     # Pixel kernels.
@@ -208,6 +208,11 @@ class Layout:
 def layout(states: int, rank: int, dim: int, x: torch.dtype, out: torch.dtype, softplus: bool = True) -> Layout:
     """The one Layout object of these values: what it has computed is kept."""
     return Layout(states, rank, dim, x, out, softplus)
+
+
+def chunk_steps(states: int) -> int:
+    """Steps between the states kept for the backward pass: those of 16 states take 1.4 times a bfloat16 x."""
+    return min(max(16, 11 * states // 2 // 8 * 8), 128)
 
 
 def _round_up(value: int, unit: int) -> int:

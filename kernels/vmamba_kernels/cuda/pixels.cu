@@ -95,9 +95,10 @@ extern "C" __global__ void __launch_bounds__(256) sum_parameters_kernel(
     __shared__ float sums[8][32];
     const int lane = threadIdx.x % 32, slice = threadIdx.x / 32;
     const i64 per_route = dim * (N + 2 + (d_weight ? R : 0));
-    const i64 output = (i64)blockIdx.x * 32 + lane, route = output / per_route, within = output - route * per_route;
+    const i64 output = (i64)blockIdx.x * 32 + lane, route = divide(output, (int)per_route);
+    const i64 within = output - route * per_route;
     const bool exists = route < routes;
-    const i64 kind = within / dim;   // 0 .. N - 1: dA of a state; N: dt_bias; N + 1: D; then dt_weight
+    const i64 kind = divide(within, (int)dim);   // 0 .. N - 1: dA of a state; N: dt_bias; N + 1: D; then dt_weight
     const float *from = dA;
     i64 size = N * dim, offset = within, of_route = route;
     if (kind == N) from = d_bias, size = dim, offset = within - N * dim;
@@ -107,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(256) sum_parameters_kernel(
     if (exists)
 #pragma unroll 4
         for (i64 i = slice; i < images * segments; i += 8) {
-            const i64 image = i / segments, segment = i - image * segments;
+            const i64 image = divide(i, (int)segments), segment = i - image * segments;
             sum += from[((image * routes + of_route) * segments + segment) * size + offset];
         }
     sums[slice][lane] = sum;

@@ -42,6 +42,7 @@ template <class A, class B> struct Same { static constexpr bool value = false; }
 template <class A> struct Same<A, A> { static constexpr bool value = true; };
 constexpr bool PACKED = Same<X, bf16>::value && Same<G, bf16>::value;
 using Item = StepItem<PACKED>;
+template <class T> struct alignas(2 * sizeof(T)) Pair { T v[2]; };
 constexpr int IW = CW < 32 ? CW : CW + 8;              // of a row of items: spreads the rows over the banks
 
 // A warp's shared memory, in floats; layout.py adds up the same.
@@ -55,6 +56,7 @@ constexpr int WEIGHT_AT = TILE_AT + (FUSED ? SUB * TILE_WIDTH / 2 : 0);         
 constexpr int WEIGHT_SUM_AT = WEIGHT_AT + TILE_ROWS / 8 * DEPTH * 32;            // [WEIGHT_TILES][DEPTH][32] of four
 constexpr int STATES_AT = WEIGHT_SUM_AT + WEIGHT_TILES * DEPTH * 128;            // [SUBS - 1][PAIRS][32]
 constexpr int OWN = STATES_AT + (SUBS - 1) * PAIRS * 32;
+static_assert(OWN * 4 == WARP_SHARED, "layout.py counts another size");
 
 // Sums of COUNT values over the lanes that differ in bits FIRST .. FIRST * LANES_ - 1 of their number, by exchanging halves:
 // afterwards a lane holds COUNT / LANES_ of the sums, starting at (its index) * COUNT / LANES_.
@@ -85,12 +87,6 @@ template <class T> __device__ __forceinline__ Vec<T, 2> load_pair(const T *pixel
         v.set(two);
     }
     return v;
-}
-
-__device__ __forceinline__ void matrix_multiply_add(float *d, unsigned a0, unsigned a1, unsigned b) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(b));
 }
 
 // Sums of 16 values over the lanes of a state group, by matrices of ones and zeros that add four lanes of a value into a row
@@ -140,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
     using Projection = StepProjection<SUB, CW>;
     constexpr int TILES = Projection::TILES, OCTETS = Projection::OCTETS;
     extern __shared__ __align__(16) float shared[];
-    __shared__ int pixel_all[WARPS][2][SUB];
+    __shared__ __align__(16) int pixel_all[WARPS][2][SUB];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, cl = lane % LANES, q = lane / LANES;
     float *own = shared + warp * OWN;
     Item *items = reinterpret_cast<Item *>(own + STEPS_AT);
@@ -164,8 +160,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
     dy += image * length * x_pixel + route * x_route;
     rows += (image * length * routes + route) * ROW;
     borders += (sequence * ((length + CHUNK - 1) / CHUNK - 1) * N + q * NS) * dim + first + cl;
-    dx += (image * length * routes + route) * dim;
-    ddt += (image * length * routes + route) * dim;
+    // What the lane writes: one channel of every C-th state group's step.
+    const int within = q % C * LANES + cl, existing = (int)dim - first;
+    dx += (image * length * routes + route) * dim + first + within;
+    ddt += (image * length * routes + route) * dim + first + within;
     d_rows += ((tile * pixels + image * length) * routes + route) * ROW;
 
     Projection projection;
@@ -258,17 +256,22 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
 #pragma unroll
         for (int o = 0; o < OCTETS; ++o)
 #pragma unroll
-            for (int t = 0; t < TILES; ++t)
+            for (int t = 0; t < TILES; ++t) {
+                const int step = o * 8 + lane / 4, within = t * 8 + lane % 4 * 2;
+                const bool inside = l0 + step < end;
+                Pair<Item> both;
+                Pair<float> sigmoid;
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
-                    const int step = o * 8 + lane / 4, within = t * 8 + lane % 4 * 2 + e;
                     const float v = w[o][t][e];
-                    const float s = l0 + step >= end ? 0.f : SOFTPLUS ? softplus2(v) : v;
-                    if (CW % 8 == 0 || within < CW) {
-                        items[step * IW + within].set(s, now_x[o][t], now_dy[o][t], e);
-                        if (gradient) sigmoids[step * IW + within] = SOFTPLUS ? sigmoid2(v) : 1.f;
-                    }
+                    both.v[e].set(inside ? SOFTPLUS ? softplus2(v) : v : 0.f, now_x[o][t], now_dy[o][t], e);
+                    sigmoid.v[e] = SOFTPLUS && gradient ? sigmoid2(v) : 1.f;
                 }
+                if (CW % 8 == 0 || within < CW) {
+                    *reinterpret_cast<Pair<Item> *>(items + step * IW + within) = both;
+                    if (gradient) *reinterpret_cast<Pair<float> *>(sigmoids + step * IW + within) = sigmoid;
+                }
+            }
         __syncwarp();
     };
     // One step of the recurrence for the lane's states.
@@ -285,13 +288,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
         }
     };
     uint4 select[4];
+    const unsigned zero = (unsigned)dim >> 31;   // unknown to the compiler, which would make it anew before each use
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        select[i] = make_uint4(lane / 4 == 2 * i ? __float_as_uint(1.f) : 0, 0,
-                               lane / 4 == 2 * i + 1 ? __float_as_uint(1.f) : 0, 0);
-        // Hides where the values come from: they stay in four registers in a row instead of being made at each use.
-        asm volatile("" : "+r"(select[i].x), "+r"(select[i].y), "+r"(select[i].z), "+r"(select[i].w));
-    }
+    for (int i = 0; i < 4; ++i)
+        select[i] = make_uint4(lane / 4 == 2 * i ? __float_as_uint(1.f) : zero, zero,
+                               lane / 4 == 2 * i + 1 ? __float_as_uint(1.f) : zero, zero);
 
     const int last_chunk = start + (end - 1 - start) / CHUNK * CHUNK;
     fetch(last_chunk);
@@ -329,6 +330,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                 advance(j);
             }
 
+            int4 pixels_here;
             float sums[GROUP * 2 * NSP], by_states[ITEM_STEPS * C * 2];
             float *cell = own + CELLS_AT;
             __syncthreads();   // nobody still reads cells
@@ -343,6 +345,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                     read_states<RC>(cc, row_buffer + j * RS, q);
                 }
                 Item item;
+                if (S == 1 && j % 4 == 3) pixels_here = *reinterpret_cast<const int4 *>(pixel + j - 3);
                 float *sum = sums + j % GROUP * 2 * NSP;
 #pragma unroll
                 for (int i = 0; i < 2 * NSP; ++i) sum[i] = 0.f;
@@ -393,19 +396,20 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                 }
                 if (j % ITEM_STEPS == 0) {   // over states; then the lane has one channel of one step
                     reduce_scatter<ITEM_STEPS * C * 2, LANES, S>(by_states, lane);
-                    const int step = j + q / C, within = q % C * LANES + cl, ch = first + within;
+                    const int step = j + q / C;
                     if constexpr (S > 1) item = items[step * IW + within];   // it is another one
-                    const bool real = ch < dim && l0 + step < end;
-                    Y *to_dx = at(dx, pixel[step], dx_stride) + ch;
+                    const bool real = within < existing && l0 + step < end;
+                    const int at_pixel = S == 1 ? reinterpret_cast<const int *>(&pixels_here)[j % 4] : pixel[step];
                     float d_step = sigmoids[step * IW + within] * fmaf(item.x(), by_states[0], LN2 * by_states[1]);
                     if (!real) d_step = 0.f;
                     if constexpr (FUSED) tile_rows[step * TILE_WIDTH + within] = from_float<bf16>(d_step);
                     bias_sum += d_step;
                     d_sum = fmaf(item.x(), item.dy(), d_sum);
-                    if (real) {
-                        *to_dx = from_float<Y>(item.s * LN2 * by_states[0]);
-                        if constexpr (!FUSED) at(ddt, pixel[step], ddt_stride)[ch] = from_float<P>(d_step);
-                    }
+                    Y *to = at(dx, at_pixel, dx_stride);
+                    const Y value = from_float<Y>(item.s * LN2 * by_states[0]);
+                    if (real) *to = value;
+                    if constexpr (!FUSED)
+                        if (real) *at(ddt, at_pixel, ddt_stride) = from_float<P>(d_step);
                 }
             }
 
@@ -485,9 +489,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
         bias_sum += __shfl_xor_sync(~0u, bias_sum, offset);
         d_sum += __shfl_xor_sync(~0u, d_sum, offset);
     }
-    const int ch = first + q % C * LANES + cl;
-    if (q < C && ch < dim) {
-        dbias[slot * dim + ch] = bias_sum;
-        dD[slot * dim + ch] = d_sum;
+    if (q < C && within < existing) {
+        dbias[slot * dim + first + within] = bias_sum;
+        dD[slot * dim + first + within] = d_sum;
     }
 }

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from . import scan
-from .layout import Layout, layout
+from .layout import Layout, chunk_steps, layout
 from .scan import Geometry
 
 
@@ -66,8 +66,9 @@ def _forward(
 def _borders_shape(u: Tensor, A: Tensor, B: Tensor, save: bool) -> tuple[int, ...]:
     if not save:
         return (0,)
-    plan, groups = _layout(u, A, B, u.dtype, True), B.shape[1]
-    return u.shape[0], groups, max((u.shape[2] + plan.chunk - 1) // plan.chunk - 1, 0), plan.states, plan.dim
+    (channels, states), groups = A.shape, B.shape[1]
+    chunk = chunk_steps(int(states))
+    return u.shape[0], groups, (u.shape[2] + chunk - 1) // chunk - 1, states, channels // groups
 
 
 @_forward.register_fake
@@ -108,9 +109,12 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*tensors, output[1])
     ctx.softplus = softplus
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for the borders
 
 
 def _autograd(ctx, dy, _):
+    if dy is None:
+        return (None,) * 10
     *tensors, borders = ctx.saved_tensors
     du, d_delta, dA, dB, dC, dD, d_bias = _backward(dy, *tensors, borders, ctx.softplus)
     *_, D, bias = tensors

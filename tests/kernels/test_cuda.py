@@ -1,0 +1,298 @@
+"""The cuda backend where there is no GPU: its kernels compile, its cache holds, its errors say what to do."""
+
+import multiprocessing
+import random
+import shutil
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from vmamba_kernels import BackendError, cross_selective_scan
+from vmamba_kernels.cuda import compiler, why_not
+from vmamba_kernels.cuda.cross_selective_scan import KINDS
+from vmamba_kernels.cuda.layout import MAX_RANK, MAX_STATES, Layout
+from vmamba_kernels.cuda.scan import Geometry
+from vmamba_kernels.registry import Call
+
+from . import cuda_emulator
+
+operators = sys.modules["vmamba_kernels.cuda.cross_selective_scan"]  # the package's attribute is the function
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "sm_120": 99 * 1024}  # bytes of a block
+LAYOUTS = [
+    Layout(1, 6, 96, BF16, BF16),
+    Layout(16, 12, 192, BF16, BF16),
+    Layout(5, 0, 33, F16, F32, softplus=False),
+]
+
+
+def _files(layout: Layout, shared: int) -> list[tuple[str, dict, tuple[str, ...]]]:
+    backward = layout.bwd_macros(layout.bwd_warps(shared))
+    return [
+        ("scan_fwd.cu", dict(layout.fwd_macros), ("scan_fwd_kernel", "scan_summary_kernel", "scan_adjoint_kernel")),
+        ("scan_bwd.cu", dict(backward), ("scan_bwd_kernel",)),
+        ("pixels.cu", dict(layout.pixel_macros), ("merge_fwd_kernel", "merge_bwd_kernel", "pack_kernel")),
+    ]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("VMAMBA_KERNELS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("arch", SHARED)
+def test_every_kernel_compiles(cache, arch):
+    jobs = [job for layout in LAYOUTS for job in _files(layout, SHARED[arch])]
+    with ThreadPoolExecutor(2) as pool:
+        cubins = list(pool.map(lambda job: compiler.compile_cubin(job[0], job[1], arch), jobs))
+    for cubin, (_, _, names) in zip(cubins, jobs, strict=True):
+        assert cubin[:4] == b"\x7fELF"
+        assert all(name.encode() in cubin for name in names)
+    assert len(list(cache.iterdir())) == len(jobs)
+
+
+@pytest.mark.parametrize("states", [1, 2, 3, 4, 5, 8, 16, 17, 33, 64])
+@pytest.mark.parametrize("dim", [1, 96, 768])
+def test_backward_fits_the_shared_memory(states, dim):
+    for shared in SHARED.values():
+        for dtype in (F32, BF16):
+            layout = Layout(states, 48, dim, dtype, dtype)
+            warps = layout.bwd_warps(shared)
+            assert warps * (layout.bwd_warp_shared + layout.sub * 8) <= shared
+            assert layout.chunk % layout.sub == 0 and layout.chunk % layout.fwd_stage == 0
+
+
+def test_saved_states_of_16_are_small():
+    """x and the border states together are at most 2.5 times x in bfloat16."""
+    chunk = Layout(16, 12, 192, BF16, BF16).chunk
+    for length in (14 * 14, 28 * 28, 56 * 56, 256 * 256):
+        assert 2 + 4 * 16 * 4 * (-(-length // chunk) - 1) / length <= 2.5 * 2
+
+
+def test_division_by_the_height():
+    random.seed(0)
+    heights = [
+        *range(1, 70),
+        2**15 - 1,
+        2**15 + 1,
+        2**30 + 1,
+        2**31 - 1,
+        *(random.randrange(1, 2**31) for _ in range(200)),
+    ]
+    for height in heights:
+        division = Geometry(1, height, 1, 1, 0, 1, 0).arguments(1)[-1]
+        assert division >> 6 < 2**32
+        near = random.randrange(2**31) // height * height
+        for step in (0, 1, height - 1, height, near, near - 1, near + height - 1, 2**31 - 1, random.randrange(2**31)):
+            if 0 <= step < 2**31:
+                assert (step * (division >> 6)) >> (division & 63) == step // height
+
+
+SMALL = ("pixels.cu", dict(LAYOUTS[0].pixel_macros), "sm_90")
+
+
+def test_cache_is_used_and_mends_itself(cache, monkeypatch):
+    cubin = compiler.compile_cubin(*SMALL)
+    (entry,) = cache.iterdir()
+    whole = entry.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, "_nvrtc", None)  # calling it would fail
+        assert compiler.compile_cubin(*SMALL) == cubin
+    for damaged in (whole[:-40], whole[:100] + b"x" + whole[101:], b""):
+        entry.write_bytes(damaged)
+        assert compiler.compile_cubin(*SMALL) == cubin
+        assert entry.read_bytes() == whole
+    assert list(cache.iterdir()) == [entry]
+
+
+def test_cache_key_has_everything(cache, monkeypatch):
+    compiler.compile_cubin(*SMALL)
+    compiler.compile_cubin(SMALL[0], SMALL[1], "sm_80")
+    compiler.compile_cubin(SMALL[0], {**SMALL[1], "WIDE": 1}, "sm_90")
+    monkeypatch.setattr(compiler, "nvrtc_version", lambda: (99, 0))
+    compiler.compile_cubin(*SMALL)
+    assert len(list(cache.iterdir())) == 4
+
+
+def _compile(queue):
+    queue.put(compiler.compile_cubin(*SMALL))
+
+
+def test_two_processes_at_once(cache):
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    workers = [context.Process(target=_compile, args=(queue,)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    cubins = [queue.get(timeout=120) for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert cubins[0] == cubins[1] == compiler.compile_cubin(*SMALL)
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_unwritable_cache_is_said_once(tmp_path, monkeypatch):
+    blocker = tmp_path / "file"
+    blocker.write_text("not a folder")
+    monkeypatch.setenv("VMAMBA_KERNELS_CACHE", str(blocker / "cache"))
+    with pytest.warns(UserWarning, match="cannot be written.*set VMAMBA_KERNELS_CACHE"):
+        cubin = compiler.compile_cubin(*SMALL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compiler.compile_cubin(*SMALL) == cubin
+
+
+def test_unknown_architecture(cache):
+    with pytest.raises(
+        BackendError, match=r"NVRTC \d+\.\d+ could not compile pixels\.cu for sm_10.*newer nvidia-cuda-nvrtc"
+    ):
+        compiler.compile_cubin(SMALL[0], SMALL[1], "sm_10")
+
+
+def test_missing_cuda_core_names_the_packages():
+    code = (
+        "import sys; sys.modules['cuda.core'] = None\n"
+        "from vmamba_kernels.cuda import compiler\n"
+        "try: compiler.nvrtc_version()\n"
+        "except ValueError as error: print(error)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "pip install cuda-core nvidia-cuda-nvrtc" in out
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine that says it has a GPU of capability `gpu[0]`."""
+    capability = [(9, 0)]
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability[0])
+    return capability
+
+
+def _call(**changes) -> Call:
+    values = {
+        "operator": "cross_selective_scan", "device": torch.device("cuda:0"), "dtype": BF16, "out_dtype": BF16,
+        "dim": 96, "states": 16, "rank": 6, "routes": ("row",),
+    }  # fmt: skip
+    return Call(**{**values, **changes})
+
+
+def test_serves_what_it_can(gpu):
+    assert why_not(_call()) is None
+    assert why_not(_call(operator="selective_scan", rank=0, routes=())) is None
+
+
+@pytest.mark.parametrize("changes, reason", [
+    ({"device": torch.device("cpu")}, "the tensors are on cpu, not on an NVIDIA GPU"),
+    ({"dtype": torch.float64}, "float64 is not among its types"),
+    ({"out_dtype": torch.float64}, "float64 is not among its types"),
+    ({"states": MAX_STATES + 1}, f"1 to {MAX_STATES} states, not {MAX_STATES + 1}"),
+    ({"rank": MAX_RANK + 1}, f"rank 1 to {MAX_RANK}, not {MAX_RANK + 1}"),
+    ({"routes": ("row",) * 32}, "at most 31 routes, not 32"),
+])  # fmt: skip
+def test_says_why_not(gpu, changes, reason):
+    assert reason in why_not(_call(**changes))
+
+
+def test_old_gpu(gpu):
+    gpu[0] = (7, 5)
+    assert "compute capability 8.0 or newer" in why_not(_call())
+    assert "not 7.5" in why_not(_call())
+
+
+def test_missing_nvrtc_is_a_reason(gpu, monkeypatch):
+    def missing():
+        raise BackendError(compiler.INSTALL)
+
+    monkeypatch.setattr("vmamba_kernels.cuda.nvrtc_version", missing)
+    assert "pip install cuda-core nvidia-cuda-nvrtc" in why_not(_call())
+
+
+def test_asked_for_on_a_cpu():
+    x = torch.zeros(1, 2, 2, 4)
+    with pytest.raises(BackendError, match="'cuda' cannot serve cross_selective_scan here: the tensors are on cpu"):
+        cross_selective_scan(
+            x,
+            torch.zeros(1, 3, 4),
+            torch.zeros(1, 4, 1),
+            None,
+            -torch.ones(1, 4, 1),
+            None,
+            routes=("row",),
+            backend="cuda",
+        )
+
+
+@pytest.mark.parametrize("save", [True, False])
+def test_fake_implementations(save):
+    """Shapes, dtypes and gradients without a GPU, as torch.compile asks for them."""
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.empty(2, 20, 20, 24, dtype=F16, device="cuda")
+        weights = torch.empty(4, 3 + 32, 24, dtype=F16, device="cuda"), torch.empty(4, 24, 3, dtype=F16, device="cuda")
+        state = [torch.empty(4, 24, *shape, device="cuda") for shape in ((), (16,), ())]
+        out, borders = torch.ops.vmamba.cross_selective_scan_cuda(x, *weights, *state, 0b11100100, F32, save)
+        assert out.shape == x.shape and out.dtype == F32
+        assert borders.shape == ((2, 4, 4, 16, 24) if save else (0,))
+        grads = torch.ops.vmamba.cross_selective_scan_bwd_cuda(out, x, *weights, *state, borders, 0b11100100)
+        for grad, t in zip(grads, (x, *weights, *state), strict=True):
+            assert grad.shape == t.shape and grad.dtype == t.dtype
+
+        u, B = torch.empty(2, 24, 100, device="cuda"), torch.empty(2, 3, 4, 100, device="cuda")
+        A, D = torch.empty(24, 4, device="cuda"), torch.empty(24, device="cuda")
+        out, borders = torch.ops.vmamba.selective_scan_cuda(u, u, A, B, B, D, D, True, F32, save)
+        assert out.shape == u.shape and borders.shape == ((2, 3, 6, 4, 8) if save else (0,))
+        grads = torch.ops.vmamba.selective_scan_bwd_cuda(out, u, u, A, B, B, D, D, borders, True)
+        assert [g.shape for g in grads] == [t.shape for t in (u, u, A, B, B, D, D)]
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to run the kernels on a CPU")
+
+
+@needs_compiler
+@pytest.mark.parametrize("batch, size, dim, states, rank, dtype, routes, extras, processors", [
+    (1, (5, 9), 40, 1, 6, BF16, ("row", "col", "row_rev", "col_rev"), True, 1),
+    (1, (9, 11), 20, 16, 12, BF16, ("col", "row_rev"), True, 100),
+    (2, (5, 4), 3, 5, 3, F32, ("col_rev", "row"), False, 100),
+    (1, (3, 7), 64, 2, 9, F16, ("row", "col_rev"), True, 1),
+])  # fmt: skip
+def test_numbers_on_an_emulated_gpu(
+    tmp_path, monkeypatch, batch, size, dim, states, rank, dtype, routes, extras, processors
+):
+    """Output and every gradient against the float64 reference; with many `processors` the routes are cut up."""
+    cuda_emulator.install(monkeypatch, tmp_path, processors)
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    count, out_dtype = len(routes), F32 if dtype == F16 else dtype
+    tensors = [
+        normal(batch, *size, dim).to(dtype),
+        (normal(count, rank + 2 * states, dim) / dim**0.5).to(dtype),
+        (0.5 * normal(count, dim, rank) / rank**0.5).to(dtype),
+        normal(count, dim) - 3 if extras else None,
+        -torch.exp(0.5 * normal(count, dim, states) + 1),
+        normal(count, dim) if extras else None,
+    ]
+    grad, kinds = normal(batch, *size, dim).to(out_dtype), sum(KINDS[route] << 2 * i for i, route in enumerate(routes))
+    # A custom operator's function itself: the operator would look for a GPU.
+    out, borders = operators._forward._init_fn(*tensors, kinds, out_dtype, True)
+    got = operators._backward._init_fn(grad, *tensors, borders, kinds)
+
+    leaves = [None if t is None else t.double().requires_grad_() for t in tensors]
+    want = cross_selective_scan(*leaves, routes=routes, backend="reference")
+    wanted = iter(torch.autograd.grad(want, [t for t in leaves if t is not None], grad.double()))
+    bound = 1e-2 if dtype == BF16 else 2e-3 if dtype == F16 else 1e-6 * (size[0] * size[1]) ** 0.5
+    assert (out - want).norm() <= bound * want.norm()
+    for mine, leaf in zip(got, leaves, strict=True):
+        if leaf is not None:
+            expected = next(wanted)
+            assert (mine - expected).norm() <= bound * expected.norm()
