@@ -95,9 +95,9 @@ def cross_selective_scan(
     projected = torch.bmm(u.flatten(1, 3), x_proj_weight.transpose(1, 2)).to(dtype)
     dt, B, C = projected.split((rank, states, states), dim=-1)  # (routes, steps*batch*chunks, *)
     with torch.autocast(x.device.type, enabled=False):
-        delta = torch.bmm(dt, dt_weight.to(dtype).transpose(1, 2))  # (routes, steps*batch*chunks, dim)
-    if dt_bias is not None:
-        delta = delta + dt_bias[:, None]
+        dt_weight = dt_weight.to(dtype).transpose(1, 2)
+        # delta: (routes, steps*batch*chunks, dim)
+        delta = torch.bmm(dt, dt_weight) if dt_bias is None else torch.baddbmm(dt_bias[:, None], dt, dt_weight)
     delta, B, C = (t.unflatten(1, positions) for t in (F.softplus(delta), B, C))
     y = _uncut(_scan(u.to(dtype), delta, A, B, C), height * width)
     return _merge(y, x, D, height, width, routes, out_dtype)
@@ -183,7 +183,7 @@ def _scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     local, decays = [], []
     in_place = not torch.is_grad_enabled()  # with one state it takes a sixth off the scan
     for run in runs:
-        decay = (delta[:, run].unsqueeze(-2) * A).exp()  # (groups, several, batch, chunks, states, dim)
+        decay = (delta[:, run].unsqueeze(-2) * A).exp_()  # (groups, several, batch, chunks, states, dim)
         inputs = u[:, run].unsqueeze(-2) * B[:, run].unsqueeze(-1)
         states, products = [], []
         for decay_of_step, input_of_step in zip(decay.unbind(1), inputs.unbind(1), strict=True):
@@ -206,7 +206,7 @@ def _scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
         _read(C[:, run], torch.addcmul(from_zero, decay, start))
         for run, from_zero, decay in zip(runs, local, decays, strict=True)
     ]
-    return torch.cat(y, dim=1)
+    return torch.cat(y, dim=1) if len(y) > 1 else y[0]
 
 
 def _read(C: Tensor, h: Tensor) -> Tensor:

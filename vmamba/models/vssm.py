@@ -235,7 +235,7 @@ class VSSM(nn.Module):
                 f"images are {x.shape[2]} x {x.shape[3]} pixels; this model's patches need at least "
                 f"{stem.kernel_size[0]} x {stem.kernel_size[0]}"
             )
-        x = self.patch_embed(x)
+        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
         if self.pos_embed is not None:
             x = x + resize_pos_embed(self.pos_embed, x.shape[1:3]).permute(0, 2, 3, 1)
         return x
