@@ -23,7 +23,7 @@ LINES = ("-", "--")
 
 # What a step's line says, in our log.txt and in the logs of Swin and of the released VMamba.
 _MOMENT = re.compile(r"^\[?(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)")
-_STEP = re.compile(r"\btrain:? \[(\d+)/\d+\]\[(\d+)/(\d+)\]", re.IGNORECASE)
+_STEP = re.compile(r"\b(train|Train:) \[(\d+)/\d+\]\[(\d+)/(\d+)\]")
 _VALUE = {key: re.compile(rf"\b{key} (\d\S*)(?: \((\S+)\))?") for key in ("lr", "loss", "grad_norm")}
 _ACCURACY = re.compile(r"\* Acc@1 (\d+\.?\d*)")
 
@@ -61,12 +61,13 @@ def read_run(path: Path) -> dict[str, Series]:
 
 
 def read_log(lines: Iterable[str]) -> dict[str, Series]:
-    """The series of a text log of Swin's kind.
+    """The series of a text log of Swin's kind, or of the steps in one of ours.
 
     Steps give learning rate, gradient norm and, at an epoch's last step, its mean loss; of several accuracies between
     two epochs the first is the plain weights', the second the EMA's.
     """
     series: dict[str, Series] = {key: [] for keys in PANELS.values() for key in keys}
+    losses: dict[int, tuple[float, float, float]] = {}  # by epoch
     start, hours, epochs, accuracies = None, 0.0, 0.0, 0
     for line in lines:
         if moment := _MOMENT.match(line):
@@ -74,19 +75,19 @@ def read_log(lines: Iterable[str]) -> dict[str, Series]:
             start = start or now
             hours = (now - start).total_seconds() / 3600
         if step := _STEP.search(line):
-            epoch, number, steps = (int(text) for text in step.groups())
+            epoch, number, steps = (int(text) for text in step.groups()[1:])
+            epoch -= step[1] == "train"  # ours count from one
             epochs, accuracies = epoch + number / steps, 0
             values = {key: found for key, pattern in _VALUE.items() if (found := pattern.search(line))}
             for key in ("lr", "grad_norm"):
                 if key in values:
                     series[key].append((epochs, hours, float(values[key][1])))
             if "loss" in values and values["loss"][2]:  # the epoch's mean so far: its last line counts
-                if series["train_loss"] and int(series["train_loss"][-1][0]) == epoch:
-                    series["train_loss"].pop()
-                series["train_loss"].append((epochs, hours, float(values["loss"][2])))
+                losses[epoch] = (epochs, hours, float(values["loss"][2]))
         elif (accuracy := _ACCURACY.search(line)) and accuracies < 2:
             series[("acc1", "ema_acc1")[accuracies]].append((float(round(epochs)), hours, float(accuracy[1])))
             accuracies += 1
+    series["train_loss"] = list(losses.values())
     return series
 
 
@@ -103,9 +104,8 @@ def _ours(folder: Path) -> dict[str, Series]:
     if log.is_file():
         lines = (line for line in log.read_text(encoding="utf-8").splitlines() if _STEP.search(line))
         norms = read_log(lines)["grad_norm"]
-        # Our log counts epochs from one.  Where a run was resumed, the later line of a step counts.
-        by_epoch = {epochs - 1: (epochs - 1, hours, value) for epochs, hours, value in norms}
-        series["grad_norm"] = [by_epoch[epochs] for epochs in sorted(by_epoch)]
+        latest = {epochs: point for epochs, *point in norms}  # where a run was resumed, steps stand there twice
+        series["grad_norm"] = [(epochs, *latest[epochs]) for epochs in sorted(latest)]
     return series
 
 
