@@ -5,12 +5,11 @@ __device__ __forceinline__ i64 divide(i64 a, int b) {   // 64-bit division only 
     return a >> 32 ? a / b : (i64)((unsigned)a / (unsigned)b);
 }
 
-// out = ln 2 (scaled) or 1 times the sum over routes, + skip[channel] * x + extra; WIDE channels a thread.
-// The one kernel serves the forward pass (skip = D, x) and the pixels' gradient (skip = D, the output's gradient; extra: the
-// projections' share).
+// out = ln 2 times the sum over routes + skip[channel] * x + extra; WIDE channels a thread. It serves the forward pass (skip:
+// the sum of D) and the pixels' gradient (x: the output's gradient; extra: the projections' share).
 template <class T, class OUT>
 __device__ __forceinline__ void merge(const Y *y, const T *x, const float *skip, const P *extra, OUT *out, i64 count,
-                                      int dim, int routes, float scale) {
+                                      int dim, int routes) {
     const int per_pixel = dim / WIDE;
     for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (i64)gridDim.x * blockDim.x) {
         const i64 pixel = divide(i, per_pixel);
@@ -25,7 +24,7 @@ __device__ __forceinline__ void merge(const Y *y, const T *x, const float *skip,
             for (int c = 0; c < WIDE; ++c) sum[c] += v.get(c);
         }
 #pragma unroll
-        for (int c = 0; c < WIDE; ++c) sum[c] *= scale;
+        for (int c = 0; c < WIDE; ++c) sum[c] *= LN2;
         if (skip) {
             const auto v = *reinterpret_cast<const Vec<T, WIDE> *>(x + pixel * dim + ch);
 #pragma unroll
@@ -44,12 +43,12 @@ __device__ __forceinline__ void merge(const Y *y, const T *x, const float *skip,
 
 extern "C" __global__ void merge_fwd_kernel(const Y *y, const X *x, const float *skip, G *out, i64 count, i64 dim,
                                             i64 routes) {
-    merge(y, x, skip, (const P *)nullptr, out, count, (int)dim, (int)routes, LN2);
+    merge(y, x, skip, (const P *)nullptr, out, count, (int)dim, (int)routes);
 }
 
 extern "C" __global__ void merge_bwd_kernel(const Y *dx, const G *dy, const float *skip, const P *extra, X *out, i64 count,
                                             i64 dim, i64 routes) {
-    merge(dx, dy, skip, extra, out, count, (int)dim, (int)routes, 1.f);
+    merge(dx, dy, skip, extra, out, count, (int)dim, (int)routes);
 }
 
 // The rows' gradient summed over channel tiles. count: groups of four columns of all rows.

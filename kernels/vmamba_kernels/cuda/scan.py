@@ -107,7 +107,7 @@ def forward(
 
 @dataclass
 class Gradients:
-    x: Tensor  # (batch, length, routes, dim): a route's share, through the recurrence
+    x: Tensor  # (batch, length, routes, dim): a route's share, through the recurrence, divided by ln 2
     rows: Tensor  # (batch, length, routes, row width); the steps' columns only if the layout is fused
     steps: Tensor | None  # (batch, length, routes, dim), unless fused
     dt_weight: Tensor | None  # (routes, dim, rank), if fused
@@ -193,7 +193,7 @@ def merge_forward(layout: Layout, y: Tensor, x: Tensor, skip: Tensor | None, rou
 def merge_backward(
     layout: Layout, dx: Tensor, dy: Tensor, skip: Tensor | None, extra: Tensor | None, routes: int, out: Tensor
 ) -> Tensor:
-    """The sum of dx over routes, plus skip * dy, plus extra."""
+    """ln 2 times the sum of dx over routes, plus skip * dy, plus extra."""
     count = out.numel() // layout.wide
     module = load("pixels.cu", layout.pixel_macros, dy.device)
     module.merge_bwd_kernel(_blocks(count), 256, 0, dx, dy, skip, extra, out, count, out.shape[-1], routes)

@@ -294,6 +294,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
         select[i] = make_uint4(lane / 4 == 2 * i ? __float_as_uint(1.f) : zero, zero,
                                lane / 4 == 2 * i + 1 ? __float_as_uint(1.f) : zero, zero);
 
+    // Where the lane puts sums over channels: of step lane / 4 / (2 NSP), B's or C's.
+    float *cell = own + CELLS_AT;
+    float *lane_cell = cell + lane / 4 / (2 * NSP) * ROW + B0 + lane / 4 / NSP % 2 * NP + lane % 4 * S / 4 * NS + lane / 4 % NSP;
+
     const int last_chunk = start + (end - 1 - start) / CHUNK * CHUNK;
     fetch(last_chunk);
     for (int c0 = last_chunk; c0 >= start; c0 -= CHUNK) {
@@ -332,7 +336,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
 
             int4 pixels_here;
             float sums[GROUP * 2 * NSP], by_states[ITEM_STEPS * C * 2];
-            float *cell = own + CELLS_AT;
             __syncthreads();   // nobody still reads cells
             bf16 *tile_rows = reinterpret_cast<bf16 *>(own + TILE_AT);
 #pragma unroll
@@ -371,27 +374,25 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                     by_states[(j % ITEM_STEPS * C + c) * 2 + 1] = by_a;
                 }
                 if (j % GROUP == 0) {   // over channels
-                    auto store = [&](int index, int group, float sum) {
-                        const int n = index % NSP, which = index / NSP % 2, step = index / NSP / 2;
-                        if (n < NS) cell[(j + step) * ROW + B0 + which * NP + group * NS + n] = sum;
-                    };
                     if constexpr (BY_MATRIX) {
                         reduce_by_matrix(sums, select);
-                        constexpr int SAME = LANES < 8 ? 1 : LANES / 8;   // lanes that now hold the same sums
-                        const int group = lane % 4 * S / 4;
-                        if (lane % SAME == 0) {
-                            store(lane / 4, group, sums[0]);
-                            store(lane / 4 + 8, group, sums[2]);
-                            if (LANES == 4) {
-                                store(lane / 4, group + 1, sums[1]);
-                                store(lane / 4 + 8, group + 1, sums[3]);
+                        constexpr int SAME = LANES < 8 ? 1 : LANES / 8, NEXT = GROUP / 2 * ROW;   // lanes with the same sums
+                        if (lane % SAME == 0 && lane / 4 % NSP < NS) {
+                            lane_cell[j * ROW] = sums[0] * LN2;
+                            lane_cell[j * ROW + NEXT] = sums[2] * LN2;
+                            if constexpr (LANES == 4) {
+                                lane_cell[j * ROW + NS] = sums[1] * LN2;
+                                lane_cell[j * ROW + NEXT + NS] = sums[3] * LN2;
                             }
                         }
                     } else {
                         reduce_scatter<GROUP * 2 * NSP, 1, LANES>(sums, lane);
                         constexpr int HELD = GROUP * 2 * NSP / LANES;
 #pragma unroll
-                        for (int i = 0; i < HELD; ++i) store(cl * HELD + i, q, sums[i]);
+                        for (int i = 0; i < HELD; ++i) {
+                            const int index = cl * HELD + i, n = index % NSP, which = index / NSP % 2, step = index / NSP / 2;
+                            if (n < NS) cell[(j + step) * ROW + B0 + which * NP + q * NS + n] = sums[i] * LN2;
+                        }
                     }
                 }
                 if (j % ITEM_STEPS == 0) {   // over states; then the lane has one channel of one step
@@ -406,7 +407,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                     bias_sum += d_step;
                     d_sum = fmaf(item.x(), item.dy(), d_sum);
                     Y *to = at(dx, at_pixel, dx_stride);
-                    const Y value = from_float<Y>(item.s * LN2 * by_states[0]);
+                    const Y value = from_float<Y>(item.s * by_states[0]);   // the rest of the way, ln 2, is the merging kernel's
                     if (real) *to = value;
                     if constexpr (!FUSED)
                         if (real) *at(ddt, at_pixel, ddt_stride) = from_float<P>(d_step);
@@ -450,13 +451,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
             }
 
             __syncthreads();
-            for (int i = threadIdx.x; i < SUB * ROW; i += 32 * WARPS) {
-                const int j = i / ROW;
+            for (int i = threadIdx.x; i < SUB * ROW / 4; i += 32 * WARPS) {
+                const int j = i / (ROW / 4);
                 if (l0 + j < end) {
-                    float sum = 0.f;
+                    float sum[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-                    for (int other = 0; other < WARPS; ++other) sum += shared[other * OWN + CELLS_AT + i];
-                    at(d_rows, pixel[j], d_row_stride)[i % ROW] = from_float<Cell>(i % ROW < B0 ? sum : sum * LN2);
+                    for (int other = 0; other < WARPS; ++other) {
+                        const float4 v = reinterpret_cast<const float4 *>(shared + other * OWN + CELLS_AT)[i];
+                        sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+                    }
+                    Vec<Cell, 4> result;
+                    result.set(sum);
+                    reinterpret_cast<Vec<Cell, 4> *>(at(d_rows, pixel[j], d_row_stride))[i % (ROW / 4)] = result;
                 }
             }
         }
