@@ -1,11 +1,12 @@
 """VMamba: visual state-space models, their training and their pictures.
 
-import vmamba
 model = vmamba.create_model("vmamba_tiny", num_classes=10)
 """
 
 from vmamba.errors import UserError
+from vmamba.models.backbone import Backbone
+from vmamba.models.released import from_released, to_released
 from vmamba.models.variants import create_model, list_models
 from vmamba.models.vssm import VSSM
 
-__all__ = ["VSSM", "UserError", "create_model", "list_models"]
+__all__ = ["VSSM", "Backbone", "UserError", "create_model", "from_released", "list_models", "to_released"]

@@ -1,0 +1,200 @@
+"""The released VMamba and ours: constructor options, state-dict keys, both ways.
+
+Released options are those of the original's `VSSM`; its `forward_type` is a base and postfixes in one string, which
+here are separate options of `vmamba.VSSM`.  Its files spell their keys in two ways: as of January 2024, and later; ours
+are the later ones.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from vmamba.errors import UserError, unknown
+from vmamba.models.backbone import Backbone
+from vmamba.models.vssm import VSSM, resize_pos_embed
+from vmamba.models.weights import load_weights
+from vmamba_kernels import ROUTES
+
+# Released option -> ours, and the released default.
+_OPTIONS: dict[str, tuple[str, Any]] = {
+    "patch_size": ("patch_size", 4),
+    "in_chans": ("in_chans", 3),
+    "num_classes": ("num_classes", 1000),
+    "depths": ("depths", (2, 2, 9, 2)),
+    "dims": ("dims", (96, 192, 384, 768)),
+    "ssm_d_state": ("d_state", 16),
+    "ssm_ratio": ("ssm_ratio", 2.0),
+    "ssm_dt_rank": ("dt_rank", "auto"),
+    "ssm_act_layer": ("ssm_act", "silu"),
+    "ssm_conv": ("ssm_conv", 3),
+    "ssm_conv_bias": ("ssm_conv_bias", True),
+    "ssm_drop_rate": ("ssm_drop_rate", 0.0),
+    "ssm_init": ("ssm_init", "v0"),
+    "mlp_ratio": ("mlp_ratio", 4.0),
+    "mlp_act_layer": ("mlp_act", "gelu"),
+    "mlp_drop_rate": ("mlp_drop_rate", 0.0),
+    "gmlp": ("gated_mlp", False),
+    "drop_path_rate": ("drop_path_rate", 0.1),
+    "patch_norm": ("patch_norm", True),
+    "norm_layer": ("norm_layer", "LN"),
+    "downsample_version": ("downsample", "v2"),
+    "patchembed_version": ("patch_embed", "v1"),
+    "posembed": ("pos_embed", False),
+    "imgsize": ("img_size", 224),
+}
+_NORM_LAYERS = {"ln": "ln", "ln2d": "ln", "bn": "bn"}  # channels-last and -first LayerNorm are one computation
+
+# forward_type: bases that are the selective scan along the four routes; those of v0's time force float32 on it.
+_FORCED_FLOAT32 = ("v0", "v0seq", "v01", "v2", "v3")
+_BASES: dict[str, dict[str, Any]] = {
+    **{base: {} for base in (*_FORCED_FLOAT32, "v02", "v03", "v04", "v05")},
+    "v051d": {"routes": ("row",) * 4},
+    "v052d": {"routes": ("row", "row", "row_rev", "row_rev")},
+    "m0": {"scan": "ssd"},
+}
+_POSTFIXES: dict[str, dict[str, Any]] = {
+    "no32": {"scan_float32": False},
+    "oact": {"out_act": True},
+    "noz": {"gate": False},
+    "nozact": {"gate_act": False},
+    "onnone": {"out_norm": "none"},
+    "onsoftmax": {"out_norm": "softmax"},
+    "onsigmoid": {"out_norm": "sigmoid"},
+    "ondwconv3": {"out_norm": "dwconv3"},
+    "oncnorm": {"out_norm": "ln_dwconv3"},
+}
+_V0 = {"ssm_conv": 3, "ssm_conv_bias": True, "ssm_act": "silu", "ssm_init": "v0"}  # v0 ignores what is given for these
+
+
+def options_from_released(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `vmamba.VSSM` for those of the released constructor; what is absent has the released default.
+
+    Raises UserError for an option or value that is unknown, or a forward type that is not supported.
+    """
+    given = dict(options)
+    forward_type = given.pop("forward_type", "v2")
+    for name in given:
+        if name not in _OPTIONS:
+            raise unknown("released option", name, [*_OPTIONS, "forward_type"])
+    ours = {name: given.get(released, default) for released, (name, default) in _OPTIONS.items()}
+    norm = str(ours["norm_layer"]).lower()
+    if norm not in _NORM_LAYERS:
+        raise unknown("released norm_layer", str(ours["norm_layer"]), _NORM_LAYERS)
+    ours["norm_layer"] = _NORM_LAYERS[norm]
+    for name in ("ssm_act", "mlp_act"):
+        ours[name] = str(ours[name]).lower()
+    for name in ("depths", "dims"):
+        ours[name] = tuple(ours[name]) if isinstance(ours[name], Sequence) else ours[name]
+    return ours | _options_of_forward_type(forward_type)
+
+
+def _options_of_forward_type(forward_type: str) -> dict[str, Any]:
+    base, *postfixes = forward_type.split("_")
+    if base == "v052dc" or base.startswith("xv"):
+        raise UserError(f"forward_type '{forward_type}' is an ablation of the original that is not supported here")
+    if base not in _BASES:
+        raise unknown("forward_type", forward_type, _BASES)
+    ours = {"scan_float32": base in _FORCED_FLOAT32, "routes": ROUTES} | _BASES[base]
+    if base in ("v0", "v0seq"):
+        if postfixes:
+            raise UserError(f"forward_type '{forward_type}': '{base}' takes no postfix; 'v05' takes them all")
+        return ours | _V0
+    for postfix in postfixes:
+        if postfix not in _POSTFIXES:
+            raise UserError(f"forward_type '{forward_type}': {unknown('postfix', postfix, _POSTFIXES)}")
+    out_norms = [postfix for postfix in postfixes if "out_norm" in _POSTFIXES[postfix]]
+    if len(out_norms) > 1:
+        raise UserError(f"forward_type '{forward_type}' names {len(out_norms)} out-norms; give one")
+    for postfix in postfixes:
+        ours |= _POSTFIXES[postfix]
+    return ours
+
+
+# January 2024 -> later.  What is behind a stage or block keeps its name.
+_JANUARY = (
+    (r"^patch_embed\.proj\.", "patch_embed.0."),
+    (r"^patch_embed\.norm\.", "patch_embed.2."),
+    (r"\.ln_1\.", ".norm."),
+    (r"\.self_attention\.", ".op."),
+    (r"^(norm|head)\.", r"classifier.\1."),
+)
+_LATER = (
+    (r"^patch_embed\.0\.", "patch_embed.proj."),
+    (r"^patch_embed\.2\.", "patch_embed.norm."),
+    (r"(blocks\.\d+)\.norm\.", r"\1.ln_1."),
+    (r"\.op\.", ".self_attention."),
+    (r"^classifier\.", ""),
+)
+_LINEAR = re.compile(r"\.(in_proj|out_proj|fc1|fc2|reduction|head)\.weight$")
+
+
+def keys_from_released(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Released weights under our names, from either spelling; linear weights of (out, in, 1, 1) become (out, in)."""
+    ours = {}
+    for name, weight in state_dict.items():
+        for pattern, replacement in _JANUARY:
+            name = re.sub(pattern, replacement, name)
+        linear = weight.dim() == 4 and _LINEAR.search(name)
+        ours[name] = weight.flatten(1) if linear else weight
+    return ours
+
+
+def to_released(model: nn.Module, *, january: bool = False) -> dict[str, Tensor]:
+    """The state dict of a `VSSM` or `Backbone` as the original writes and loads it.
+
+    Args:
+        january: in the spelling of January 2024, which exists for models of that time (`vmamba_tiny`, ...) only.
+
+    Raises UserError when `january` is asked for and the model has parts that time had no name for.
+    """
+    weights = {name.removeprefix("model."): weight for name, weight in model.state_dict().items()}
+    if not january:
+        return weights
+    later = [name for name in weights if re.search(r"\.mlp\.|^patch_embed\.[3-9]|downsample\.\d|^pos_embed", name)]
+    if later:
+        raise UserError(f"'{later[0]}' has no name in files of January 2024; write the later spelling")
+    renamed = {}
+    for name, weight in weights.items():
+        for pattern, replacement in _LATER:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = weight
+    return renamed
+
+
+def from_released(
+    options: Mapping[str, Any], state_dict: Mapping[str, Tensor], features: Sequence[int] | None = None
+) -> VSSM | Backbone:
+    """A model with the released options and weights, in eval mode.
+
+    Args:
+        options: of the released `VSSM`, under its names; absent ones have its defaults.
+        state_dict: released weights in either spelling; for a backbone a classifier may be there or not.
+        features: None for a classifier, `model(x)` -> logits; stages counted from 0 for a backbone, whose call gives
+            the list of their normed outputs, (batch, channels, height, width).  The `outnorm*` weights of these
+            stages are used where the state dict has any; else the norms are as initialised.
+
+    Raises UserError for unknown options, and for weights that do not fit, listing how.
+    """
+    model = VSSM(**options_from_released(options))
+    weights = keys_from_released(state_dict)
+    if features is not None:  # the released backbone leaves the position map out, also where its files hold one
+        model.pos_embed = None
+        weights.pop("pos_embed", None)
+    if model.pos_embed is not None and "pos_embed" in weights:
+        weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], model.pos_embed.shape[2:])
+    if features is None:
+        load_weights(model, weights, "the state dict")
+        return model.eval()
+    backbone = Backbone(model, features)
+    norms = {name: weight for name, weight in backbone.state_dict().items() if name.startswith("outnorm")}
+    given = {name: weight for name, weight in weights.items() if name.startswith("outnorm")}
+    kept = {name: weight for name, weight in given.items() if int(name[len("outnorm")]) in backbone.out_indices}
+    rest = {
+        f"model.{name}": weight
+        for name, weight in weights.items()
+        if name not in given and not name.startswith("classifier.")
+    }
+    load_weights(backbone, rest | (kept if given else norms), "the state dict")
+    return backbone.eval()
