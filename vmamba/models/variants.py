@@ -23,6 +23,12 @@ class Variant:
     released_as: str = ""
     accuracy: float | None = None  # published top-1 on ImageNet-1K, percent
     parameters: int | None = None  # with the head of 1000 classes
+    weights: str | None = None  # address of the released file
+    sha256: str | None = None  # of that file, where known
+
+
+_V0 = "https://github.com/MzeroMiko/VMamba/releases/download/%23v0cls/"  # the releases are called #v0cls and #v2cls
+_V2 = "https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/"
 
 
 def _vanilla(depth: int, dim: int, drop_path_rate: float) -> dict[str, Any]:
@@ -60,15 +66,41 @@ def _mamba2(depth: int, dim: int, drop_path_rate: float) -> dict[str, Any]:
 
 
 VARIANTS: dict[str, Variant] = {
-    "vmamba_tiny": Variant(_vanilla(9, 96, 0.2), "VMamba-T (Vanilla-VMamba-T)", 82.2, 22_893_448),
-    "vmamba_small": Variant(_vanilla(27, 96, 0.3), "VMamba-S (Vanilla-VMamba-S)", 83.5, 44_417_416),
-    "vmamba_base": Variant(_vanilla(27, 128, 0.6), "VMamba-B (Vanilla-VMamba-B)", 84.0, 76_254_056),
-    "vmamba_tiny_s2l5": Variant(_one_state(5, 96, 2.0, 0.2), "VMamba-T[s2l5]", 82.5, 30_705_832),
-    "vmamba_small_s2l15": Variant(_one_state(15, 96, 2.0, 0.3), "VMamba-S[s2l15]", 83.6, 50_147_752),
-    "vmamba_base_s2l15": Variant(_one_state(15, 128, 2.0, 0.6), "VMamba-B[s2l15]", 83.9, 88_557_800),
-    "vmamba_tiny_s1l8": Variant(_one_state(8, 96, 1.0, 0.2), "VMamba-T[s1l8]", 82.6, 30_249_064),
-    "vmamba_small_s1l20": Variant(_one_state(20, 96, 1.0, 0.3), "VMamba-S[s1l20]", 83.3, 49_012_840),
-    "vmamba_base_s1l20": Variant(_one_state(20, 128, 1.0, 0.5), "VMamba-B[s1l20]", 83.8, 86_614_504),
+    "vmamba_tiny": Variant(
+        _vanilla(9, 96, 0.2), "VMamba-T (Vanilla-VMamba-T)", 82.2, 22_893_448, _V0 + "vssmtiny_dp01_ckpt_epoch_292.pth"
+    ),
+    "vmamba_small": Variant(
+        _vanilla(27, 96, 0.3),
+        "VMamba-S (Vanilla-VMamba-S)",
+        83.5,
+        44_417_416,
+        _V0 + "vssmsmall_dp03_ckpt_epoch_238.pth",
+    ),
+    "vmamba_base": Variant(
+        _vanilla(27, 128, 0.6),
+        "VMamba-B (Vanilla-VMamba-B)",
+        84.0,
+        76_254_056,
+        _V0 + "vssmbase_dp06_ckpt_epoch_241.pth",
+    ),
+    "vmamba_tiny_s2l5": Variant(
+        _one_state(5, 96, 2.0, 0.2), "VMamba-T[s2l5]", 82.5, 30_705_832, _V2 + "vssm_tiny_0230_ckpt_epoch_262.pth"
+    ),
+    "vmamba_small_s2l15": Variant(
+        _one_state(15, 96, 2.0, 0.3), "VMamba-S[s2l15]", 83.6, 50_147_752, _V2 + "vssm_small_0229_ckpt_epoch_222.pth"
+    ),
+    "vmamba_base_s2l15": Variant(
+        _one_state(15, 128, 2.0, 0.6), "VMamba-B[s2l15]", 83.9, 88_557_800, _V2 + "vssm_base_0229_ckpt_epoch_237.pth"
+    ),
+    "vmamba_tiny_s1l8": Variant(
+        _one_state(8, 96, 1.0, 0.2), "VMamba-T[s1l8]", 82.6, 30_249_064, _V2 + "vssm1_tiny_0230s_ckpt_epoch_264.pth"
+    ),
+    "vmamba_small_s1l20": Variant(
+        _one_state(20, 96, 1.0, 0.3), "VMamba-S[s1l20]", 83.3, 49_012_840, _V2 + "vssm1_small_0229s_ckpt_epoch_240.pth"
+    ),
+    "vmamba_base_s1l20": Variant(
+        _one_state(20, 128, 1.0, 0.5), "VMamba-B[s1l20]", 83.8, 86_614_504, _V2 + "vssm1_base_0229s_ckpt_epoch_225.pth"
+    ),
     "vmamba_tiny_m2": Variant(_mamba2(4, 96, 0.2), "mamba2 tiny, not trained by its authors", None, 25_340_296),
     "vmamba_small_m2": Variant(_mamba2(12, 96, 0.3), "mamba2 small, not trained by its authors", None, 39_079_816),
     "vmamba_base_m2": Variant(_mamba2(12, 128, 0.3), "mamba2 base, not trained by its authors", None, 67_527_528),
