@@ -3,6 +3,7 @@
 model = vmamba.create_model("vmamba_tiny", num_classes=10)
 """
 
+import vmamba.models.timm_models  # noqa: F401  (registers every variant with timm)
 from vmamba.errors import UserError
 from vmamba.models.backbone import Backbone
 from vmamba.models.released import from_released, to_released

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, trunc_normal_
 from timm.models._features import feature_take_indices
+from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -112,6 +113,8 @@ class VSSM(nn.Module):
         UserError: an option's value is unknown or impossible; in `forward`, the image does not fit.
     """
 
+    output_fmt = "NHWC"  # of forward_features, as timm names it
+
     def __init__(
         self,
         num_classes: int = 1000,
@@ -177,7 +180,7 @@ class VSSM(nn.Module):
         self.num_classes, self.in_chans, self.dims, self.patch_size = num_classes, in_chans, dims, patch_size
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [
-            dict(num_chs=dim, reduction=patch_size * 2**i, module=f"layers.{i}.blocks") for i, dim in enumerate(dims)
+            dict(num_chs=dim, reduction=patch_size * 2**i, module=f"layers.{i}") for i, dim in enumerate(dims)
         ]
         self.patch_embed = layers.patch_embed(
             patch_embed, in_chans, dims[0], patch_size, norm if patch_norm else nn.Identity
@@ -302,6 +305,10 @@ class VSSM(nn.Module):
             self.reset_classifier(0, "")
         return take
 
+    @property
+    def global_pool(self) -> str:
+        return self.classifier.pool
+
     def get_classifier(self) -> nn.Module:
         return self.classifier.head
 
@@ -328,11 +335,17 @@ class VSSM(nn.Module):
         return names | ({"pos_embed"} if self.pos_embed is not None else set())
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """timm's parameter groups, for layer-wise decay."""
+        """timm's parameter groups, for layer-wise decay: the stem, each block (stage if `coarse`), the head.
+
+        A stage's downsampling and the classifier's norm belong to the block in front of them.
+        """
         blocks = [(r"^layers\.(\d+)", None)]
         if not coarse:
-            blocks = [(r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^layers\.(\d+)\.downsample", (0,))]
-        return dict(stem=r"^patch_embed|^pos_embed", blocks=[*blocks, (r"^classifier\.norm", (99999,))])
+            blocks = [
+                (r"^layers\.(\d+)\.blocks\.(\d+)", None),
+                (r"^layers\.(\d+)\.downsample", MATCH_PREV_GROUP),
+            ]
+        return dict(stem=r"^patch_embed|^pos_embed", blocks=[*blocks, (r"^classifier\.norm", MATCH_PREV_GROUP)])
 
 
 def resize_pos_embed(pos_embed: Tensor, size: Sequence[int]) -> Tensor:

@@ -1,0 +1,100 @@
+"""Every variant as a model of timm: `timm.create_model("vmamba_tiny", ...)` after `import vmamba`.
+
+Released weights pass through `checkpoint_filter_fn`, which refuses what does not fit: timm itself loads without
+complaint whatever it finds once the number of classes differs.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor
+
+from vmamba.errors import unknown
+from vmamba.models.released import keys_from_released
+from vmamba.models.variants import VARIANTS, Variant, create_model
+from vmamba.models.vssm import VSSM, resize_pos_embed
+from vmamba.models.weights import load_weights
+
+FIRST_CONV, CLASSIFIER = "patch_embed.0", "classifier.head"
+# What timm's builder takes beside the options of the model.
+TIMM_OPTIONS = {"features_only", "out_indices", "feature_cls"} | {
+    name
+    for name, parameter in inspect.signature(build_model_with_cfg).parameters.items()
+    if parameter.kind is not parameter.VAR_KEYWORD
+}
+
+
+def _cfg(variant: Variant) -> dict[str, Any]:
+    """The data and the weights that a variant was trained with, under timm's names."""
+    stages = len(variant.options["depths"])
+    return dict(
+        url=variant.weights or "",
+        num_classes=1000,
+        input_size=(3, 224, 224),
+        pool_size=(224 // 4 // 2 ** (stages - 1),) * 2,
+        crop_pct=224 / 256,
+        interpolation="bicubic",
+        first_conv=FIRST_CONV,
+        classifier=CLASSIFIER,
+        license="mit" if variant.weights else None,
+        paper_ids="arXiv:2401.10166",
+        paper_name="VMamba: Visual State Space Model",
+        origin_url="https://github.com/MzeroMiko/VMamba",
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {f"{name}.in1k" if variant.weights else name: _cfg(variant) for name, variant in VARIANTS.items()}
+)
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: VSSM) -> dict[str, Tensor]:
+    """Weights of `model` from those of a file: a released one, in either spelling, or one of ours.
+
+    The averaged weights where there are any; a position map is resized.  The first convolution and the classifier may
+    have other shapes: timm adapts them afterwards.  Raises UserError, listing how, if anything else does not fit.
+    """
+    for key in ("model_ema", "state_dict", "model"):
+        if isinstance(state_dict.get(key), Mapping):
+            state_dict = state_dict[key]
+            break
+    weights = keys_from_released(state_dict)
+    if model.pos_embed is not None and "pos_embed" in weights:
+        weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], model.pos_embed.shape[2:])
+    adapted = {f"{FIRST_CONV}.weight", f"{CLASSIFIER}.weight", f"{CLASSIFIER}.bias"}
+    own = {name: weight for name, weight in model.state_dict().items() if name in adapted}
+    load_weights(model, {name: weight for name, weight in weights.items() if name not in adapted} | own, "checkpoint")
+    return weights
+
+
+def _build(variant: str, pretrained: bool, **options: Any) -> VSSM:
+    known = inspect.signature(VSSM).parameters.keys() | TIMM_OPTIONS
+    for option in options:
+        if option not in known:
+            raise unknown("model option", option, known)
+    # The released files hold their config as a pickled yacs node, which weights_only reads as a plain mapping.
+    with torch.serialization.safe_globals([(dict, "yacs.config.CfgNode")]):
+        return build_model_with_cfg(
+            partial(create_model, variant),
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(out_indices=tuple(range(len(VARIANTS[variant].options["depths"]))), feature_cls="getter"),
+            **options,
+        )
+
+
+def _register(name: str) -> Callable[..., VSSM]:
+    def entrypoint(pretrained: bool = False, **options: Any) -> VSSM:
+        return _build(name, pretrained, **options)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__doc__ = f"{VARIANTS[name].released_as or name}, built by timm; options of `VSSM` and of timm."
+    return register_model(entrypoint)
+
+
+globals().update({name: _register(name) for name in VARIANTS})
