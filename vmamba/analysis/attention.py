@@ -249,6 +249,6 @@ _QUERY = dict(
 def _draw_row(row: Sequence[Axes], shown: Tensor, found: Maps, label: str, **colours: object) -> None:
     """`shown`: (panels, H, W)."""
     for axes, values in zip(row, shown, strict=True):
-        mesh = axes.imshow(values, interpolation="nearest", **colours)
+        mesh = axes.imshow(values.numpy(), interpolation="nearest", **colours)
         axes.plot(found.query[1], found.query[0], **_QUERY)
     row[0].figure.colorbar(mesh, ax=list(row), label=label, fraction=0.03)

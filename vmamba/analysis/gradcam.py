@@ -73,6 +73,6 @@ def plot(maps: Tensor, photograph: Image.Image, layers: Sequence[str], title: st
             axes.set_title(name)
             axes.imshow(photograph)
         for axes, values in zip(grid[1:], maps, strict=True):
-            mesh = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, alpha=0.6)
+            mesh = axes.imshow(values.numpy(), cmap="viridis", vmin=0, vmax=1, alpha=0.6)
         figure.colorbar(mesh, ax=grid, label="for the class / maximum", fraction=0.03)
         save_figure(figure, path)

@@ -127,7 +127,9 @@ def plot(columns: Sequence[Sequence[tuple[zoo.Subject, Tensor]]], path: Path) ->
                 axes.set_axis_off()
             for (subject, field), axes in zip(column, axes_of_column, strict=False):
                 shown = (field / field.max()).clamp(min=10.0**-DECADES)
-                mesh = axes.imshow(shown, norm=LogNorm(10.0**-DECADES, 1), cmap="viridis", interpolation="nearest")
+                mesh = axes.imshow(
+                    shown.numpy(), norm=LogNorm(10.0**-DECADES, 1), cmap="viridis", interpolation="nearest"
+                )
                 axes.set_title("\n".join([subject.name, *subject.weights.split(", ")]), fontsize=7)
         figure.colorbar(mesh, ax=grid, label="contribution / maximum", fraction=0.03)
         save_figure(figure, path)

@@ -1,0 +1,110 @@
+"""Timing models side by side: who takes turns, what counts, what is written.  No time itself is tested."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from vmamba.analysis import speed
+from vmamba.errors import UserError
+
+SETTINGS = dict(
+    models=["vmamba_digits", "resnet18"],
+    sizes=[32, 64],
+    batch_sizes=["2"],
+    dtypes=["float32"],
+    modes=["forward", "train"],
+    relative_to="resnet18",
+    compile=False,
+    channels_last=False,
+    backend="reference",
+    warm_up=1,
+    repeats=2,
+    device="cpu",
+    markdown=None,
+)
+
+
+def test_every_model_is_timed_in_every_case(tmp_path):
+    page = tmp_path / "page.md"
+    timings = speed.throughput(**SETTINGS | dict(output=str(tmp_path), markdown=str(page)))
+    cases = [(timing.model, timing.size, timing.mode, timing.batch) for timing in timings]
+    assert cases == [
+        (model, size, mode, batch)
+        for size in (32, 64)
+        for mode, batch in (("forward", 1), ("forward", 2), ("train", 2))
+        for model in ("vmamba_digits", "resnet18")
+    ]
+    for ours, other in zip(timings[::2], timings[1::2], strict=True):
+        assert other.ratio == 1
+        assert ours.ratio == pytest.approx(ours.images_per_second / other.images_per_second)
+        assert ours.images_per_second == pytest.approx(1000 * ours.batch / ours.milliseconds)
+    assert timings[1].parameters == 11_689_512
+    written = json.loads((tmp_path / "throughput.json").read_text())
+    assert len(written["timings"]) == len(timings)
+    assert written["settings"]["relative_to"] == "resnet18"
+    assert page.read_text() == (tmp_path / "throughput.md").read_text()
+    assert page.read_text().count("| resnet18 |") == 6
+    for kind in ("pdf", "png"):
+        assert (tmp_path / f"throughput.{kind}").stat().st_size > 1000
+
+
+def test_the_models_take_turns_and_the_median_counts(monkeypatch):
+    turns = []
+    models = {name: nn.Sequential(nn.Flatten(), nn.Linear(12, 2)) for name in ("first", "second")}
+    for name, model in models.items():
+        model.register_forward_hook(lambda *_, name=name: turns.append(name))
+    times = iter([1.0, 2.0, 9.0, 2.0, 3.0, 8.0])  # of first, second, first, ...
+
+    def elapsed(step, device):
+        step()
+        return next(times)
+
+    monkeypatch.setattr(speed, "elapsed", elapsed)
+    case = speed.Case(2, "float32", "forward", 4)
+    first, second = speed.compare(
+        models, case, torch.device("cpu"), warm_up=2, repeats=3, compile=False, reference="first"
+    )
+    assert turns == ["first"] * 2 + ["second"] * 2 + ["first", "second"] * 3
+    assert (first.milliseconds, second.milliseconds) == (3000, 2000)
+    assert (first.ratio, second.ratio) == (1, 1.5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_does_what_its_mode_says(dtype):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    before = model[1].weight.clone()
+    seen = []
+    model.register_forward_hook(lambda module, args, output: seen.append(output))
+    speed.build_step(model, speed.Case(2, dtype, "forward", 4), 4, torch.device("cpu"))()
+    assert not seen[0].requires_grad
+    assert torch.equal(model[1].weight, before)
+    speed.build_step(model, speed.Case(2, dtype, "train", 4), 4, torch.device("cpu"))()
+    assert seen[0].dtype == seen[1].dtype == speed.DTYPES[dtype]
+    assert not torch.equal(model[1].weight, before)
+
+
+def test_what_does_not_fit_has_no_time(monkeypatch):
+    def full(work, model, device):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(speed, "peak_memory_mb", full)
+    models = {"only": nn.Sequential(nn.Flatten(), nn.Linear(12, 2))}
+    case = speed.Case(2, "float32", "forward", 4)
+    (timing,) = speed.compare(models, case, torch.device("cpu"), warm_up=1, repeats=1, compile=False, reference="only")
+    assert timing.images_per_second is timing.milliseconds is timing.ratio is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"models": ["resnt18"]}, "did you mean 'resnet18'"),
+        ({"relative_to": "resnet50"}, "model in --relative-to 'resnet50'"),
+        ({"batch_sizes": ["large"]}, "names 'large'"),
+        ({"device": "cuda:77"}, "--device cuda:77"),
+    ],
+)
+def test_what_the_user_can_mend(changed, sentence, tmp_path):
+    with pytest.raises(UserError, match=sentence):
+        speed.throughput(**SETTINGS | dict(output=str(tmp_path), relative_to=None) | changed)
