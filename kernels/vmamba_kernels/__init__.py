@@ -6,12 +6,14 @@ specification; `registry.py` says who can serve a call.
 """
 
 from .operators import ROUTES, cross_merge, cross_scan, cross_selective_scan, cross_ssd, layer_norm, selective_scan
+from .reference import autocast_dtype, no_autocast
 from .registry import BackendError, Call, backends, choose, explain
 
 __all__ = [
     "ROUTES",
     "BackendError",
     "Call",
+    "autocast_dtype",
     "backends",
     "choose",
     "cross_merge",
@@ -20,5 +22,6 @@ __all__ = [
     "cross_ssd",
     "explain",
     "layer_norm",
+    "no_autocast",
     "selective_scan",
 ]

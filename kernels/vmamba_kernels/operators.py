@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import reference, registry
-from .reference import ROUTES
+from .reference import ROUTES, autocast_dtype
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -69,8 +69,8 @@ def selective_scan(
     _check_shape("D", D, (channels,), "u", u)
     _check_shape("delta_bias", delta_bias, (channels,), "u", u)
     _check_tensors(u=u, delta=delta, A=A, B=B, C=C, D=D, delta_bias=delta_bias)
-    if torch.is_autocast_enabled(u.device.type) and u.dtype != torch.float64:
-        u, B, C = _to(torch.get_autocast_dtype(u.device.type), u, B, C)
+    if autocast_dtype(u.device.type) is not None and u.dtype != torch.float64:
+        u, B, C = _to(autocast_dtype(u.device.type), u, B, C)
         delta = delta.float()
     A, D, delta_bias = _to(_state_dtype(u), A, D, delta_bias)
     out_dtype = _out_dtype(u, out_dtype)
@@ -278,9 +278,7 @@ def cross_merge(y: Tensor, height: int, width: int, routes: Sequence[str] = ROUT
 
 
 def _projection_dtype(x: Tensor) -> torch.dtype:
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    return x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device.type) or x.dtype
 
 
 def _state_dtype(x: Tensor) -> torch.dtype:

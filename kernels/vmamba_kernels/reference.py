@@ -7,12 +7,25 @@ Inside, what belongs to a position is laid out as (groups, steps, batch, chunks,
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 ROUTES = ("row", "col", "row_rev", "col_rev")
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype of the autocast in force, None without one and on devices that have none (meta)."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def no_autocast(device_type: str) -> AbstractContextManager:
+    """Inside it, autocast changes nothing."""
+    return nullcontext() if autocast_dtype(device_type) is None else torch.autocast(device_type, enabled=False)
 
 
 def why_not(call: object) -> str | None:
@@ -94,7 +107,7 @@ def cross_selective_scan(
     positions = u.shape[1:4]
     projected = torch.bmm(u.flatten(1, 3), x_proj_weight.transpose(1, 2)).to(dtype)
     dt, B, C = projected.split((rank, states, states), dim=-1)  # (routes, steps*batch*chunks, *)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device.type):
         dt_weight = dt_weight.to(dtype).transpose(1, 2)
         # delta: (routes, steps*batch*chunks, dim)
         delta = torch.bmm(dt, dt_weight) if dt_bias is None else torch.baddbmm(dt_bias[:, None], dt, dt_weight)
@@ -122,14 +135,14 @@ def cross_ssd(
     delta, B, C = projected.split((heads, states, states), dim=-1)
     if dt_bias is not None:
         delta = delta + dt_bias[:, None]
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device.type):
         y = _ssd(u.to(dtype).unflatten(-1, (heads, -1)), F.softplus(delta), A, B, C, chunk_size)
     return _merge(y.flatten(-2), x, None if D is None else D.flatten(1), height, width, routes, out_dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
     """`vmamba_kernels.layer_norm`, already checked."""
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device.type):
         return F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, eps).to(out_dtype)
 
 

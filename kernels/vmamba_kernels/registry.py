@@ -7,15 +7,20 @@ why it cannot serve a call, or None.  It is imported when first asked for, so th
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from importlib import import_module
+from types import ModuleType
 
 import torch
+
+from . import flops
 
 MODULES = {
     "cuda": "vmamba_kernels.cuda",
     "triton": "vmamba_kernels.triton",
     "reference": "vmamba_kernels.reference",
     "mamba_ssm": "vmamba_kernels.mamba",
+    "shapes": "vmamba_kernels.shapes",
 }
 
 # Fastest first, by the measurements in docs/kernels.md.  What is not listed is used only when asked for by name.
@@ -70,13 +75,21 @@ def why_not(name: str, call: Call) -> str | None:
         hint = f"did you mean '{nearest[0]}'?" if nearest else f"known: {', '.join(MODULES)}"
         raise BackendError(f"unknown backend '{name}'; {hint}")
     try:
-        module = import_module(MODULES[name])
+        module = load(name)
     except ImportError as error:
         return f"it cannot be imported ({error})"
-    _FUNCTIONS.update({(name, operator): function for operator, function in module.OPERATORS.items()})
     if call.operator not in module.OPERATORS:
         return f"it has no {call.operator}"
     return module.why_not(call)
+
+
+@cache
+def load(name: str) -> ModuleType:
+    """Import a backend: its functions can then be found, and PyTorch's FlopCounterMode knows what they cost."""
+    module = import_module(MODULES[name])
+    _FUNCTIONS.update({(name, operator): function for operator, function in module.OPERATORS.items()})
+    flops.register(name)
+    return module
 
 
 def explain(call: Call) -> dict[str, str | None]:

@@ -5,6 +5,7 @@ from datetime import timedelta
 import torch
 from yacs.config import CfgNode
 
+from vmamba.models.flops import complexity
 from vmamba.models.ss2d import SSD2D, Mixer2D
 from vmamba.models.vssm import VSSM
 from vmamba.runtime.distributed import World
@@ -13,11 +14,6 @@ from vmamba.runtime.state import TrainState
 from vmamba.runtime.step import StepReport
 from vmamba_kernels.registry import Call, choose
 
-try:
-    from vmamba.models.flops import complexity
-except ImportError:  # until the counter is there
-    complexity = None
-
 Results = dict[str, float]  # loss, acc1, acc5 (percent); ema_loss, ema_acc1, ema_acc5 where there is an EMA
 
 
@@ -25,11 +21,11 @@ def describe(config: CfgNode, world: World, model: VSSM) -> str:
     """Model, device, precision and backend of a run.  Raises BackendError when MODEL.BACKEND cannot serve here."""
     device = world.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     height, width = image_size(config)
-    flops = f", {complexity(model, (height, width)).macs / 1e9:.2f} GFLOPs" if complexity else ""
+    counted = complexity(model, (height, width))
     return (
-        f"{config.MODEL.NAME}: {parameters:,} parameters{flops} at {height} x {width} pixels; "
+        f"{config.MODEL.NAME}: {counted.parameters:,} parameters, {counted.macs / 1e9:.3g} GFLOPs (multiply-adds) "
+        f"at {height} x {width} pixels; "
         f"{world.size} process{'es' * (world.size > 1)} on {name}; {describe_precision(config)}; "
         f"scan backend {scan_backends(config, model, device)}; torch {torch.__version__}"
     )

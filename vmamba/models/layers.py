@@ -13,7 +13,7 @@ from timm.layers import GluMlp, Mlp, get_act_layer
 from torch import Tensor, nn
 
 from vmamba.errors import UserError, unknown
-from vmamba_kernels import layer_norm
+from vmamba_kernels import autocast_dtype, layer_norm
 
 ACTIVATIONS = ("silu", "gelu", "relu", "sigmoid", "tanh", "softplus")
 NORMS = ("ln", "bn")
@@ -42,9 +42,9 @@ class LayerNorm(nn.LayerNorm):
         self.keep_float32 = keep_float32
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.float32 if self.keep_float32 else torch.get_autocast_dtype(x.device.type)
+        dtype = autocast_dtype(x.device.type)
+        if dtype is not None and self.keep_float32:
+            dtype = torch.float32
         return layer_norm(x, self.weight, self.bias, eps=self.eps, out_dtype=dtype)
 
 

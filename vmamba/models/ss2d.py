@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vmamba.errors import UserError, unknown
 from vmamba.models.layers import DepthwiseConv, activation
 from vmamba.models.layers import out_norm as out_norm_layer
-from vmamba_kernels import ROUTES, cross_selective_scan, cross_ssd
+from vmamba_kernels import ROUTES, autocast_dtype, cross_selective_scan, cross_ssd, no_autocast
 
 INITS = ("v0", "v1", "v2")
 
@@ -101,10 +101,10 @@ class Mixer2D(nn.Module):
 
     def scan(self, x: Tensor) -> Tensor:
         """The scan alone, (B, H, W, d_inner) -> (B, H, W, d_inner)."""
-        if torch.is_autocast_enabled(x.device.type):
+        if autocast_dtype(x.device.type) is not None:
             if not self.scan_float32:
                 return self._scan(x)
-            with torch.autocast(x.device.type, enabled=False):
+            with no_autocast(x.device.type):
                 return self._scan(x.float())
         return self._scan(x.float() if self.scan_float32 and x.dtype != torch.float64 else x).to(x.dtype)
 

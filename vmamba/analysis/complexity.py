@@ -1,0 +1,42 @@
+"""Parameters, multiply-adds and activations of models at any size, ours and timm's by one counter."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from vmamba.analysis.tables import markdown, write_json, write_text
+from vmamba.analysis.zoo import create
+from vmamba.models.flops import complexity
+
+
+def table(models: Sequence[str], sizes: Sequence[int]) -> list[dict]:
+    """One row a model and size.  Raises UserError for an unknown name, or a size that a model does not take."""
+    rows = []
+    for name in tqdm(models, disable=None, desc="counting", leave=False):
+        for size in sizes:
+            with torch.device("meta"):
+                model = create(name, size).model
+            counted = complexity(model, size)
+            rows.append(
+                {
+                    "model": name,
+                    "size": size,
+                    "parameters": counted.parameters,
+                    "parameters without head": counted.parameters_without_head,
+                    "GFLOPs (multiply-adds)": counted.macs / 1e9,
+                    "activations (M)": counted.activations / 1e6,
+                }
+            )
+    return rows
+
+
+def count(models: Sequence[str], sizes: Sequence[int], output: str | Path) -> None:
+    """Print the table and write it to `output`/flops.md and flops.json."""
+    rows = table(models, sizes)
+    text = markdown([row | {"GFLOPs (multiply-adds)": f"{row['GFLOPs (multiply-adds)']:.3f}"} for row in rows])
+    write_text(Path(output, "flops.md"), text)
+    write_json(Path(output, "flops.json"), rows)
+    print(text)
+    print(f"written to {output}; {complexity.__module__} states the convention")

@@ -1,0 +1,86 @@
+"""Parameters, multiply-adds and activations of a model, ours or timm's, counted without running it.
+
+Convention, that of the published tables: a multiply-add is one; convolutions, linear layers and matrix products count
+as their multiply-adds, biases are left out; a LayerNorm is 5 an element, a batch norm 2; the recurrence of a scan is
+9*B*L*D*N and its skip B*L*D, D being the channels of all routes, whichever backend runs it; SSD as
+`vmamba_kernels.flops.cross_ssd` says; activation functions, additions and softmax are not counted.  Activations are
+the elements that convolutions, linear layers, matrix products and scans write.
+"""
+
+import copy
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from vmamba.models.vssm import VSSM
+from vmamba_kernels import registry
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Complexity:
+    """For one image."""
+
+    parameters: int
+    parameters_without_head: int  # without the last linear layer
+    macs: int  # multiply-adds
+    activations: int  # elements
+
+
+def complexity(model: nn.Module, size: int | tuple[int, int]) -> Complexity:
+    """Count `model`, which is left alone, for images of `size` pixels (a side, or (height, width))."""
+    height, width = (size, size) if isinstance(size, int) else size
+    shapes = copy.deepcopy(model).to("meta").eval()
+    if isinstance(shapes, VSSM):
+        registry.load("shapes")
+        shapes.set_backend("shapes")
+    in_chans = getattr(shapes, "in_chans", None) or next(shapes.parameters()).shape[1]
+    image = torch.empty(1, in_chans, height, width, device="meta", dtype=next(shapes.parameters()).dtype)
+    with torch.no_grad(), _Activations() as activations:
+        flops = FlopCounterMode(display=False, custom_mapping=_NORMS)
+        with flops:
+            shapes(image)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    head = model.get_classifier() if hasattr(model, "get_classifier") else nn.Identity()
+    return Complexity(
+        parameters,
+        parameters - sum(parameter.numel() for parameter in head.parameters()),
+        flops.get_total_flops() // 2,
+        activations.total,
+    )
+
+
+def _norm(operations: int):
+    def formula(x: tuple[int, ...], *_: object, **__: object) -> int:
+        return 2 * operations * prod(x)
+
+    return formula
+
+
+_NORMS = {
+    _aten.native_layer_norm: _norm(5),
+    _aten.native_batch_norm: _norm(2),
+    _aten._native_batch_norm_legit_no_training: _norm(2),
+}
+
+
+class _Activations(TorchDispatchMode):
+    """Adds up the elements that the counted operators write."""
+
+    counted = (_aten.convolution, _aten.addmm, _aten.mm, _aten.bmm, _aten.baddbmm)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        packet = func.overloadpacket
+        if isinstance(out, Tensor) and (packet in self.counted or func.namespace == "vmamba"):
+            self.total += out.numel()
+        return out
