@@ -1,21 +1,11 @@
-// Shared by every kernel. A compilation defines these macros (see kernels.py):
-//   N, R          states and rank of the step projection (R = 0: the steps themselves are given, operator selective_scan)
-//   S             lanes of a warp that share a channel, each holding NS = ceil(N / S) of its states
-//   NP, B0, ROW   of a projected row: states with padding, the column where B starts (C follows), columns in all
-//   X, P, Y, G    types of the pixels, of the projected rows and their gradients, of a route's output, of the output's gradient
-//   SOFTPLUS      whether the step goes through softplus
-// The steps are kept as s = delta / ln 2, so that exp(delta A) = 2^(s A); a state is then h / ln 2, and whoever reads a
-// route's output multiplies it by ln 2 once.
-// Nothing is included, so that NVRTC alone is enough: the half types are their bits and two conversions.
+// Types, conversions and memory accesses that every kernel may use. Nothing is included, so that NVRTC alone is enough:
+// the half types are their bits and two conversions.
 typedef long long i64;
 struct bf16 { unsigned short bits; };
 struct fp16 { unsigned short bits; };
 
 #define LN2 0.693147180559945f
 #define LOG2E 1.44269504088896f
-
-constexpr int NS = (N + S - 1) / S;          // states a lane
-constexpr int LANES = 32 / S;                // lanes of a warp that hold different channels
 
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(bf16 v) { return __uint_as_float((unsigned)v.bits << 16); }
@@ -71,47 +61,8 @@ __device__ __forceinline__ float exp2_fast(float v) {
     return r;
 }
 
-// log2(1 + 2^w), accurate to float32's relative precision for float32 pixels and to 6e-5 for the half types: one
-// exponential of -|w|, then a polynomial of log2(1 + z) / z on [0, 1] (fitted for relative error).
-__device__ __forceinline__ float softplus2(float w) {
-    float z = exp2_fast(-fabsf(w));
-    float p;
-    if constexpr (sizeof(X) == 4) {
-        p = 0.00754917785525322f;
-        p = fmaf(p, z, -0.042567044496536255f);
-        p = fmaf(p, z, 0.11285616457462311f);
-        p = fmaf(p, z, -0.19711895287036896f);
-        p = fmaf(p, z, 0.27564141154289246f);
-        p = fmaf(p, z, -0.35840848088264465f);
-        p = fmaf(p, z, 0.48069295287132263f);
-        p = fmaf(p, z, -0.7213401794433594f);
-        p = fmaf(p, z, 1.4426950216293335f);
-    } else {
-        p = 0.05965152010321617f;
-        p = fmaf(p, z, -0.22711940109729767f);
-        p = fmaf(p, z, 0.44189879298210144f);
-        p = fmaf(p, z, -0.7169874310493469f);
-        p = fmaf(p, z, 1.4426132440567017f);
-    }
-    return fmaf(p, z, fmaxf(w, 0.f));
-}
-
-__device__ __forceinline__ float sigmoid2(float w) {   // 1 / (1 + 2^-w)
-    float z = exp2_fast(-fabsf(w));
-    float r = __fdividef(1.f, 1.f + z);
-    return w >= 0.f ? r : z * r;
-}
-
-// The pixel that a route visits at a step. Routes: 0 rows, 1 columns, 2 rows reversed, 3 columns reversed. division: a
-// division by the height as a multiplication, (step * (division >> 6)) >> (division & 63), exact below 2^31.
-__device__ __forceinline__ int route_pixel(int step, int route, int height, int width, int length, i64 division) {
-    if (route & 2) step = length - 1 - step;
-    if (route & 1) {
-        const int column = (int)(((unsigned long long)step * (unsigned)(division >> 6)) >> (division & 63));
-        step = (step - column * height) * width + column;
-    }
-    return step;
-}
+__device__ __forceinline__ float upper_half(unsigned v) { return __uint_as_float(v & 0xffff0000u); }   // bfloat16s are
+__device__ __forceinline__ float lower_half(unsigned v) { return __uint_as_float(v << 16); }           // half a float32
 
 // The element at a pixel: one multiply-add for a 64-bit address, so that images may pass 2^31 elements.
 template <class T> __device__ __forceinline__ T *at(T *base, int pixel, int stride_bytes) {
@@ -123,163 +74,14 @@ __device__ __forceinline__ void copy_16_async(void *shared, const void *global) 
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global));
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;"); }
-template <int PENDING> __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING)); }
-
-// COUNT floats from shared memory in the widest reads that OFFSET's alignment allows; src is 16-byte aligned.
-template <int OFFSET, int COUNT> __device__ __forceinline__ void read_row(float *dst, const float *src) {
-    if constexpr (COUNT >= 4 && OFFSET % 4 == 0) {
-        float4 v = *reinterpret_cast<const float4 *>(src + OFFSET);
-        dst[0] = v.x, dst[1] = v.y, dst[2] = v.z, dst[3] = v.w;
-        if constexpr (COUNT > 4) read_row<OFFSET + 4, COUNT - 4>(dst + 4, src);
-    } else if constexpr (COUNT >= 2 && OFFSET % 2 == 0) {
-        float2 v = *reinterpret_cast<const float2 *>(src + OFFSET);
-        dst[0] = v.x, dst[1] = v.y;
-        if constexpr (COUNT > 2) read_row<OFFSET + 2, COUNT - 2>(dst + 2, src);
-    } else if constexpr (COUNT >= 1) {
-        dst[0] = src[OFFSET];
-        if constexpr (COUNT > 1) read_row<OFFSET + 1, COUNT - 1>(dst + 1, src);
-    }
+template <int PENDING> __device__ __forceinline__ void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING));
 }
 
-// The rows' B and C as float32: where they lie in the copied rows, or in a converted copy of RS floats a row.
-constexpr bool CONVERT = sizeof(P) == 2;
-constexpr int RB = CONVERT ? 0 : B0, RC = RB + NP;
-constexpr bool ALIGNED = NS % 4 == 0 && NP % 4 == 0 && B0 % 4 == 0;
-constexpr int RS = CONVERT ? (NP == 1 ? 2 : (2 * NP + 3) / 4 * 4) : ROW;
-
-// A lane's NS values of B (COLUMN = RB) or C (RC); q is the lane's state group.
-template <int COLUMN> __device__ __forceinline__ void read_states(float *dst, const float *row, int q) {
-    if constexpr (S == 1) {
-        read_row<COLUMN, NS>(dst, row);
-    } else if constexpr (ALIGNED) {
-        read_row<0, NS>(dst, row + COLUMN + q * NS);
-    } else {
-#pragma unroll
-        for (int n = 0; n < NS; ++n) dst[n] = row[COLUMN + q * NS + n];
-    }
-}
-
-// Start copying COUNT projected rows, 16 bytes a lane and turn; pixel[j] is the row's pixel in this image.
-template <int COUNT>
-__device__ __forceinline__ void load_rows(P *raw, const P *rows, const int *pixel, int stride_bytes, int lane) {
-    constexpr int EACH = 16 / sizeof(P), PER_ROW = ROW / EACH, TOTAL = COUNT * PER_ROW;
-#pragma unroll
-    for (int i = 0; i < (TOTAL + 31) / 32; ++i) {
-        const int v = i * 32 + lane, j = v / PER_ROW, c = v % PER_ROW;
-        if (TOTAL % 32 == 0 || v < TOTAL) copy_16_async(raw + v * EACH, at(rows, pixel[j], stride_bytes) + c * EACH);
-    }
-    copy_commit();
-}
-
-__device__ __forceinline__ float upper_half(unsigned v) { return __uint_as_float(v & 0xffff0000u); }   // bfloat16s are
-__device__ __forceinline__ float lower_half(unsigned v) { return __uint_as_float(v << 16); }           // half a float32
-
-// B and C of COUNT copied rows as float32.
-template <int COUNT> __device__ __forceinline__ void convert_rows(float *dst, const P *raw, int lane) {
-    if constexpr (CONVERT && NP % 4 == 0 && B0 % 4 == 0) {
-        constexpr int PER_ROW = NP < 2 ? 1 : 2 * NP / 4, TOTAL = COUNT * PER_ROW;
-#pragma unroll
-        for (int i = 0; i < (TOTAL + 31) / 32; ++i) {
-            const int v = i * 32 + lane, j = v / PER_ROW, c = v % PER_ROW * 4;
-            if (TOTAL % 32 == 0 || v < TOTAL) {
-                const uint2 w = *reinterpret_cast<const uint2 *>(raw + j * ROW + B0 + c);
-                *reinterpret_cast<float4 *>(dst + j * RS + c) =
-                    make_float4(lower_half(w.x), upper_half(w.x), lower_half(w.y), upper_half(w.y));
-            }
-        }
-    } else if constexpr (CONVERT) {
-        constexpr int TOTAL = COUNT * 2 * NP;
-#pragma unroll
-        for (int i = 0; i < (TOTAL + 31) / 32; ++i) {
-            const int v = i * 32 + lane, j = v / (2 * NP), c = v % (2 * NP);
-            if (TOTAL % 32 == 0 || v < TOTAL) dst[j * RS + c] = to_float(raw[j * ROW + B0 + c]);
-        }
-    }
-}
-
-// d (16, 8) += a (16, 8) b (8, 8), bfloat16 into float32. A lane's d: rows lane / 4 and 8 more, columns lane % 4 * 2 and the
-// next; a: the same rows and pairs of columns; b: the pair of rows lane % 4 * 2, column lane / 4.
+// d (16, 8) += a (16, 8) b (8, 8), bfloat16 into float32. A lane's d: rows lane / 4 and 8 more, columns lane % 4 * 2
+// and the next; a: the same rows and pairs of columns; b: the pair of rows lane % 4 * 2, column lane / 4.
 __device__ __forceinline__ void matrix_multiply_add(float *d, unsigned a0, unsigned a1, unsigned b) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a0), "r"(a1), "r"(b));
 }
-
-// The steps of a warp's CH channels at STEPS positions, w = (dt + bias) / ln 2 before the softplus, dt = rows * dt_weight.
-// A lane holds w[o][t][e]: position o * 8 + lane / 4, channel t * 8 + lane % 4 * 2 + e: the layout of a matrix
-// instruction's result, which bfloat16 rows are multiplied with (its products are exact, its sums float32).
-template <int STEPS, int CH> struct StepProjection {
-    static constexpr int TILES = (CH + 7) / 8, DEPTH = R ? (R + 7) / 8 : 1, OCTETS = STEPS / 8;
-    float bias[TILES][2];
-    unsigned weight[TILES][DEPTH];
-    const X *weights[CONVERT ? 1 : TILES][2];
-
-    // first: of the warp's channels in (routes * dim); last: the largest that exists.
-    __device__ __forceinline__ void init(const X *dt_weight, const float *dt_bias, i64 first, i64 last, int lane) {
-#pragma unroll
-        for (int t = 0; t < TILES; ++t) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                const i64 channel = min(first + t * 8 + lane % 4 * 2 + e, last);
-                bias[t][e] = dt_bias ? dt_bias[channel] * LOG2E : 0.f;
-                if constexpr (R && !CONVERT) weights[t][e] = dt_weight + channel * R;
-            }
-            if constexpr (R && CONVERT) {
-                const X *own = dt_weight + min(first + t * 8 + lane / 4, last) * R;
-#pragma unroll
-                for (int k = 0; k < DEPTH; ++k) {
-                    const int r = k * 8 + lane % 4 * 2;
-                    unsigned low = r < R ? bits(own[r]) : 0, high = r + 1 < R ? bits(own[r + 1]) : 0;
-                    weight[t][k] = low | high << 16;
-                }
-            }
-        }
-    }
-
-    // given: the steps themselves (R = 0), in the same layout as w.
-    __device__ __forceinline__ void project(float (*w)[TILES][2], const P *raw, const float (*given)[TILES][2], int lane) {
-        static_assert(OCTETS <= 2, "one matrix instruction has 16 positions");
-        if constexpr (R == 0) {
-#pragma unroll
-            for (int o = 0; o < OCTETS; ++o)
-#pragma unroll
-                for (int t = 0; t < TILES; ++t)
-#pragma unroll
-                    for (int e = 0; e < 2; ++e) w[o][t][e] = fmaf(given[o][t][e], LOG2E, bias[t][e]);
-        } else if constexpr (CONVERT) {
-            unsigned a[DEPTH][2];
-#pragma unroll
-            for (int k = 0; k < DEPTH; ++k)
-#pragma unroll
-                for (int o = 0; o < 2; ++o)
-                    a[k][o] = o < OCTETS ? *reinterpret_cast<const unsigned *>(
-                                               raw + (o * 8 + lane / 4) * ROW + k * 8 + lane % 4 * 2) : 0;
-#pragma unroll
-            for (int t = 0; t < TILES; ++t) {
-                float d[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-                for (int k = 0; k < DEPTH; ++k) matrix_multiply_add(d, a[k][0], a[k][1], weight[t][k]);
-#pragma unroll
-                for (int o = 0; o < OCTETS; ++o)
-#pragma unroll
-                    for (int e = 0; e < 2; ++e) w[o][t][e] = fmaf(d[2 * o + e], LOG2E, bias[t][e]);
-            }
-        } else {
-#pragma unroll
-            for (int t = 0; t < TILES; ++t)
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    float d[OCTETS] = {};
-#pragma unroll 8
-                    for (int r = 0; r < R; ++r) {
-                        const float weight = to_float(weights[t][e][r]);
-#pragma unroll
-                        for (int o = 0; o < OCTETS; ++o)
-                            d[o] = fmaf(to_float(raw[(o * 8 + lane / 4) * ROW + r]), weight, d[o]);
-                    }
-#pragma unroll
-                    for (int o = 0; o < OCTETS; ++o) w[o][t][e] = fmaf(d[o], LOG2E, bias[t][e]);
-                }
-        }
-    }
-};

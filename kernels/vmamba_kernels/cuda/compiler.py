@@ -7,6 +7,7 @@ rename: several processes may start at once, and a damaged entry is compiled aga
 
 import hashlib
 import os
+import re
 import tempfile
 import threading
 import warnings
@@ -56,9 +57,9 @@ def nvrtc_version() -> tuple[int, int]:
 
 @cache
 def source(name: str) -> str:
-    """A kernel file with its shared part put in, so that NVRTC needs no search path."""
-    common = (SOURCES / "common.cuh").read_text()
-    return (SOURCES / name).read_text().replace('#include "common.cuh"', common)
+    """A kernel file with what it includes put in, so that NVRTC needs no search path."""
+    text = (SOURCES / name).read_text()
+    return re.sub(r'#include "(.+)"', lambda include: source(include[1]), text)
 
 
 def compile_cubin(name: str, macros: Mapping[str, object], arch: str) -> bytes:

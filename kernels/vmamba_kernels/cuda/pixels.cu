@@ -1,12 +1,12 @@
 // What happens before and after the scans: weights packed into padded rows, routes added, partial sums added.
-#include "common.cuh"
+#include "scan.cuh"
 
 __device__ __forceinline__ i64 divide(i64 a, int b) {   // 64-bit division only where it is needed
     return a >> 32 ? a / b : (i64)((unsigned)a / (unsigned)b);
 }
 
-// out = ln 2 times the sum over routes + skip[channel] * x + extra; WIDE channels a thread. It serves the forward pass (skip:
-// the sum of D) and the pixels' gradient (x: the output's gradient; extra: the projections' share).
+// out = ln 2 times the sum over routes + skip[channel] * x + extra; WIDE channels a thread. It serves the forward pass
+// (skip: the sum of D) and the pixels' gradient (x: the output's gradient; extra: the projections' share).
 template <class T, class OUT>
 __device__ __forceinline__ void merge(const Y *y, const T *x, const float *skip, const P *extra, OUT *out, i64 count,
                                       int dim, int routes) {
@@ -46,8 +46,8 @@ extern "C" __global__ void merge_fwd_kernel(const Y *y, const X *x, const float 
     merge(y, x, skip, (const P *)nullptr, out, count, (int)dim, (int)routes);
 }
 
-extern "C" __global__ void merge_bwd_kernel(const Y *dx, const G *dy, const float *skip, const P *extra, X *out, i64 count,
-                                            i64 dim, i64 routes) {
+extern "C" __global__ void merge_bwd_kernel(const Y *dx, const G *dy, const float *skip, const P *extra, X *out,
+                                            i64 count, i64 dim, i64 routes) {
     merge(dx, dy, skip, extra, out, count, (int)dim, (int)routes);
 }
 
@@ -65,8 +65,8 @@ extern "C" __global__ void sum_tiles_kernel(const float4 *tile_rows, P *rows, i6
     }
 }
 
-// weight (routes, R + 2 N, dim) to packed (routes, ROW, dim), zeros between the sections; skip: the sum of D over the routes.
-// count: routes * ROW * dim.
+// weight (routes, R + 2 N, dim) to packed (routes, ROW, dim), zeros between the sections; skip: the sum of D over the
+// routes. count: routes * ROW * dim.
 extern "C" __global__ void pack_kernel(const X *weight, X *packed, const float *D, float *skip, i64 count, i64 dim,
                                        i64 routes) {
     const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
@@ -85,9 +85,10 @@ extern "C" __global__ void pack_kernel(const X *weight, X *packed, const float *
     }
 }
 
-// The backward kernel's partial sums over (images, segments), into the parameters' gradients, 32 outputs a block of (32, 8):
-// dA (images, routes, segments, N, dim) -> (routes, dim, N); dt_bias and D (images, routes, segments, dim) -> (routes, dim):
-// with a projection D is the same for every route; dt_weight (images, routes, segments, dim, R) -> (routes, dim, R), if there.
+// The backward kernel's partial sums over (images, segments), into the parameters' gradients, 32 outputs a block of
+// (32, 8): dA (images, routes, segments, N, dim) -> (routes, dim, N); dt_bias and D (images, routes, segments, dim) ->
+// (routes, dim): with a projection D is the same for every route; dt_weight (images, routes, segments, dim, R) ->
+// (routes, dim, R), if there.
 extern "C" __global__ void __launch_bounds__(256) sum_parameters_kernel(
     const float *dA, const float *d_bias, const float *dD, const float *d_weight, float *dA_out, float *d_bias_out,
     float *dD_out, X *d_weight_out, i64 images, i64 routes, i64 segments, i64 dim) {

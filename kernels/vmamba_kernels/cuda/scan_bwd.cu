@@ -1,138 +1,17 @@
-// The gradient of one segment of one route of one image, for WARPS * CW channels a block: chunk by chunk from the end, each
-// chunk's states recomputed from its border, first in passing (keeping those at sub-chunk starts), then sub-chunk by
-// sub-chunk from the end with all states at hand. C: channels a lane; SUB: steps of a sub-chunk; CHUNK: steps between
-// borders, a multiple of SUB; EVEN: whether dim is; TILED: whether several blocks share the channels, so that sums over channels are partial.
-#include "common.cuh"
-
-constexpr int CW = LANES * C;                          // channels a warp
-constexpr int SUBS = CHUNK / SUB;                      // sub-chunks a chunk
-constexpr int PAIRS = C * NS;                          // states a lane
-constexpr int NSP = NS <= 1 ? 1 : NS <= 2 ? 2 : 4;     // of a channel, a power of two (NS <= 4)
-constexpr bool BY_MATRIX = CONVERT && LANES >= 4;      // dB and dC are summed over lanes by matrix instructions (tf32)
-constexpr int GROUP = BY_MATRIX ? 8 / NSP : LANES > 2 * NSP ? LANES / (2 * NSP) : 1;   // steps summed together
-constexpr int ITEM_STEPS = S / C > 1 ? S / C : 1;      // steps whose sums over states are reduced together
-static_assert(NS <= 4 && CW <= 32 && SUB % GROUP == 0 && SUB % ITEM_STEPS == 0 && (C == 1 || C <= S), "layout");
-
-// With bfloat16 rows the gradients of the step projection are matrix products of the steps' gradients (bfloat16, a tile in
-// shared memory) on the spot; otherwise the steps' gradients are written out.
-constexpr bool FUSED = CONVERT && R > 0;
-constexpr int DEPTH = FUSED ? (R + 7) / 8 : 0;         // column tiles of dt_weight
-constexpr int TILE_ROWS = CW < 8 ? 8 : CW, TILE_WIDTH = TILE_ROWS + 8;   // channels of the tile, halves of its rows
-constexpr int WEIGHT_TILES = (CW + 15) / 16;
-
-// What a step of a channel is made of, besides the sigmoid: s, x and dy; two half-width ones share a word.
-template <bool PACKED> struct StepItem {
-    float s, x_, dy_, unused;
-    __device__ __forceinline__ void set(float step, Vec<X, 2> x, Vec<G, 2> dy, int e) {
-        s = step, x_ = x.get(e), dy_ = dy.get(e);
-    }
-    __device__ __forceinline__ float x() const { return x_; }
-    __device__ __forceinline__ float dy() const { return dy_; }
-};
-template <> struct StepItem<true> {
-    float s;
-    unsigned both;
-    __device__ __forceinline__ void set(float step, Vec<bf16, 2> x, Vec<bf16, 2> dy, int e) {
-        s = step, both = __byte_perm(x.both, dy.both, e ? 0x7632 : 0x5410);
-    }
-    __device__ __forceinline__ float x() const { return lower_half(both); }
-    __device__ __forceinline__ float dy() const { return upper_half(both); }
-};
-template <class A, class B> struct Same { static constexpr bool value = false; };
-template <class A> struct Same<A, A> { static constexpr bool value = true; };
-constexpr bool PACKED = Same<X, bf16>::value && Same<G, bf16>::value;
-using Item = StepItem<PACKED>;
-template <class T> struct alignas(2 * sizeof(T)) Pair { T v[2]; };
-constexpr int IW = CW < 32 ? CW : CW + 8;              // of a row of items: spreads the rows over the banks
-
-// A warp's shared memory, in floats; layout.py adds up the same.
-constexpr int RAW = SUB * ROW * sizeof(P) / 4, RAW_AT = 0;                       // copied rows: this sub-chunk's, the next's
-constexpr int ROWS_AT = RAW_AT + 2 * RAW;                                        // B and C as float32
-constexpr int STEPS_AT = ROWS_AT + (CONVERT ? SUB * RS : 0);                     // [SUB][IW] of s, x, dy
-constexpr int SIGMOIDS_AT = STEPS_AT + SUB * IW * (sizeof(Item) / 4);            // [SUB][IW]
-constexpr int CELLS_AT = SIGMOIDS_AT + SUB * IW;                              // [SUB][ROW]: rows' gradient
-constexpr int TILE_AT = CELLS_AT + SUB * ROW;                                // [SUB][TILE_WIDTH] bfloat16
-constexpr int WEIGHT_AT = TILE_AT + (FUSED ? SUB * TILE_WIDTH / 2 : 0);          // [TILE_ROWS / 8][DEPTH][32] pairs
-constexpr int WEIGHT_SUM_AT = WEIGHT_AT + TILE_ROWS / 8 * DEPTH * 32;            // [WEIGHT_TILES][DEPTH][32] of four
-constexpr int STATES_AT = WEIGHT_SUM_AT + WEIGHT_TILES * DEPTH * 128;            // [SUBS - 1][PAIRS][32]
-constexpr int OWN = STATES_AT + (SUBS - 1) * PAIRS * 32;
-static_assert(OWN * 4 == WARP_SHARED, "layout.py counts another size");
-
-// Sums of COUNT values over the lanes that differ in bits FIRST .. FIRST * LANES_ - 1 of their number, by exchanging halves:
-// afterwards a lane holds COUNT / LANES_ of the sums, starting at (its index) * COUNT / LANES_.
-template <int COUNT, int FIRST, int LANES_> __device__ __forceinline__ void reduce_scatter(float *v, int lane) {
-    if constexpr (LANES_ > 1) {
-        static_assert(COUNT % 2 == 0, "halves");
-        constexpr int HALF = COUNT / 2, BIT = FIRST * LANES_ / 2;
-        const bool upper = lane & BIT;
-#pragma unroll
-        for (int i = 0; i < HALF; ++i) {
-            const float give = upper ? v[i] : v[i + HALF], keep = upper ? v[i + HALF] : v[i];
-            v[i] = keep + __shfl_xor_sync(~0u, give, BIT);
-        }
-        reduce_scatter<HALF, FIRST, LANES_ / 2>(v, lane);
-    }
-}
-
-// Two neighbouring channels of a pixel, zero where they or the step do not exist. EVEN: dim is, so both or none exist.
-template <class T> __device__ __forceinline__ Vec<T, 2> load_pair(const T *pixel, int channel, int dim, bool inside) {
-    Vec<T, 2> v = {};
-    if constexpr (EVEN) {
-        if (inside && channel < dim) v = *reinterpret_cast<const Vec<T, 2> *>(pixel + channel);
-    } else {
-        float two[2] = {0.f, 0.f};
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-            if (inside && channel + e < dim) two[e] = to_float(pixel[channel + e]);
-        v.set(two);
-    }
-    return v;
-}
-
-// Sums of 16 values over the lanes of a state group, by matrices of ones and zeros that add four lanes of a value into a row
-// of its own: select[i] has ones in rows 2 i (for the first of two values) and 2 i + 1. Inputs lose float32's last 13 bits.
-// A lane then holds values lane / 4 (v[0]; v[1] for the next state group if LANES is 4) and lane / 4 + 8 (v[2], v[3]), of
-// state group lane % 4 * S / 4.
-__device__ __forceinline__ void reduce_by_matrix(float *v, const uint4 *select) {
-    float d[2][4] = {};
-#pragma unroll
-    for (int i = 0; i < 16; i += 2) {
-        float *to = d[i / 8];
-        const uint4 a = select[i % 8 / 2];
-        asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-            "{%0, %1, %2, %3};"
-            : "+f"(to[0]), "+f"(to[1]), "+f"(to[2]), "+f"(to[3])
-            : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(__float_as_uint(v[i])), "r"(__float_as_uint(v[i + 1])));
-    }
-    v[0] = d[0][0], v[1] = d[0][1], v[2] = d[1][0], v[3] = d[1][1];
-    if constexpr (LANES > 4) v[0] += v[1], v[2] += v[3];
-#pragma unroll
-    for (int bit = 1; bit < LANES / 8; bit *= 2) {
-        v[0] += __shfl_xor_sync(~0u, v[0], bit);
-        v[2] += __shfl_xor_sync(~0u, v[2], bit);
-    }
-}
-
-// Eight rows of eight halves, transposed: a lane gets column lane / 4 of rows lane % 4 * 2 and the next.
-__device__ __forceinline__ unsigned read_transposed(const void *row_of_lane) {
-    unsigned v, address = static_cast<unsigned>(__cvta_generic_to_shared(row_of_lane));
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(v) : "r"(address));
-    return v;
-}
-
-#if TILED
-typedef float Cell;
-#else
-typedef P Cell;
-#endif
+// The gradient of one segment of one route of one image, for WARPS * CW channels a block: chunk by chunk from the end,
+// each chunk's states recomputed from its border, first in passing (keeping those at sub-chunk starts), then sub-chunk
+// by sub-chunk from the end with all states at hand. C: channels a lane; SUB: steps of a sub-chunk; CHUNK: steps
+// between borders, a multiple of SUB; EVEN: whether dim is; TILED: whether several blocks share the channels, so that
+// sums over channels are partial.
+#include "scan_bwd.cuh"
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_kernel(
     const X *__restrict__ x, const X *__restrict__ steps, const P *__restrict__ rows, const X *__restrict__ dt_weight,
     const float *__restrict__ dt_bias, const float *__restrict__ A, const G *__restrict__ dy,
     const float *__restrict__ borders, const float *__restrict__ exits, Y *__restrict__ dx, P *__restrict__ ddt,
-    Cell *__restrict__ d_rows, float *__restrict__ d_dt_weight, float *__restrict__ dA, float *__restrict__ dbias, float *__restrict__ dD, i64 pixels,
-    i64 height, i64 width, i64 dim, i64 routes, i64 route_kinds, i64 x_pixel, i64 x_route,
-    i64 division, i64 segment_length, i64 segments) {
+    Cell *__restrict__ d_rows, float *__restrict__ d_dt_weight, float *__restrict__ dA, float *__restrict__ dbias,
+    float *__restrict__ dD, i64 pixels, i64 height, i64 width, i64 dim, i64 routes, i64 route_kinds, i64 x_pixel,
+    i64 x_route, i64 division, i64 segment_length, i64 segments) {
     using Projection = StepProjection<SUB, CW>;
     constexpr int TILES = Projection::TILES, OCTETS = Projection::OCTETS;
     extern __shared__ __align__(16) float shared[];
@@ -196,9 +75,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
             }
     }
 
-    // Sub-chunks are read one ahead of their use: fetch starts the reads of one, prepare takes what was fetched last into
-    // rows and scalars and fetches the next. Steps past the end get s = x = dy = 0, channels past the last x = dy = 0: they
-    // change nothing.
+    // Sub-chunks are read one ahead of their use: fetch starts the reads of one, prepare takes what was fetched last
+    // into rows and scalars and fetches the next. Steps past the end get s = x = dy = 0, channels past the last x = dy
+    // = 0: they change nothing.
     int fetched = 1;   // which of the two buffers
     Vec<X, 2> next_x[OCTETS][TILES], next_steps[R ? 1 : OCTETS][R ? 1 : TILES];
     Vec<G, 2> next_dy[OCTETS][TILES];
@@ -215,7 +94,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
         if constexpr (SUBS == 1) read_border(border, l0 / CHUNK);
         fetched ^= 1;
         int *pixel = pixel_all[warp][fetched];
-        if (lane < SUB) pixel[lane] = route_pixel(max(min(l0 + lane, end - 1), 0), kind, (int)height, (int)width, length, division);
+        if (lane < SUB)
+            pixel[lane] =
+                route_pixel(max(min(l0 + lane, end - 1), 0), kind, (int)height, (int)width, length, division);
         __syncwarp();
         load_rows<SUB>(reinterpret_cast<P *>(own + RAW_AT + fetched * RAW), rows, pixel, row_stride, lane);
 #pragma unroll
@@ -296,7 +177,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
 
     // Where the lane puts sums over channels: of step lane / 4 / (2 NSP), B's or C's.
     float *cell = own + CELLS_AT;
-    float *lane_cell = cell + lane / 4 / (2 * NSP) * ROW + B0 + lane / 4 / NSP % 2 * NP + lane % 4 * S / 4 * NS + lane / 4 % NSP;
+    float *lane_cell = cell + lane / 4 / (2 * NSP) * ROW + B0 + lane / 4 / NSP % 2 * NP + lane % 4 * S / 4 * NS +
+                       lane / 4 % NSP;
 
     const int last_chunk = start + (end - 1 - start) / CHUNK * CHUNK;
     fetch(last_chunk);
@@ -376,7 +258,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                 if (j % GROUP == 0) {   // over channels
                     if constexpr (BY_MATRIX) {
                         reduce_by_matrix(sums, select);
-                        constexpr int SAME = LANES < 8 ? 1 : LANES / 8, NEXT = GROUP / 2 * ROW;   // lanes with the same sums
+                        constexpr int SAME = LANES < 8 ? 1 : LANES / 8;   // lanes with the same sums
+                        constexpr int NEXT = GROUP / 2 * ROW;
                         if (lane % SAME == 0 && lane / 4 % NSP < NS) {
                             lane_cell[j * ROW] = sums[0] * LN2;
                             lane_cell[j * ROW + NEXT] = sums[2] * LN2;
@@ -390,8 +273,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                         constexpr int HELD = GROUP * 2 * NSP / LANES;
 #pragma unroll
                         for (int i = 0; i < HELD; ++i) {
-                            const int index = cl * HELD + i, n = index % NSP, which = index / NSP % 2, step = index / NSP / 2;
-                            if (n < NS) cell[(j + step) * ROW + B0 + which * NP + q * NS + n] = sums[i] * LN2;
+                            const int index = cl * HELD + i, n = index % NSP, which = index / NSP % 2;
+                            const int step = j + index / NSP / 2;
+                            if (n < NS) cell[step * ROW + B0 + which * NP + q * NS + n] = sums[i] * LN2;
                         }
                     }
                 }
@@ -407,7 +291,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                     bias_sum += d_step;
                     d_sum = fmaf(item.x(), item.dy(), d_sum);
                     Y *to = at(dx, at_pixel, dx_stride);
-                    const Y value = from_float<Y>(item.s * by_states[0]);   // the rest of the way, ln 2, is the merging kernel's
+                    const Y value = from_float<Y>(item.s * by_states[0]);   // the merge multiplies by ln 2
                     if (real) *to = value;
                     if constexpr (!FUSED)
                         if (real) *at(ddt, at_pixel, ddt_stride) = from_float<P>(d_step);

@@ -1,12 +1,12 @@
 // A warp walks one segment of one route of one image for LANES * C channels. C: channels a lane; K: steps a stage;
 // WARPS: warps a block.
-#include "common.cuh"
+#include "scan.cuh"
 
 constexpr int CW = LANES * C;    // channels a warp
 constexpr int SW = CW + 8;       // of a row of steps in shared memory: spreads the rows over the banks
 
-// FORWARD: the scan itself. SUMMARY: a segment's end state from a zero start, and the sum of its steps. ADJOINT: the same
-// for the gradient's recurrence, walked backwards: g = C dy + carry, carry = a g.
+// FORWARD: the scan itself. SUMMARY: a segment's end state from a zero start, and the sum of its steps. ADJOINT: the
+// same for the gradient's recurrence, walked backwards: g = C dy + carry, carry = a g.
 enum Mode { FORWARD, SUMMARY, ADJOINT };
 
 template <Mode MODE, class U>
@@ -225,8 +225,8 @@ extern "C" __global__ void BOUNDS scan_adjoint_kernel(
                   routes, route_kinds, x_pixel, x_route, division, 1, segment_length, segments);
 }
 
-// Passes the states over the segments: one thread a (image, route, state, channel). Forward, segment i's entry goes to the
-// border at its start; in the adjoint direction to exits[image, route, segment].
+// Passes the states over the segments: one thread a (image, route, state, channel). Forward, segment i's entry goes to
+// the border at its start; in the adjoint direction to exits[image, route, segment].
 extern "C" __global__ void scan_borders_kernel(const float *end_state, const float *end_sum, const float *A,
                                                float *borders, i64 count, i64 dim, i64 routes, i64 segments,
                                                i64 chunks_per_segment, i64 borders_per_route, i64 adjoint) {
