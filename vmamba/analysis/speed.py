@@ -22,6 +22,7 @@ from vmamba.analysis.plotting import MARKERS, STYLE, new_figure, save_figure
 from vmamba.analysis.tables import markdown as markdown_table
 from vmamba.analysis.tables import write_json, write_text
 from vmamba.errors import UserError, unknown
+from vmamba.models.flops import complexity
 from vmamba.models.vssm import VSSM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,6 +55,7 @@ class Timing:
     peak_memory_mb: float | None  # weights, activations, gradients, optimiser; None on a CPU
     ratio: float | None  # images a second in units of the model compared with
     parameters: int
+    gmacs: float  # multiply-adds of an image's forward pass / 1e9
 
 
 def throughput(
@@ -154,6 +156,7 @@ def compare(
             peak_memory_mb=peaks.get(name),
             ratio=rates[name] / rates[reference] if name in rates and reference in rates else None,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
+            gmacs=complexity(model, case.size).macs / 1e9,
         )
         for name, model in models.items()
     ]
@@ -224,21 +227,30 @@ def elapsed(step: Callable[[], object], device: torch.device) -> float:
 
 
 def plot(timings: Sequence[Timing], path: Path) -> None:
-    """Images a second against the size, a panel a mode and dtype, each model at its largest batch."""
-    panels = sorted({(timing.mode, timing.dtype) for timing in timings})
+    """Against the size: images a second at the best batch, a panel a mode and dtype; then multiply-adds."""
+    panels = list(dict.fromkeys((timing.mode, timing.dtype) for timing in timings))
+    sizes = sorted({timing.size for timing in timings})
     with matplotlib.rc_context(STYLE):
-        figure = new_figure(4 * len(panels), 3.4)
-        for axes, (mode, dtype) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            for marker, name in zip(MARKERS * len(timings), dict.fromkeys(t.model for t in timings), strict=False):
-                best = {}  # by size
-                for timing in timings:
-                    if (timing.mode, timing.dtype, timing.model) == (mode, dtype, name) and timing.images_per_second:
+        figure = new_figure(3.6 * (len(panels) + 1), 3.2)
+        *grid, last = figure.subplots(1, len(panels) + 1)
+        for marker, name in zip(MARKERS * len(timings), dict.fromkeys(t.model for t in timings), strict=False):
+            own = [timing for timing in timings if timing.model == name]
+            for axes, panel in zip(grid, panels, strict=True):
+                best: dict[int, float] = {}  # by size
+                for timing in own:
+                    if (timing.mode, timing.dtype) == panel and timing.images_per_second:
                         best[timing.size] = max(best.get(timing.size, 0), timing.images_per_second)
                 axes.plot(list(best), list(best.values()), marker=marker, label=name)
-            axes.set(title=f"{mode}, {dtype}", xlabel="image side (pixels)", ylabel="images / s", yscale="log")
-            axes.set_xticks(sorted({timing.size for timing in timings}))
+            gmacs = {timing.size: timing.gmacs for timing in own}
+            last.plot(list(gmacs), list(gmacs.values()), marker=marker, label=name)
+        for axes, (mode, dtype) in zip(grid, panels, strict=True):
+            axes.set(title=f"{mode}, {dtype}", ylabel="images / s", ylim=(0, None))
+        last.set(title="forward pass of an image", ylabel="multiply-adds (G)", ylim=(0, None))
+        last.legend(fontsize=7)
+        for axes in (*grid, last):
+            axes.set_xlabel("image side (pixels)")
+            axes.set_xticks(sizes)
             axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
         save_figure(figure, path)
 
 
@@ -268,6 +280,7 @@ def _row(timing: Timing) -> dict[str, Any]:
     return {
         "model": timing.model,
         "parameters (M)": timing.parameters / 1e6,
+        "multiply-adds (G)": timing.gmacs,
         "size": timing.size,
         "dtype": timing.dtype,
         "mode": timing.mode,
