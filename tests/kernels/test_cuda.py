@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from vmamba_kernels import BackendError, cross_selective_scan
+from vmamba_kernels import BackendError, cross_selective_scan, reference
 from vmamba_kernels.cuda import compiler, why_not
 from vmamba_kernels.cuda.cross_selective_scan import KINDS
 from vmamba_kernels.cuda.layout import MAX_RANK, MAX_STATES, Layout
@@ -296,3 +296,52 @@ def test_numbers_on_an_emulated_gpu(
         if leaf is not None:
             expected = next(wanted)
             assert (mine - expected).norm() <= bound * expected.norm()
+
+
+@pytest.fixture
+def on_a_cpu(tmp_path, monkeypatch):
+    """The operators take CPU tensors, through the emulated GPU."""
+    cuda_emulator.install(monkeypatch, tmp_path)
+    for name in ("cross_selective_scan", "selective_scan"):
+        module = sys.modules[f"vmamba_kernels.cuda.{name}"]
+        for operator in (module._forward, module._backward):
+            operator.register_kernel("cpu")(operator._init_fn)
+
+
+def _leaves(*shapes):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(*shape, generator=generator).requires_grad_() for shape in shapes]
+
+
+@needs_compiler
+def test_opcheck(on_a_cpu):
+    inputs = _leaves((1, 3, 4, 8), (4, 3 + 4, 8), (4, 8, 3), (4, 8), (4, 8, 2), (4, 8))
+    inputs[4] = (-inputs[4].detach().exp()).requires_grad_()
+    for left_out in ((), (3, 5)):  # step bias and D
+        given = [None if i in left_out else t for i, t in enumerate(inputs)]
+        results = torch.library.opcheck(torch.ops.vmamba.cross_selective_scan_cuda, (*given, 0b11100100, F32, True))
+        assert set(results.values()) == {"SUCCESS"}
+    inputs = _leaves((1, 6, 9), (1, 6, 9), (6, 2), (1, 2, 2, 9), (1, 2, 2, 9), (6,), (6,))
+    inputs[2] = (-inputs[2].detach().exp()).requires_grad_()
+    results = torch.library.opcheck(torch.ops.vmamba.selective_scan_cuda, (*inputs, True, F32, True))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@needs_compiler
+@pytest.mark.parametrize("softplus", [True, False])
+def test_selective_scan_on_an_emulated_gpu(on_a_cpu, softplus):
+    u, delta, A, B, C, D, bias = _leaves((2, 6, 30), (2, 6, 30), (6, 5), (2, 2, 5, 30), (2, 2, 5, 30), (6,), (6,))
+    step = delta - 2 if softplus else 0.1 * delta.abs()
+    bias = bias if softplus else None
+    leaves = [t.detach().requires_grad_() for t in (u, step, -A.exp(), B, C, D, *([bias] if softplus else []))]
+    grad = torch.randn(2, 6, 30, generator=torch.Generator().manual_seed(1))
+    results = []
+    for cast, function in (
+        (lambda t: t, lambda *inputs: sys.modules["vmamba_kernels.cuda.selective_scan"].selective_scan(*inputs, F32)),
+        (torch.Tensor.double, lambda *inputs: reference.selective_scan(*inputs, torch.float64)),
+    ):
+        here = [cast(t.detach()).requires_grad_() for t in leaves]
+        out = function(*here[:6], here[6] if softplus else None, softplus)
+        results.append([out, *torch.autograd.grad(out, here, cast(grad))])
+    for got, want in zip(*results, strict=True):
+        assert (got - want).norm() <= 1e-6 * 30**0.5 * want.norm()
