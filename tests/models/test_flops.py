@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vmamba
 from vmamba.models.flops import complexity
+from vmamba.models.variants import VARIANTS
 
 PUBLISHED = {  # GFLOPs at 224 of the January 2024 table as its authors corrected it, and of the later models
     "vmamba_tiny": 5.62689504,
@@ -64,3 +65,8 @@ def test_the_model_is_left_as_it_was():
     model = vmamba.VSSM(dims=16, depths=(1,), num_classes=3)
     complexity(model, 32)
     assert model.training and model(torch.randn(1, 3, 16, 16)).device.type == "cpu"
+
+
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.gflops])
+def test_the_registry_says_what_is_counted(name):
+    assert round(complexity(on_meta(name), 224).macs / 1e9, 3) == VARIANTS[name].gflops

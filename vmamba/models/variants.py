@@ -11,7 +11,9 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from vmamba.errors import unknown
+from vmamba.errors import UserError, unknown
+from vmamba.models.download import download
+from vmamba.models.pretrained import load_checkpoint, load_pretrained
 from vmamba.models.vssm import VSSM
 
 
@@ -23,6 +25,7 @@ class Variant:
     released_as: str = ""
     accuracy: float | None = None  # published top-1 on ImageNet-1K, percent
     parameters: int | None = None  # with the head of 1000 classes
+    gflops: float | None = None  # multiply-adds at 224 x 224, as `flops` counts them
     weights: str | None = None  # address of the released file
     sha256: str | None = None  # of that file, where known
 
@@ -67,13 +70,19 @@ def _mamba2(depth: int, dim: int, drop_path_rate: float) -> dict[str, Any]:
 
 VARIANTS: dict[str, Variant] = {
     "vmamba_tiny": Variant(
-        _vanilla(9, 96, 0.2), "VMamba-T (Vanilla-VMamba-T)", 82.2, 22_893_448, _V0 + "vssmtiny_dp01_ckpt_epoch_292.pth"
+        _vanilla(9, 96, 0.2),
+        "VMamba-T (Vanilla-VMamba-T)",
+        82.2,
+        22_893_448,
+        5.627,
+        _V0 + "vssmtiny_dp01_ckpt_epoch_292.pth",
     ),
     "vmamba_small": Variant(
         _vanilla(27, 96, 0.3),
         "VMamba-S (Vanilla-VMamba-S)",
         83.5,
         44_417_416,
+        11.231,
         _V0 + "vssmsmall_dp03_ckpt_epoch_238.pth",
     ),
     "vmamba_base": Variant(
@@ -81,43 +90,83 @@ VARIANTS: dict[str, Variant] = {
         "VMamba-B (Vanilla-VMamba-B)",
         84.0,
         76_254_056,
+        18.02,
         _V0 + "vssmbase_dp06_ckpt_epoch_241.pth",
     ),
     "vmamba_tiny_s2l5": Variant(
-        _one_state(5, 96, 2.0, 0.2), "VMamba-T[s2l5]", 82.5, 30_705_832, _V2 + "vssm_tiny_0230_ckpt_epoch_262.pth"
+        _one_state(5, 96, 2.0, 0.2),
+        "VMamba-T[s2l5]",
+        82.5,
+        30_705_832,
+        4.858,
+        _V2 + "vssm_tiny_0230_ckpt_epoch_262.pth",
     ),
     "vmamba_small_s2l15": Variant(
-        _one_state(15, 96, 2.0, 0.3), "VMamba-S[s2l15]", 83.6, 50_147_752, _V2 + "vssm_small_0229_ckpt_epoch_222.pth"
+        _one_state(15, 96, 2.0, 0.3),
+        "VMamba-S[s2l15]",
+        83.6,
+        50_147_752,
+        8.716,
+        _V2 + "vssm_small_0229_ckpt_epoch_222.pth",
     ),
     "vmamba_base_s2l15": Variant(
-        _one_state(15, 128, 2.0, 0.6), "VMamba-B[s2l15]", 83.9, 88_557_800, _V2 + "vssm_base_0229_ckpt_epoch_237.pth"
+        _one_state(15, 128, 2.0, 0.6),
+        "VMamba-B[s2l15]",
+        83.9,
+        88_557_800,
+        15.359,
+        _V2 + "vssm_base_0229_ckpt_epoch_237.pth",
     ),
     "vmamba_tiny_s1l8": Variant(
-        _one_state(8, 96, 1.0, 0.2), "VMamba-T[s1l8]", 82.6, 30_249_064, _V2 + "vssm1_tiny_0230s_ckpt_epoch_264.pth"
+        _one_state(8, 96, 1.0, 0.2),
+        "VMamba-T[s1l8]",
+        82.6,
+        30_249_064,
+        4.906,
+        _V2 + "vssm1_tiny_0230s_ckpt_epoch_264.pth",
     ),
     "vmamba_small_s1l20": Variant(
-        _one_state(20, 96, 1.0, 0.3), "VMamba-S[s1l20]", 83.3, 49_012_840, _V2 + "vssm1_small_0229s_ckpt_epoch_240.pth"
+        _one_state(20, 96, 1.0, 0.3),
+        "VMamba-S[s1l20]",
+        83.3,
+        49_012_840,
+        8.612,
+        _V2 + "vssm1_small_0229s_ckpt_epoch_240.pth",
     ),
     "vmamba_base_s1l20": Variant(
-        _one_state(20, 128, 1.0, 0.5), "VMamba-B[s1l20]", 83.8, 86_614_504, _V2 + "vssm1_base_0229s_ckpt_epoch_225.pth"
+        _one_state(20, 128, 1.0, 0.5),
+        "VMamba-B[s1l20]",
+        83.8,
+        86_614_504,
+        15.221,
+        _V2 + "vssm1_base_0229s_ckpt_epoch_225.pth",
     ),
-    "vmamba_tiny_m2": Variant(_mamba2(4, 96, 0.2), "mamba2 tiny, not trained by its authors", None, 25_340_296),
-    "vmamba_small_m2": Variant(_mamba2(12, 96, 0.3), "mamba2 small, not trained by its authors", None, 39_079_816),
-    "vmamba_base_m2": Variant(_mamba2(12, 128, 0.3), "mamba2 base, not trained by its authors", None, 67_527_528),
+    "vmamba_tiny_m2": Variant(_mamba2(4, 96, 0.2), "mamba2 tiny, not trained by its authors", None, 25_340_296, 5.322),
+    "vmamba_small_m2": Variant(
+        _mamba2(12, 96, 0.3), "mamba2 small, not trained by its authors", None, 39_079_816, 8.505
+    ),
+    "vmamba_base_m2": Variant(
+        _mamba2(12, 128, 0.3), "mamba2 base, not trained by its authors", None, 67_527_528, 13.885
+    ),
     "vmamba_digits": Variant(_one_state(2, 32, 1.0, 0.1) | dict(depths=(2, 2))),
 }
 
 
-def list_models() -> list[str]:
-    """The names that `create_model` takes."""
-    return list(VARIANTS)
+def list_models(pretrained: bool = False) -> list[str]:
+    """The names that `create_model` takes; with `pretrained` those that have released weights."""
+    return [name for name, variant in VARIANTS.items() if variant.weights or not pretrained]
 
 
-def create_model(name: str, **options: Any) -> VSSM:
+def create_model(name: str, pretrained: bool = False, **options: Any) -> VSSM:
     """The model called `name`, options of `VSSM` changed by keyword: num_classes, in_chans, drop_path_rate, ...
 
+    Args:
+        pretrained: load the released weights, downloaded into torch hub's cache; the head only where `num_classes` is
+            not given or is the 1000 that it has.
+
     Raises:
-        UserError: no such model or option (it names the nearest), or an impossible value.
+        UserError: no such model or option (it names the nearest), or an impossible value; no released weights, they
+            cannot be downloaded (it says what to put where), or do not fit the options.
     """
     if name not in VARIANTS:
         raise unknown("model", name, VARIANTS)
@@ -125,7 +174,14 @@ def create_model(name: str, **options: Any) -> VSSM:
     for option in options:
         if option not in schema:
             raise unknown("model option", option, schema)
-    return VSSM(**VARIANTS[name].options | options)
+    variant = VARIANTS[name]
+    if pretrained and not variant.weights:
+        raise UserError(f"'{name}' has no released weights; these have: {', '.join(list_models(pretrained=True))}")
+    model = VSSM(**variant.options | options)
+    if pretrained:
+        download(variant.weights, variant.sha256)
+        load_pretrained(model, load_checkpoint(variant.weights), drop_head=model.num_classes != 1000)
+    return model
 
 
 def build_model(config: CfgNode) -> VSSM:
