@@ -5,20 +5,24 @@ complaint whatever it finds once the number of classes differs.
 """
 
 import inspect
+import logging
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import Tensor
 
 from vmamba.errors import unknown
+from vmamba.models.download import download
 from vmamba.models.released import keys_from_released
 from vmamba.models.variants import VARIANTS, Variant, create_model
 from vmamba.models.vssm import VSSM, resize_pos_embed
 from vmamba.models.weights import load_weights
 
+logger = logging.getLogger("vmamba")
 FIRST_CONV, CLASSIFIER = "patch_embed.0", "classifier.head"
 # What timm's builder takes beside the options of the model.
 TIMM_OPTIONS = {"features_only", "out_indices", "feature_cls"} | {
@@ -60,6 +64,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: VSSM) -> dict[str
     """
     for key in ("model_ema", "state_dict", "model"):
         if isinstance(state_dict.get(key), Mapping):
+            logger.info(f"taking the weights '{key}'")
             state_dict = state_dict[key]
             break
     weights = keys_from_released(state_dict)
@@ -76,8 +81,13 @@ def _build(variant: str, pretrained: bool, **options: Any) -> VSSM:
     for option in options:
         if option not in known:
             raise unknown("model option", option, known)
+    if pretrained and not options.get("cache_dir"):
+        cfg = resolve_pretrained_cfg(variant, options.get("pretrained_cfg"), options.get("pretrained_cfg_overlay"))
+        if cfg.url and not (cfg.file or cfg.state_dict or cfg.hf_hub_id or cfg.source):
+            # To where timm looks before it would fetch the file without resuming or verifying.
+            download(cfg.url, VARIANTS[variant].sha256 if cfg.url == VARIANTS[variant].weights else None)
     # The released files hold their config as a pickled yacs node, which weights_only reads as a plain mapping.
-    with torch.serialization.safe_globals([(dict, "yacs.config.CfgNode")]):
+    with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
         return build_model_with_cfg(
             partial(create_model, variant),
             variant,
