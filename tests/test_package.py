@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from vmamba.models.variants import VARIANTS
+
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -63,3 +65,18 @@ def test_every_command_of_the_readme_exists():
     assert [name for name in files if not (REPOSITORY / name).exists()] == []
     targets = set(re.findall(r"^(\w+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"^\s*make (\w+)", readme, re.MULTILINE)) <= targets
+
+
+def test_the_readmes_table_says_what_the_registry_says():
+    readme = (REPOSITORY / "README.md").read_text()
+    for name, variant in VARIANTS.items():
+        if variant.parameters is None:
+            continue
+        accuracy = variant.accuracy or "–"
+        weights = f"[{variant.weights.rpartition('/')[2]}]({variant.weights})" if variant.weights else "–"
+        row = (
+            f"| `{name}` | {variant.released_as} | {accuracy} | {variant.parameters / 1e6:.1f}M | "
+            f"{variant.gflops:.2f}G | [yaml](configs/{name}.yaml) | {weights} |"
+        )
+        assert row in readme
+        assert (REPOSITORY / "configs" / f"{name}.yaml").is_file()
