@@ -15,6 +15,7 @@ import yaml
 from yacs.config import CfgNode
 
 from vmamba.errors import UserError, unknown
+from vmamba.models.released_yaml import from_released_config
 from vmamba.values import convert, describe, from_text
 
 _C = CfgNode()
@@ -54,7 +55,9 @@ _C.MODEL.IN_CHANS = 3  # 3, or 1 for grayscale
 _C.MODEL.DROP_PATH_RATE = 0.1
 _C.MODEL.LABEL_SMOOTHING = 0.1
 _C.MODEL.BACKEND = "auto"  # of the scan; see vmamba_kernels.backends()
-_C.MODEL.PRETRAINED = ""  # weights to start from
+_C.MODEL.PRETRAINED = ""  # weights to start from: a file (see vmamba.load_checkpoint) or an address
+_C.MODEL.WEIGHTS = "auto"  # of such a file: ema, model (the plain ones), auto (ema where there are)
+_C.MODEL.DROP_HEAD = False  # start with a new head instead of theirs
 _C.MODEL.RESUME = ""  # checkpoint of a run to go on with
 
 _C.TRAIN = CfgNode()
@@ -124,6 +127,7 @@ _TYPES: dict[str, tuple] = {
 _CHOICES = {
     "DEVICE": ("auto", "cpu", "cuda"),
     "DATA.INTERPOLATION": ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"),
+    "MODEL.WEIGHTS": ("auto", "ema", "model"),
     "DATA.CACHE_MODE": ("no", "part", "full"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step", "multistep"),
     "AMP.DTYPE": ("bfloat16", "float16"),
@@ -189,7 +193,8 @@ _FLAGS = {  # flags that set one key
     "data-path": ("DATA.DATA_PATH", "folder of the data set"),
     "zip": ("DATA.ZIP_MODE", "the data set is train.zip, train_map.txt, val.zip, val_map.txt"),
     "cache-mode": ("DATA.CACHE_MODE", "no, part or full: what of an archive is kept in memory"),
-    "pretrained": ("MODEL.PRETRAINED", "weights to start from"),
+    "pretrained": ("MODEL.PRETRAINED", "weights to start from: a file or an address"),
+    "drop-head": ("MODEL.DROP_HEAD", "start with a new head instead of that of --pretrained"),
     "resume": ("MODEL.RESUME", "checkpoint of a run to go on with"),
     "accumulation-steps": ("TRAIN.ACCUMULATION_STEPS", "micro-batches an optimiser step"),
     "use-checkpoint": ("TRAIN.USE_CHECKPOINT", "gradient checkpointing: less memory, more time"),
@@ -255,7 +260,7 @@ def _merge(cfg_file: str | Path | None, settings: Sequence[_Setting]) -> CfgNode
     config = _C.clone()
     if cfg_file is not None:
         path = _find(Path(cfg_file))
-        for key, value, source in _settings(path, ()):
+        for key, value, source in from_released_config(_settings(path, ())):
             _set(config, key, value, source)
         config.NAME = config.NAME or path.stem
     for key, value, source in settings:
@@ -292,7 +297,7 @@ def _settings(path: Path, chain: tuple[Path, ...]) -> Iterator[_Setting]:
     bases = tree.pop("BASE", [])
     if bases is None or not isinstance(bases, (str, list)) or not all(isinstance(base, str) for base in bases):
         raise UserError(f"{path}: BASE is {bases!r}; expected {describe(_KEYS['BASE'])}")
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in filter(None, [bases] if isinstance(bases, str) else bases):  # released files have an empty one
         file = path.parent / base
         if not file.is_file():
             raise UserError(f"{path}: its BASE '{base}' does not exist; the path is relative to that file")

@@ -100,12 +100,13 @@ def test_evaluating_a_file_gives_the_numbers_of_the_training(trained, tmp_path):
     assert plain == {key: value for key, value in results.items() if not key.startswith("ema")}
 
 
-def test_training_starts_from_pretrained_weights(trained, tmp_path):
+@pytest.mark.parametrize(("weights", "loss"), [("auto", "ema_loss"), ("ema", "ema_loss"), ("model", "loss")])
+def test_training_starts_from_pretrained_weights(trained, tmp_path, weights, loss):
     config, results = trained
     checkpoint = output_folder(config) / "last.pth"
-    options = ("MODEL.PRETRAINED", checkpoint, "TRAIN.EPOCHS", 0)
+    options = ("MODEL.PRETRAINED", checkpoint, "MODEL.WEIGHTS", weights, "TRAIN.EPOCHS", 0)
     started = run(tiny_config(tmp_path, *options))
-    assert started["loss"] == started["ema_loss"] == results["loss"]
+    assert started["loss"] == started["ema_loss"] == results[loss]
 
 
 def test_a_finished_run_is_evaluated_not_trained_again(trained):

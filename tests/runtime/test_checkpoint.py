@@ -6,18 +6,9 @@ import resource
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import nn
 
 from vmamba.errors import UserError
-from vmamba.runtime.checkpoint import (
-    load_weights,
-    newest_checkpoint,
-    read_checkpoint,
-    read_ema_weights,
-    read_weights,
-    save_checkpoint,
-)
+from vmamba.runtime.checkpoint import newest_checkpoint, read_checkpoint, read_training_state, save_checkpoint
 
 
 class State:
@@ -85,40 +76,12 @@ def test_pickled_code_is_refused_and_does_not_run(tmp_path):
     assert not (tmp_path / "attacked").exists()
 
 
-def test_weights_come_from_our_files_state_dicts_and_safetensors(tmp_path):
-    weights, ema = nn.Linear(2, 3).state_dict(), nn.Linear(2, 3).state_dict()
-    torch.save({"model": weights, "model_ema": ema, "epoch": 1}, tmp_path / "ours.pth")
-    torch.save(weights, tmp_path / "plain.pth")
-    save_file(weights, tmp_path / "plain.safetensors")
-    for name in ("ours.pth", "plain.pth", "plain.safetensors"):
-        read = read_weights(tmp_path / name)
-        assert read.keys() == weights.keys()
-        assert all(torch.equal(read[key], weights[key]) for key in weights)
-    assert torch.equal(read_ema_weights(tmp_path / "ours.pth")["weight"], ema["weight"])
-    assert read_ema_weights(tmp_path / "plain.pth") is None
-
-
-def test_a_file_without_weights_is_named(tmp_path):
-    torch.save({"epoch": 1}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"other\.pth' holds no weights"):
-        read_weights(tmp_path / "other.pth")
-
-
-def test_another_architecture_is_listed_by_kind_and_nothing_is_loaded():
-    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    weights = {
-        "0.weight": torch.ones(3, 2),
-        "0.bias": torch.ones(5),
-        "1.weight": torch.ones(4, 3),
-        "2.bias": torch.ones(4),
-    }
-    with pytest.raises(UserError) as error:
-        load_weights(model, weights, "other.pth")
-    assert "1 missing: 1.bias" in str(error.value)
-    assert "1 unexpected: 2.bias" in str(error.value)
-    assert "1 of another shape: 0.bias (5,) instead of (3,)" in str(error.value)
-    assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+def test_only_the_state_of_a_run_resumes(tmp_path):
+    save_checkpoint(State(model={}, steps_per_epoch=3), tmp_path / "last.pth")
+    assert read_training_state(tmp_path / "last.pth")["steps_per_epoch"] == 3
+    save_checkpoint(State(model={"weight": torch.zeros(1)}, optimizer={}, epoch=3), tmp_path / "released.pth")
+    with pytest.raises(UserError, match=r"released\.pth' cannot be resumed.*--pretrained.*--eval"):
+        read_training_state(tmp_path / "released.pth")
 
 
 def test_the_newest_that_loads_is_found_and_the_skipped_are_named(tmp_path):

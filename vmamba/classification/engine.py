@@ -19,15 +19,9 @@ from vmamba.classification.records import Records
 from vmamba.classification.report import Results, changes, describe, image_size, step_line, summary
 from vmamba.config import output_folder, save_config
 from vmamba.errors import UserError
+from vmamba.models.pretrained import load_checkpoint, load_pretrained, read_weights
 from vmamba.models.variants import build_model
-from vmamba.runtime.checkpoint import (
-    load_weights,
-    newest_checkpoint,
-    read_checkpoint,
-    read_ema_weights,
-    read_weights,
-    save_checkpoint,
-)
+from vmamba.runtime.checkpoint import newest_checkpoint, read_training_state, save_checkpoint
 from vmamba.runtime.distributed import World, on_main, processes, share_buffers, sum_over_processes
 from vmamba.runtime.logging import Pace, create_logger, memory_mb, progress
 from vmamba.runtime.optim import Schedule, build_optimizer
@@ -116,14 +110,15 @@ def resume(run: Run, state: TrainState) -> None:
     config = run.config
     path = config.MODEL.RESUME or newest(run)
     if path:
-        saved = read_checkpoint(path)
+        saved = read_training_state(path)
         state.load_state_dict(saved, path)
         state.restore_random_state(run.world.rank)
         run.logger.info(f"resumed {path} at epoch {state.epoch + 1}, step {state.step_in_epoch}")
         for change in changes(saved["config"], state.config):
             run.logger.info(f"changed since: {change}")
     elif config.MODEL.PRETRAINED:
-        load_weights(state.model, read_weights(config.MODEL.PRETRAINED), config.MODEL.PRETRAINED)
+        checkpoint = load_checkpoint(config.MODEL.PRETRAINED, config.MODEL.WEIGHTS)
+        load_pretrained(state.model, checkpoint, drop_head=config.MODEL.DROP_HEAD)
         if state.ema:
             state.ema.set(state.model)
         run.logger.info(f"starting from the weights in {config.MODEL.PRETRAINED}")
@@ -254,17 +249,18 @@ def save_last(run: Run, state: TrainState, epoch: int) -> None:
 
 
 def evaluate_file(run: Run, model: nn.Module) -> Results:
-    """The weights in MODEL.RESUME or MODEL.PRETRAINED, else in the newest checkpoint of the run's folder."""
+    """The weights, plain and EMA, in MODEL.RESUME or MODEL.PRETRAINED, else in the newest checkpoint of the folder."""
     path = run.config.MODEL.RESUME or run.config.MODEL.PRETRAINED or newest(run)
     if not path:
         raise UserError(f"nothing to evaluate: '{run.folder}' holds no checkpoint; name one with --resume")
     loader = build_eval_loader(run.config, rank=run.world.rank, world_size=run.world.size)
-    load_weights(model, read_weights(path), path)
-    results = evaluate(run, model, loader)
-    ema = read_ema_weights(path)
-    if ema:
-        load_weights(model, ema, path)
-        results |= {f"ema_{name}": value for name, value in evaluate(run, model, loader).items()}
+    chosen = run.config.MODEL.WEIGHTS
+    wanted = read_weights(path) if chosen == "auto" else {chosen: load_checkpoint(path, chosen)}
+    results = {}
+    for kind, checkpoint in wanted.items():
+        load_pretrained(model, checkpoint)
+        prefix = "ema_" if kind == "ema" and len(wanted) > 1 else ""
+        results |= {f"{prefix}{name}": value for name, value in evaluate(run, model, loader).items()}
     run.logger.info(f"{path}: {summary(results)}")
     return results
 

@@ -1,16 +1,16 @@
 """Checkpoints on disk: written beside the old one and renamed, read without running what they hold."""
 
 import os
-import pickle
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor, nn
 
 from vmamba.errors import UserError
+from vmamba.models.pretrained import local_file
+from vmamba.models.pretrained import read_file as read_checkpoint
 
 
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -44,74 +44,15 @@ def save_checkpoint(state: Any, path: str | Path) -> None:
     write_atomically(path, lambda file: torch.save(state.state_dict(), file))
 
 
-def read_checkpoint(path: str | Path) -> Any:
-    """What the file holds, tensors on the CPU; nothing pickled but tensors and plain Python values is unpacked.
-
-    Raises UserError, naming the file, when it is missing, truncated or holds anything else.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no checkpoint '{path}'; check the path")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "unsupported" not in str(error).lower():  # a global, an opcode
-            raise UserError(f"'{path}' is not a checkpoint of PyTorch, or a damaged one") from error
+def read_training_state(path_or_url: str | Path) -> dict[str, Any]:
+    """The state that `save_checkpoint` wrote of a run of ours.  Raises UserError for any other file."""
+    content = read_checkpoint(local_file(path_or_url))
+    if not isinstance(content, Mapping) or "steps_per_epoch" not in content:
         raise UserError(
-            f"'{path}' holds pickled objects besides tensors and plain values, and loading those would run their code; "
-            f"save its weights alone (a state dict) and load that"
-        ) from error
-    except PermissionError as error:
-        raise UserError(f"cannot read '{path}': {error.strerror}") from error
-    except Exception as error:  # bytes that are not a checkpoint fail in as many ways as there are bytes
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"'{path}' is truncated or not a checkpoint ({reason})") from error
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The plain weights in a checkpoint of ours, or a file that is a state dict itself."""
-    content = read_checkpoint(path)
-    weights = content.get("model", content) if isinstance(content, Mapping) else None
-    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"'{path}' holds no weights: neither a state dict nor one under 'model'")
-    return dict(weights)
-
-
-def read_ema_weights(path: str | Path) -> dict[str, Tensor] | None:
-    """The EMA weights in a checkpoint of ours, or None where there are none."""
-    content = read_checkpoint(path)
-    return content.get("model_ema") if isinstance(content, Mapping) else None
-
-
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
-    """Load a state dict whose names and shapes are exactly the model's.
-
-    Raises UserError, naming `source` and listing what is missing, unexpected or of another shape, and loads nothing.
-    """
-    own = model.state_dict()
-    shapes = {
-        name: f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own.keys() & weights.keys()
-        if weights[name].shape != own[name].shape
-    }
-    differences = [
-        _listed("missing", own.keys() - weights.keys()),
-        _listed("unexpected", weights.keys() - own.keys()),
-        _listed("of another shape", shapes.values()),
-    ]
-    if any(differences):
-        raise UserError(f"'{source}' is of another architecture: {'; '.join(filter(None, differences))}")
-    model.load_state_dict(weights)
-
-
-def _listed(kind: str, names: Iterable[str], most: int = 8) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{len(names)} {kind}: {', '.join(names[:most])}{more}" if names else ""
+            f"'{path_or_url}' cannot be resumed, it is not the state of a run of this program; start from its weights "
+            f"with --pretrained, or add --eval to evaluate them"
+        )
+    return dict(content)
 
 
 def newest_checkpoint(folder: str | Path) -> tuple[Path | None, list[str]]:

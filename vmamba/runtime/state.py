@@ -12,7 +12,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from vmamba.errors import UserError
-from vmamba.runtime.checkpoint import load_weights
+from vmamba.models.weights import load_weights
 from vmamba.runtime.distributed import gather
 from vmamba.runtime.optim import Schedule
 

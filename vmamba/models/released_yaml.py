@@ -1,0 +1,137 @@
+"""The released YAML files: their keys in ours.
+
+Keys that both have mean the same and pass.  The architecture, MODEL.VSSM there, becomes MODEL.NAME where it is one of
+our variants, else the nearest variant's name and MODEL.OPTIONS.
+"""
+
+import inspect
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from vmamba.errors import UserError, unknown
+from vmamba.models.released import options_from_released
+from vmamba.models.variants import VARIANTS
+from vmamba.models.vssm import VSSM
+
+logger = logging.getLogger("vmamba")
+Setting = tuple[str, Any, str]  # key, value, the file where it stands
+
+# Keys of MODEL.VSSM -> options of the released constructor.
+_VSSM = {
+    "EMBED_DIM": "dims",
+    "SSM_FORWARDTYPE": "forward_type",
+    "DOWNSAMPLE": "downsample_version",
+    "PATCHEMBED": "patchembed_version",
+} | {
+    name.upper(): name
+    for name in (
+        *("patch_size", "in_chans", "depths", "ssm_d_state", "ssm_ratio", "ssm_dt_rank", "ssm_act_layer", "ssm_conv"),
+        *("ssm_conv_bias", "ssm_drop_rate", "ssm_init", "mlp_ratio", "mlp_act_layer", "mlp_drop_rate", "gmlp"),
+        *("patch_norm", "norm_layer", "posembed"),
+    )
+}
+_DEFAULTS = {"dims": 96, "patchembed_version": "v2"}  # of the released config, where the constructor has others
+_NOT_ARCHITECTURE = ("num_classes", "in_chans", "img_size", "drop_path_rate")  # keys of their own in our config
+_PRECISION = "scan_float32"  # not architecture either: a named variant has its own
+_RENAMED = {
+    "MODEL.NAME": "NAME",  # the run's there
+    "AMP_ENABLE": "AMP.ENABLE",
+    "MODEL_EMA": "TRAIN.EMA.ENABLE",
+    "MODEL_EMA_DECAY": "TRAIN.EMA.DECAY",
+}
+_MEANINGLESS = (  # leftovers of Swin's and SimMIM's configs, which the original does not read
+    *("AMP_OPT_LEVEL", "ENABLE_AMP", "FUSED_LAYERNORM", "TRAINCOST_MODE", "DATA.MASK_PATCH_SIZE", "DATA.MASK_RATIO"),
+    *("MODEL.DROP_RATE", "MODEL.MMCKPT", "MODEL.VSSM.SSM_RANK_RATIO", "TEST.SEQUENTIAL", "TEST.SHUFFLE", "TRAIN.MOE"),
+    *("TRAIN.LAYER_DECAY", "TRAIN.LR_SCHEDULER.GAMMA", "TRAIN.LR_SCHEDULER.WARMUP_PREFIX"),
+)
+
+
+def from_released_config(settings: Iterable[Setting]) -> Iterator[Setting]:
+    """The settings of a config file in our keys; those of a file of ours as they are.
+
+    What the result is, and which keys say nothing here, is logged.
+    Raises UserError, naming the file, for a model or an option that is unknown or not supported.
+    """
+    settings = list(settings)
+    if not any(key.startswith(("MODEL.TYPE", "MODEL.VSSM")) for key, _, _ in settings):
+        return iter(settings)
+    return iter(_translate(settings))
+
+
+def _translate(settings: list[Setting]) -> list[Setting]:
+    vssm, ours, ignored = {}, {}, []
+    for key, value, source in settings:
+        if key == "MODEL.TYPE":
+            if value != "vssm":
+                raise UserError(f"{source}: MODEL.TYPE is '{value}'; of the released models this program has 'vssm'")
+        elif key == "MODEL.VSSM":
+            if not isinstance(value, Mapping):
+                raise UserError(f"{source}: MODEL.VSSM is {value!r}; expected a section of keys")
+            for name, option in value.items():
+                if f"{key}.{name}" in _MEANINGLESS:
+                    ignored.append(f"{key}.{name}")
+                elif name not in _VSSM:
+                    raise UserError(f"{source}: {unknown('key of MODEL.VSSM', str(name), _VSSM)}")
+                else:
+                    vssm[_VSSM[name]] = option
+        elif key in _MEANINGLESS:
+            ignored.append(key)
+        else:
+            ours[_RENAMED.get(key, key)] = (value, source)
+    source = settings[-1][2]
+    try:
+        options = options_from_released(_DEFAULTS | vssm)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    name, changes = _nearest_variant(options)
+    ours.setdefault("TRAIN.EMA.ENABLE", (name != "vmamba_tiny", source))  # the original's default, and that exception
+    architecture = {"MODEL.NAME": name} | {f"MODEL.OPTIONS.{option}": value for option, value in changes.items()}
+    if "in_chans" in vssm:
+        architecture["MODEL.IN_CHANS"] = options["in_chans"]
+    translated = [(key, value, source) for key, value in architecture.items()]
+    translated += [(key, value, source) for key, (value, source) in ours.items()]
+    # A warning, because a config is read before there is a log, and only warnings show then.
+    logger.warning(
+        f"{source} is a config of the original; in the keys of this program it is\n"
+        + yaml.safe_dump(_tree(translated), sort_keys=False, default_flow_style=None)
+        + (f"and these of its keys say nothing here: {', '.join(ignored)}" if ignored else "").rstrip()
+    )
+    return translated
+
+
+def _nearest_variant(options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The variant that differs from `options` in the fewest, and those of `options` that differ."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(VSSM).parameters.items()}
+    stages = len(options["depths"])
+    given = {name: _comparable(name, value, stages) for name, value in options.items() if name not in _NOT_ARCHITECTURE}
+    differing = {}
+    for variant, known in VARIANTS.items():
+        full = defaults | dict(known.options)
+        differing[variant] = {
+            name: value for name, value in given.items() if value != _comparable(name, full[name], len(full["depths"]))
+        }
+    for changes in differing.values():
+        if set(changes) == {_PRECISION}:
+            changes.clear()
+    name = min(differing, key=lambda name: len(differing[name]))
+    return name, differing[name]
+
+
+def _comparable(name: str, value: Any, stages: int) -> Any:
+    if name == "dims" and isinstance(value, int):
+        return [value * 2**i for i in range(stages)]
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def _tree(settings: Iterable[Setting]) -> dict:
+    tree: dict = {}
+    for key, value, _ in settings:
+        *sections, name = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = value
+    return tree
