@@ -20,10 +20,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: t
 
 
 def macros(dim: int, x: torch.dtype, out: torch.dtype) -> tuple[tuple[str, object], ...]:
-    """What layer_norm.cu is compiled with; N to SOFTPLUS only complete what it shares with the scans."""
-    shared = (("N", 1), ("R", 0), ("S", 1), ("P", "float"), ("Y", "float"), ("SOFTPLUS", 0))
+    """What layer_norm.cu is compiled with."""
     vec = next(v for v in (4, 2, 1) if dim % v == 0)
-    return *shared, ("X", TYPES[x]), ("G", TYPES[out]), ("DIM", dim), ("VEC", vec), ("WARPS", _WARPS)
+    return ("X", TYPES[x]), ("G", TYPES[out]), ("DIM", dim), ("VEC", vec), ("WARPS", _WARPS)
 
 
 def _kernels(x: Tensor, out: torch.dtype) -> Module:
