@@ -52,11 +52,10 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The blocks alone: (B, H, W, dim) -> (B, H, W, dim)."""
+        if not (self.grad_checkpointing and torch.is_grad_enabled()):
+            return self.blocks(x)
         for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            x = checkpoint(block, x, use_reentrant=False)
         return x
 
 
@@ -180,7 +179,7 @@ class VSSM(nn.Module):
         self.num_classes, self.in_chans, self.dims, self.patch_size = num_classes, in_chans, dims, patch_size
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [
-            dict(num_chs=dim, reduction=patch_size * 2**i, module=f"layers.{i}") for i, dim in enumerate(dims)
+            dict(num_chs=dim, reduction=patch_size * 2**i, module=f"layers.{i}.blocks") for i, dim in enumerate(dims)
         ]
         self.patch_embed = layers.patch_embed(
             patch_embed, in_chans, dims[0], patch_size, norm if patch_norm else nn.Identity
@@ -228,16 +227,7 @@ class VSSM(nn.Module):
 
     def _stem(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, H', W', dims[0])."""
-        if x.dim() != 4 or x.shape[1] != self.in_chans:
-            raise UserError(
-                f"images have shape {tuple(x.shape)}; this model takes (batch, {self.in_chans}, height, width)"
-            )
-        stem = self.patch_embed[0]
-        if min(x.shape[2:]) + 2 * stem.padding[0] < stem.kernel_size[0]:
-            raise UserError(
-                f"images are {x.shape[2]} x {x.shape[3]} pixels; this model's patches need at least "
-                f"{stem.kernel_size[0]} x {stem.kernel_size[0]}"
-            )
+        check_images(x, self.in_chans, self.patch_embed[0])
         x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
         if self.pos_embed is not None:
             x = x + resize_pos_embed(self.pos_embed, x.shape[1:3]).permute(0, 2, 3, 1)
@@ -247,15 +237,8 @@ class VSSM(nn.Module):
         """To the next stage's resolution; after the last stage x itself."""
         if stage.downsample is None:
             return x
-        if (
-            isinstance(stage.downsample, nn.Sequential)
-            and stage.downsample[1].padding[0] == 0
-            and min(x.shape[1:3]) < 2
-        ):
-            raise UserError(
-                f"a stage's features are {x.shape[1]} x {x.shape[2]}, too small to downsample by 2x2 convolution; "
-                f"use larger images or downsample='v3'"
-            )
+        if isinstance(stage.downsample, nn.Sequential) and stage.downsample[1].padding[0] == 0:
+            check_features(x)
         return stage.downsample(x)
 
     # ------------------------------------------------------------------------------------ what timm's models offer
@@ -346,6 +329,26 @@ class VSSM(nn.Module):
                 (r"^layers\.(\d+)\.downsample", MATCH_PREV_GROUP),
             ]
         return dict(stem=r"^patch_embed|^pos_embed", blocks=[*blocks, (r"^classifier\.norm", MATCH_PREV_GROUP)])
+
+
+def check_images(x: Tensor, in_chans: int, stem: nn.Conv2d) -> None:
+    """Raises UserError unless the images have `in_chans` channels and room for one patch."""
+    if x.dim() != 4 or x.shape[1] != in_chans:
+        raise UserError(f"images have shape {tuple(x.shape)}; this model takes (batch, {in_chans}, height, width)")
+    if min(x.shape[2:]) + 2 * stem.padding[0] < stem.kernel_size[0]:
+        raise UserError(
+            f"images are {x.shape[2]} x {x.shape[3]} pixels; this model's patches need at least "
+            f"{stem.kernel_size[0]} x {stem.kernel_size[0]}"
+        )
+
+
+def check_features(x: Tensor) -> None:
+    """Raises UserError when features (B, H, W, C) are too small for an unpadded 2x2 convolution."""
+    if min(x.shape[1:3]) < 2:
+        raise UserError(
+            f"a stage's features are {x.shape[1]} x {x.shape[2]}, too small to downsample by 2x2 convolution; "
+            f"use larger images or downsample='v3'"
+        )
 
 
 def resize_pos_embed(pos_embed: Tensor, size: Sequence[int]) -> Tensor:
