@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -31,17 +31,16 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: object
 
 
 def _grouped(kind: str, details: Mapping[str, str], most: int = 12) -> str:
-    """ "20 missing: layers.*.blocks.*.mlp.fc1.weight (10 keys), ..." """
+    """ "20 missing: layers.*.blocks.*.mlp.fc1.weight (10 keys), ..."; shapes are a stage's."""
     groups = defaultdict(list)
     for name, detail in sorted(details.items()):
-        groups[re.sub(r"\.\d+\.", ".*.", name)].append((name, detail))
-    lines = [_line(pattern, members) for pattern, members in groups.items()]
+        pattern = re.sub(r"(?<=blocks)\.\d+\." if detail else r"\.\d+\.", ".*.", name)
+        groups[pattern, detail].append(name)
+    lines = [_line(pattern, detail, names) for (pattern, detail), names in groups.items()]
     more = f" and {len(lines) - most} more groups" if len(lines) > most else ""
     return f"{len(details)} {kind}: {', '.join(lines[:most])}{more}" if details else ""
 
 
-def _line(pattern: str, members: list[tuple[str, str]]) -> str:
-    name, detail = members[0]
-    parts: Iterable[str] = (f"{len(members)} keys" if len(members) > 1 else "", detail)
-    described = "; ".join(filter(None, parts))
-    return (pattern if len(members) > 1 else name) + (f" ({described})" if described else "")
+def _line(pattern: str, detail: str, names: list[str]) -> str:
+    what = f"{pattern} ({len(names)} keys)" if len(names) > 1 else names[0]
+    return f"{what}: {detail}" if detail else what

@@ -1,0 +1,365 @@
+"""Files of weights of every origin, mismatches, and downloads from a loopback server that breaks off or lies."""
+
+import hashlib
+import logging
+import os
+import pickle
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from yacs.config import CfgNode
+
+import vmamba
+from vmamba.errors import UserError
+from vmamba.models import variants
+from vmamba.models.download import download
+from vmamba.models.pretrained import load_pretrained, read_file
+from vmamba.models.released import to_released
+from vmamba.models.vssm import resize_pos_embed
+
+SMALL = dict(dims=8, depths=(1, 2), num_classes=5, img_size=32)
+
+
+def model(seed=0, **options):
+    torch.manual_seed(seed)
+    return vmamba.create_model("vmamba_tiny", **SMALL | options).eval()
+
+
+@pytest.fixture
+def said(caplog):
+    caplog.set_level(logging.INFO, logger="vmamba")
+    logging.getLogger("vmamba").propagate = True
+    return lambda: caplog.text
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return model().state_dict()
+
+
+@pytest.fixture(scope="module")
+def averaged():
+    return model(1).state_dict()
+
+
+@pytest.fixture
+def released(tmp_path, plain, averaged):
+    """A file as the original writes it, in the spelling of January, with a real yacs config in it."""
+    config = CfgNode({"MODEL": {"TYPE": "vssm", "VSSM": {"DEPTHS": [1, 2]}}, "TRAIN": {"OPTIMIZER": {"BETAS": (0, 1)}}})
+    config.freeze()
+    content = {
+        "model": to_released(model(), january=True),
+        "model_ema": to_released(model(1), january=True),
+        "optimizer": {"state": {0: {"step": torch.zeros(1)}}, "param_groups": [{"lr": 1e-3}]},
+        "lr_scheduler": {"t_initial": 3},
+        "scaler": {"scale": 65536.0},
+        "epoch": 262,
+        "max_accuracy": 82.1,
+        "max_accuray_ema": 82.5,
+        "config": config,
+    }
+    torch.save(content, tmp_path / "released.pth")
+    return tmp_path / "released.pth"
+
+
+@pytest.mark.parametrize(
+    ("weights", "source", "accuracy"),
+    [("auto", "model_ema", 82.5), ("ema", "model_ema", 82.5), ("model", "model", 82.1)],
+)
+def test_a_released_file(released, plain, averaged, said, weights, source, accuracy):
+    checkpoint = vmamba.load_checkpoint(released, weights)
+    assert same(checkpoint.state_dict, plain if source == "model" else averaged)
+    assert (checkpoint.source, checkpoint.accuracy) == (source, accuracy)
+    assert checkpoint.metadata == {"epoch": 262, "max_accuracy": 82.1, "max_accuracy_ema": 82.5}
+    assert checkpoint.config["MODEL"] == {"TYPE": "vssm", "VSSM": {"DEPTHS": [1, 2]}}
+    nodes = [checkpoint.config, checkpoint.config["MODEL"], checkpoint.config["TRAIN"]["OPTIMIZER"]]
+    assert [type(node) for node in nodes] == [dict] * 3
+    assert f"taking the weights '{source}' (epoch 262, {accuracy:.2f}% top-1), not '" in said()
+
+
+def test_a_released_file_without_averaged_weights(released, plain, said):
+    content = read_file(released)
+    del content["model_ema"], content["max_accuray_ema"]
+    torch.save(content, released)
+    assert same(vmamba.load_checkpoint(released).state_dict, plain)
+    assert "taking the weights 'model' (epoch 262, 82.10% top-1)\n" in said()
+    with pytest.raises(UserError, match=r"released\.pth' has no weights 'ema', only 'model'"):
+        vmamba.load_checkpoint(released, "ema")
+    with pytest.raises(UserError, match="unknown weights 'emma'; did you mean 'ema'?"):
+        vmamba.load_checkpoint(released, "emma")
+
+
+def test_reading_a_config_allows_nothing_afterwards(released):
+    before = torch.serialization.get_safe_globals()
+    vmamba.load_checkpoint(released)
+    assert torch.serialization.get_safe_globals() == before
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(released, weights_only=True)
+
+
+def test_code_beside_the_config_is_refused_and_does_not_run(tmp_path, plain):
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "attacked"),)
+
+    config = CfgNode()
+    config["TAG"] = Attack()
+    torch.save({"model": plain, "config": config}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match=r"evil\.pth' holds pickled objects"):
+        vmamba.load_checkpoint(tmp_path / "evil.pth")
+    assert not (tmp_path / "attacked").exists()
+
+
+def test_a_detectors_file_gives_its_backbone(tmp_path, plain, said):
+    backbone = {name: weight for name, weight in plain.items() if not name.startswith("classifier.")}
+    backbone |= {f"outnorm{i}.{name}": torch.ones(8 * 2**i) for i in range(2) for name in ("weight", "bias")}
+    heads = {"neck.lateral.weight": torch.ones(1), "rpn_head.a": torch.ones(1), "rpn_head.b": torch.ones(1)}
+    state_dict = {f"backbone.{name}": weight for name, weight in backbone.items()} | heads
+    torch.save({"meta": {"epoch": 12, "CLASSES": ("a", "b")}, "state_dict": state_dict}, tmp_path / "det.pth")
+    checkpoint = vmamba.load_checkpoint(tmp_path / "det.pth")
+    assert checkpoint.source == "state_dict" and same(checkpoint.state_dict, backbone)
+    assert "taking the backbone, ignoring neck (1 keys), rpn_head (2 keys)" in said()
+
+    target = model(2)
+    with pytest.raises(UserError, match=r"4 missing: classifier.*; 4 unexpected: outnorm0\.bias"):
+        load_pretrained(target, checkpoint)
+    load_pretrained(target, checkpoint, drop_head=True)
+    assert same(target.state_dict(), model(2).state_dict() | {n: w for n, w in plain.items() if n in backbone})
+    assert "ignored the norms of the outputs; the model's head of 5 classes starts at random" in said()
+
+
+@pytest.mark.parametrize("name", ["plain.pth", "plain.safetensors", "wrapped.pth"])
+def test_state_dicts(tmp_path, plain, name):
+    weights = {f"module.{key}": weight for key, weight in plain.items()} if name == "wrapped.pth" else plain
+    (save_file if name.endswith(".safetensors") else torch.save)(weights, tmp_path / name)
+    checkpoint = vmamba.load_checkpoint(str(tmp_path / name))
+    assert same(checkpoint.state_dict, plain)
+    assert (checkpoint.source, checkpoint.metadata, checkpoint.config) == ("", {}, {})
+
+
+@pytest.mark.parametrize("content", [{"epoch": 1}, {}, [1, 2], {"model": {"weight": "none"}}])
+def test_a_file_without_weights_is_named(tmp_path, content):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"other\.pth' holds"):
+        vmamba.load_checkpoint(tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "half", "text"])
+@pytest.mark.parametrize("name", ["released.pth", "weights.safetensors"])
+def test_damaged_files_are_named(tmp_path, released, plain, damage, name):
+    path = tmp_path / name
+    if name != released.name:
+        save_file(plain, path)
+    data = {"empty": b"", "half": path.read_bytes()[: path.stat().st_size // 2], "text": b"version https://git-lfs"}
+    path.unlink() if damage == "missing" else path.write_bytes(data[damage])
+    with pytest.raises(UserError, match=rf"'.*{name}'") as error:
+        vmamba.load_checkpoint(path)
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------- into a model
+
+
+def test_a_mismatch_is_listed_in_groups_and_loads_nothing(released):
+    target = model(2, d_state=1, mlp_ratio=4.0)
+    before = {name: weight.clone() for name, weight in target.state_dict().items()}
+    with pytest.raises(UserError, match=r"released\.pth' is of another architecture") as error:
+        load_pretrained(target, vmamba.load_checkpoint(released))
+    for part in (
+        "18 missing: layers.*.blocks.*.mlp.fc1.bias (3 keys), ",
+        "layers.1.blocks.*.op.A_logs (2 keys): file (128, 16), model (128, 1)",
+        "layers.0.blocks.0.op.A_logs: file (64, 16), model (64, 1)",
+    ):
+        assert part in str(error.value)
+    assert same(target.state_dict(), before)
+
+
+def test_a_head_is_dropped_only_when_asked_for(released, averaged, said):
+    checkpoint = vmamba.load_checkpoint(released)
+    target = model(2, num_classes=7)
+    with pytest.raises(UserError, match=r"head\.weight: file \(5, 16\), model \(7, 16\); for a new.*7.*5.*--drop-head"):
+        load_pretrained(target, checkpoint)
+    load_pretrained(target, checkpoint, drop_head=True)
+    assert "dropped the head of 5 classes; the model's head of 7 classes starts at random" in said()
+    fresh = {name: weight for name, weight in model(2, num_classes=7).state_dict().items() if ".head." in name}
+    assert same(target.state_dict(), averaged | fresh)
+    with pytest.raises(UserError, match="of another architecture"):  # the head, and nothing else
+        load_pretrained(model(2, num_classes=7, dims=16), checkpoint, drop_head=True)
+
+
+def test_a_position_map_is_resized(tmp_path, said):
+    small = model(pos_embed=True)
+    torch.save({"model": small.state_dict()}, tmp_path / "small.pth")
+    large = model(1, pos_embed=True, img_size=(48, 64))
+    load_pretrained(large, vmamba.load_checkpoint(tmp_path / "small.pth"))
+    assert torch.equal(large.pos_embed, resize_pos_embed(small.pos_embed, (12, 16)))
+    assert "resized the position map from (8, 8) to (12, 16)" in said()
+
+
+# ------------------------------------------------------------------------------------------- downloads
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty cache of torch hub."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    return tmp_path / "hub" / "checkpoints"
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `content` at /w.pth, at most `most` bytes an answer; notes the first byte of each."""
+
+    content, most, validator, starts = b"", 2**40, '"one"', ()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/w.pth"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        server: Server = self.server
+        if self.path != "/w.pth":
+            return self.send_error(404)
+        asked = self.headers.get("Range", "bytes=0-")
+        changed = self.headers.get("If-Range", server.validator) != server.validator
+        start = 0 if changed else int(asked.removeprefix("bytes=").removesuffix("-"))
+        server.starts += (start,)
+        if start >= len(server.content):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(server.content)}")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        self.send_response(206 if start else 200)
+        self.send_header("ETag", server.validator)
+        self.send_header("Content-Length", str(len(server.content) - start))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(server.content) - 1}/{len(server.content)}")
+        self.end_headers()
+        self.wfile.write(server.content[start : start + server.most])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(released):
+    with Server(("127.0.0.1", 0), Handler) as server:
+        server.content = released.read_bytes()
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join(10)
+
+
+@pytest.fixture
+def variant(monkeypatch, server):
+    """ "vmamba_tiny", its weights at the server's."""
+    entry = replace(variants.VARIANTS["vmamba_tiny"], weights=server.url, sha256=digest(server.content))
+    monkeypatch.setitem(variants.VARIANTS, "vmamba_tiny", entry)
+
+
+def digest(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def test_a_name_with_its_weights(hub, server, variant, averaged, said):
+    for _ in range(2):  # the second time from the cache
+        target = vmamba.create_model("vmamba_tiny", pretrained=True, **SMALL)
+        assert not same(target.state_dict(), averaged)  # another number of classes than 1000: a new head
+        kept = {name for name in averaged if ".head." not in name}
+        assert all(torch.equal(target.state_dict()[name], averaged[name]) for name in kept)
+    assert server.starts == (0,)
+    for part in (
+        f"downloading {server.url}",
+        "has the SHA-256 expected",
+        "downloaded earlier",
+        "dropped the head of 5",
+    ):
+        assert part in said()
+
+
+def test_names_with_weights():
+    names = vmamba.list_models(pretrained=True)
+    assert names == [name for name in vmamba.list_models() if not name.endswith(("_m2", "_digits"))]
+    for name in names:
+        assert variants.VARIANTS[name].weights.startswith("https://github.com/MzeroMiko/VMamba/releases/download/%23v")
+    with pytest.raises(UserError, match="'vmamba_digits' has no released weights; these have: vmamba_tiny, "):
+        vmamba.create_model("vmamba_digits", pretrained=True)
+
+
+def test_an_address_is_read_like_a_file(hub, server, averaged):
+    assert same(vmamba.load_checkpoint(server.url).state_dict, averaged)
+    assert (hub / "w.pth").read_bytes() == server.content
+
+
+def test_a_broken_download_goes_on_where_it_broke_off(hub, server):
+    server.most = len(server.content) // 3
+    assert download(server.url, digest(server.content)).read_bytes() == server.content
+    third = server.most
+    assert server.starts[:3] == (0, third, 2 * third)
+
+
+def test_a_part_of_an_earlier_call_is_completed_or_replaced_when_the_file_changed(hub, server):
+    server.most, whole = 1000, server.content
+    server.content = whole[:1000]
+    download(server.url)
+    (hub / "w.pth").rename(hub / "w.pth.part")
+    server.content, server.most, server.starts = whole, 2**40, ()
+    assert download(server.url).read_bytes() == whole
+    assert server.starts == (1000,)
+    (hub / "w.pth").rename(hub / "w.pth.part")
+    os.truncate(hub / "w.pth.part", 1000)
+    server.content, server.validator, server.starts = whole[::-1], '"two"', ()
+    assert download(server.url).read_bytes() == whole[::-1]
+    assert server.starts == (0,)
+
+
+def test_a_download_that_was_complete_but_for_its_name(hub, server):
+    download(server.url)
+    (hub / "w.pth").rename(hub / "w.pth.part")
+    assert download(server.url).read_bytes() == server.content
+
+
+def test_a_download_that_brings_nothing_more_ends_with_a_sentence(hub, server, monkeypatch):
+    monkeypatch.setattr(Server, "most", 0)
+    with pytest.raises(UserError, match=rf"broke off after 0 of {len(server.content)} bytes; try again.*hub/checkp"):
+        download(server.url)
+    assert not (hub / "w.pth").exists()
+
+
+def test_a_wrong_hash_is_never_loaded(hub, server, variant, monkeypatch):
+    server.content = server.content[::-1]
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"w\.pth.*' has SHA-256 \w+ and not \w+, .*delete it"):
+            vmamba.create_model("vmamba_tiny", pretrained=True, **SMALL)
+    assert not (hub / "w.pth").exists()
+
+
+def test_a_missing_file_and_no_network_say_what_to_put_where(hub, server):
+    place = rf"put it at '{hub}/"
+    with pytest.raises(UserError, match=rf"/gone\.pth answers 404 .*{place}gone\.pth'"):
+        download(server.url.replace("w.pth", "gone.pth"))
+    closed = Server(("127.0.0.1", 0), Handler)
+    closed.server_close()
+    with pytest.raises(UserError, match=rf"cannot be downloaded \(.*refused.*{place}w\.pth'"):
+        download(closed.url)
+    assert [path.name for path in Path(hub).iterdir()] == []
+
+
+def test_two_addresses_do_not_share_a_file(hub, server):
+    download(server.url)
+    with pytest.raises(UserError, match="was downloaded from"):
+        download(server.url.replace("127.0.0.1", "localhost"))
+    (hub / "hand.pth").write_bytes(b"put there by hand")
+    assert download("http://127.0.0.1:9/hand.pth").read_bytes() == b"put there by hand"
