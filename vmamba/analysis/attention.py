@@ -16,7 +16,6 @@ import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
-from matplotlib.patheffects import withStroke
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -241,9 +240,7 @@ def _channels(names: Sequence[str]) -> list[int] | None:
     return [int(name) for name in names]
 
 
-_QUERY = dict(
-    marker="o", markersize=5, markerfacecolor="none", markeredgecolor="white", path_effects=[withStroke(linewidth=3)]
-)
+_QUERY = dict(marker="o", markersize=6, markerfacecolor="#D55E00", markeredgecolor="white", markeredgewidth=1.2)
 
 
 def _draw_row(row: Sequence[Axes], shown: Tensor, found: Maps, label: str, **colours: object) -> None:

@@ -116,20 +116,23 @@ def square_areas(field: Tensor, shares: Sequence[float] = SHARES) -> list[tuple[
     return [(pixels[radius].item() / (height * width), 2 * radius + 1) for radius in radii]
 
 
-def plot(columns: Sequence[Sequence[tuple[zoo.Subject, Tensor]]], path: Path) -> None:
-    """A column a model: with random weights above, with given ones below.  Every map is in units of its maximum."""
-    rows = max(map(len, columns))
+def plot(models: Sequence[Sequence[tuple[zoo.Subject, Tensor]]], path: Path) -> None:
+    """The maps of models before training in a row, or, where some are trained, a row a model with the trained beside.
+
+    Every map is in units of its maximum.
+    """
+    rows = [[maps[0] for maps in models]] if all(len(maps) == 1 for maps in models) else models
+    columns = max(map(len, rows))
     with rc_context(STYLE):
-        figure = new_figure(2.2 * len(columns) + 0.7, 2.6 * rows)
-        grid = figure.subplots(rows, len(columns), squeeze=False)
-        for column, axes_of_column in zip(columns, grid.T, strict=True):
-            for axes in axes_of_column:
-                axes.set_axis_off()
-            for (subject, field), axes in zip(column, axes_of_column, strict=False):
+        figure = new_figure(2.2 * columns + 0.7, 2.6 * len(rows))
+        grid = figure.subplots(len(rows), columns, squeeze=False)
+        for axes in grid.flat:
+            axes.set_axis_off()
+        for row, axes_of_row in zip(rows, grid, strict=True):
+            for (subject, field), axes in zip(row, axes_of_row, strict=False):
                 shown = (field / field.max()).clamp(min=10.0**-DECADES)
-                mesh = axes.imshow(
-                    shown.numpy(), norm=LogNorm(10.0**-DECADES, 1), cmap="viridis", interpolation="nearest"
-                )
+                norm = LogNorm(10.0**-DECADES, 1)
+                mesh = axes.imshow(shown.numpy(), norm=norm, cmap="viridis", interpolation="nearest")
                 axes.set_title("\n".join([subject.name, *subject.weights.split(", ")]), fontsize=7)
         figure.colorbar(mesh, ax=grid, label="contribution / maximum", fraction=0.03)
         save_figure(figure, path)

@@ -77,4 +77,5 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
             axes.set(xlabel="image side (pixels)", ylabel=panel, ylim=(0, None))
             axes.grid(alpha=0.3)
             axes.legend(fontsize=7)
+        figure.supxlabel("costs are those of the architecture, whatever its weights", fontsize=7)
         save_figure(figure, path)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.models import load_checkpoint
+from timm.models import load_checkpoint as load_timm
 from torch import nn
 from yacs.config import CfgNode
 
 from vmamba.errors import UserError, unknown
+from vmamba.models.pretrained import Checkpoint, load_checkpoint, load_pretrained
 from vmamba.models.variants import build_model, create_model, list_models
-from vmamba.runtime.checkpoint import load_weights, read_checkpoint, read_weights
 
 UNTRAINED = "random weights, not trained on ImageNet"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of a channel
@@ -54,7 +54,7 @@ def create(name: str, size: int, weights: str | Path | None = None, backend: str
 def create_untrained(name: str, size: int, weights: str | Path | None) -> Subject:
     """The model that `weights` belongs to with random weights, always the same ones.  Raises UserError as `create`."""
     torch.manual_seed(0)
-    config = _config(weights) if weights and name in list_models() else None
+    config = _config(load_checkpoint(weights)) if weights and name in list_models() else None
     if config is None:
         return create(name, size)
     subject = _of_run(name, "auto", config, weights)
@@ -84,20 +84,23 @@ def choose_device(name: str) -> torch.device:
 def _ours(name: str, size: int, weights: str | Path | None, backend: str) -> Subject:
     if weights is None:
         return Subject(name, create_model(name, img_size=size, backend=backend), UNTRAINED)
-    config = _config(weights)
+    checkpoint = load_checkpoint(weights)
+    config = _config(checkpoint)
     if config is None:
-        subject = Subject(name, create_model(name, img_size=size, backend=backend), f"weights {Path(weights).name}")
+        head = checkpoint.state_dict.get("classifier.head.weight")
+        options = {} if head is None else {"num_classes": len(head)}
+        model = create_model(name, img_size=size, backend=backend, **options)
+        subject = Subject(name, model, f"weights {checkpoint.path.name}")
     else:
         subject = _of_run(name, backend, config, weights)
-    load_weights(subject.model, read_weights(weights), weights)
+    load_pretrained(subject.model, checkpoint)
     return subject
 
 
-def _config(weights: str | Path) -> CfgNode | None:
+def _config(checkpoint: Checkpoint) -> CfgNode | None:
     """The config in a checkpoint of one of our runs; None in another file."""
-    config = read_checkpoint(weights).get("config")
-    ours = isinstance(config, dict) and "NAME" in config.get("MODEL", {})
-    return CfgNode(config) if ours else None
+    ours = checkpoint.config.get("MODEL", {}).get("NAME") in list_models()
+    return CfgNode(checkpoint.config) if ours else None
 
 
 def _of_run(name: str, backend: str, config: CfgNode, weights: str | Path) -> Subject:
@@ -119,7 +122,7 @@ def _timm(name: str, size: int, weights: str | Path | None) -> Subject:
     if label is None:
         label = f"weights {Path(weights).name}"
         try:
-            load_checkpoint(model, str(weights))
+            load_timm(model, str(weights))
         except (OSError, RuntimeError) as error:
             raise UserError(f"cannot load '{weights}' into {name}: {str(error).splitlines()[0]}") from error
     return Subject(name, model, label, mean=settings.mean, std=settings.std)
