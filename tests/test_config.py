@@ -7,6 +7,7 @@ import pytest
 
 from vmamba.config import argument_parser, config_from_args, get_config, output_folder, save_config
 from vmamba.errors import UserError
+from vmamba.models.variants import VARIANTS, build_model, create_model
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -125,8 +126,8 @@ def test_a_missing_file_names_the_nearest(tmp_path, monkeypatch):
 
 def test_every_flag_sets_its_key():
     config = parse(
-        "--cfg configs/vmamba_tiny.yaml --batch-size 4 --data-path 12 --zip --cache-mode full --pretrained p --resume r"
-        " --accumulation-steps 2 --use-checkpoint --disable-amp --output o --tag 5 --eval --throughput --optim sgd"
+        "--cfg configs/vmamba_tiny.yaml --batch-size 4 --data-path 12 --zip --cache-mode full --pretrained p --drop-head"
+        " --resume r --accumulation-steps 2 --use-checkpoint --disable-amp --output o --tag 5 --eval --throughput --optim sgd"
         " --model-ema --model-ema-decay 0.5 --local-rank 1 --opts TRAIN.EPOCHS 3 --opts SEED 4 DATA.BATCH_SIZE 9"
     )
     assert (config.DATA.BATCH_SIZE, config.DATA.DATA_PATH, config.DATA.ZIP_MODE) == (4, "12", True)
@@ -134,7 +135,7 @@ def test_every_flag_sets_its_key():
     assert (config.TRAIN.ACCUMULATION_STEPS, config.TRAIN.USE_CHECKPOINT, config.AMP.ENABLE) == (2, True, False)
     assert (config.OUTPUT, config.TAG, config.EVAL_MODE, config.THROUGHPUT_MODE) == ("o", "5", True, True)
     assert (config.TRAIN.OPTIMIZER.NAME, config.TRAIN.EMA.ENABLE, config.TRAIN.EMA.DECAY) == ("sgd", True, 0.5)
-    assert (config.TRAIN.EPOCHS, config.SEED) == (3, 4)
+    assert (config.TRAIN.EPOCHS, config.SEED, config.MODEL.DROP_HEAD) == (3, 4, True)
     assert parse("--cfg configs/vmamba_tiny.yaml") == get_config("configs/vmamba_tiny.yaml")
 
 
@@ -207,3 +208,77 @@ def test_the_recipe_on_imagenet():
             "bicubic",
             0.1,
         )
+
+
+# ------------------------------------------------------------------------------------------- the original's files
+
+ONE_STATE = "SSM_D_STATE: 1, SSM_CONV_BIAS: false, SSM_FORWARDTYPE: v05_noz, DOWNSAMPLE: v3, PATCHEMBED: v2"
+LATER = f"{ONE_STATE}, SSM_DT_RANK: auto, SSM_CONV: 3, MLP_RATIO: 4.0, NORM_LAYER: ln2d"
+JANUARY = "SSM_D_STATE: 16, SSM_RATIO: 2.0, SSM_FORWARDTYPE: v0, MLP_RATIO: 0.0, DOWNSAMPLE: v1, PATCHEMBED: v1"
+MAMBA2 = f"{LATER.replace('1, SSM_CONV_B', '64, SSM_CONV_B').replace('v05', 'm0')}, SSM_INIT: v2, SSM_ACT_LAYER: gelu"
+
+
+def released(path, vssm, more=""):
+    return write(path, f"MODEL: {{TYPE: vssm, NAME: its_name, DROP_PATH_RATE: 0.6, VSSM: {{{vssm}}}}}\n{more}\n")
+
+
+@pytest.mark.parametrize(
+    ("vssm", "name"),
+    [
+        (f"EMBED_DIM: 96, DEPTHS: [2, 2, 9, 2], {JANUARY}", "vmamba_tiny"),
+        (f"EMBED_DIM: 128, DEPTHS: [2, 2, 27, 2], {JANUARY}", "vmamba_base"),
+        (f"EMBED_DIM: 96, DEPTHS: [2, 2, 5, 2], SSM_RATIO: 2.0, {LATER}", "vmamba_tiny_s2l5"),
+        (f"EMBED_DIM: 128, DEPTHS: [2, 2, 15, 2], SSM_RATIO: 2.0, {LATER}", "vmamba_base_s2l15"),
+        (f"EMBED_DIM: 96, DEPTHS: [2, 2, 8, 2], SSM_RATIO: 1.0, {LATER}", "vmamba_tiny_s1l8"),
+        (f"EMBED_DIM: 128, DEPTHS: [2, 2, 20, 2], SSM_RATIO: 1.0, {LATER}", "vmamba_base_s1l20"),
+        (f"EMBED_DIM: 96, DEPTHS: [2, 2, 4, 2], SSM_RATIO: 1.0, {MAMBA2}", "vmamba_tiny_m2"),
+    ],
+)
+def test_a_released_file_names_our_variant(tmp_path, caplog, vssm, name):
+    caplog.set_level("INFO", logger="vmamba")
+    config = get_config(released(tmp_path / "x.yaml", vssm, "TRAIN: {BASE_LR: 0.002}\nAMP_OPT_LEVEL: O1\nBASE: ['']"))
+    assert (name, {}, "its_name") == (config.MODEL.NAME, config.MODEL.OPTIONS, config.NAME)
+    assert (config.MODEL.DROP_PATH_RATE, config.TRAIN.BASE_LR) == (0.6, 0.002)
+    assert config.TRAIN.EMA.ENABLE is (name != "vmamba_tiny")  # as the released runs
+    assert f"NAME: {name}" in caplog.text and "AMP_OPT_LEVEL" in caplog.text
+
+
+def test_another_architecture_is_a_variant_and_options(tmp_path):
+    write(tmp_path / "base.yaml", f"MODEL: {{TYPE: vssm, VSSM: {{{LATER}, SSM_RATIO: 1.0, EMBED_DIM: 8}}}}")
+    more = "BASE: base.yaml\nDATA: {IMG_SIZE: 64, MASK_RATIO: 0.6}\nAMP_ENABLE: false"
+    file = released(
+        tmp_path / "x.yaml", "DEPTHS: [1, 2], GMLP: true, IN_CHANS: 1, NORM_LAYER: bn, POSEMBED: true", more
+    )
+    config = get_config(file)
+    model = build_model(config)
+    ours = dict(dims=8, depths=(1, 2), gated_mlp=True, in_chans=1, norm_layer="bn", pos_embed=True, img_size=64)
+    expected = create_model("vmamba_tiny_s1l8", **ours).state_dict()
+    assert {key: value.shape for key, value in model.state_dict().items()} == {k: v.shape for k, v in expected.items()}
+    assert "gated_mlp" in config.MODEL.OPTIONS and "ssm_ratio" not in config.MODEL.OPTIONS
+    assert config.MODEL.IN_CHANS == 1 and not config.AMP.ENABLE
+    save_config(config, tmp_path / "ours.yaml")
+    assert get_config(tmp_path / "ours.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("MODEL: {TYPE: swin}", "x.yaml: MODEL.TYPE is 'swin'"),
+        ("MODEL: {TYPE: vssm, VSSM: {SSM_DSTATE: 1}}", "x.yaml: .*'SSM_DSTATE'; did you mean 'SSM_D_STATE'?"),
+        ("MODEL: {TYPE: vssm, VSSM: {SSM_FORWARDTYPE: v052dc}}", "x.yaml: forward_type 'v052dc'"),
+        ("MODEL: {TYPE: vssm, VSSM: {SSM_FORWARDTYPE: xv1a}}", "x.yaml: forward_type 'xv1a'"),
+        ("MODEL: {TYPE: vssm, VSSM: {SSM_FORWARDTYPE: 3}}", "x.yaml: .*SSM_FORWARDTYPE is 3"),
+        ("MODEL: {TYPE: vssm, VSSM: {DEPTHS: 3}}", "x.yaml: .*DEPTHS is 3"),
+        ("MODEL: {TYPE: vssm, VSSM: 3}", "MODEL.VSSM is 3"),
+        ("MODEL: {TYPE: vssm}\nTRAIN: {EPOCH: 3}", "x.yaml: unknown config key 'TRAIN.EPOCH'"),
+    ],
+)
+def test_what_a_mistake_in_a_released_file_says(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        get_config(write(tmp_path / "x.yaml", text))
+
+
+def test_the_example_of_fine_tuning_starts_from_released_weights_with_a_new_head():
+    config = get_config(CONFIGS / "finetune_example.yaml")
+    assert VARIANTS[config.MODEL.NAME].weights == config.MODEL.PRETRAINED
+    assert config.MODEL.DROP_HEAD and config.MODEL.NUM_CLASSES != 1000 and config.DATA.IMG_SIZE != 224

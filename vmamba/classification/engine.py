@@ -249,12 +249,16 @@ def save_last(run: Run, state: TrainState, epoch: int) -> None:
 
 
 def evaluate_file(run: Run, model: nn.Module) -> Results:
-    """The weights, plain and EMA, in MODEL.RESUME or MODEL.PRETRAINED, else in the newest checkpoint of the folder."""
-    path = run.config.MODEL.RESUME or run.config.MODEL.PRETRAINED or newest(run)
+    """The weights, plain and EMA, in MODEL.RESUME or MODEL.PRETRAINED, else in the newest checkpoint of the folder.
+
+    Weights to start from with a new head (DROP_HEAD) are not a model that could be evaluated.
+    """
+    settings = run.config.MODEL
+    path = settings.RESUME or (settings.PRETRAINED if not settings.DROP_HEAD else "") or newest(run)
     if not path:
         raise UserError(f"nothing to evaluate: '{run.folder}' holds no checkpoint; name one with --resume")
     loader = build_eval_loader(run.config, rank=run.world.rank, world_size=run.world.size)
-    chosen = run.config.MODEL.WEIGHTS
+    chosen = settings.WEIGHTS
     wanted = read_weights(path) if chosen == "auto" else {chosen: load_checkpoint(path, chosen)}
     results = {}
     for kind, checkpoint in wanted.items():

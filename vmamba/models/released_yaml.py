@@ -33,6 +33,7 @@ _VSSM = {
         *("patch_norm", "norm_layer", "posembed"),
     )
 }
+_KINDS = {"SSM_FORWARDTYPE": str, "DEPTHS": list}  # those that are taken apart here; the model checks the others
 _DEFAULTS = {"dims": 96, "patchembed_version": "v2"}  # of the released config, where the constructor has others
 _NOT_ARCHITECTURE = ("num_classes", "in_chans", "img_size", "drop_path_rate")  # keys of their own in our config
 _PRECISION = "scan_float32"  # not architecture either: a named variant has its own
@@ -75,6 +76,8 @@ def _translate(settings: list[Setting]) -> list[Setting]:
                     ignored.append(f"{key}.{name}")
                 elif name not in _VSSM:
                     raise UserError(f"{source}: {unknown('key of MODEL.VSSM', str(name), _VSSM)}")
+                elif not isinstance(option, _KINDS.get(name, object)):
+                    raise UserError(f"{source}: {key}.{name} is {option!r}; expected a {_KINDS[name].__name__}")
                 else:
                     vssm[_VSSM[name]] = option
         elif key in _MEANINGLESS:
