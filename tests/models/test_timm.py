@@ -73,6 +73,7 @@ def test_timm_builds_the_same_model_as_we_do(name):
     [
         (dict(feature_only=True), "unknown model option 'feature_only'; did you mean 'features_only'?"),
         (dict(drop_path=0.1), "unknown model option 'drop_path'; did you mean 'drop_path_rate'?"),
+        (dict(feature_cfg={}), "unknown model option 'feature_cfg'"),
         (dict(out_indices=(1,)), "unknown model option 'out_indices'"),
         (dict(global_pool="max"), "unknown global_pool 'max'"),
     ],
@@ -356,14 +357,14 @@ def test_timm_checkpoint_path(tmp_path):
 @pytest.mark.parametrize("safe", [True, False])
 def test_saved_for_hugging_face_and_back_from_the_folder(name, safe, tmp_path):
     pytest.importorskip("huggingface_hub")
+    if not hasattr(timm.models._hub, "load_model_config_from_path"):
+        pytest.skip("this timm does not load from local folders")
     model = small(name, num_classes=5, in_chans=1).eval()
     model.reset_classifier(6)
     options = dict(depths=(1,) * 4, dims=16)
     timm.models.save_for_hf(model, tmp_path, model_args=options, safe_serialization=safe)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architecture"] == name and config["num_classes"] == 6 and config["num_features"] == 128
-    if not hasattr(timm.models._hub, "load_model_config_from_path"):
-        pytest.skip("this timm does not load from local folders")
     back = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=1, num_classes=6).eval()
     assert_same_weights(back.state_dict(), model.state_dict())
     features = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=1, features_only=True).eval()

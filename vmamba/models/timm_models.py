@@ -6,7 +6,6 @@ complaint whatever it finds once the number of classes differs.
 
 import inspect
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -25,6 +24,7 @@ from torch import Tensor
 from vmamba.errors import unknown
 from vmamba.models.download import download
 from vmamba.models.layers import LayerNorm
+from vmamba.models.pretrained import PICKLED
 from vmamba.models.released import keys_from_released
 from vmamba.models.ss2d import Mixer2D
 from vmamba.models.variants import VARIANTS, Variant, create_model
@@ -38,7 +38,7 @@ TIMM_OPTIONS = {"features_only", "out_indices", "feature_cls"} | {
     name
     for name, parameter in inspect.signature(build_model_with_cfg).parameters.items()
     if parameter.kind is not parameter.VAR_KEYWORD
-}
+} - {"model_cls", "variant", "model_cfg", "feature_cfg", "pretrained_filter_fn"}
 
 # torch.fx takes these whole: what they do depends on sizes or on autocast.
 for module in (Mixer2D, LayerNorm):
@@ -59,7 +59,6 @@ def _cfg(variant: Variant) -> dict[str, Any]:
         interpolation="bicubic",
         first_conv=FIRST_CONV,
         classifier=CLASSIFIER,
-        license="mit" if variant.weights else None,
         paper_ids="arXiv:2401.10166",
         paper_name="VMamba: Visual State Space Model",
         origin_url="https://github.com/MzeroMiko/VMamba",
@@ -77,7 +76,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: VSSM) -> dict[str
     The averaged weights where there are any; a position map is resized.  The first convolution and the classifier may
     have other shapes: timm adapts them afterwards.  Raises UserError, listing how, if anything else does not fit.
     """
-    for key in ("model_ema", "state_dict", "model"):
+    for key in ("model_ema", "state_dict_ema", "state_dict", "model"):
         if isinstance(state_dict.get(key), Mapping):
             logger.info(f"taking the weights '{key}'")
             state_dict = state_dict[key]
@@ -101,8 +100,7 @@ def _build(variant: str, pretrained: bool, **options: Any) -> VSSM:
         if cfg.url and not (cfg.file or cfg.state_dict or cfg.hf_hub_id or cfg.source):
             # To where timm looks before it would fetch the file without resuming or verifying.
             download(cfg.url, VARIANTS[variant].sha256 if cfg.url == VARIANTS[variant].weights else None)
-    # The released files hold their config as a pickled yacs node, which weights_only reads as a plain mapping.
-    with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+    with torch.serialization.safe_globals(PICKLED):
         return build_model_with_cfg(
             partial(create_model, variant),
             variant,
