@@ -126,9 +126,10 @@ def test_a_missing_file_names_the_nearest(tmp_path, monkeypatch):
 
 def test_every_flag_sets_its_key():
     config = parse(
-        "--cfg configs/vmamba_tiny.yaml --batch-size 4 --data-path 12 --zip --cache-mode full --pretrained p --drop-head"
-        " --resume r --accumulation-steps 2 --use-checkpoint --disable-amp --output o --tag 5 --eval --throughput --optim sgd"
-        " --model-ema --model-ema-decay 0.5 --local-rank 1 --opts TRAIN.EPOCHS 3 --opts SEED 4 DATA.BATCH_SIZE 9"
+        "--cfg configs/vmamba_tiny.yaml --batch-size 4 --data-path 12 --zip --cache-mode full --pretrained p"
+        " --drop-head --resume r --accumulation-steps 2 --use-checkpoint --disable-amp --output o --tag 5 --eval"
+        " --throughput --optim sgd --model-ema --model-ema-decay 0.5 --local-rank 1 --opts TRAIN.EPOCHS 3"
+        " --opts SEED 4 DATA.BATCH_SIZE 9"
     )
     assert (config.DATA.BATCH_SIZE, config.DATA.DATA_PATH, config.DATA.ZIP_MODE) == (4, "12", True)
     assert (config.DATA.CACHE_MODE, config.MODEL.PRETRAINED, config.MODEL.RESUME) == ("full", "p", "r")
