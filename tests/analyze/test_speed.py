@@ -41,6 +41,7 @@ def test_every_model_is_timed_in_every_case(tmp_path):
         assert ours.ratio == pytest.approx(ours.images_per_second / other.images_per_second)
         assert ours.images_per_second == pytest.approx(1000 * ours.batch / ours.milliseconds)
     assert timings[1].parameters == 11_689_512
+    assert timings[0].gmacs == timings[4].gmacs < timings[6].gmacs
     written = json.loads((tmp_path / "throughput.json").read_text())
     assert len(written["timings"]) == len(timings)
     assert written["settings"]["relative_to"] == "resnet18"
@@ -64,11 +65,19 @@ def test_the_models_take_turns_and_the_median_counts(monkeypatch):
     monkeypatch.setattr(speed, "elapsed", elapsed)
     case = speed.Case(2, "float32", "forward", 4)
     first, second = speed.compare(
-        models, case, torch.device("cpu"), warm_up=2, repeats=3, compile=False, reference="first"
+        models,
+        case,
+        torch.device("cpu"),
+        warm_up=2,
+        repeats=3,
+        compile=False,
+        reference="first",
+        gmacs={"first": 1, "second": 2},
     )
     assert turns == ["first"] * 2 + ["second"] * 2 + ["first", "second"] * 3
     assert (first.milliseconds, second.milliseconds) == (3000, 2000)
     assert (first.ratio, second.ratio) == (1, 1.5)
+    assert (first.gmacs, second.gmacs) == (1, 2)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -92,7 +101,9 @@ def test_what_does_not_fit_has_no_time(monkeypatch):
     monkeypatch.setattr(speed, "peak_memory_mb", full)
     models = {"only": nn.Sequential(nn.Flatten(), nn.Linear(12, 2))}
     case = speed.Case(2, "float32", "forward", 4)
-    (timing,) = speed.compare(models, case, torch.device("cpu"), warm_up=1, repeats=1, compile=False, reference="only")
+    (timing,) = speed.compare(
+        models, case, torch.device("cpu"), warm_up=1, repeats=1, compile=False, reference="only", gmacs={"only": 1}
+    )
     assert timing.images_per_second is timing.milliseconds is timing.ratio is None
 
 

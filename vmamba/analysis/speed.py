@@ -7,7 +7,7 @@ a step each, and the median of a model's steps counts.
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,18 @@ def throughput(
         for name in models:
             model = zoo.create(name, size, backend=backend).model
             subjects[name] = model.to(memory_format=torch.channels_last) if channels_last else model
+        gmacs = {name: complexity(model, size).macs / 1e9 for name, model in subjects.items()}
         for case in _cases(size, dtypes, modes, batches):
-            new = compare(subjects, case, place, warm_up=warm_up, repeats=repeats, compile=compile, reference=reference)
+            new = compare(
+                subjects,
+                case,
+                place,
+                warm_up=warm_up,
+                repeats=repeats,
+                compile=compile,
+                reference=reference,
+                gmacs=gmacs,
+            )
             print(markdown_table([_row(timing) for timing in new]), flush=True)
             timings += new
     settings = {
@@ -123,8 +133,12 @@ def compare(
     repeats: int,
     compile: bool,
     reference: str,
+    gmacs: Mapping[str, float],
 ) -> list[Timing]:
-    """Let the models take turns in one case; `reference` is the name of the one that the others are measured in."""
+    """Let the models take turns in one case.
+
+    `reference` is the name of the one that the others are measured in, `gmacs` holds each one's multiply-adds.
+    """
     batches, peaks, steps = {}, {}, {}
     for name, model in models.items():
         model.to(device).train(case.mode == "train")
@@ -156,7 +170,7 @@ def compare(
             peak_memory_mb=peaks.get(name),
             ratio=rates[name] / rates[reference] if name in rates and reference in rates else None,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
-            gmacs=complexity(model, case.size).macs / 1e9,
+            gmacs=gmacs[name],
         )
         for name, model in models.items()
     ]
