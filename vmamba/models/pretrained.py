@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from vmamba.errors import UserError, unknown
+from vmamba.models.backbone import Backbone
 from vmamba.models.download import download, is_url
-from vmamba.models.released import keys_from_released
+from vmamba.models.released import backbone_weights, keys_from_released
 from vmamba.models.vssm import resize_pos_embed
 from vmamba.models.weights import load_weights
 
@@ -26,6 +27,31 @@ _WHERE = {"ema": ("model_ema", "state_dict_ema"), "model": ("model", "state_dict
 _METADATA = {"epoch": "epoch", "max_accuracy": "max_accuracy", "max_accuracy_ema": "max_accuracy_ema"} | {
     "max_accuray_ema": "max_accuracy_ema"  # spelled so in the released files
 }
+
+
+class _Ignored:
+    """Stands in for a logged value: takes what is pickled of it and keeps nothing."""
+
+    def __init__(self, *args: object):
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+# What is pickled in such files beside tensors and plain values: the config of the released ones, read as a mapping, and
+# what the trainers of detectors and segmenters log, not read at all.
+PICKLED = [
+    (OrderedDict, "yacs.config.CfgNode"),
+    (_Ignored, "mmengine.logging.history_buffer.HistoryBuffer"),
+    (_Ignored, "numpy.ndarray"),
+    (_Ignored, "numpy.dtype"),
+    *(
+        (_Ignored, f"numpy.{core}.multiarray.{name}")
+        for core in ("core", "_core")
+        for name in ("_reconstruct", "scalar")
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -99,6 +125,7 @@ def load_pretrained(model: nn.Module, checkpoint: Checkpoint, drop_head: bool = 
     """Load the weights of a file into a model, a position map resized to the model's.
 
     Args:
+        model: a `VSSM`, or a `Backbone`, which takes no classifier.
         drop_head: keep the model's own head instead of the file's; from a file without a classifier, such as a
             detector's, its norm as well, and leave out the norms of the backbone's outputs.
 
@@ -109,17 +136,18 @@ def load_pretrained(model: nn.Module, checkpoint: Checkpoint, drop_head: bool = 
     if len(maps) == 2 and maps[0].shape != maps[1].shape and maps[0].shape[:2] == maps[1].shape[:2]:
         weights["pos_embed"] = resize_pos_embed(maps[1], maps[0].shape[2:])
         logger.info(f"resized the position map from {tuple(maps[1].shape[2:])} to {tuple(maps[0].shape[2:])}")
-    if drop_head:
+    if isinstance(model, Backbone):
+        weights = backbone_weights(model, weights)
+    elif drop_head:
         weights = _without_head(weights, own, checkpoint.path)
     try:
         load_weights(model, weights, checkpoint.path)
     except UserError as error:
-        heads = [_classes(tensors) for tensors in (own, weights)]
-        if heads[0] == heads[1] or drop_head:
+        classes, in_file = _classes(own), _classes(weights)
+        if classes == in_file or drop_head:
             raise
-        raise UserError(
-            f"{error}; for a new head of {heads[0]} classes in place of the file's of {heads[1]}, use --drop-head"
-        ) from None
+        place = f"in place of the file's of {in_file}" if in_file else "where the file has no classifier"
+        raise UserError(f"{error}; for a new head of {classes} classes {place}, use --drop-head") from None
 
 
 def local_file(path_or_url: str | Path) -> Path:
@@ -141,7 +169,7 @@ def read_file(path: str | Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
-        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+        with torch.serialization.safe_globals(PICKLED):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "unsupported" not in str(error).lower():  # a global, an opcode

@@ -179,22 +179,23 @@ def from_released(
     """
     model = VSSM(**options_from_released(options))
     weights = keys_from_released(state_dict)
-    if features is not None:  # the released backbone leaves the position map out, also where its files hold one
-        model.pos_embed = None
-        weights.pop("pos_embed", None)
     if model.pos_embed is not None and "pos_embed" in weights:
         weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], model.pos_embed.shape[2:])
     if features is None:
         load_weights(model, weights, "the state dict")
         return model.eval()
+    model.pos_embed = None  # the released backbone leaves the position map out, also where its files hold one
     backbone = Backbone(model, features)
+    load_weights(backbone, backbone_weights(backbone, weights), "the state dict")
+    return backbone.eval()
+
+
+def backbone_weights(backbone: Backbone, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a whole model under our names, as a backbone's: without what it has no use for, with the norms of its
+    chosen stages, which stay as they are where `weights` has none at all."""
     norms = {name: weight for name, weight in backbone.state_dict().items() if name.startswith("outnorm")}
     given = {name: weight for name, weight in weights.items() if name.startswith("outnorm")}
     kept = {name: weight for name, weight in given.items() if int(name[len("outnorm")]) in backbone.out_indices}
-    rest = {
-        f"model.{name}": weight
-        for name, weight in weights.items()
-        if name not in given and not name.startswith("classifier.")
-    }
-    load_weights(backbone, rest | (kept if given else norms), "the state dict")
-    return backbone.eval()
+    left_out = ("outnorm", "classifier.", *(("pos_embed",) if backbone.model.pos_embed is None else ()))
+    rest = {f"model.{name}": weight for name, weight in weights.items() if not name.startswith(left_out)}
+    return rest | (kept if given else norms)
