@@ -7,12 +7,8 @@ import argparse
 import sys
 
 from vmamba.analysis.attention import activation_map
+from vmamba.analysis.options import place, positive
 from vmamba.runtime.cli import exit_code
-
-
-def place(text: str) -> tuple[float, float]:
-    x, y = text.split(",")
-    return float(x), float(y)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,7 +16,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("image", nargs="?", metavar="IMAGE", help="default: scikit-learn's photograph of a flower")
     parser.add_argument("--model", default="vmamba_tiny", help="of vmamba.list_models()")
     parser.add_argument("--weights", metavar="FILE", help="a checkpoint; default: random weights")
-    parser.add_argument("--size", type=int, default=224, help="side of the image, pixels")
+    parser.add_argument("--size", type=positive, default=224, help="side of the image, pixels")
     parser.add_argument("--layer", default="1.1", help="stage.block, counted from zero")
     parser.add_argument("--at", type=place, default=(0.5, 0.3), metavar="X,Y", help="the query, shares of the sides")
     parser.add_argument("--channels", nargs="+", default=["mean"], help="mean of all, or a list of numbers")

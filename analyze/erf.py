@@ -7,6 +7,7 @@ python analyze/erf.py --models vmamba_digits --weights output/vmamba_digits/defa
 import argparse
 import sys
 
+from vmamba.analysis.options import positive
 from vmamba.analysis.receptive_field import erf
 from vmamba.runtime.cli import exit_code
 
@@ -23,9 +24,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="a checkpoint a model, in order; -: random weights alone; pretrained (timm's models): downloaded",
     )
-    parser.add_argument("--size", type=int, default=224, help="side of the images, pixels")
+    parser.add_argument("--size", type=positive, default=224, help="side of the images, pixels")
     parser.add_argument("--images", dest="images_from", metavar="DIR", help="default: scikit-learn's photographs")
-    parser.add_argument("--num-images", type=int, default=4)
+    parser.add_argument("--num-images", type=positive, default=4)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", default="output/erf", help="folder for figure, table, JSON and maps")
     return parser

@@ -7,6 +7,7 @@ import argparse
 import sys
 
 from vmamba.analysis.gradcam import gradcam
+from vmamba.analysis.options import positive
 from vmamba.runtime.cli import exit_code
 
 
@@ -15,7 +16,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("image", nargs="?", metavar="IMAGE", help="default: scikit-learn's photograph of a flower")
     parser.add_argument("--model", default="vmamba_tiny", help="of vmamba.list_models()")
     parser.add_argument("--weights", metavar="FILE", help="a checkpoint; default: random weights")
-    parser.add_argument("--size", type=int, default=224, help="side of the image, pixels")
+    parser.add_argument("--size", type=positive, default=224, help="side of the image, pixels")
     parser.add_argument("--layers", nargs="+", default=["1.1", "3.1"], help="stage.block, counted from zero")
     parser.add_argument("--target", type=int, metavar="CLASS", help="default: the one predicted")
     parser.add_argument("--device", default="auto")

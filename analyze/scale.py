@@ -8,6 +8,7 @@ python analyze/scale.py --models vmamba_digits --weights output/vmamba_digits/de
 import argparse
 import sys
 
+from vmamba.analysis.options import positive
 from vmamba.analysis.scaling import scale
 from vmamba.runtime.cli import exit_code
 
@@ -17,7 +18,7 @@ MODELS = ["vmamba_tiny_s1l8", "swin_tiny_patch4_window7_224", "convnext_tiny", "
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS, help="of vmamba.list_models() or timm's")
-    parser.add_argument("--sizes", nargs="+", type=int, default=[224, 448, 672, 896], help="sides, pixels")
+    parser.add_argument("--sizes", nargs="+", type=positive, default=[224, 448, 672, 896], help="sides, pixels")
     parser.add_argument("--weights", nargs="+", default=[], metavar="FILE", help="a checkpoint a model, in order")
     parser.add_argument("--cfg", metavar="FILE", help="config whose data set gives the accuracy")
     parser.add_argument("--data-path", metavar="DIR", help="where that data set is")

@@ -6,6 +6,7 @@ python analyze/throughput.py --models vmamba_tiny swin_tiny_patch4_window7_224 -
 import argparse
 import sys
 
+from vmamba.analysis.options import positive
 from vmamba.analysis.speed import DTYPES, MODES, throughput
 from vmamba.runtime.cli import exit_code
 
@@ -13,7 +14,7 @@ from vmamba.runtime.cli import exit_code
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["vmamba_tiny_s1l8", "swin_tiny_patch4_window7_224"])
-    parser.add_argument("--sizes", nargs="+", type=int, default=[224], help="sides of the images, pixels")
+    parser.add_argument("--sizes", nargs="+", type=positive, default=[224], help="sides of the images, pixels")
     parser.add_argument("--batch-sizes", nargs="+", default=["auto"], help="numbers; auto: the largest that fits")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"], help="float32, or of autocast")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["forward"], help="train: with backward and AdamW")
@@ -21,8 +22,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="torch.compile every model")
     parser.add_argument("--channels-last", action="store_true", help="channels-last convolution weights")
     parser.add_argument("--backend", default="auto", help="of our models' scans")
-    parser.add_argument("--warm-up", type=int, default=3, help="steps before the timed ones")
-    parser.add_argument("--repeats", type=int, default=10, help="timed steps, of which the median counts")
+    parser.add_argument("--warm-up", type=positive, default=3, help="steps before the timed ones")
+    parser.add_argument("--repeats", type=positive, default=10, help="timed steps, of which the median counts")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", default="output/throughput", help="folder for table, JSON and plots")
     parser.add_argument("--markdown", metavar="FILE", help="write the table there too")
