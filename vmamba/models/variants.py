@@ -179,8 +179,8 @@ def create_model(name: str, pretrained: bool = False, **options: Any) -> VSSM:
         raise UserError(f"'{name}' has no released weights; these have: {', '.join(list_models(pretrained=True))}")
     model = VSSM(**variant.options | options)
     if pretrained:
-        download(variant.weights, variant.sha256)
-        load_pretrained(model, load_checkpoint(variant.weights), drop_head=model.num_classes != 1000)
+        checkpoint = load_checkpoint(download(variant.weights, variant.sha256))
+        load_pretrained(model, checkpoint, drop_head=model.num_classes != 1000)
     return model
 
 
