@@ -45,17 +45,24 @@ def test_evaluating_a_released_file_gives_both_weights_or_the_chosen(released, t
     assert both["loss"] != both["ema_loss"]
 
 
-def test_training_starts_from_the_averaged_weights_of_a_released_file_and_says_so(released, tmp_path):
-    config = tiny_config(tmp_path, "MODEL.PRETRAINED", released(), "TRAIN.EPOCHS", 0)
+@pytest.mark.parametrize("key", ["MODEL.PRETRAINED", "MODEL.RESUME"])
+def test_training_starts_from_the_averaged_weights_of_a_released_file_and_says_so(released, tmp_path, key):
+    config = tiny_config(tmp_path, key, released(), "TRAIN.EPOCHS", 0)
     results = run(config)
     expected = run(tiny_config(tmp_path, "EVAL_MODE", True, "MODEL.RESUME", released(), "MODEL.WEIGHTS", "ema"))
     assert results["loss"] == results["ema_loss"] == expected["loss"]
     assert "taking the weights 'model_ema' (epoch 3, 60.00% top-1), not 'model'" in log(config)
+    assert "starting from the weights in" in log(config)
 
 
-def test_resuming_a_released_file_says_what_to_do_instead(released, tmp_path):
-    with pytest.raises(UserError, match=r"released\.pth' cannot be resumed.*--pretrained.*--eval"):
-        run(tiny_config(tmp_path, "MODEL.RESUME", released()))
+def test_the_same_command_goes_on_where_the_run_stands_not_from_the_file_it_started_from(released, tmp_path):
+    arguments = ("MODEL.RESUME", released(), "TRAIN.EPOCHS", 1)
+    config = tiny_config(tmp_path, *arguments)
+    results = run(config)
+    weights = saved(config)["model"]
+    assert run(tiny_config(tmp_path, *arguments)) == results
+    assert "going on from" in log(config) and "instead of" in log(config)
+    assert all(torch.equal(weight, weights[name]) for name, weight in saved(config)["model"].items())
 
 
 def test_another_number_of_classes_needs_a_new_head(released, tmp_path):

@@ -106,22 +106,37 @@ def build_state(run: Run, model: nn.Module, steps_per_epoch: int) -> TrainState:
 
 
 def resume(run: Run, state: TrainState) -> None:
-    """Go on from MODEL.RESUME, else from the newest checkpoint in the folder, else start from MODEL.PRETRAINED."""
+    """Go on from the newest checkpoint in the run's folder, else from MODEL.RESUME, else start from MODEL.PRETRAINED.
+
+    The folder comes first so that the same command, given again, loses nothing; TRAIN.AUTO_RESUME false turns that off.
+    A file in MODEL.RESUME that is not the state of a run is weights to start from.
+    """
     config = run.config
-    path = config.MODEL.RESUME or newest(run)
-    if path:
-        saved = read_training_state(path)
+    path = newest(run) if config.TRAIN.AUTO_RESUME or not config.MODEL.RESUME else None
+    if path and config.MODEL.RESUME and Path(path).resolve() != Path(config.MODEL.RESUME).resolve():
+        run.logger.warning(
+            f"going on from {path}, where this run stands, instead of {config.MODEL.RESUME}; "
+            f"for a new start from there choose another --tag"
+        )
+    path = path or config.MODEL.RESUME
+    saved = read_training_state(path) if path else None
+    if saved:
         state.load_state_dict(saved, path)
         state.restore_random_state(run.world.rank)
         run.logger.info(f"resumed {path} at epoch {state.epoch + 1}, step {state.step_in_epoch}")
         for change in changes(saved["config"], state.config):
             run.logger.info(f"changed since: {change}")
-    elif config.MODEL.PRETRAINED:
-        checkpoint = load_checkpoint(config.MODEL.PRETRAINED, config.MODEL.WEIGHTS)
-        load_pretrained(state.model, checkpoint, drop_head=config.MODEL.DROP_HEAD)
-        if state.ema:
-            state.ema.set(state.model)
-        run.logger.info(f"starting from the weights in {config.MODEL.PRETRAINED}")
+    elif path or config.MODEL.PRETRAINED:
+        start_from_weights(run, state, path or config.MODEL.PRETRAINED)
+
+
+def start_from_weights(run: Run, state: TrainState, path: str) -> None:
+    config = run.config
+    checkpoint = load_checkpoint(path, config.MODEL.WEIGHTS)
+    load_pretrained(state.model, checkpoint, drop_head=config.MODEL.DROP_HEAD)
+    if state.ema:
+        state.ema.set(state.model)
+    run.logger.info(f"starting from the weights in {path}")
 
 
 def newest(run: Run) -> str | None:

@@ -44,15 +44,10 @@ def save_checkpoint(state: Any, path: str | Path) -> None:
     write_atomically(path, lambda file: torch.save(state.state_dict(), file))
 
 
-def read_training_state(path_or_url: str | Path) -> dict[str, Any]:
-    """The state that `save_checkpoint` wrote of a run of ours.  Raises UserError for any other file."""
+def read_training_state(path_or_url: str | Path) -> dict[str, Any] | None:
+    """The state that `save_checkpoint` wrote of a run of ours, None for another file.  Raises UserError for none."""
     content = read_checkpoint(local_file(path_or_url))
-    if not isinstance(content, Mapping) or "steps_per_epoch" not in content:
-        raise UserError(
-            f"'{path_or_url}' cannot be resumed, it is not the state of a run of this program; start from its weights "
-            f"with --pretrained, or add --eval to evaluate them"
-        )
-    return dict(content)
+    return dict(content) if isinstance(content, Mapping) and "steps_per_epoch" in content else None
 
 
 def newest_checkpoint(folder: str | Path) -> tuple[Path | None, list[str]]:
