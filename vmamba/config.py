@@ -186,6 +186,12 @@ def output_folder(config: CfgNode) -> Path:
     return Path(config.OUTPUT, config.NAME, config.TAG)
 
 
+def image_size(config: CfgNode) -> tuple[int, int]:
+    """DATA.IMG_SIZE as (height, width)."""
+    size = config.DATA.IMG_SIZE
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 # ------------------------------------------------------------------------------------------------ command line
 
 _FLAGS = {  # flags that set one key

@@ -247,8 +247,7 @@ def layer_norm(
     _check_shape("bias", bias, (x.shape[-1],), "x", x)
     _check_tensors(x=x, weight=weight, bias=bias)
     weight, bias = _to(_state_dtype(x), weight, bias)
-    out_dtype = x.dtype if out_dtype is None else out_dtype
-    _require(out_dtype in FLOATS, f"out_dtype is {out_dtype}; it must be one of {', '.join(map(str, FLOATS))}")
+    out_dtype = _out_dtype(x, x.dtype if out_dtype is None else out_dtype)
     norm = registry.implementation(
         backend,
         operator="layer_norm",

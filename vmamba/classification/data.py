@@ -20,6 +20,7 @@ from torchvision import transforms
 from yacs.config import CfgNode
 
 from vmamba.classification.datasets import Source, UnreadableImage, open_dataset
+from vmamba.config import image_size
 from vmamba.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -262,7 +263,7 @@ def build_transform(config: CfgNode, training: bool) -> Callable[[Image.Image], 
 
     For training at up to 32 pixels the image is resized, padded by an eighth and cropped, instead of zoomed into.
     """
-    size, channels, aug = _size(config), config.MODEL.IN_CHANS, config.AUG
+    size, channels, aug = image_size(config), config.MODEL.IN_CHANS, config.AUG
     if channels not in (1, 3):
         raise UserError(f"MODEL.IN_CHANS is {channels}; images are loaded as grayscale (1) or RGB (3)")
     small = max(size) <= _SMALL
@@ -296,11 +297,6 @@ def build_transform(config: CfgNode, training: bool) -> Callable[[Image.Image], 
         padded = transforms.RandomCrop(size, padding=(size[1] // 8, size[0] // 8))
         transform.transforms[0:1] = [transforms.Resize(size, interpolation=mode), padded]
     return transform
-
-
-def _size(config: CfgNode) -> tuple[int, int]:
-    size = config.DATA.IMG_SIZE
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _by_channel(config: CfgNode, key: str) -> tuple[float, ...]:

@@ -16,8 +16,8 @@ from yacs.config import CfgNode
 
 from vmamba.classification.data import Loader, TrainLoader, build_eval_loader, build_mixup, build_train_loader
 from vmamba.classification.records import Records
-from vmamba.classification.report import Results, changes, describe, image_size, step_line, summary
-from vmamba.config import output_folder, save_config
+from vmamba.classification.report import Results, changes, describe, step_line, summary
+from vmamba.config import image_size, output_folder, save_config
 from vmamba.errors import UserError
 from vmamba.models.pretrained import load_checkpoint, load_pretrained, read_weights
 from vmamba.models.variants import build_model

@@ -5,6 +5,7 @@ from datetime import timedelta
 import torch
 from yacs.config import CfgNode
 
+from vmamba.config import image_size
 from vmamba.models.flops import complexity
 from vmamba.models.ss2d import SSD2D, Mixer2D
 from vmamba.models.vssm import VSSM
@@ -29,11 +30,6 @@ def describe(config: CfgNode, world: World, model: VSSM) -> str:
         f"{world.size} process{'es' * (world.size > 1)} on {name}; {describe_precision(config)}; "
         f"scan backend {scan_backends(config, model, device)}; torch {torch.__version__}"
     )
-
-
-def image_size(config: CfgNode) -> tuple[int, int]:
-    size = config.DATA.IMG_SIZE
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def scan_backends(config: CfgNode, model: VSSM, device: torch.device) -> str:
