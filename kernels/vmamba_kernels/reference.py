@@ -18,7 +18,7 @@ ROUTES = ("row", "col", "row_rev", "col_rev")
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype of the autocast in force, None without one and on devices that have none (meta)."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 

@@ -1,5 +1,7 @@
 """Operators that give a result's shape and nothing else, on the meta device: what a count of operations runs on."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,15 @@ def cross_ssd(x, x_proj_weight, dt_bias, A, D, routes, chunk_size, out_dtype) ->
     return _cross_ssd(x, x_proj_weight, dt_bias, A, D, out_dtype)
 
 
-@torch.library.custom_op("vmamba::cross_selective_scan_shapes", mutates_args=(), device_types="meta")
+def _operator(function: Callable) -> Callable:
+    """torch.ops.vmamba.NAME_shapes, which has a fake implementation and no other."""
+    name = f"{function.__name__.lstrip('_')}_shapes"
+    torch.library.define(f"vmamba::{name}", torch.library.infer_schema(function, mutates_args=()))
+    torch.library.register_fake(f"vmamba::{name}", function)
+    return getattr(torch.ops.vmamba, name)
+
+
+@_operator
 def _cross_selective_scan(
     x: Tensor, x_proj_weight: Tensor, dt_weight: Tensor, dt_bias: Tensor | None, A: Tensor, D: Tensor | None,
     out_dtype: torch.dtype,
@@ -26,7 +36,7 @@ def _cross_selective_scan(
     return torch.empty_like(x, dtype=out_dtype)
 
 
-@torch.library.custom_op("vmamba::cross_ssd_shapes", mutates_args=(), device_types="meta")
+@_operator
 def _cross_ssd(
     x: Tensor, x_proj_weight: Tensor, dt_bias: Tensor | None, A: Tensor, D: Tensor | None, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
