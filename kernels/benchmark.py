@@ -79,12 +79,14 @@ ROWS = [
     Row("tiny one 1024", "selective_scan", 1, 256, 192, 16, 0),
     *_stages("tiny_m2", "cross_ssd", 64, 96, 6, (None, None, None)),
     Row("tiny_m2 one 1024", "cross_ssd", 1, 256, 96, 64, 6),
+    *_stages("pixels of", "layer_norm", 0, 96, 1, (None, None, None)),
 ]
 SMALL_ROWS = [
     Row("small", "cross_selective_scan", 2, 14, 32, 1, 2),
     Row("small", "cross_selective_scan", 2, 14, 32, 16, 2),
     Row("small", "selective_scan", 2, 14, 32, 16, 0),
     Row("small", "cross_ssd", 2, 14, 32, 16, 2),
+    Row("small", "layer_norm", 2, 14, 32, 0, 1),
 ]
 
 
@@ -103,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("There is no GPU here to time on; --device cpu times the reference at small sizes.")
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     machine = Machine.measure() if device.type == "cuda" else None
     rows = [r for r in (ROWS if machine else SMALL_ROWS) if r.operator in args.operators and args.rows in r.name]
     if not rows:
@@ -190,6 +192,9 @@ class Case:
                 delta_bias=full(routes * dim, shift=-3.0),
             )
             self.batched = ("u", "delta", "B", "C")
+        elif row.operator == "layer_norm":
+            self.inputs = dict(x=low(row.batch, row.side, row.side, dim), weight=full(dim), bias=full(dim))
+            self.batched = ("x",)
         else:
             self.inputs = dict(
                 x=low(row.batch, row.side, row.side, dim),
@@ -219,13 +224,13 @@ class Case:
         self.tolerance = 1e-2 if dtype != torch.float32 else 1e-6 * row.length**0.5
 
     def servers(self) -> list[str]:
-        """Backends that can serve this case, without the reference where there is another."""
+        """Backends that can serve this case; without the reference where there is another, unless it is PyTorch's."""
         call = vk.Call(
             self.row.operator, self.first.device, self.dtype, self.first.dtype,
-            self.row.dim, self.row.states, self.row.rank, () if self.row.operator == "selective_scan" else ROUTES,
+            self.row.dim, self.row.states, self.row.rank, ROUTES if self.row.operator.startswith("cross") else (),
         )  # fmt: skip
         able = [name for name in vk.backends(self.row.operator) if vk.registry.why_not(name, call) is None]
-        return [name for name in able if name != "reference"] or able
+        return able if self.row.operator == "layer_norm" else [n for n in able if n != "reference"] or able
 
     def errors(self, backend: str) -> dict[str, float]:
         """Relative errors of the output and of every gradient, in the Euclidean norm."""
@@ -278,7 +283,7 @@ class Case:
         exponentials = row.batch * len(ROUTES) * row.length * row.dim * row.states
         exp_ms = exponentials / machine.exp_rate * 1e3
         memory_ms = 2 * x_bytes / machine.bandwidth * 1e3
-        exp_floor = exp_ms if row.operator != "cross_ssd" else None
+        exp_floor = exp_ms if row.operator.endswith("selective_scan") else None
         return (
             f"{fwd:.3f}", _ratio(fwd, exp_floor), _ratio(fwd, memory_ms),
             _share(exp_floor, fwd), _share(memory_ms, fwd),

@@ -55,13 +55,18 @@ def selective_scan(
         ValueError: shapes, dtypes or devices that do not fit, naming the argument.
         BackendError: the backend asked for is unknown or cannot serve the call.
     """
-    _require(u.dim() == 3, f"u has shape {_shape(u)}; it must be (batch, groups*dim, length)")
-    _require(B.dim() == 4, f"B has shape {_shape(B)}; it must be (batch, groups, states, length)")
-    _require(A.dim() == 2, f"A has shape {_shape(A)}; it must be (groups*dim, states)")
+    if u.dim() != 3:
+        raise ValueError(f"u has shape {_shape(u)}; it must be (batch, groups*dim, length)")
+    if B.dim() != 4:
+        raise ValueError(f"B has shape {_shape(B)}; it must be (batch, groups, states, length)")
+    if A.dim() != 2:
+        raise ValueError(f"A has shape {_shape(A)}; it must be (groups*dim, states)")
     batch, channels, length = u.shape
     groups, states = B.shape[1], A.shape[1]
-    _require(length >= 1, f"u has shape {_shape(u)}; its length must be at least 1")
-    _require(groups > 0 and channels % groups == 0, f"u has {channels} channels, not a multiple of B's {groups} groups")
+    if length < 1:
+        raise ValueError(f"u has shape {_shape(u)}; its length must be at least 1")
+    if groups < 1 or channels % groups:
+        raise ValueError(f"u has {channels} channels, not a multiple of B's {groups} groups")
     _check_shape("delta", delta, (batch, channels, length), "u", u)
     _check_shape("A", A, (channels, states), "u", u)
     _check_shape("B", B, (batch, groups, states, length), "u", u)
@@ -126,8 +131,10 @@ def cross_selective_scan(
     """
     routes = _check_routes(routes)
     _check_image(x)
-    _require(A.dim() == 3, f"A has shape {_shape(A)}; it must be (routes, dim, states)")
-    _require(dt_weight.dim() == 3, f"dt_weight has shape {_shape(dt_weight)}; it must be (routes, dim, rank)")
+    if A.dim() != 3:
+        raise ValueError(f"A has shape {_shape(A)}; it must be (routes, dim, states)")
+    if dt_weight.dim() != 3:
+        raise ValueError(f"dt_weight has shape {_shape(dt_weight)}; it must be (routes, dim, rank)")
     batch, height, width, dim = x.shape
     states, rank = A.shape[2], dt_weight.shape[2]
     _check_shape("A", A, (len(routes), dim, states), "x", x)
@@ -188,13 +195,17 @@ def cross_ssd(
     """
     routes = _check_routes(routes)
     _check_image(x)
-    _require(A.dim() == 2, f"A has shape {_shape(A)}; it must be (routes, heads)")
-    _require(x_proj_weight.dim() == 3, f"x_proj_weight has shape {_shape(x_proj_weight)}; it must have 3 dimensions")
+    if A.dim() != 2:
+        raise ValueError(f"A has shape {_shape(A)}; it must be (routes, heads)")
+    if x_proj_weight.dim() != 3:
+        raise ValueError(f"x_proj_weight has shape {_shape(x_proj_weight)}; it must have 3 dimensions")
     batch, height, width, dim = x.shape
     heads = A.shape[1]
     states = (x_proj_weight.shape[1] - heads) // 2
-    _require(heads > 0 and dim % heads == 0, f"x has {dim} channels, not a multiple of A's {heads} heads")
-    _require(chunk_size >= 1, f"chunk_size is {chunk_size}; it must be at least 1")
+    if heads < 1 or dim % heads:
+        raise ValueError(f"x has {dim} channels, not a multiple of A's {heads} heads")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
     _check_shape("A", A, (len(routes), heads), "x", x)
     _check_shape("x_proj_weight", x_proj_weight, (len(routes), heads + 2 * states, dim), "x", x)
     _check_shape("dt_bias", dt_bias, (len(routes), heads), "x", x)
@@ -242,7 +253,8 @@ def layer_norm(
         ValueError: shapes, dtypes or devices that do not fit, naming the argument.
         BackendError: the backend asked for is unknown or cannot serve the call.
     """
-    _require(x.dim() >= 1 and x.shape[-1] >= 1, f"x has shape {_shape(x)}; its last dimension, the channels, is empty")
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x has shape {_shape(x)}; its last dimension, the channels, is empty")
     _check_shape("weight", weight, (x.shape[-1],), "x", x)
     _check_shape("bias", bias, (x.shape[-1],), "x", x)
     _check_tensors(x=x, weight=weight, bias=bias)
@@ -271,7 +283,8 @@ def cross_merge(y: Tensor, height: int, width: int, routes: Sequence[str] = ROUT
     (batch, routes, height*width, dim) -> (batch, height, width, dim).
     """
     routes = _check_routes(routes)
-    _require(y.dim() == 4, f"y has shape {_shape(y)}; it must be (batch, routes, height*width, dim)")
+    if y.dim() != 4:
+        raise ValueError(f"y has shape {_shape(y)}; it must be (batch, routes, height*width, dim)")
     _check_shape("y", y, (y.shape[0], len(routes), height * width, y.shape[3]), f"{height} x {width} pixels", None)
     return reference.cross_merge(y, height, width, routes)
 
@@ -287,35 +300,31 @@ def _state_dtype(x: Tensor) -> torch.dtype:
 def _out_dtype(x: Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
     if out_dtype is None:
         return torch.float32 if x.dtype == torch.float16 else x.dtype
-    _require(out_dtype in FLOATS, f"out_dtype is {out_dtype}; it must be one of {', '.join(map(str, FLOATS))}")
+    if out_dtype not in FLOATS:
+        raise _not_a_float("out_dtype", out_dtype)
     return out_dtype
 
 
 def _to(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(t if t is None else t.to(dtype) for t in tensors)
+    return tuple([t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors])
 
 
 def _shape(t: Tensor) -> tuple[int, ...]:
     return tuple(t.shape)
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
 def _check_image(x: Tensor) -> None:
-    _require(
-        x.dim() == 4 and min(x.shape[1:3]) >= 1,
-        f"x has shape {_shape(x)}; it must be (batch, height, width, dim) with at least one pixel",
-    )
+    if x.dim() != 4 or min(x.shape[1:3]) < 1:
+        raise ValueError(f"x has shape {_shape(x)}; it must be (batch, height, width, dim) with at least one pixel")
 
 
 def _check_routes(routes: Sequence[str]) -> tuple[str, ...]:
     routes = (routes,) if isinstance(routes, str) else tuple(routes)
-    _require(len(routes) > 0, f"routes is empty; give at least one of {', '.join(ROUTES)}")
+    if not routes:
+        raise ValueError(f"routes is empty; give at least one of {', '.join(ROUTES)}")
     for route in routes:
-        _require(route in ROUTES, f"unknown route '{route}'; known: {', '.join(ROUTES)}")
+        if route not in ROUTES:
+            raise ValueError(f"unknown route '{route}'; known: {', '.join(ROUTES)}")
     return routes
 
 
@@ -326,10 +335,16 @@ def _check_shape(name: str, t: Tensor | None, expected: tuple[int, ...], other: 
 
 
 def _check_tensors(**tensors: Tensor | None) -> None:
-    (first, reference_tensor), *rest = ((name, t) for name, t in tensors.items() if t is not None)
-    for name, t in ((first, reference_tensor), *rest):
-        _require(t.dtype in FLOATS, f"{name} is {t.dtype}; it must be one of {', '.join(map(str, FLOATS))}")
-        _require(
-            t.device == reference_tensor.device,
-            f"{name} is on {t.device} and {first} on {reference_tensor.device}; move them to one device",
-        )
+    first, like = next(iter(tensors.items()))
+    device = like.device
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if t.dtype not in FLOATS:
+            raise _not_a_float(name, t.dtype)
+        if t.device != device:
+            raise ValueError(f"{name} is on {t.device} and {first} on {device}; move them to one device")
+
+
+def _not_a_float(name: str, dtype: torch.dtype) -> ValueError:
+    return ValueError(f"{name} is {dtype}; it must be one of {', '.join(map(str, FLOATS))}")

@@ -7,7 +7,7 @@ why it cannot serve a call, or None.  It is imported when first asked for, so th
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from types import ModuleType
 
@@ -117,4 +117,9 @@ def implementation(backend: str | None, **call) -> Callable[..., torch.Tensor]:
 
 @torch.compiler.assume_constant_result  # torch.compile calls it instead of tracing it, and takes its answer as fixed
 def _choose_while_tracing(backend: str | None, **call) -> str:
+    return _chosen(backend, **call)
+
+
+@lru_cache(4096)  # what the backends look at does not change while a process runs
+def _chosen(backend: str | None, **call) -> str:
     return choose(Call(**call), backend)

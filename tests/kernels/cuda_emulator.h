@@ -79,6 +79,12 @@ template <class Read> static void together(const unsigned *words, int count, Rea
     read([&](int lane, int word) { return exchange[(first + lane) * 8 + word]; });
     __syncwarp();
 }
+static int __shfl_sync(unsigned, int v, int from) {
+    const unsigned word = (unsigned)v;
+    int result;
+    together(&word, 1, [&](auto of) { result = (int)of(from & 31, 0); });
+    return result;
+}
 static float __shfl_xor_sync(unsigned, float v, int bit) {
     const unsigned word = __float_as_uint(v);
     float result;
@@ -107,8 +113,10 @@ static void multiply_bf16(float *d, unsigned a0, unsigned a1, unsigned b) {
         }
     });
 }
-static void multiply_tf32(float *d, uint4 a, float b0, float b1) {
-    const unsigned words[6] = {a.x, a.y, a.z, a.w, __float_as_uint(b0), __float_as_uint(b1)};
+struct Inputs { float v[6]; };
+static void multiply_tf32(float *d, Inputs inputs) {
+    unsigned words[6];
+    memcpy(words, inputs.v, sizeof words);
     const int lane = (int)threadIdx.x % 32;
     together(words, 6, [&](auto of) {
         auto value = [&](int from, int word) { return __uint_as_float(of(from, word) & 0xffffe000u); };

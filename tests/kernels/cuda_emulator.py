@@ -25,10 +25,12 @@ INSTRUCTIONS = {  # the start of an assembly text -> C++
     "cvt.rn.bf16x2": "both = to_bf16_bits(from[0]) | (unsigned)to_bf16_bits(from[1]) << 16;",
     "cvt.rn.f16x2": "both = to_fp16_bits(from[0]) | (unsigned)to_fp16_bits(from[1]) << 16;",
     "ex2.approx": "r = exp2_flushed(v);",
+    "cp.async.cg.shared.global [%0], [%1], 16, ": "memset(shared, 0, BYTES); memcpy(shared, global, count);",
+    "cp.async.ca": "memset(shared, 0, BYTES); memcpy(shared, global, count);",
     "cp.async.cg": "memcpy(shared, global, 16);",
     "cp.async.": ";",
     "mma.sync.aligned.m16n8k8.row.col.f32.bf16": "multiply_bf16(d, a0, a1, b);",
-    "mma.sync.aligned.m16n8k8.row.col.f32.tf32": "multiply_tf32(to, a, v[i], v[i + 1]);",
+    "mma.sync.aligned.m16n8k8.row.col.f32.tf32": "multiply_tf32(d, {a0, a1, a2, a3, b0, b1});",
     "ldmatrix": "v = transposed(row_of_lane);",
 }
 

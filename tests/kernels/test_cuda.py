@@ -1,5 +1,6 @@
 """The cuda backend where there is no GPU: its kernels compile, its cache holds, its errors say what to do."""
 
+import functools
 import multiprocessing
 import random
 import shutil
@@ -10,9 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vmamba_kernels import BackendError, cross_selective_scan, reference
 from vmamba_kernels.cuda import compiler, why_not
+from vmamba_kernels.cuda import operator as operator_module
 from vmamba_kernels.cuda.cross_selective_scan import KINDS
 from vmamba_kernels.cuda.layout import MAX_RANK, MAX_STATES, Layout
 from vmamba_kernels.cuda.scan import Geometry
@@ -20,7 +23,10 @@ from vmamba_kernels.registry import Call
 
 from . import cuda_emulator
 
-operators = sys.modules["vmamba_kernels.cuda.cross_selective_scan"]  # the package's attribute is the function
+# The package's attributes of these names are functions.
+operators, sequences = (
+    sys.modules[f"vmamba_kernels.cuda.{name}"] for name in ("cross_selective_scan", "selective_scan")
+)
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "sm_120": 99 * 1024}  # bytes of a block
@@ -64,7 +70,7 @@ def test_backward_fits_the_shared_memory(states, dim):
         for dtype in (F32, BF16):
             layout = Layout(states, 48, dim, dtype, dtype)
             warps = layout.bwd_warps(shared)
-            assert warps * (layout.bwd_warp_shared + layout.sub * 8) <= shared
+            assert layout.bwd_shared(warps) <= shared
             assert layout.chunk % layout.sub == 0 and layout.chunk % layout.fwd_stage == 0
 
 
@@ -238,10 +244,14 @@ def test_fake_implementations(save):
         x = torch.empty(2, 20, 20, 24, dtype=F16, device="cuda")
         weights = torch.empty(4, 3 + 32, 24, dtype=F16, device="cuda"), torch.empty(4, 24, 3, dtype=F16, device="cuda")
         state = [torch.empty(4, 24, *shape, device="cuda") for shape in ((), (16,), ())]
-        out, borders = torch.ops.vmamba.cross_selective_scan_cuda(x, *weights, *state, 0b11100100, F32, save)
+        out, borders, packed, skip = torch.ops.vmamba.cross_selective_scan_cuda(
+            x, *weights, *state, 0b11100100, F32, save
+        )
         assert out.shape == x.shape and out.dtype == F32
         assert borders.shape == ((2, 4, 4, 16, 24) if save else (0,))
-        grads = torch.ops.vmamba.cross_selective_scan_bwd_cuda(out, x, *weights, *state, borders, 0b11100100)
+        grads = torch.ops.vmamba.cross_selective_scan_bwd_cuda(
+            out, x, packed, weights[1], *state[:2], skip, borders, 0b11100100
+        )
         for grad, t in zip(grads, (x, *weights, *state), strict=True):
             assert grad.shape == t.shape and grad.dtype == t.dtype
 
@@ -256,6 +266,20 @@ def test_fake_implementations(save):
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to run the kernels on a CPU")
 
 
+def _install(monkeypatch, folder, processors=1):
+    cuda_emulator.install(monkeypatch, folder, processors)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    for module in (operators, sequences):
+        module._scan.cache_clear()  # of what another emulator has loaded
+        for operator in (module.FORWARD, module.BACKWARD):
+            _on_cpu_tensors(operator)
+
+
+@functools.cache  # once a process: the dispatcher keeps it
+def _on_cpu_tensors(operator):
+    operator_module._LIBRARY.impl(operator._operator._opname, operator._on_its_device, "CPU")
+
+
 @needs_compiler
 @pytest.mark.parametrize("batch, size, dim, states, rank, dtype, routes, extras, processors", [
     (1, (5, 9), 40, 1, 6, BF16, ("row", "col", "row_rev", "col_rev"), True, 1),
@@ -267,7 +291,7 @@ def test_numbers_on_an_emulated_gpu(
     tmp_path, monkeypatch, batch, size, dim, states, rank, dtype, routes, extras, processors
 ):
     """Output and every gradient against the float64 reference; with many `processors` the routes are cut up."""
-    cuda_emulator.install(monkeypatch, tmp_path, processors)
+    _install(monkeypatch, tmp_path, processors)
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -283,9 +307,9 @@ def test_numbers_on_an_emulated_gpu(
         normal(count, dim) if extras else None,
     ]
     grad, kinds = normal(batch, *size, dim).to(out_dtype), sum(KINDS[route] << 2 * i for i, route in enumerate(routes))
-    # A custom operator's function itself: the operator would look for a GPU.
-    out, borders = operators._forward._init_fn(*tensors, kinds, out_dtype, True)
-    got = operators._backward._init_fn(grad, *tensors, borders, kinds)
+    out, borders, packed, skip = operators.FORWARD(*tensors, kinds, out_dtype, True)
+    x, _, dt_weight, dt_bias, A, _ = tensors
+    got = operators.BACKWARD(grad, x, packed, dt_weight, dt_bias, A, skip, borders, kinds)
 
     leaves = [None if t is None else t.double().requires_grad_() for t in tensors]
     want = cross_selective_scan(*leaves, routes=routes, backend="reference")
@@ -301,11 +325,7 @@ def test_numbers_on_an_emulated_gpu(
 @pytest.fixture
 def on_a_cpu(tmp_path, monkeypatch):
     """The operators take CPU tensors, through the emulated GPU."""
-    cuda_emulator.install(monkeypatch, tmp_path)
-    for name in ("cross_selective_scan", "selective_scan"):
-        module = sys.modules[f"vmamba_kernels.cuda.{name}"]
-        for operator in (module._forward, module._backward):
-            operator.register_kernel("cpu")(operator._init_fn)
+    _install(monkeypatch, tmp_path)
 
 
 def _leaves(*shapes):
@@ -313,10 +333,16 @@ def _leaves(*shapes):
     return [torch.randn(*shape, generator=generator).requires_grad_() for shape in shapes]
 
 
+def _image_leaves():
+    """Arguments of cross_selective_scan."""
+    leaves = _leaves((1, 3, 4, 8), (4, 3 + 4, 8), (4, 8, 3), (4, 8), (4, 8, 2), (4, 8))
+    leaves[4] = (-leaves[4].detach().exp()).requires_grad_()
+    return leaves
+
+
 @needs_compiler
 def test_opcheck(on_a_cpu):
-    inputs = _leaves((1, 3, 4, 8), (4, 3 + 4, 8), (4, 8, 3), (4, 8), (4, 8, 2), (4, 8))
-    inputs[4] = (-inputs[4].detach().exp()).requires_grad_()
+    inputs = _image_leaves()
     for left_out in ((), (3, 5)):  # step bias and D
         given = [None if i in left_out else t for i, t in enumerate(inputs)]
         results = torch.library.opcheck(torch.ops.vmamba.cross_selective_scan_cuda, (*given, 0b11100100, F32, True))
@@ -337,7 +363,7 @@ def test_selective_scan_on_an_emulated_gpu(on_a_cpu, softplus):
     grad = torch.randn(2, 6, 30, generator=torch.Generator().manual_seed(1))
     results = []
     for cast, function in (
-        (lambda t: t, lambda *inputs: sys.modules["vmamba_kernels.cuda.selective_scan"].selective_scan(*inputs, F32)),
+        (lambda t: t, lambda *inputs: sequences.selective_scan(*inputs, F32)),
         (torch.Tensor.double, lambda *inputs: reference.selective_scan(*inputs, torch.float64)),
     ):
         here = [cast(t.detach()).requires_grad_() for t in leaves]
@@ -345,3 +371,71 @@ def test_selective_scan_on_an_emulated_gpu(on_a_cpu, softplus):
         results.append([out, *torch.autograd.grad(out, here, cast(grad))])
     for got, want in zip(*results, strict=True):
         assert (got - want).norm() <= 1e-6 * 30**0.5 * want.norm()
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@needs_compiler
+def test_modes_see_operators_and_get_the_same_bits(on_a_cpu):
+    """A call goes to the function when nothing watches, and through the dispatcher when a mode does."""
+    leaves = _image_leaves()
+
+    def run():
+        out = operators.cross_selective_scan(*leaves, ("row", "col", "row_rev", "col_rev"), F32)
+        return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+    alone = run()
+    assert type(alone[0].grad_fn).__name__ == "cross_selective_scan_cudaBackward"
+    with _Watch() as watch:
+        watched = run()
+    names = [name for name in watch.seen if name.startswith("vmamba")]
+    assert names == ["vmamba::cross_selective_scan_cuda", "vmamba::cross_selective_scan_bwd_cuda"]
+    for a, b in zip(alone, watched, strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_compiler
+def test_torch_compile_sees_one_node(on_a_cpu):
+    leaves = _image_leaves()
+    graphs = []
+
+    def scan(*inputs):
+        return operators.cross_selective_scan(*inputs, ("row", "col", "row_rev", "col_rev"), F32)
+
+    def backend(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    out = torch.compile(scan, fullgraph=True, backend=backend)(*leaves)
+    assert len(graphs) == 1 and graphs[0][0] == "vmamba.cross_selective_scan_cuda.default"
+    compiled = torch.compile(scan, fullgraph=True, backend="aot_eager", dynamic=True)(*leaves)
+    for got in (out, compiled):
+        assert torch.equal(got, scan(*leaves))
+        want = torch.autograd.grad(scan(*leaves), leaves, torch.ones_like(out))
+        for a, b in zip(torch.autograd.grad(got, leaves, torch.ones_like(out)), want, strict=True):
+            assert torch.equal(a, b)
+
+
+@needs_compiler
+def test_what_is_no_plain_tensor_goes_through_the_dispatcher(on_a_cpu):
+    inputs = [t.detach() for t in _image_leaves()]
+    want = operators.FORWARD(*inputs, 0b11100100, F32, False)[0]
+    negated = torch.complex(torch.zeros(1, 3, 4, 8), -inputs[0]).conj().imag  # lazily
+    assert negated.is_neg() and torch.equal(operators.FORWARD(negated, *inputs[1:], 0b11100100, F32, False)[0], want)
+
+
+@needs_compiler
+def test_second_derivatives_are_refused(on_a_cpu):
+    leaves = _image_leaves()
+    out = operators.cross_selective_scan(*leaves, ("row", "col", "row_rev", "col_rev"), F32)
+    (gradient,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivatives; backend 'reference' has"):
+        gradient.sum().backward()

@@ -1,6 +1,7 @@
 """The operators on a GPU, every backend on the same cases: against the float64 reference."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations, product
 
 import pytest
@@ -266,6 +267,14 @@ def test_second_device(backend):
     out = cross_selective_scan(*there, backend=backend)
     assert out.device == torch.device("cuda:1")
     torch.testing.assert_close(out.to("cuda:0"), cross_selective_scan(*tensors, backend=backend))
+
+
+def test_from_a_new_thread(backend):
+    """Which has no CUDA context yet, as PyTorch's backward threads at their start."""
+    tensors = make(1, (6, 6), 32, 4, 3, F32)
+    with ThreadPoolExecutor(1) as pool:
+        out = pool.submit(cross_selective_scan, *tensors, backend=backend).result()
+    assert torch.equal(out, cross_selective_scan(*tensors, backend=backend))
 
 
 def test_cuda_graph(backend):

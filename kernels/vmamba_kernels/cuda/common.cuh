@@ -73,6 +73,19 @@ __device__ __forceinline__ void copy_16_async(void *shared, const void *global) 
     unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global));
 }
+// BYTES from global memory, or zeros where it is not to be read. Fewer than four cannot be copied asynchronously.
+template <int BYTES> __device__ __forceinline__ void copy_async(void *shared, const void *global, bool read) {
+    unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    const int count = read ? BYTES : 0;
+    if constexpr (BYTES == 16) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(count));
+    } else if constexpr (BYTES > 2) {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(address), "l"(global), "r"(count),
+                     "n"(BYTES));
+    } else {
+        *(unsigned short *)shared = read ? *(const unsigned short *)global : 0;
+    }
+}
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;"); }
 template <int PENDING> __device__ __forceinline__ void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING));

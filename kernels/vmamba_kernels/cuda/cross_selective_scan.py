@@ -1,11 +1,13 @@
-"""cross_selective_scan on the GPU, as custom operators of PyTorch."""
+"""cross_selective_scan on the GPU, as operators of PyTorch."""
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from . import scan
 from .layout import Layout, chunk_steps, layout
-from .scan import Geometry, aligned
+from .operator import Operator
+from .scan import Geometry, Scan, aligned
 
 KINDS = {"row": 0, "col": 1, "row_rev": 2, "col_rev": 3}
 TYPED_PRODUCT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)  # torch.mm has out_dtype
@@ -18,113 +20,120 @@ def cross_selective_scan(
     kinds = sum(KINDS[route] << (2 * i) for i, route in enumerate(routes))
     inputs = x, x_proj_weight, dt_weight, dt_bias, A, D
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    return _forward(*inputs, kinds, out_dtype, save)[0]
+    return FORWARD(*inputs, kinds, out_dtype, save)[0]
 
 
-def _geometry(x: Tensor, routes: int, kinds: int) -> Geometry:
-    batch, height, width, dim = x.shape
-    return Geometry(batch, height, width, routes, kinds, dim, 0)
-
-
-def _layout(x: Tensor, dt_weight: Tensor, A: Tensor, out_dtype: torch.dtype) -> Layout:
-    return layout(A.shape[2], dt_weight.shape[2], x.shape[3], x.dtype, out_dtype)
+@lru_cache(4096)
+def _scan(
+    image: torch.Size, routes: int, kinds: int, states: int, rank: int, x: torch.dtype, out: torch.dtype,
+    device: torch.device,
+) -> Scan:  # fmt: skip
+    batch, height, width, dim = image
+    return Scan(layout(states, rank, dim, x, out), Geometry(batch, height, width, routes, kinds, dim, 0), device)
 
 
 def _project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """x (..., dim) by weight (columns, dim) to (pixels, columns) in dtype, never rounded to float16."""
     x = x.view(-1, x.shape[-1])
     if x.dtype == dtype:
-        return x @ weight.t()
+        return torch.mm(x, weight.t())
     if TYPED_PRODUCT:
         return torch.mm(x, weight.t(), out_dtype=dtype)
     return x.to(dtype) @ weight.to(dtype).t()
 
 
-@torch.library.custom_op("vmamba::cross_selective_scan_cuda", mutates_args=(), device_types="cuda")
 def _forward(
     x: Tensor, x_proj_weight: Tensor, dt_weight: Tensor, dt_bias: Tensor | None, A: Tensor, D: Tensor | None,
     kinds: int, out_dtype: torch.dtype, save: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    plan, geometry = _layout(x, dt_weight, A, out_dtype), _geometry(x, A.shape[0], kinds)
-    out = x.new_empty(x.shape, dtype=out_dtype)
-    if out.numel() == 0:
-        return out, A.new_empty(_borders_shape(x, A, save))
-    with torch.cuda.device(x.device):
-        x, dt_weight, A = aligned(x), dt_weight.contiguous(), A.contiguous()
-        weight, skip = scan.pack(plan, x_proj_weight.contiguous(), None if D is None else D.contiguous())
-        rows = _project(x, weight, plan.row_dtype)
-        bias = None if dt_bias is None else dt_bias.contiguous()
-        y, borders = scan.forward(plan, geometry, x, None, rows, dt_weight, bias, A, save)
-        scan.merge_forward(plan, y, x, skip, geometry.routes, out)
-    return out, borders if save else A.new_empty(0)
-
-
-def _borders_shape(x: Tensor, A: Tensor, save: bool) -> tuple[int, ...]:
-    if not save:
-        return (0,)
-    routes, dim, states = A.shape
-    chunk = chunk_steps(int(states))
-    return x.shape[0], routes, (x.shape[1] * x.shape[2] + chunk - 1) // chunk - 1, states, dim
-
-
-@_forward.register_fake
-def _(x, x_proj_weight, dt_weight, dt_bias, A, D, kinds, out_dtype, save):
-    return x.new_empty(x.shape, dtype=out_dtype), A.new_empty(_borders_shape(x, A, save))
-
-
-@torch.library.custom_op("vmamba::cross_selective_scan_bwd_cuda", mutates_args=(), device_types="cuda")
-def _backward(
-    dy: Tensor, x: Tensor, x_proj_weight: Tensor, dt_weight: Tensor, dt_bias: Tensor | None, A: Tensor,
-    D: Tensor | None, borders: Tensor, kinds: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    routes, dim, states = A.shape
-    rank, pixels = dt_weight.shape[2], x.numel() // dim if dim else 0
-    plan, geometry = _layout(x, dt_weight, A, dy.dtype), _geometry(x, routes, kinds)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The output, and for the backward pass: the states at chunk borders, the packed weight, the sum of D."""
     if x.numel() == 0:
-        zeros = [torch.zeros_like(t) for t in (x, x_proj_weight, dt_weight, A[:, :, 0], A, A[:, :, 0])]
-        return tuple(t.contiguous() for t in zeros)
-    with torch.cuda.device(x.device):
-        dtype, width = plan.row_dtype, plan.row_width
-        x, dy, dt_weight, A = aligned(x), aligned(dy), dt_weight.contiguous(), A.contiguous()
-        bias = None if dt_bias is None else dt_bias.contiguous()
-        weight, skip = scan.pack(plan, x_proj_weight.contiguous(), None if D is None else D.contiguous())
-        rows = _project(x, weight, dtype)
-        g = scan.backward(plan, geometry, x, None, rows, dt_weight, bias, A, dy, borders)
-
-        d_rows, d_dt_weight = g.rows.view(pixels, routes, width), g.dt_weight
-        if d_dt_weight is None:
-            d_steps = g.steps.view(pixels, routes, dim).transpose(0, 1)
-            d_rows[:, :, :rank] = torch.bmm(d_steps, dt_weight.to(dtype)).transpose(0, 1)
-            step_rows = rows.view(pixels, routes, width)[:, :, :rank].transpose(0, 1)
-            d_dt_weight = torch.bmm(d_steps.transpose(1, 2), step_rows).to(dt_weight.dtype)
-        d_rows = d_rows.view(pixels, routes * width)
-        d_weight = (d_rows.t() @ x.view(pixels, dim).to(dtype)).to(x_proj_weight.dtype).view(routes, width, dim)
-        through_rows = d_rows @ weight.to(dtype)  # (pixels, dim)
-        dx = scan.merge_backward(plan, g.x, dy, skip, through_rows, routes, torch.empty_like(x))
-    return dx, torch.cat(plan.sections(d_weight, 1), 1), d_dt_weight, g.dt_bias, g.A, g.D
+        return _like_forward(x, x_proj_weight, dt_weight, dt_bias, A, D, kinds, out_dtype, save)
+    (routes, _, states), rank = A.shape, dt_weight.shape[2]
+    scan = _scan(x.shape, routes, kinds, states, rank, x.dtype, out_dtype, x.device)
+    x, dt_weight, A = aligned(x), dt_weight.contiguous(), A.contiguous()
+    bias = None if dt_bias is None else dt_bias.contiguous()
+    packed, skip = scan.pack(x_proj_weight.contiguous(), None if D is None else D.contiguous())
+    rows = _project(x, packed, scan.layout.row_dtype)
+    out = torch.empty_like(x, dtype=out_dtype)
+    borders = scan.forward(x, None, rows, dt_weight, bias, A, skip, out, save)
+    return out, borders, packed, skip
 
 
-@_backward.register_fake
-def _(dy, x, x_proj_weight, dt_weight, dt_bias, A, D, borders, kinds):
-    like = [x, x_proj_weight, dt_weight, A[:, :, 0], A, A[:, :, 0]]
-    return tuple(t.new_empty(t.shape) for t in like)
+def _like_forward(x, x_proj_weight, dt_weight, dt_bias, A, D, kinds, out_dtype, save):
+    (routes, dim, states), borders = A.shape, (0,)
+    if save:
+        chunk = chunk_steps(int(states))
+        borders = x.shape[0], routes, (x.shape[1] * x.shape[2] + chunk - 1) // chunk - 1, states, dim
+    width = layout(int(states), int(dt_weight.shape[2]), int(dim), x.dtype, out_dtype).row_width
+    return (
+        x.new_empty(x.shape, dtype=out_dtype), A.new_empty(borders),
+        x_proj_weight.new_empty(routes * width, dim), A.new_empty(0 if D is None else dim),
+    )  # fmt: skip
+
+
+def _backward(
+    dy: Tensor, x: Tensor, packed: Tensor, dt_weight: Tensor, dt_bias: Tensor | None, A: Tensor, skip: Tensor,
+    borders: Tensor, kinds: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if x.numel() == 0:
+        return tuple(t.zero_() for t in _like_backward(dy, x, packed, dt_weight, dt_bias, A, skip, borders, kinds))
+    (routes, dim, states), rank = A.shape, dt_weight.shape[2]
+    scan = _scan(x.shape, routes, kinds, states, rank, x.dtype, dy.dtype, x.device)
+    dtype, width, pixels = scan.layout.row_dtype, scan.layout.row_width, scan.geometry.pixels
+    x, dy, dt_weight, A = aligned(x), aligned(dy), dt_weight.contiguous(), A.contiguous()
+    bias = None if dt_bias is None else dt_bias.contiguous()
+    rows = _project(x, packed, dtype)
+    g = scan.backward(x, None, rows, dt_weight, bias, A, dy, borders)
+
+    d_dt_weight = g.dt_weight
+    if d_dt_weight is None:
+        d_steps = g.steps.transpose(0, 1)
+        g.rows.view(pixels, routes, width)[:, :, :rank] = torch.bmm(d_steps, dt_weight.to(dtype)).transpose(0, 1)
+        step_rows = rows.view(pixels, routes, width)[:, :, :rank].transpose(0, 1)
+        d_dt_weight = torch.bmm(d_steps.transpose(1, 2), step_rows).to(dt_weight.dtype)
+    d_weight = _to(packed.dtype, torch.mm(g.rows.t(), _to(dtype, x.view(pixels, dim)))).view(routes, width, dim)
+    through_rows = torch.mm(g.rows, _to(dtype, packed))  # (pixels, dim)
+    dx = scan.merge_backward(g.x, dy, skip, through_rows, torch.empty_like(x))
+    return dx, _unpacked(scan.layout, d_weight), d_dt_weight, g.dt_bias, g.A, g.D
+
+
+def _to(dtype: torch.dtype, t: Tensor) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)
+
+
+def _unpacked(layout: Layout, packed: Tensor) -> Tensor:
+    """(routes, row width, dim) -> (routes, rank + 2*states, dim), without the zeros between and behind."""
+    if layout.b0 + layout.padded_states == layout.rank + layout.states:  # none between
+        return packed.narrow(1, 0, layout.rank + 2 * layout.states).contiguous()
+    return torch.cat(layout.sections(packed, 1), 1)
+
+
+def _like_backward(dy, x, packed, dt_weight, dt_bias, A, skip, borders, kinds):
+    routes, dim, states = A.shape
+    return (
+        x.new_empty(x.shape), packed.new_empty(routes, dt_weight.shape[2] + 2 * states, dim),
+        dt_weight.new_empty(dt_weight.shape), A.new_empty(routes, dim), A.new_empty(A.shape), A.new_empty(routes, dim),
+    )  # fmt: skip
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, kinds, _, save = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.kinds = kinds
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # no zeros for the borders
+    x, _, dt_weight, dt_bias, A, D, ctx.kinds, _, _ = inputs
+    _, borders, packed, skip = output
+    ctx.save_for_backward(x, packed, dt_weight, dt_bias, A, skip, borders)
+    ctx.has_skip = D is not None
+    ctx.mark_non_differentiable(borders, packed, skip)
+    ctx.set_materialize_grads(False)  # no zeros for them
 
 
-def _autograd(ctx, dy, _):
+def _autograd(ctx, dy, *_):
     if dy is None:
         return (None,) * 9
-    *tensors, borders = ctx.saved_tensors
-    dx, d_weight, d_dt_weight, d_bias, dA, dD = _backward(dy, *tensors, borders, ctx.kinds)
-    _, _, _, bias, _, D = tensors
-    return dx, d_weight, d_dt_weight, None if bias is None else d_bias, dA, None if D is None else dD, None, None, None
+    saved = ctx.saved_tensors
+    dx, d_weight, d_dt_weight, d_bias, dA, dD = BACKWARD(dy, *saved, ctx.kinds)
+    d_bias, dD = None if saved[3] is None else d_bias, dD if ctx.has_skip else None
+    return dx, d_weight, d_dt_weight, d_bias, dA, dD, None, None, None
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+FORWARD = Operator("cross_selective_scan_cuda", _forward, _like_forward, _setup_context, _autograd)
+BACKWARD = Operator("cross_selective_scan_bwd_cuda", _backward, _like_backward)

@@ -1,14 +1,15 @@
-"""LayerNorm on the GPU, as custom operators of PyTorch.  PyTorch's own gives a block to each row, which leaves most of
+"""LayerNorm on the GPU, as operators of PyTorch.  PyTorch's own gives a block to each row, which leaves most of
 a GPU idle on rows as short as a pixel's channels: see docs/kernels-design.md."""
 
 import struct
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
 from .compiler import Module, load
 from .layout import TYPES
+from .operator import Operator
 from .scan import aligned
 
 MAX_DIM = 1024  # channels that a warp's registers hold
@@ -16,7 +17,7 @@ _WARPS = 4
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
-    return _forward(x, weight, bias, eps, out_dtype)
+    return FORWARD(x, weight, bias, eps, out_dtype)
 
 
 def macros(dim: int, x: torch.dtype, out: torch.dtype) -> tuple[tuple[str, object], ...]:
@@ -25,8 +26,9 @@ def macros(dim: int, x: torch.dtype, out: torch.dtype) -> tuple[tuple[str, objec
     return ("X", TYPES[x]), ("G", TYPES[out]), ("DIM", dim), ("VEC", vec), ("WARPS", _WARPS)
 
 
-def _kernels(x: Tensor, out: torch.dtype) -> Module:
-    return load("layer_norm.cu", macros(x.shape[-1], x.dtype, out), x.device)
+@cache
+def _kernels(dim: int, x: torch.dtype, out: torch.dtype, device: torch.device) -> Module:
+    return load("layer_norm.cu", macros(dim, x, out), device)
 
 
 @cache
@@ -34,47 +36,40 @@ def _backward_blocks(device: torch.device) -> int:
     return 8 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@lru_cache(64)
 def _bits(eps: float) -> int:
     return struct.unpack("<i", struct.pack("<f", eps))[0]
 
 
-@torch.library.custom_op("vmamba::layer_norm_cuda", mutates_args=(), device_types="cuda")
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
     x, weight, bias = aligned(x), aligned(weight), aligned(bias)
-    out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    rows = x.numel() // x.shape[-1]
+    out, dim = torch.empty_like(x, dtype=out_dtype), x.shape[-1]
+    rows = x.numel() // dim
     if rows:
-        with torch.cuda.device(x.device):
-            kernel = _kernels(x, out_dtype).layer_norm_fwd_kernel
-            kernel(-(-rows // _WARPS), _WARPS * 32, 0, x, weight, bias, out, rows, _bits(eps))
+        kernel = _kernels(dim, x.dtype, out_dtype, x.device).layer_norm_fwd_kernel
+        kernel(-(-rows // _WARPS), _WARPS * 32, 0, x, weight, bias, out, rows, _bits(eps))
     return out
 
 
-@_forward.register_fake
-def _(x, weight, bias, eps, out_dtype):
-    return torch.empty(x.shape, dtype=out_dtype, device=x.device)
+def _like_forward(x, weight, bias, eps, out_dtype):
+    return x.new_empty(x.shape, dtype=out_dtype)
 
 
-@torch.library.custom_op("vmamba::layer_norm_bwd_cuda", mutates_args=(), device_types="cuda")
-def _backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    dim = x.shape[-1]
-    rows = x.numel() // dim
+def _backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The gradient of x, and those of weight and bias as the two rows of one tensor."""
     dy, x, weight = aligned(dy), aligned(x), aligned(weight)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if not rows:
-        return dx, torch.zeros_like(weight), torch.zeros_like(weight)
-    with torch.cuda.device(x.device):
-        blocks = min(_backward_blocks(x.device), -(-rows // _WARPS))
-        partial = torch.empty(blocks, 2, dim, dtype=torch.float32, device=x.device)
-        kernel = _kernels(x, dy.dtype).layer_norm_bwd_kernel
+    dx, dim = torch.empty_like(x), x.shape[-1]
+    rows = x.numel() // dim
+    blocks = min(_backward_blocks(x.device), -(-rows // _WARPS))
+    partial = weight.new_empty(blocks, 2, dim)
+    if rows:
+        kernel = _kernels(dim, x.dtype, dy.dtype, x.device).layer_norm_bwd_kernel
         kernel(blocks, _WARPS * 32, 0, dy, x, weight, dx, partial, rows, _bits(eps))
-        d_weight, d_bias = partial.sum(0).unbind(0)
-    return dx, d_weight.clone(), d_bias.clone()
+    return dx, partial.sum(0)
 
 
-@_backward.register_fake
-def _(dy, x, weight, eps):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(weight), torch.empty_like(weight)
+def _like_backward(dy, x, weight, eps):
+    return x.new_empty(x.shape), weight.new_empty(2, x.shape[-1])
 
 
 def _setup_context(ctx, inputs, output):
@@ -83,7 +78,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, dy):
-    return *_backward(dy, *ctx.saved_tensors, ctx.eps), None, None
+    dx, d_parameters = BACKWARD(dy, *ctx.saved_tensors, ctx.eps)
+    return dx, *d_parameters.unbind(0), None, None
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+FORWARD = Operator("layer_norm_cuda", _forward, _like_forward, _setup_context, _autograd)
+BACKWARD = Operator("layer_norm_bwd_cuda", _backward, _like_backward)

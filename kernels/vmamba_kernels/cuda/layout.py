@@ -8,6 +8,7 @@ import torch
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 MAX_STATES = 64
 MAX_RANK = 128
+STAGE = 16  # steps that a block of the backward kernel prepares at once
 MAX_ROUTES = 31  # two bits each in one 64-bit argument
 
 Macros = tuple[tuple[str, object], ...]
@@ -106,11 +107,12 @@ class Layout:
             MIN_BLOCKS=max(1, warps // self.fwd_warps),
         )  # fmt: skip
 
-    # Backward: a lane holds up to 4 states of two channels, and their values over `sub` steps.
+    # Backward: with few states a lane has a channel, otherwise eight lanes share one or two; they hold the values of
+    # `sub` steps.
 
     @cached_property
     def bwd_lanes(self) -> int:
-        return _power_of_two(-(-self.states // 4))
+        return 1 if self.states <= 4 else 8
 
     @cached_property
     def bwd_lane_states(self) -> int:
@@ -118,7 +120,7 @@ class Layout:
 
     @cached_property
     def bwd_channels(self) -> int:
-        return 2 if self.bwd_lanes > 1 else 1
+        return 2 if self.bwd_lanes > 1 and self.bwd_lane_states <= 4 else 1
 
     @cached_property
     def bwd_warp_channels(self) -> int:
@@ -126,7 +128,7 @@ class Layout:
 
     @cached_property
     def sub(self) -> int:
-        return 16 if self.bwd_lane_states * self.bwd_channels <= 2 else 8
+        return STAGE if self.states <= 2 else 8
 
     @cached_property
     def chunk(self) -> int:
@@ -138,38 +140,56 @@ class Layout:
         return self.row_dtype == torch.bfloat16 and self.rank > 0
 
     @cached_property
+    def bwd_block_shared(self) -> int:
+        """Bytes of dynamic shared memory of a block, beside its warps'."""
+        states = 2 if self.bwd_lane_states == 1 else _round_up(2 * self.bwd_lane_states, 4)
+        return STAGE * (2 * self.row_width * self.row_dtype.itemsize + self.bwd_lanes * states * 4)
+
+    @cached_property
     def bwd_warp_shared(self) -> int:
         """Bytes of dynamic shared memory of a warp."""
-        sub, channels, size = self.sub, self.bwd_warp_channels, self.row_dtype.itemsize
-        rows = 2 * sub * self.row_width * size
-        if size == 2:  # and B and C as float32
-            rows += sub * 4 * (2 if self.padded_states == 1 else _round_up(2 * self.padded_states, 4))
-        item = 12 if self.x == self.out == torch.bfloat16 else 20
-        items = sub * (channels if channels < 32 else channels + 8) * item
-        cells = sub * self.row_width * 4
-        states = (self.chunk // sub - 1) * self.bwd_channels * self.bwd_lane_states * 128
+        channels = self.bwd_warp_channels
+        values = 4 if self.x == self.out == torch.bfloat16 else 8
+        pixels = [self.x, self.out] if self.rank else [self.x, self.out, self.x]
+        copied = sum(STAGE * (channels * t.itemsize + (16 if channels == 32 else 0)) for t in pixels)
+        steps = copied + STAGE * (channels if channels < 32 else channels + 8) * (8 + values + 4)
+        cells = STAGE * self.row_width * 4
+        states = self.chunk * self.bwd_channels * self.bwd_lane_states * 128 // self.sub if self.chunk > self.sub else 0
         projection = 0
         if self.fused:
-            tile, depth = max(channels, 8), -(-self.rank // 8)
-            projection = sub * (tile + 8) * 2 + tile // 8 * depth * 128 + -(-channels // 16) * depth * 512
-        return rows + items + cells + states + projection
+            tile, depth, kept = max(channels, 8), -(-self.rank // 8), 2 if channels < 16 else 4
+            projection = STAGE * (tile + 8) * 2 + depth * (tile // 8 * 128 + -(-channels // 16) * kept * 128)
+        return steps + cells + states + projection
+
+    @cached_property
+    def piece(self) -> int:
+        """Bytes of a pixel that can be read at once."""
+        size = self.dim * min(self.x.itemsize, self.out.itemsize)
+        return next(bytes for bytes in (16, 8, 4, 2) if size % bytes == 0)
+
+    @cached_property
+    def bwd_warps_by_registers(self) -> int:
+        """Warps that a multiprocessor can hold: with 128 registers a thread, or with 168."""
+        return 16 if self.bwd_lanes > 1 and self.bwd_channels * self.bwd_lane_states <= 4 else 12
 
     @cache  # noqa: B019 - layouts are few and live as long as the process
     def bwd_warps(self, shared_limit: int) -> int:
         """Warps a block.  `shared_limit`: bytes of shared memory that a block can have.
 
         Nearly the most channels in flight on a multiprocessor; then the most in a block, whose sums over channels need
-        no second pass.  With one or two states the block's barriers cost more than that.
+        fewer partial ones, up to where the block's barriers cost more than that.
         """
-        groups = -(-self.dim // self.bwd_warp_channels)
+        groups, registers = -(-self.dim // self.bwd_warp_channels), self.bwd_warps_by_registers
         in_flight = {}
-        for warps in range(1, 5 if self.states <= 2 else 13):
-            block = (
-                warps * (self.bwd_warp_shared + self.sub * 8) + 1024
-            )  # with the pixels' numbers and the system's part
-            in_flight[warps] = min(12 // warps, (shared_limit + 1024) // block) * groups / -(-groups // warps)
+        for warps in range(1, 5 if self.states <= 2 else 9):
+            block = self.bwd_shared(warps) + 1024  # the system's part
+            in_flight[warps] = min(registers // warps, (shared_limit + 1024) // block) * groups / -(-groups // warps)
         enough = 0.93 * max(in_flight.values())
         return max(warps for warps, channels in in_flight.items() if channels >= enough)
+
+    def bwd_shared(self, warps: int) -> int:
+        """Bytes of dynamic shared memory of a block of `warps`."""
+        return self.bwd_block_shared + warps * self.bwd_warp_shared
 
     def bwd_tiles(self, warps: int) -> int:
         """Blocks that cover the channels."""
@@ -178,8 +198,9 @@ class Layout:
     @cache  # noqa: B019
     def bwd_macros(self, warps: int) -> Macros:
         return self._macros(
-            self.bwd_lanes, C=self.bwd_channels, SUB=self.sub, CHUNK=self.chunk, EVEN=int(self.dim % 2 == 0),
-            TILED=int(self.bwd_tiles(warps) > 1), WARPS=warps, MIN_BLOCKS=max(1, 12 // warps),
+            self.bwd_lanes, C=self.bwd_channels, SUB=self.sub, CHUNK=self.chunk, PIECE=self.piece,
+            TILED=int(self.bwd_tiles(warps) > 1), WARPS=warps,
+            MIN_BLOCKS=max(1, self.bwd_warps_by_registers // warps), BLOCK_SHARED=self.bwd_block_shared,
             WARP_SHARED=self.bwd_warp_shared,
         )  # fmt: skip
 

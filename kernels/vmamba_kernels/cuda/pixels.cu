@@ -106,9 +106,9 @@ extern "C" __global__ void __launch_bounds__(256) sum_parameters_kernel(
     if (kind >= N + 2) from = d_weight, size = dim * R, offset = within - (N + 2) * dim;
     float sum = 0.f;
     if (exists)
-#pragma unroll 4
-        for (i64 i = slice; i < images * segments; i += 8) {
-            const i64 image = divide(i, (int)segments), segment = i - image * segments;
+#pragma unroll 8
+        for (unsigned i = slice; i < (unsigned)(images * segments); i += 8) {
+            const unsigned image = i / (unsigned)segments, segment = i - image * (unsigned)segments;
             sum += from[((image * routes + of_route) * segments + segment) * size + offset];
         }
     sums[slice][lane] = sum;

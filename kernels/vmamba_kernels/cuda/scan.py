@@ -5,7 +5,8 @@ pixels (batch, length, channels), rows (batch, length, routes, row width), outpu
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -62,139 +63,175 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def _pass_borders(
-    module: Module, state: Tensor, total: Tensor, A: Tensor, to: Tensor, layout: Layout, geometry: Geometry,
-    segments: int, chunks: int, per_route: int, adjoint: bool,
-) -> None:  # fmt: skip
-    count = geometry.sequences * layout.states * layout.dim
-    module.scan_borders_kernel(
-        _blocks(count), 256, 0, state, total, A, to, count, layout.dim, geometry.routes, segments, chunks, per_route,
-        int(adjoint),
-    )  # fmt: skip
-
-
-def forward(
-    layout: Layout, geometry: Geometry, x: Tensor, steps: Tensor | None, rows: Tensor, dt_weight: Tensor | None,
-    dt_bias: Tensor | None, A: Tensor, save: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Every route's output (divided by ln 2), and the states at chunk borders if `save`.
-
-    Returns:
-        (batch, length, routes, dim) in the layout's route dtype, (batch, routes, borders, states, dim) float32.
-    """
-    device, length = x.device, geometry.length
-    module = load("scan_fwd.cu", layout.fwd_macros, device)
-    threads, blocks = 32 * layout.fwd_warps, -(-layout.fwd_groups // layout.fwd_warps)
-    segment, segments = layout.segments(geometry.sequences, length, layout.fwd_groups, _limits(device)[0])
-    chunk = layout.chunk if save else segment
-    borders_per_route = -(-length // chunk) - 1
-    y = x.new_empty(geometry.batch, length, geometry.routes, layout.dim, dtype=layout.route_dtype)
-    borders = A.new_empty(geometry.batch, geometry.routes, borders_per_route, layout.states, layout.dim)
-    inputs = x, steps, rows, dt_weight, dt_bias, A
-    grid = geometry.sequences * segments * blocks
-    if segments > 1:
-        state = A.new_empty(geometry.sequences, segments, layout.states, layout.dim)
-        total = A.new_empty(geometry.sequences, segments, layout.dim)
-        sizes = *geometry.arguments(layout.dim), segment, segments
-        module.scan_summary_kernel(grid, threads, 0, *inputs, state, total, *sizes)
-        _pass_borders(
-            module, state, total, A, borders, layout, geometry, segments, segment // chunk, borders_per_route, False
-        )
-    sizes = *geometry.arguments(layout.dim), chunk, segment, segments
-    module.scan_fwd_kernel(grid, threads, 0, *inputs, y, borders, *sizes)
-    return y, borders
-
-
 @dataclass
 class Gradients:
-    x: Tensor  # (batch, length, routes, dim): a route's share, through the recurrence, divided by ln 2
-    rows: Tensor  # (batch, length, routes, row width); the steps' columns only if the layout is fused
-    steps: Tensor | None  # (batch, length, routes, dim), unless fused
+    x: Tensor  # (batch, length, routes, dim) flat: a route's share, through the recurrence, divided by ln 2
+    rows: Tensor  # (pixels, routes * row width); the steps' columns only if the layout is fused
+    steps: Tensor | None  # (pixels, routes, dim), unless fused
     dt_weight: Tensor | None  # (routes, dim, rank), if fused
     A: Tensor  # (routes, dim, states) float32
     dt_bias: Tensor  # (routes, dim) float32
     D: Tensor  # (routes, dim) float32, of one route at every route: only their sum reaches the output
 
 
-def backward(
-    layout: Layout, geometry: Geometry, x: Tensor, steps: Tensor | None, rows: Tensor,
-    dt_weight: Tensor | None, dt_bias: Tensor | None, A: Tensor, dy: Tensor, borders: Tensor,
-) -> Gradients:  # fmt: skip
-    """The gradients of `forward`'s output times ln 2, plus D x."""
-    device, length, dim, states = x.device, geometry.length, layout.dim, layout.states
-    processors, shared_limit = _limits(device)
-    warps = layout.bwd_warps(shared_limit)
-    tiles = layout.bwd_tiles(warps)
-    module = load("scan_bwd.cu", layout.bwd_macros(warps), device)
-    segment, segments = layout.segments(geometry.sequences, length, tiles * warps, processors)
-    inputs = dt_weight, dt_bias, A
-    exits = None
-    if segments > 1:
-        fwd = load("scan_fwd.cu", layout.fwd_macros, device)
-        blocks = -(-layout.fwd_groups // layout.fwd_warps)
-        state = A.new_empty(geometry.sequences, segments, states, dim)
-        total = A.new_empty(geometry.sequences, segments, dim)
-        exits = A.new_empty(geometry.sequences, segments, states, dim)
-        fwd.scan_adjoint_kernel(
-            geometry.sequences * segments * blocks, 32 * layout.fwd_warps, 0, dy, steps, rows, *inputs, state,
-            total, *geometry.arguments(dim), segment, segments,
+class Scan:
+    """The scans of one layout and geometry.  What their launches take beside tensors is worked out once, so that a call
+    is little more than allocations and launches: a small model waits for the host."""
+
+    def __init__(self, layout: Layout, geometry: Geometry, device: torch.device):
+        self.layout, self.geometry, self._device = layout, geometry, device
+        self._processors, self._shared_limit = _limits(device)
+        self._sizes = geometry.arguments(layout.dim)
+        merged = 1 if geometry.route_stride else geometry.routes  # groups of the 1-D operator stay apart
+        self._merge_sizes = geometry.pixels * geometry.pixel_stride // layout.wide, geometry.pixel_stride, merged
+        self._fwd_segment, self._fwd_segments = self._segments(layout.fwd_groups)
+        self._fwd_launch = self._fwd_grid(self._fwd_segments), 32 * layout.fwd_warps, 0
+
+    def _segments(self, warps: int) -> tuple[int, int]:
+        return self.layout.segments(self.geometry.sequences, self.geometry.length, warps, self._processors)
+
+    def _fwd_grid(self, segments: int) -> int:
+        return self.geometry.sequences * segments * -(-self.layout.fwd_groups // self.layout.fwd_warps)
+
+    # The kernels, loaded when first launched: what only infers never compiles the backward ones.
+
+    @cached_property
+    def _fwd(self) -> Module:
+        return load("scan_fwd.cu", self.layout.fwd_macros, self._device)
+
+    @cached_property
+    def _bwd(self) -> Module:
+        return load("scan_bwd.cu", self.layout.bwd_macros(self._bwd_warps), self._device)
+
+    @cached_property
+    def _pixels(self) -> Module:
+        return load("pixels.cu", self.layout.pixel_macros, self._device)
+
+    # Sizes of the backward pass.
+
+    @cached_property
+    def _bwd_warps(self) -> int:
+        return self.layout.bwd_warps(self._shared_limit)
+
+    @cached_property
+    def _bwd_tiles(self) -> int:
+        return self.layout.bwd_tiles(self._bwd_warps)
+
+    @cached_property
+    def _bwd_segments(self) -> tuple[int, int]:
+        return self._segments(self._bwd_tiles * self._bwd_warps)
+
+    @cached_property
+    def _partial_sums(self) -> list[int]:
+        """Where the backward kernel's partial sums lie in one allocation, in bytes: of the rows by channel tile, of
+        dt_weight, A, dt_bias and D by image and segment; and the allocation's size."""
+        layout, geometry = self.layout, self.geometry
+        by_tile = self._bwd_tiles * geometry.pixels * geometry.routes * layout.row_width
+        channels = geometry.sequences * self._bwd_segments[1] * layout.dim
+        counts = (
+            by_tile if self._bwd_tiles > 1 else 0, channels * layout.rank if layout.fused else 0,
+            channels * layout.states, channels, channels,
         )  # fmt: skip
-        _pass_borders(fwd, state, total, A, exits, layout, geometry, segments, 0, segments, True)
+        return list(accumulate((-(-4 * count // 256) * 256 for count in counts), initial=0))
 
-    shape, row_shape = (geometry.batch, geometry.routes, segments), (geometry.batch, length, geometry.routes)
-    dx = x.new_empty(*row_shape, dim, dtype=layout.route_dtype)
-    d_rows = x.new_empty(*row_shape, layout.row_width, dtype=layout.row_dtype)
-    tile_rows = A.new_empty(tiles, *d_rows.shape) if tiles > 1 else d_rows
-    d_steps = d_weight = None
-    if layout.fused:
-        d_weight = A.new_empty(*shape, dim, layout.rank)
-    else:
-        d_steps = x.new_empty(*row_shape, dim, dtype=layout.row_dtype)
-    dA, d_bias, dD = A.new_empty(*shape, states, dim), A.new_empty(*shape, dim), A.new_empty(*shape, dim)
-    module.scan_bwd_kernel(
-        geometry.sequences * segments * tiles, 32 * warps, warps * layout.bwd_warp_shared, x, steps, rows, *inputs, dy,
-        borders, exits, dx, d_steps, tile_rows, d_weight, dA, d_bias, dD, geometry.pixels, *geometry.arguments(dim),
-        segment, segments,
-    )  # fmt: skip
-    pixel_module = load("pixels.cu", layout.pixel_macros, device)
-    if tiles > 1:
-        count = d_rows.numel() // 4
-        pixel_module.sum_tiles_kernel(_blocks(count), 256, 0, tile_rows, d_rows, count, tiles)
-    grads = Gradients(
-        dx, d_rows, d_steps, None if d_weight is None else x.new_empty(geometry.routes, dim, layout.rank),
-        torch.empty_like(A), A.new_empty(geometry.routes, dim), A.new_empty(geometry.routes, dim),
-    )  # fmt: skip
-    outputs = geometry.routes * dim * (states + 2 + (layout.rank if layout.fused else 0))
-    pixel_module.sum_parameters_kernel(
-        -(-outputs // 32), 256, 0, dA, d_bias, dD, d_weight, grads.A, grads.dt_bias, grads.D, grads.dt_weight,
-        geometry.batch, geometry.routes, segments, dim,
-    )  # fmt: skip
-    return grads
+    def pack(self, weight: Tensor, D: Tensor | None) -> tuple[Tensor, Tensor]:
+        """weight (routes, rank + 2*states, dim) as (routes * row width, dim), and the sum of D over the routes, empty for
+        None."""
+        routes, dim = self.geometry.routes, self.layout.dim
+        packed = weight.new_empty(routes * self.layout.row_width, dim)
+        skip = weight.new_empty(0 if D is None else dim, dtype=torch.float32)
+        count = packed.numel()
+        self._pixels.pack_kernel(-(-count // 256), 256, 0, weight, packed, D, skip, count, dim, routes)
+        return packed, skip
 
+    def forward(
+        self, x: Tensor, steps: Tensor | None, rows: Tensor, dt_weight: Tensor | None, dt_bias: Tensor | None,
+        A: Tensor, skip: Tensor | None, out: Tensor, save: bool,
+    ) -> Tensor:  # fmt: skip
+        """Fills `out` with the routes' outputs, added, plus skip * x.
 
-def pack(layout: Layout, weight: Tensor, D: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """(routes, rank + 2*states, dim) -> (routes * row width, dim), and the sum of D over the routes."""
-    routes, _, dim = weight.shape
-    packed = weight.new_empty(routes * layout.row_width, dim)
-    skip = None if D is None else D.new_empty(dim)
-    module = load("pixels.cu", layout.pixel_macros, weight.device)
-    module.pack_kernel(-(-packed.numel() // 256), 256, 0, weight, packed, D, skip, packed.numel(), dim, routes)
-    return packed, skip
+        Returns:
+            The states at chunk borders, (batch, routes, borders, states, dim) float32; empty unless `save`.
+        """
+        layout, geometry = self.layout, self.geometry
+        segment, segments = self._fwd_segment, self._fwd_segments
+        chunk = layout.chunk if save else segment
+        per_route = -(-geometry.length // chunk) - 1
+        y = x.new_empty(geometry.pixels * geometry.routes * layout.dim, dtype=layout.route_dtype)
+        borders = A.new_empty(geometry.batch, geometry.routes, per_route, layout.states, layout.dim)
+        inputs = x, steps, rows, dt_weight, dt_bias, A
+        if segments > 1:
+            state, total = self._segment_ends(A, segments)
+            self._fwd.scan_summary_kernel(*self._fwd_launch, *inputs, state, total, *self._sizes, segment, segments)
+            self._pass_borders(state, total, A, borders, segments, segment // chunk, per_route, adjoint=False)
+        self._fwd.scan_fwd_kernel(*self._fwd_launch, *inputs, y, borders, *self._sizes, chunk, segment, segments)
+        self._pixels.merge_fwd_kernel(_blocks(self._merge_sizes[0]), 256, 0, y, x, skip, out, *self._merge_sizes)
+        return borders if save else A.new_empty(0)
 
+    def backward(
+        self, x: Tensor, steps: Tensor | None, rows: Tensor, dt_weight: Tensor | None, dt_bias: Tensor | None,
+        A: Tensor, dy: Tensor, borders: Tensor,
+    ) -> Gradients:  # fmt: skip
+        """The gradients of `forward`, but for x's and the rows' own: see `merge_backward`."""
+        layout, geometry = self.layout, self.geometry
+        routes, dim, states, pixels = geometry.routes, layout.dim, layout.states, geometry.pixels
+        (segment, segments), tiles, warps = self._bwd_segments, self._bwd_tiles, self._bwd_warps
+        inputs = dt_weight, dt_bias, A
+        exits = None
+        if segments > 1:
+            state, total = self._segment_ends(A, segments)
+            exits = torch.empty_like(state)
+            self._fwd.scan_adjoint_kernel(
+                self._fwd_grid(segments), 32 * layout.fwd_warps, 0, dy, steps, rows, *inputs, state, total,
+                *self._sizes, segment, segments,
+            )  # fmt: skip
+            self._pass_borders(state, total, A, exits, segments, 0, segments, adjoint=True)
 
-def merge_forward(layout: Layout, y: Tensor, x: Tensor, skip: Tensor | None, routes: int, out: Tensor) -> Tensor:
-    """ln 2 times the sum of y over routes, plus skip * x."""
-    count = out.numel() // layout.wide
-    module = load("pixels.cu", layout.pixel_macros, x.device)
-    module.merge_fwd_kernel(_blocks(count), 256, 0, y, x, skip, out, count, out.shape[-1], routes)
-    return out
+        dx = x.new_empty(pixels * routes * dim, dtype=layout.route_dtype)
+        d_rows = x.new_empty(pixels, routes * layout.row_width, dtype=layout.row_dtype)
+        d_steps = None if layout.fused else x.new_empty(pixels, routes, dim, dtype=layout.row_dtype)
+        *starts, size = self._partial_sums
+        partial = A.new_empty(size // 4)
+        address = partial.data_ptr()
+        tile_rows, d_weight, dA, d_bias, dD = [address + start for start in starts]
+        if not layout.fused:
+            d_weight = None
+        self._bwd.scan_bwd_kernel(
+            geometry.sequences * segments * tiles, 32 * warps, layout.bwd_shared(warps), x, steps, rows, *inputs, dy,
+            borders, exits, dx, d_steps, tile_rows if tiles > 1 else d_rows, d_weight, dA, d_bias, dD, pixels,
+            *self._sizes, segment, segments,
+        )  # fmt: skip
+        if tiles > 1:
+            count = d_rows.numel() // 4
+            self._pixels.sum_tiles_kernel(_blocks(count), 256, 0, tile_rows, d_rows, count, tiles)
+        grads = Gradients(
+            dx, d_rows, d_steps, torch.empty_like(dt_weight) if layout.fused else None,
+            torch.empty_like(A), A.new_empty(routes, dim), A.new_empty(routes, dim),
+        )  # fmt: skip
+        outputs = routes * dim * (states + 2 + (layout.rank if layout.fused else 0))
+        self._pixels.sum_parameters_kernel(
+            -(-outputs // 32), 256, 0, dA, d_bias, dD, d_weight, grads.A, grads.dt_bias, grads.D, grads.dt_weight,
+            geometry.batch, routes, segments, dim,
+        )  # fmt: skip
+        return grads
 
+    def merge_backward(self, dx: Tensor, dy: Tensor, skip: Tensor | None, extra: Tensor | None, out: Tensor) -> Tensor:
+        """Fills `out` with x's gradient: ln 2 times the sum of dx over routes, plus skip * dy, plus extra."""
+        blocks = _blocks(self._merge_sizes[0])
+        self._pixels.merge_bwd_kernel(blocks, 256, 0, dx, dy, skip, extra, out, *self._merge_sizes)
+        return out
 
-def merge_backward(
-    layout: Layout, dx: Tensor, dy: Tensor, skip: Tensor | None, extra: Tensor | None, routes: int, out: Tensor
-) -> Tensor:
-    """ln 2 times the sum of dx over routes, plus skip * dy, plus extra."""
-    count = out.numel() // layout.wide
-    module = load("pixels.cu", layout.pixel_macros, dy.device)
-    module.merge_bwd_kernel(_blocks(count), 256, 0, dx, dy, skip, extra, out, count, out.shape[-1], routes)
-    return out
+    def _segment_ends(self, A: Tensor, segments: int) -> tuple[Tensor, Tensor]:
+        """For the states at the segments' ends, and the sums of their steps."""
+        sequences, states, dim = self.geometry.sequences, self.layout.states, self.layout.dim
+        return A.new_empty(sequences, segments, states, dim), A.new_empty(sequences, segments, dim)
+
+    def _pass_borders(
+        self, state: Tensor, total: Tensor, A: Tensor, to: Tensor, segments: int, chunks: int, per_route: int,
+        adjoint: bool,
+    ) -> None:  # fmt: skip
+        count = self.geometry.sequences * self.layout.states * self.layout.dim
+        self._fwd.scan_borders_kernel(
+            _blocks(count), 256, 0, state, total, A, to, count, self.layout.dim, self.geometry.routes, segments,
+            chunks, per_route, int(adjoint),
+        )  # fmt: skip

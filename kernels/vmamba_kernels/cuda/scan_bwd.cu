@@ -1,8 +1,8 @@
 // The gradient of one segment of one route of one image, for WARPS * CW channels a block: chunk by chunk from the end,
 // each chunk's states recomputed from its border, first in passing (keeping those at sub-chunk starts), then sub-chunk
-// by sub-chunk from the end with all states at hand. C: channels a lane; SUB: steps of a sub-chunk; CHUNK: steps
-// between borders, a multiple of SUB; EVEN: whether dim is; TILED: whether several blocks share the channels, so that
-// sums over channels are partial.
+// by sub-chunk from the end with all states at hand. C: neighbouring channels of a lane; SUB: steps of a sub-chunk;
+// CHUNK: steps between borders, a multiple of SUB; PIECE: bytes that pixels can be read at once; TILED: whether several
+// blocks share the channels, so that sums over channels are partial.
 #include "scan_bwd.cuh"
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_kernel(
@@ -12,15 +12,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
     Cell *__restrict__ d_rows, float *__restrict__ d_dt_weight, float *__restrict__ dA, float *__restrict__ dbias,
     float *__restrict__ dD, i64 pixels, i64 height, i64 width, i64 dim, i64 routes, i64 route_kinds, i64 x_pixel,
     i64 x_route, i64 division, i64 segment_length, i64 segments) {
-    using Projection = StepProjection<SUB, CW>;
-    constexpr int TILES = Projection::TILES, OCTETS = Projection::OCTETS;
+    using Projection = StepProjection<STAGE, CW>;
+    constexpr int TILES = Projection::TILES;
     extern __shared__ __align__(16) float shared[];
-    __shared__ __align__(16) int pixel_all[WARPS][2][SUB];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, cl = lane % LANES, q = lane / LANES;
-    float *own = shared + warp * OWN;
-    Item *items = reinterpret_cast<Item *>(own + STEPS_AT);
-    float *sigmoids = own + SIGMOIDS_AT;
-    float *states = own + STATES_AT;
+    float *own = shared + BLOCK + warp * OWN, *bc = shared + BC_AT;
+    Step *step_rows = reinterpret_cast<Step *>(own + STEPS_AT);
+    Values *values = reinterpret_cast<Values *>(own + VALUES_AT);
+    float *sigmoids = own + SIGMOIDS_AT, *cells = own + CELLS_AT;
+    bf16 *tile_rows = reinterpret_cast<bf16 *>(own + TILE_AT);
+    unsigned *weights = reinterpret_cast<unsigned *>(own + WEIGHT_AT);
+    using WeightSum = Several<float, WEIGHT_KEPT>;
+    WeightSum *weight_sums = reinterpret_cast<WeightSum *>(own + WEIGHT_SUM_AT);
 
     const int tiles = (int)((dim + WARPS * CW - 1) / (WARPS * CW)), tile = blockIdx.x % tiles;
     const i64 slot = blockIdx.x / tiles;   // (image, route, segment)
@@ -34,13 +37,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
     const int row_stride = (int)(routes * ROW * sizeof(P)), d_row_stride = (int)(routes * ROW * sizeof(Cell));
     const int dx_stride = (int)(routes * dim * sizeof(Y)), ddt_stride = (int)(routes * dim * sizeof(P));
 
-    x += image * length * x_pixel + route * x_route;
-    if constexpr (R == 0) steps += image * length * x_pixel + route * x_route;
-    dy += image * length * x_pixel + route * x_route;
+    x += image * length * x_pixel + route * x_route + first;
+    if constexpr (R == 0) steps += image * length * x_pixel + route * x_route + first;
+    dy += image * length * x_pixel + route * x_route + first;
     rows += (image * length * routes + route) * ROW;
-    borders += (sequence * ((length + CHUNK - 1) / CHUNK - 1) * N + q * NS) * dim + first + cl;
-    // What the lane writes: one channel of every C-th state group's step.
-    const int within = q % C * LANES + cl, existing = (int)dim - first;
+    borders += (sequence * ((length + CHUNK - 1) / CHUNK - 1) * N + q * NS) * dim + first + cl * C;
+    // The channel whose steps the lane finishes: after the sums over states a lane has one of its own, or, where
+    // matrices made them, one of all lanes'.
+    const int within = DIRECT ? q % 4 * C + q / 4 : cl * C + q % C, existing = (int)dim - first;
+    const bool finishes = !DIRECT || q / 4 < C;
     dx += (image * length * routes + route) * dim + first + within;
     ddt += (image * length * routes + route) * dim + first + within;
     d_rows += ((tile * pixels + image * length) * routes + route) * ROW;
@@ -52,17 +57,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
     for (int c = 0; c < C; ++c)
 #pragma unroll
         for (int n = 0; n < NS; ++n) {
-            const int ch = first + c * LANES + cl, state = q * NS + n;
+            const int ch = first + cl * C + c, state = q * NS + n;
             const bool real = ch < dim && state < N;
             a_log[c][n] = real ? A[(route * dim + ch) * N + state] : 0.f;
             carry[c][n] = real && segment < segments - 1 ? exits[(slot * N + state) * dim + ch] : 0.f;
             da[c][n] = 0.f;
         }
     float bias_sum = 0.f, d_sum = 0.f;
-    for (int i = lane; i < SUB * ROW; i += 32) own[CELLS_AT + i] = 0.f;   // some columns are never written
+    for (int i = lane; i < STAGE * ROW; i += 32) cells[i] = 0.f;   // some columns are never written
     if constexpr (FUSED) {
-        for (int i = lane; i < SUB * TILE_WIDTH / 2; i += 32) own[TILE_AT + i] = 0.f;
-        for (int i = lane; i < WEIGHT_TILES * DEPTH * 128; i += 32) own[WEIGHT_SUM_AT + i] = 0.f;
+        for (int i = lane; i < STAGE * TILE_WIDTH / 2; i += 32) own[TILE_AT + i] = 0.f;
+        for (int i = lane; i < WEIGHT_TILES * DEPTH * 32 * WEIGHT_KEPT; i += 32) own[WEIGHT_SUM_AT + i] = 0.f;
 #pragma unroll
         for (int t = 0; t < TILE_ROWS / 8; ++t)
 #pragma unroll
@@ -71,231 +76,336 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                 const X *at_weight = dt_weight + (route * dim + ch) * R + r;
                 const unsigned low = ch < dim && r < R ? bits(at_weight[0]) : 0;
                 const unsigned high = ch + 1 < dim && r < R ? bits(at_weight[R]) : 0;
-                reinterpret_cast<unsigned *>(own + WEIGHT_AT)[(t * DEPTH + k) * 32 + lane] = low | high << 16;
+                weights[(t * DEPTH + k) * 32 + lane] = low | high << 16;
             }
     }
 
-    // Sub-chunks are read one ahead of their use: fetch starts the reads of one, prepare takes what was fetched last
-    // into rows and scalars and fetches the next. Steps past the end get s = x = dy = 0, channels past the last x = dy
-    // = 0: they change nothing.
-    int fetched = 1;   // which of the two buffers
-    Vec<X, 2> next_x[OCTETS][TILES], next_steps[R ? 1 : OCTETS][R ? 1 : TILES];
-    Vec<G, 2> next_dy[OCTETS][TILES];
+    X *own_x = reinterpret_cast<X *>(own + X_AT), *own_given = reinterpret_cast<X *>(own + GIVEN_AT);
+    G *own_dy = reinterpret_cast<G *>(own + DY_AT);
+    int buffer = 0, pixel = 0, next_pixel;   // the number of the pixel at step lane % STAGE of the stage
     float border[C][NS];   // fetched too where every sub-chunk is a chunk
     auto read_border = [&](float (*to)[NS], int chunk) {
 #pragma unroll
         for (int c = 0; c < C; ++c)
 #pragma unroll
             for (int n = 0; n < NS; ++n)
-                to[c][n] = chunk > 0 && first + c * LANES + cl < dim && q * NS + n < N
-                    ? borders[((chunk - 1) * (i64)N + n) * dim + c * LANES] : 0.f;
+                to[c][n] = chunk > 0 && first + cl * C + c < dim && q * NS + n < N
+                    ? borders[((chunk - 1) * (i64)N + n) * dim + c] : 0.f;
     };
+    // Start reading a stage: the block's rows, the warp's pixels.
     auto fetch = [&](int l0) {
         if constexpr (SUBS == 1) read_border(border, l0 / CHUNK);
-        fetched ^= 1;
-        int *pixel = pixel_all[warp][fetched];
-        if (lane < SUB)
-            pixel[lane] =
-                route_pixel(max(min(l0 + lane, end - 1), 0), kind, (int)height, (int)width, length, division);
-        __syncwarp();
-        load_rows<SUB>(reinterpret_cast<P *>(own + RAW_AT + fetched * RAW), rows, pixel, row_stride, lane);
+        const int step = max(min(l0 + lane % STAGE, end - 1), 0);
+        next_pixel = route_pixel(step, kind, (int)height, (int)width, length, division);
+        buffer ^= 1;
+        constexpr int EACH = 16 / sizeof(P), PER_ROW = ROW / EACH, TOTAL = STAGE * PER_ROW;
 #pragma unroll
-        for (int o = 0; o < OCTETS; ++o) {
-            const int step = o * 8 + lane / 4, at_pixel = pixel[step];
-            const bool inside = l0 + step < end;
+        for (int turn = 0; turn < TOTAL; turn += 32 * WARPS) {
+            const int i = turn + threadIdx.x, at_pixel = __shfl_sync(~0u, next_pixel, i / PER_ROW % STAGE);
+            if (i < TOTAL)
+                copy_16_async(reinterpret_cast<P *>(shared + buffer * RAW) + i * EACH,
+                              at(rows, at_pixel, row_stride) + i % PER_ROW * EACH);
+        }
+        load_pixels(own_x, x, next_pixel, x_stride, existing, lane);
+        load_pixels(own_dy, dy, next_pixel, dy_stride, existing, lane);
+        if constexpr (R == 0) load_pixels(own_given, steps, next_pixel, x_stride, existing, lane);
+        copy_commit();
+    };
+    // Add the warps' cells of the last stage, if it had any: steps l0 to limit.
+    auto write_rows = [&](int l0, int limit, int pixel) {
 #pragma unroll
-            for (int t = 0; t < TILES; ++t) {
-                const int ch = first + t * 8 + lane % 4 * 2;
-                next_x[o][t] = load_pair(at(x, at_pixel, x_stride), ch, (int)dim, inside);
-                next_dy[o][t] = load_pair(at(dy, at_pixel, dy_stride), ch, (int)dim, inside);
-                if constexpr (R == 0) next_steps[o][t] = load_pair(at(steps, at_pixel, x_stride), ch, (int)dim, inside);
+        for (int turn = 0; turn < STAGE * ROW / 4; turn += 32 * WARPS) {
+            const int i = turn + threadIdx.x, j = i / (ROW / 4), at_pixel = __shfl_sync(~0u, pixel, j % STAGE);
+            if (i < STAGE * ROW / 4 && l0 + j < limit) {
+                float sum[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+                for (int other = 0; other < WARPS; ++other) {
+                    const float4 v = reinterpret_cast<const float4 *>(shared + BLOCK + other * OWN + CELLS_AT)[i];
+                    sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+                }
+                Vec<Cell, 4> result;
+                result.set(sum);
+                reinterpret_cast<Vec<Cell, 4> *>(at(d_rows, at_pixel, d_row_stride))[i % (ROW / 4)] = result;
             }
         }
     };
-    const int *pixel;
+    int last_l0 = 0, last_limit = 0;   // of the stage whose cells are to be added
     const P *raw;
-    const float *row_buffer;
-    auto prepare = [&](int l0, int next_l0, bool gradient) {
-        float w[OCTETS][TILES][2];
-        Vec<X, 2> now_x[OCTETS][TILES];
-        Vec<G, 2> now_dy[OCTETS][TILES];
+    // Steps l0 to limit, made ready for the warps, while the next stage is fetched.
+    auto prepare = [&](int l0, int limit, int next_l0, bool gradient) {
+        raw = reinterpret_cast<const P *>(shared + buffer * RAW);
+        const int last_pixel = pixel;
+        pixel = next_pixel;
+        copy_wait<0>();
+        __syncthreads();   // the rows are there, the last stage's cells too; nobody still reads what is overwritten now
+        float w[2][TILES][2];
+        Vec<X, 2> now_x[2][TILES];
+        Vec<G, 2> now_dy[2][TILES];
 #pragma unroll
-        for (int o = 0; o < OCTETS; ++o)
+        for (int o = 0; o < 2; ++o)
 #pragma unroll
             for (int t = 0; t < TILES; ++t) {
-                now_x[o][t] = next_x[o][t], now_dy[o][t] = next_dy[o][t];
-                if constexpr (R == 0) w[o][t][0] = next_steps[o][t].get(0), w[o][t][1] = next_steps[o][t].get(1);
+                const int step = o * 8 + lane / 4, ch = CW % 8 ? lane % 4 * 2 % CW : t * 8 + lane % 4 * 2;
+                now_x[o][t] = *reinterpret_cast<const Vec<X, 2> *>(own_x + step * WIDTH<X> + ch);
+                now_dy[o][t] = *reinterpret_cast<const Vec<G, 2> *>(own_dy + step * WIDTH<G> + ch);
+                if constexpr (R == 0) {
+                    const auto given = *reinterpret_cast<const Vec<X, 2> *>(own_given + step * WIDTH<X> + ch);
+                    w[o][t][0] = given.get(0), w[o][t][1] = given.get(1);
+                }
             }
-        raw = reinterpret_cast<const P *>(own + RAW_AT + fetched * RAW);
-        pixel = pixel_all[warp][fetched];
-        copy_wait<0>();
-        __syncwarp();   // also: nobody still reads what is overwritten now
+        __syncwarp();
         fetch(next_l0);
-        convert_rows<SUB>(own + ROWS_AT, raw, lane);
-        row_buffer = CONVERT ? own + ROWS_AT : reinterpret_cast<const float *>(raw);
+        write_rows(last_l0, last_limit, last_pixel);
+        last_l0 = l0, last_limit = gradient ? limit : 0;
+#pragma unroll
+        for (int turn = 0; turn < STAGE * S; turn += 32 * WARPS) {   // B and C
+            const int i = turn + threadIdx.x;
+            const P *from = raw + i / S * ROW + B0 + i % S * NS;
+            if (i < STAGE * S)
+#pragma unroll
+                for (int n = 0; n < NS; ++n)
+                    bc[i * BC + n] = to_float(from[n]), bc[i * BC + NS + n] = to_float(from[NP + n]);
+        }
         projection.project(w, raw, w, lane);
 #pragma unroll
-        for (int o = 0; o < OCTETS; ++o)
+        for (int o = 0; o < 2; ++o)
 #pragma unroll
             for (int t = 0; t < TILES; ++t) {
-                const int step = o * 8 + lane / 4, within = t * 8 + lane % 4 * 2;
-                const bool inside = l0 + step < end;
-                Pair<Item> both;
-                Pair<float> sigmoid;
+                const int step = o * 8 + lane / 4, ch = t * 8 + lane % 4 * 2;
+                const bool inside = l0 + step < limit;
+                Several<Step, 2> both;
+                Several<Values, 2> pair = {};
+                Several<float, 2> sigmoid;
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     const float v = w[o][t][e];
-                    both.v[e].set(inside ? SOFTPLUS ? softplus2(v) : v : 0.f, now_x[o][t], now_dy[o][t], e);
+                    both.v[e].s = inside ? SOFTPLUS ? softplus2(v) : v : 0.f;
+                    both.v[e].sx = both.v[e].s * now_x[o][t].get(e);
+                    if (inside) pair.v[e].set(now_x[o][t], now_dy[o][t], e);
                     sigmoid.v[e] = SOFTPLUS && gradient ? sigmoid2(v) : 1.f;
                 }
-                if (CW % 8 == 0 || within < CW) {
-                    *reinterpret_cast<Pair<Item> *>(items + step * IW + within) = both;
-                    if (gradient) *reinterpret_cast<Pair<float> *>(sigmoids + step * IW + within) = sigmoid;
+                if (CW % 8 == 0 || ch < CW) {
+                    *reinterpret_cast<Several<Step, 2> *>(step_rows + step * IW + ch) = both;
+                    if (gradient) {
+                        *reinterpret_cast<Several<Values, 2> *>(values + step * IW + ch) = pair;
+                        *reinterpret_cast<Several<float, 2> *>(sigmoids + step * IW + ch) = sigmoid;
+                    }
                 }
             }
-        __syncwarp();
+        __syncthreads();   // B and C are there, and the cells are free
     };
-    // One step of the recurrence for the lane's states.
-    auto advance = [&](int j) {
+    // The recurrence over one step of the stage.
+    auto advance = [&](int step) {
         float b[NS];
-        read_states<RB>(b, row_buffer + j * RS, q);
+        read_row<0, NS>(b, bc + (step * S + q) * BC);
+        const auto own_steps = *reinterpret_cast<const Several<Step, C> *>(step_rows + step * IW + cl * C);
 #pragma unroll
-        for (int c = 0; c < C; ++c) {
-            const Item item = items[j * IW + c * LANES + cl];
-            const float su = item.s * item.x();
+        for (int c = 0; c < C; ++c)
 #pragma unroll
             for (int n = 0; n < NS; ++n)
-                h[c][n] = fmaf(exp2_fast(item.s * a_log[c][n]), h[c][n], su * b[n]);
+                h[c][n] = fmaf(exp2_fast(own_steps.v[c].s * a_log[c][n]), h[c][n], own_steps.v[c].sx * b[n]);
+    };
+    // The lane's states at the start of a sub-chunk, kept in shared memory.
+    using Kept = Several<float, PAIRS % 4 == 0 ? 4 : PAIRS % 2 == 0 ? 2 : 1>;
+    constexpr int KEPT = sizeof(Kept) / 4;
+    auto kept = [&](int sub, int i) {
+        return reinterpret_cast<Kept *>(own + STATES_AT) + (sub * (PAIRS / KEPT) + i) * 32 + lane;
+    };
+    auto keep_states = [&](int sub) {
+#pragma unroll
+        for (int i = 0; i < PAIRS; i += KEPT) {
+            Kept some;
+#pragma unroll
+            for (int k = 0; k < KEPT; ++k) some.v[k] = h[(i + k) / NS][(i + k) % NS];
+            *kept(sub, i / KEPT) = some;
         }
     };
-    uint4 select[4];
-    const unsigned zero = (unsigned)dim >> 31;   // unknown to the compiler, which would make it anew before each use
+    // A channel's gradients at one step, from sums over states: of g B, and of A times g, the decay and the state.
+    auto finish = [&](int step, int limit_step, float by_b, float by_a) {
+        const bool real = finishes && within < existing && step < limit_step;
+        const int at_pixel = __shfl_sync(~0u, pixel, step), item = step * IW + (finishes ? within : 0);
+        const Values value = values[item];
+        float d_step = sigmoids[item] * fmaf(value.x(), by_b, LN2 * by_a);
+        if (!real) d_step = 0.f;
+        if constexpr (FUSED)
+            if (finishes) tile_rows[step * TILE_WIDTH + within] = from_float<bf16>(d_step);
+        bias_sum += d_step;
+        d_sum = fmaf(value.x(), value.dy(), d_sum);
+        const Y dx_here = from_float<Y>(step_rows[item].s * by_b);   // the merge multiplies by ln 2
+        if (real) *at(dx, at_pixel, dx_stride) = dx_here;
+        if constexpr (!FUSED)
+            if (real) *at(ddt, at_pixel, ddt_stride) = from_float<P>(d_step);
+    };
+    const float zero = __uint_as_float((unsigned)dim >> 31);   // unknown to the compiler, which would make it anew
+    float4 select[4];   // matrices of reduce_by_matrix, or, of them, two that put channels in rows of their own
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-        select[i] = make_uint4(lane / 4 == 2 * i ? __float_as_uint(1.f) : zero, zero,
-                               lane / 4 == 2 * i + 1 ? __float_as_uint(1.f) : zero, zero);
-
-    // Where the lane puts sums over channels: of step lane / 4 / (2 NSP), B's or C's.
-    float *cell = own + CELLS_AT;
-    float *lane_cell = cell + lane / 4 / (2 * NSP) * ROW + B0 + lane / 4 / NSP % 2 * NP + lane % 4 * S / 4 * NS +
-                       lane / 4 % NSP;
+        if constexpr (DIRECT) {
+            const float one = lane / 4 == lane % 4 ? 1.f : zero, four = lane / 4 == lane % 4 + 4 ? 1.f : zero;
+            select[i] = i % 2 ? make_float4(zero, one, zero, four) : make_float4(one, zero, four, zero);
+        } else {
+            select[i] = make_float4(lane / 4 == 2 * i ? 1.f : zero, zero, lane / 4 == 2 * i + 1 ? 1.f : zero, zero);
+        }
 
     const int last_chunk = start + (end - 1 - start) / CHUNK * CHUNK;
     fetch(last_chunk);
     for (int c0 = last_chunk; c0 >= start; c0 -= CHUNK) {
-        const int subs = SUBS == 1 ? 1 : (min(CHUNK, end - c0) + SUB - 1) / SUB;
-        if constexpr (SUBS > 1) read_border(h, c0 / CHUNK);
-        for (int sub = 0; sub < subs - 1; ++sub) {
-            prepare(c0 + sub * SUB, c0 + (sub + 1) * SUB, false);
+        const int limit = min(c0 + CHUNK, end), subs = SUBS == 1 ? 1 : (limit - c0 + SUB - 1) / SUB;
+        const int last_stage = (subs - 1) / HALVES * HALVES;   // by its first sub-chunk
+        if constexpr (SUBS > 1) {
+            read_border(h, c0 / CHUNK);
+            keep_states(0);
+            for (int stage = 0; stage < subs - 1; stage += HALVES) {
+                const int next = stage + HALVES < subs - 1 ? stage + HALVES : last_stage;
+                prepare(c0 + stage * SUB, limit, c0 + next * SUB, false);
+                for (int half = 0; half < HALVES && stage + half < subs - 1; ++half) {
 #pragma unroll
-            for (int j = 0; j < SUB; ++j) advance(j);
-#pragma unroll
-            for (int i = 0; i < PAIRS; ++i) states[(sub * PAIRS + i) * 32 + lane] = h[i / NS][i % NS];
+                    for (int j = 0; j < SUB; ++j) advance(half * SUB + j);
+                    keep_states(stage + half + 1);
+                }
+            }
         }
 
-        for (int sub = subs - 1; sub >= 0; --sub) {
-            const int l0 = c0 + sub * SUB;
+        for (int stage = last_stage; stage >= 0; stage -= HALVES) {
+            const int l0 = c0 + stage * SUB;
             if constexpr (SUBS == 1) {
 #pragma unroll
                 for (int i = 0; i < PAIRS; ++i) h[i / NS][i % NS] = border[i / NS][i % NS];
             }
-            prepare(l0, sub ? l0 - SUB : c0 - CHUNK, true);
-            float before[SUB][C][NS];
-            if constexpr (SUBS > 1) {
-                if (sub == 0) {
-                    read_border(h, c0 / CHUNK);
-                } else {
-#pragma unroll
-                    for (int i = 0; i < PAIRS; ++i) h[i / NS][i % NS] = states[((sub - 1) * PAIRS + i) * 32 + lane];
-                }
-            }
-#pragma unroll
-            for (int j = 0; j < SUB; ++j) {
-#pragma unroll
-                for (int i = 0; i < PAIRS; ++i) before[j][i / NS][i % NS] = h[i / NS][i % NS];
-                advance(j);
-            }
+            prepare(l0, limit, stage ? l0 - STAGE : c0 - CHUNK, true);
+            if constexpr (FUSED && HALVES > 1)
+                if (stage + 1 == subs)   // without a second half
+                    for (int i = lane; i < SUB * TILE_WIDTH / 2; i += 32) own[TILE_AT + SUB * TILE_WIDTH / 2 + i] = 0.f;
 
-            int4 pixels_here;
-            float sums[GROUP * 2 * NSP], by_states[ITEM_STEPS * C * 2];
-            __syncthreads();   // nobody still reads cells
-            bf16 *tile_rows = reinterpret_cast<bf16 *>(own + TILE_AT);
+            for (int half = min(HALVES, subs - stage) - 1; half >= 0; --half) {
+                const int j0 = half * SUB;
+                if constexpr (SUBS > 1) {
 #pragma unroll
-            for (int j = SUB - 1; j >= 0; --j) {
-                float bc[2 * NS], *b = bc, *cc = bc + NS;
-                if constexpr (S == 1) {
-                    read_row<RB, 2 * NS>(bc, row_buffer + j * RS);
-                } else {
-                    read_states<RB>(b, row_buffer + j * RS, q);
-                    read_states<RC>(cc, row_buffer + j * RS, q);
-                }
-                Item item;
-                if (S == 1 && j % 4 == 3) pixels_here = *reinterpret_cast<const int4 *>(pixel + j - 3);
-                float *sum = sums + j % GROUP * 2 * NSP;
+                    for (int i = 0; i < PAIRS; i += KEPT) {
+                        const Kept some = *kept(stage + half, i / KEPT);
 #pragma unroll
-                for (int i = 0; i < 2 * NSP; ++i) sum[i] = 0.f;
-#pragma unroll
-                for (int c = 0; c < C; ++c) {
-                    item = items[j * IW + c * LANES + cl];
-                    const float su = item.s * item.x(), dy_here = item.dy();
-                    float by_b = 0.f, by_a = 0.f;
-#pragma unroll
-                    for (int n = 0; n < NS; ++n) {
-                        const float after = j + 1 < SUB ? before[j + 1 < SUB ? j + 1 : 0][c][n] : h[c][n];
-                        const float g = fmaf(cc[n], dy_here, carry[c][n]);
-                        const float a = exp2_fast(item.s * a_log[c][n]);
-                        sum[n] = fmaf(g, su, sum[n]);
-                        sum[NSP + n] = fmaf(after, dy_here, sum[NSP + n]);
-                        by_b = fmaf(g, b[n], by_b);
-                        carry[c][n] = a * g;
-                        const float ga = carry[c][n] * before[j][c][n];
-                        by_a = fmaf(ga, a_log[c][n], by_a);
-                        da[c][n] = fmaf(ga, item.s, da[c][n]);
+                        for (int k = 0; k < KEPT; ++k) h[(i + k) / NS][(i + k) % NS] = some.v[k];
                     }
-                    by_states[(j % ITEM_STEPS * C + c) * 2] = by_b;
-                    by_states[(j % ITEM_STEPS * C + c) * 2 + 1] = by_a;
                 }
-                if (j % GROUP == 0) {   // over channels
-                    if constexpr (BY_MATRIX) {
-                        reduce_by_matrix(sums, select);
-                        constexpr int SAME = LANES < 8 ? 1 : LANES / 8;   // lanes with the same sums
-                        constexpr int NEXT = GROUP / 2 * ROW;
-                        if (lane % SAME == 0 && lane / 4 % NSP < NS) {
-                            lane_cell[j * ROW] = sums[0] * LN2;
-                            lane_cell[j * ROW + NEXT] = sums[2] * LN2;
-                            if constexpr (LANES == 4) {
-                                lane_cell[j * ROW + NS] = sums[1] * LN2;
-                                lane_cell[j * ROW + NEXT + NS] = sums[3] * LN2;
+                float before[SUB][C][NS];
+#pragma unroll
+                for (int j = 0; j < SUB; ++j) {
+#pragma unroll
+                    for (int i = 0; i < PAIRS; ++i) before[j][i / NS][i % NS] = h[i / NS][i % NS];
+                    advance(j0 + j);
+                }
+
+                __syncwarp();   // so that the decays are computed again: to keep some costs spills
+                float sums[DIRECT ? 1 : GROUP * 2 * NSP], by_states[DIRECT ? 1 : ITEM_STEPS * C * 2];
+                float by_b_matrix[(NS + 1) / 2][4] = {}, by_c_matrix[(NS + 1) / 2][4] = {}, by_states_matrix[4];
+#pragma unroll
+                for (int j = SUB - 1; j >= 0; --j) {
+                    float row[2 * NS], *b = row, *cc = row + NS;
+                    read_row<0, 2 * NS>(row, bc + ((j0 + j) * S + q) * BC);
+                    const int item = (j0 + j) * IW + cl * C;
+                    const auto own_steps = *reinterpret_cast<const Several<Step, C> *>(step_rows + item);
+                    const auto own_values = *reinterpret_cast<const Several<Values, C> *>(values + item);
+                    float by_b[2] = {0.f, 0.f}, by_a[2] = {0.f, 0.f}, sx[2] = {0.f, 0.f}, dy_here[2] = {0.f, 0.f};
+                    float g[2][NS + 1] = {}, after[2][NS + 1] = {};
+#pragma unroll
+                    for (int c = 0; c < C; ++c) {
+                        const float s = own_steps.v[c].s;
+                        sx[c] = own_steps.v[c].sx, dy_here[c] = own_values.v[c].dy();
+#pragma unroll
+                        for (int n = 0; n < NS; ++n) {
+                            after[c][n] = j + 1 < SUB ? before[j + 1 < SUB ? j + 1 : 0][c][n] : h[c][n];
+                            g[c][n] = fmaf(cc[n], dy_here[c], carry[c][n]);
+                            by_b[c] = fmaf(g[c][n], b[n], by_b[c]);
+                            carry[c][n] = exp2_fast(s * a_log[c][n]) * g[c][n];
+                            const float ga = carry[c][n] * before[j][c][n];
+                            by_a[c] = fmaf(ga, a_log[c][n], by_a[c]);
+                            da[c][n] = fmaf(ga, s, da[c][n]);
+                        }
+                    }
+                    if constexpr (DIRECT) {
+                        // dB and dC: states by channels times channels by steps, of which this step has column j.
+                        const bool mine = lane / 4 == j;
+                        const float sx0 = mine ? sx[0] : 0.f, sx1 = mine ? sx[1] : 0.f;
+                        const float dy0 = mine ? dy_here[0] : 0.f, dy1 = mine ? dy_here[1] : 0.f;
+#pragma unroll
+                        for (int n = 0; n < NS; n += 2) {
+                            multiply_add_tf32(by_b_matrix[n / 2], g[0][n], g[0][n + 1], g[1][n], g[1][n + 1], sx0, sx1);
+                            multiply_add_tf32(by_c_matrix[n / 2], after[0][n], after[0][n + 1], after[1][n],
+                                              after[1][n + 1], dy0, dy1);
+                        }
+                        // Sums over states: a channel's go to a row of its own (by_a's to 8 more), then the columns
+                        // are added, into column 2 j of by_b and 2 j + 1 of by_a; even and odd ones 8 rows apart.
+                        float d[4] = {0.f, 0.f, 0.f, 0.f};
+                        multiply_add_tf32(d, select[0].x, select[0].y, select[0].z, select[0].w, by_b[0], by_b[1]);
+                        multiply_add_tf32(d, select[1].x, select[1].y, select[1].z, select[1].w, by_a[0], by_a[1]);
+                        if (j % 4 == 3)
+#pragma unroll
+                            for (int i = 0; i < 4; ++i) by_states_matrix[i] = 0.f;
+                        multiply_add_tf32(by_states_matrix, d[0], d[1], d[2], d[3], lane / 4 == j % 4 * 2 ? 1.f : 0.f,
+                                          lane / 4 == j % 4 * 2 + 1 ? 1.f : 0.f);
+                        if (j % 4 == 0)
+                            finish(j0 + j + lane % 4, limit - l0, by_states_matrix[0] + by_states_matrix[2],
+                                   by_states_matrix[1] + by_states_matrix[3]);
+                    } else {
+                        float *sum = sums + j % GROUP * 2 * NSP;
+#pragma unroll
+                        for (int n = 0; n < NSP; ++n) {
+                            sum[n] = sum[NSP + n] = 0.f;
+#pragma unroll
+                            for (int c = 0; c < C; ++c)
+                                if (n < NS) {
+                                    sum[n] = fmaf(g[c][n], sx[c], sum[n]);
+                                    sum[NSP + n] = fmaf(after[c][n], dy_here[c], sum[NSP + n]);
+                                }
+                        }
+                        if (j % GROUP == 0) {   // over channels
+                            if constexpr (BY_MATRIX) {
+                                reduce_by_matrix(sums, select);
+                                if (lane % 4 == 0 && lane / 4 % NSP < NS) {
+                                    float *to = cells + (j0 + j + lane / 4 / (2 * NSP)) * ROW + B0 +
+                                                lane / 4 / NSP % 2 * NP + lane / 4 % NSP;
+                                    to[0] = sums[0] * LN2;
+                                    to[GROUP / 2 * ROW] = sums[2] * LN2;
+                                }
+                            } else {
+                                reduce_scatter<GROUP * 2 * NSP, 1, LANES>(sums, lane);
+                                constexpr int HELD = GROUP * 2 * NSP / LANES;
+#pragma unroll
+                                for (int i = 0; i < HELD; ++i) {
+                                    const int index = cl * HELD + i, n = index % NSP, which = index / NSP % 2;
+                                    const int step = j0 + j + index / NSP / 2;
+                                    if (n < NS) cells[step * ROW + B0 + which * NP + q * NS + n] = sums[i] * LN2;
+                                }
                             }
                         }
-                    } else {
-                        reduce_scatter<GROUP * 2 * NSP, 1, LANES>(sums, lane);
-                        constexpr int HELD = GROUP * 2 * NSP / LANES;
 #pragma unroll
-                        for (int i = 0; i < HELD; ++i) {
-                            const int index = cl * HELD + i, n = index % NSP, which = index / NSP % 2;
-                            const int step = j + index / NSP / 2;
-                            if (n < NS) cell[step * ROW + B0 + which * NP + q * NS + n] = sums[i] * LN2;
+                        for (int c = 0; c < C; ++c) {
+                            by_states[(j % ITEM_STEPS * C + c) * 2] = by_b[c];
+                            by_states[(j % ITEM_STEPS * C + c) * 2 + 1] = by_a[c];
+                        }
+                        if (j % ITEM_STEPS == 0) {   // over states
+                            reduce_scatter<ITEM_STEPS * C * 2, LANES, S>(by_states, lane);
+                            finish(j0 + j + q / C, limit - l0, by_states[0], by_states[1]);
                         }
                     }
                 }
-                if (j % ITEM_STEPS == 0) {   // over states; then the lane has one channel of one step
-                    reduce_scatter<ITEM_STEPS * C * 2, LANES, S>(by_states, lane);
-                    const int step = j + q / C;
-                    if constexpr (S > 1) item = items[step * IW + within];   // it is another one
-                    const bool real = within < existing && l0 + step < end;
-                    const int at_pixel = S == 1 ? reinterpret_cast<const int *>(&pixels_here)[j % 4] : pixel[step];
-                    float d_step = sigmoids[step * IW + within] * fmaf(item.x(), by_states[0], LN2 * by_states[1]);
-                    if (!real) d_step = 0.f;
-                    if constexpr (FUSED) tile_rows[step * TILE_WIDTH + within] = from_float<bf16>(d_step);
-                    bias_sum += d_step;
-                    d_sum = fmaf(item.x(), item.dy(), d_sum);
-                    Y *to = at(dx, at_pixel, dx_stride);
-                    const Y value = from_float<Y>(item.s * by_states[0]);   // the merge multiplies by ln 2
-                    if (real) *to = value;
-                    if constexpr (!FUSED)
-                        if (real) *at(ddt, at_pixel, ddt_stride) = from_float<P>(d_step);
-                }
+                if constexpr (DIRECT)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        using Some = Several<float, NS % 2 ? 1 : 2>;
+                        constexpr int SOME = sizeof(Some) / 4;
+                        Some *to = reinterpret_cast<Some *>(cells + (j0 + lane % 4 * 2 + e) * ROW + B0 + q * NS);
+#pragma unroll
+                        for (int n = 0; n < NS; n += SOME) {
+                            Some b, c;
+#pragma unroll
+                            for (int k = 0; k < SOME; ++k) {
+                                b.v[k] = by_b_matrix[n / 2][(n + k) % 2 * 2 + e] * LN2;
+                                c.v[k] = by_c_matrix[n / 2][(n + k) % 2 * 2 + e] * LN2;
+                            }
+                            to[n / SOME] = b, to[(NP + n) / SOME] = c;
+                        }
+                    }
             }
 
             if constexpr (FUSED) {
@@ -306,58 +416,46 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                     const bf16 *from = tile_rows + lane / 4 * TILE_WIDTH + lane % 4 * 2;
 #pragma unroll
                     for (int t = 0; t < TILE_ROWS / 8; ++t)
-                        matrix_multiply_add(
-                            d, *reinterpret_cast<const unsigned *>(from + t * 8),
-                            OCTETS > 1 ? *reinterpret_cast<const unsigned *>(from + t * 8 + 8 * TILE_WIDTH) : 0,
-                            reinterpret_cast<const unsigned *>(own + WEIGHT_AT)[(t * DEPTH + k) * 32 + lane]);
+                        matrix_multiply_add(d, *reinterpret_cast<const unsigned *>(from + t * 8),
+                                            *reinterpret_cast<const unsigned *>(from + t * 8 + 8 * TILE_WIDTH),
+                                            weights[(t * DEPTH + k) * 32 + lane]);
 #pragma unroll
-                    for (int i = 0; i < 2 * OCTETS; ++i)
+                    for (int i = 0; i < 4; ++i)
                         if (k * 8 + 8 <= R || k * 8 + lane % 4 * 2 + i % 2 < R)
-                            cell[(i / 2 * 8 + lane / 4) * ROW + k * 8 + lane % 4 * 2 + i % 2] = d[i];
+                            cells[(i / 2 * 8 + lane / 4) * ROW + k * 8 + lane % 4 * 2 + i % 2] = d[i];
                 }
 #pragma unroll
                 for (int k = 0; k < DEPTH; ++k)   // dt_weight's: (channels, steps) by (steps, ranks)
 #pragma unroll
                     for (int t = 0; t < WEIGHT_TILES; ++t) {
-                        float4 *sum = reinterpret_cast<float4 *>(own + WEIGHT_SUM_AT) + (t * DEPTH + k) * 32 + lane;
-                        float4 old = *sum;
-                        float d[4] = {old.x, old.y, old.z, old.w};
+                        WeightSum *sum = weight_sums + (t * DEPTH + k) * 32 + lane;
+                        WeightSum old = *sum;
+                        float d[4] = {old.v[0], old.v[1], WEIGHT_KEPT > 2 ? old.v[WEIGHT_KEPT - 2] : 0.f,
+                                      WEIGHT_KEPT > 2 ? old.v[WEIGHT_KEPT - 1] : 0.f};
 #pragma unroll
-                        for (int o = 0; o < OCTETS; ++o) {
+                        for (int o = 0; o < 2; ++o) {
                             const int row = o * 8 + lane % 8;
                             const bf16 *from = tile_rows + row * TILE_WIDTH + t * 16;
                             matrix_multiply_add(d, read_transposed(from),
                                                 t * 16 + 8 < TILE_ROWS ? read_transposed(from + 8) : 0,
                                                 read_transposed(raw + row * ROW + k * 8));
                         }
-                        *sum = make_float4(d[0], d[1], d[2], d[3]);
-                    }
-            }
-
-            __syncthreads();
-            for (int i = threadIdx.x; i < SUB * ROW / 4; i += 32 * WARPS) {
-                const int j = i / (ROW / 4);
-                if (l0 + j < end) {
-                    float sum[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-                    for (int other = 0; other < WARPS; ++other) {
-                        const float4 v = reinterpret_cast<const float4 *>(shared + other * OWN + CELLS_AT)[i];
-                        sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+                        for (int i = 0; i < WEIGHT_KEPT; ++i) old.v[i] = d[i];
+                        *sum = old;
                     }
-                    Vec<Cell, 4> result;
-                    result.set(sum);
-                    reinterpret_cast<Vec<Cell, 4> *>(at(d_rows, pixel[j], d_row_stride))[i % (ROW / 4)] = result;
-                }
             }
         }
     }
 
     copy_wait<0>();
+    __syncthreads();
+    write_rows(last_l0, last_limit, pixel);
 #pragma unroll
     for (int c = 0; c < C; ++c)
 #pragma unroll
         for (int n = 0; n < NS; ++n) {
-            const int ch = first + c * LANES + cl, state = q * NS + n;
+            const int ch = first + cl * C + c, state = q * NS + n;
             if (ch < dim && state < N) dA[(slot * N + state) * dim + ch] = da[c][n] * (LN2 * LN2);
         }
     if constexpr (FUSED)
@@ -365,21 +463,21 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
         for (int k = 0; k < DEPTH; ++k)
 #pragma unroll
             for (int t = 0; t < WEIGHT_TILES; ++t) {
-                const float4 sum = reinterpret_cast<const float4 *>(own + WEIGHT_SUM_AT)[(t * DEPTH + k) * 32 + lane];
-                const float d[4] = {sum.x, sum.y, sum.z, sum.w};
+                const WeightSum sum = weight_sums[(t * DEPTH + k) * 32 + lane];
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int within = t * 16 + i / 2 * 8 + lane / 4, r = k * 8 + lane % 4 * 2 + i % 2;
-                    if (within < CW && first + within < dim && r < R)
-                        d_dt_weight[(slot * dim + first + within) * R + r] = d[i];
+                for (int i = 0; i < WEIGHT_KEPT; ++i) {
+                    const int ch = t * 16 + i / 2 * 8 + lane / 4, r = k * 8 + lane % 4 * 2 + i % 2;
+                    if (ch < CW && first + ch < dim && r < R) d_dt_weight[(slot * dim + first + ch) * R + r] = sum.v[i];
                 }
             }
+    // The lanes that finished other steps of the same channel.
+    constexpr int FROM = DIRECT ? 1 : LANES * C, TO = DIRECT ? 4 : 32;
 #pragma unroll
-    for (int offset = LANES * C; offset < 32; offset *= 2) {
+    for (int offset = FROM; offset < TO; offset *= 2) {
         bias_sum += __shfl_xor_sync(~0u, bias_sum, offset);
         d_sum += __shfl_xor_sync(~0u, d_sum, offset);
     }
-    if (q < C && within < existing) {
+    if ((DIRECT ? finishes && lane % 4 == 0 : q < C) && within < existing) {
         dbias[slot * dim + first + within] = bias_sum;
         dD[slot * dim + first + within] = d_sum;
     }

@@ -1,12 +1,14 @@
-"""selective_scan (1-D, Mamba's layout) on the GPU, as custom operators of PyTorch: the kernels of the 2-D operator over
+"""selective_scan (1-D, Mamba's layout) on the GPU, as operators of PyTorch: the kernels of the 2-D operator over
 an image of one row, whose routes are the groups."""
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from . import scan
 from .layout import Layout, chunk_steps, layout
-from .scan import Geometry
+from .operator import Operator
+from .scan import Geometry, Scan, aligned
 
 
 def selective_scan(
@@ -18,89 +20,81 @@ def selective_scan(
         dtype = torch.promote_types(dtype, other.dtype)
     inputs = u.to(dtype), delta.to(dtype), A, B.to(dtype), C.to(dtype), D, delta_bias
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    return _forward(*inputs, delta_softplus, out_dtype, save)[0]
+    return FORWARD(*inputs, delta_softplus, out_dtype, save)[0]
 
 
-def _layout(u: Tensor, A: Tensor, B: Tensor, out_dtype: torch.dtype, softplus: bool) -> Layout:
-    return layout(A.shape[1], 0, u.shape[1] // B.shape[1], u.dtype, out_dtype, softplus)
-
-
-def _geometry(u: Tensor, B: Tensor) -> Geometry:
-    batch, channels, length = u.shape
-    groups = B.shape[1]
-    return Geometry(batch, 1, length, groups, 0, channels, channels // groups)
+@lru_cache(4096)
+def _scan(
+    u_shape: torch.Size, groups: int, states: int, u: torch.dtype, out: torch.dtype, softplus: bool,
+    device: torch.device,
+) -> Scan:  # fmt: skip
+    batch, channels, length = u_shape
+    dim = channels // groups
+    geometry = Geometry(batch, 1, length, groups, 0, channels, dim)
+    return Scan(layout(states, 0, dim, u, out, softplus), geometry, device)
 
 
 def _last(t: Tensor) -> Tensor:
     """(batch, channels, length) -> (batch, length, channels), contiguous."""
-    return scan.aligned(t.transpose(1, 2))
+    return aligned(t.transpose(1, 2))
 
 
-def _rows(B: Tensor, C: Tensor, plan: Layout) -> Tensor:
+def _rows(B: Tensor, C: Tensor, layout: Layout) -> Tensor:
     """(batch, length, groups, row width)."""
     batch, groups, _, length = B.shape
-    rows = B.new_zeros(batch, length, groups, plan.row_width, dtype=plan.row_dtype)
-    for section, part in zip(plan.sections(rows, 3)[1:], (B, C), strict=True):
+    rows = B.new_zeros(batch, length, groups, layout.row_width, dtype=layout.row_dtype)
+    for section, part in zip(layout.sections(rows, 3)[1:], (B, C), strict=True):
         section.copy_(part.permute(0, 3, 1, 2))
     return rows
 
 
-@torch.library.custom_op("vmamba::selective_scan_cuda", mutates_args=(), device_types="cuda")
 def _forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None,
     softplus: bool, out_dtype: torch.dtype, save: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    plan, geometry = _layout(u, A, B, out_dtype, softplus), _geometry(u, B)
+    """The output, and for the backward pass the states at chunk borders."""
     if u.numel() == 0:
-        return u.new_empty(u.shape, dtype=out_dtype), A.new_empty(_borders_shape(u, A, B, save))
-    with torch.cuda.device(u.device):
-        u, delta, A = _last(u), _last(delta), A.contiguous()
-        bias = None if delta_bias is None else delta_bias.contiguous()
-        skip = None if D is None else D.contiguous()
-        rows = _rows(B, C, plan)
-        y, borders = scan.forward(plan, geometry, u, delta, rows, None, bias, A, save)
-        out = scan.merge_forward(plan, y, u, skip, 1, u.new_empty(u.shape, dtype=out_dtype))
-    return out.transpose(1, 2).contiguous(), borders if save else A.new_empty(0)
+        return _like_forward(u, delta, A, B, C, D, delta_bias, softplus, out_dtype, save)
+    scan = _scan(u.shape, B.shape[1], A.shape[1], u.dtype, out_dtype, softplus, u.device)
+    u, delta, A = _last(u), _last(delta), A.contiguous()
+    bias = None if delta_bias is None else delta_bias.contiguous()
+    skip = None if D is None else D.contiguous()
+    out = torch.empty_like(u, dtype=out_dtype)
+    borders = scan.forward(u, delta, _rows(B, C, scan.layout), None, bias, A, skip, out, save)
+    return out.transpose(1, 2).contiguous(), borders
 
 
-def _borders_shape(u: Tensor, A: Tensor, B: Tensor, save: bool) -> tuple[int, ...]:
-    if not save:
-        return (0,)
-    (channels, states), groups = A.shape, B.shape[1]
-    chunk = chunk_steps(int(states))
-    return u.shape[0], groups, (u.shape[2] + chunk - 1) // chunk - 1, states, channels // groups
+def _like_forward(u, delta, A, B, C, D, delta_bias, softplus, out_dtype, save):
+    borders = (0,)
+    if save:
+        (channels, states), groups, chunk = A.shape, B.shape[1], chunk_steps(int(A.shape[1]))
+        borders = u.shape[0], groups, (u.shape[2] + chunk - 1) // chunk - 1, states, channels // groups
+    return u.new_empty(u.shape, dtype=out_dtype), A.new_empty(borders)
 
 
-@_forward.register_fake
-def _(u, delta, A, B, C, D, delta_bias, softplus, out_dtype, save):
-    return u.new_empty(u.shape, dtype=out_dtype), A.new_empty(_borders_shape(u, A, B, save))
-
-
-@torch.library.custom_op("vmamba::selective_scan_bwd_cuda", mutates_args=(), device_types="cuda")
 def _backward(
     dy: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
     delta_bias: Tensor | None, borders: Tensor, softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    plan, geometry = _layout(u, A, B, dy.dtype, softplus), _geometry(u, B)
-    channels, states = A.shape
     if u.numel() == 0:
-        return tuple(torch.zeros_like(t).contiguous() for t in (u, delta, A, B, C, A[:, 0], A[:, 0]))
-    with torch.cuda.device(u.device):
-        u, delta, dy, A = _last(u), _last(delta), _last(dy), A.contiguous()
-        bias = None if delta_bias is None else delta_bias.contiguous()
-        skip = None if D is None else D.contiguous()
-        g = scan.backward(plan, geometry, u, delta, _rows(B, C, plan), None, bias, A, dy, borders)
-        du = scan.merge_backward(plan, g.x, dy, skip, None, 1, torch.empty_like(u))
-        dB, dC = (part.permute(0, 2, 3, 1).to(B.dtype) for part in plan.sections(g.rows, 3)[1:])
+        return tuple(t.zero_() for t in _like_backward(dy, u, delta, A, B, C, D, delta_bias, borders, softplus))
+    (batch, groups, states, length), channels = B.shape, A.shape[0]
+    scan = _scan(u.shape, groups, states, u.dtype, dy.dtype, softplus, u.device)
+    u, delta, dy, A = _last(u), _last(delta), _last(dy), A.contiguous()
+    bias = None if delta_bias is None else delta_bias.contiguous()
+    skip = None if D is None else D.contiguous()
+    g = scan.backward(u, delta, _rows(B, C, scan.layout), None, bias, A, dy, borders)
+    du = scan.merge_backward(g.x, dy, skip, None, torch.empty_like(u))
+    rows = g.rows.view(batch, length, groups, -1)
+    dB, dC = (part.permute(0, 2, 3, 1).to(B.dtype) for part in scan.layout.sections(rows, 3)[1:])
+    d_delta = g.steps.view(batch, length, channels).transpose(1, 2).to(delta.dtype)
     return (
-        du.transpose(1, 2).contiguous(), g.steps.flatten(2).transpose(1, 2).to(delta.dtype).contiguous(),
-        g.A.view(channels, states), dB.contiguous(), dC.contiguous(),
-        g.D.reshape(-1), g.dt_bias.reshape(-1),
+        du.transpose(1, 2).contiguous(), d_delta.contiguous(), g.A.view(channels, states), dB.contiguous(),
+        dC.contiguous(), g.D.reshape(-1), g.dt_bias.reshape(-1),
     )  # fmt: skip
 
 
-@_backward.register_fake
-def _(dy, u, delta, A, B, C, D, delta_bias, borders, softplus):
+def _like_backward(dy, u, delta, A, B, C, D, delta_bias, borders, softplus):
     return tuple(t.new_empty(t.shape) for t in (u, delta, A, B, C, A[:, 0], A[:, 0]))
 
 
@@ -116,9 +110,10 @@ def _autograd(ctx, dy, _):
     if dy is None:
         return (None,) * 10
     *tensors, borders = ctx.saved_tensors
-    du, d_delta, dA, dB, dC, dD, d_bias = _backward(dy, *tensors, borders, ctx.softplus)
+    du, d_delta, dA, dB, dC, dD, d_bias = BACKWARD(dy, *tensors, borders, ctx.softplus)
     *_, D, bias = tensors
     return du, d_delta, dA, dB, dC, None if D is None else dD, None if bias is None else d_bias, None, None, None
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+FORWARD = Operator("selective_scan_cuda", _forward, _like_forward, _setup_context, _autograd)
+BACKWARD = Operator("selective_scan_bwd_cuda", _backward, _like_backward)
