@@ -135,8 +135,8 @@ class Scan:
         return list(accumulate((-(-4 * count // 256) * 256 for count in counts), initial=0))
 
     def pack(self, weight: Tensor, D: Tensor | None) -> tuple[Tensor, Tensor]:
-        """weight (routes, rank + 2*states, dim) as (routes * row width, dim), and the sum of D over the routes, empty for
-        None."""
+        """weight (routes, rank + 2*states, dim) as (routes * row width, dim), and the sum of D over the routes,
+        empty for None."""
         routes, dim = self.geometry.routes, self.layout.dim
         packed = weight.new_empty(routes * self.layout.row_width, dim)
         skip = weight.new_empty(0 if D is None else dim, dtype=torch.float32)
