@@ -69,10 +69,6 @@ template <class T> __device__ __forceinline__ T *at(T *base, int pixel, int stri
     return (T *)((const char *)base + (i64)pixel * stride_bytes);
 }
 
-__device__ __forceinline__ void copy_16_async(void *shared, const void *global) {
-    unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global));
-}
 // BYTES from global memory, or zeros where it is not to be read. Fewer than four cannot be copied asynchronously.
 template <int BYTES> __device__ __forceinline__ void copy_async(void *shared, const void *global, bool read) {
     unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));

@@ -5,7 +5,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .layout import Layout, chunk_steps, layout
+from .layout import Layout, border_count, chunk_steps, layout
 from .operator import Operator
 from .scan import Geometry, Scan, aligned
 
@@ -63,8 +63,8 @@ def _forward(
 def _like_forward(x, x_proj_weight, dt_weight, dt_bias, A, D, kinds, out_dtype, save):
     (routes, dim, states), borders = A.shape, (0,)
     if save:
-        chunk = chunk_steps(int(states))
-        borders = x.shape[0], routes, (x.shape[1] * x.shape[2] + chunk - 1) // chunk - 1, states, dim
+        count = border_count(x.shape[1] * x.shape[2], chunk_steps(int(states)))
+        borders = x.shape[0], routes, count, states, dim
     width = layout(int(states), int(dt_weight.shape[2]), int(dim), x.dtype, out_dtype).row_width
     return (
         x.new_empty(x.shape, dtype=out_dtype), A.new_empty(borders),
@@ -92,14 +92,10 @@ def _backward(
         g.rows.view(pixels, routes, width)[:, :, :rank] = torch.bmm(d_steps, dt_weight.to(dtype)).transpose(0, 1)
         step_rows = rows.view(pixels, routes, width)[:, :, :rank].transpose(0, 1)
         d_dt_weight = torch.bmm(d_steps.transpose(1, 2), step_rows).to(dt_weight.dtype)
-    d_weight = _to(packed.dtype, torch.mm(g.rows.t(), _to(dtype, x.view(pixels, dim)))).view(routes, width, dim)
-    through_rows = torch.mm(g.rows, _to(dtype, packed))  # (pixels, dim)
+    d_weight = torch.mm(g.rows.t(), x.view(pixels, dim).to(dtype)).to(packed.dtype).view(routes, width, dim)
+    through_rows = torch.mm(g.rows, packed.to(dtype))  # (pixels, dim)
     dx = scan.merge_backward(g.x, dy, skip, through_rows, torch.empty_like(x))
     return dx, _unpacked(scan.layout, d_weight), d_dt_weight, g.dt_bias, g.A, g.D
-
-
-def _to(dtype: torch.dtype, t: Tensor) -> Tensor:
-    return t if t.dtype == dtype else t.to(dtype)
 
 
 def _unpacked(layout: Layout, packed: Tensor) -> Tensor:

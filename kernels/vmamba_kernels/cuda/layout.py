@@ -236,6 +236,11 @@ def chunk_steps(states: int) -> int:
     return min(max(16, 11 * states // 2 // 8 * 8), 128)
 
 
+def border_count(length: int, chunk: int) -> int:
+    """States kept between the chunks of a route.  Its sizes may be symbols."""
+    return (length + chunk - 1) // chunk - 1
+
+
 def _round_up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 

@@ -10,6 +10,7 @@
 
 constexpr int NS = (N + S - 1) / S;          // states a lane
 constexpr int LANES = 32 / S;                // lanes of a warp that hold different channels
+constexpr bool CONVERT = sizeof(P) == 2;     // rows are half types, B and C are turned into float32
 
 // log2(1 + 2^w), accurate to float32's relative precision for float32 pixels and to 6e-5 for the half types: one
 // exponential of -|w|, then a polynomial of log2(1 + z) / z on [0, 1] (fitted for relative error).
@@ -66,59 +67,6 @@ template <int OFFSET, int COUNT> __device__ __forceinline__ void read_row(float 
     } else if constexpr (COUNT >= 1) {
         dst[0] = src[OFFSET];
         if constexpr (COUNT > 1) read_row<OFFSET + 1, COUNT - 1>(dst + 1, src);
-    }
-}
-
-// The rows' B and C as float32: where they lie in the copied rows, or in a converted copy of RS floats a row.
-constexpr bool CONVERT = sizeof(P) == 2;
-constexpr int RB = CONVERT ? 0 : B0, RC = RB + NP;
-constexpr bool ALIGNED = NS % 4 == 0 && NP % 4 == 0 && B0 % 4 == 0;
-constexpr int RS = CONVERT ? (NP == 1 ? 2 : (2 * NP + 3) / 4 * 4) : ROW;
-
-// A lane's NS values of B (COLUMN = RB) or C (RC); q is the lane's state group.
-template <int COLUMN> __device__ __forceinline__ void read_states(float *dst, const float *row, int q) {
-    if constexpr (S == 1) {
-        read_row<COLUMN, NS>(dst, row);
-    } else if constexpr (ALIGNED) {
-        read_row<0, NS>(dst, row + COLUMN + q * NS);
-    } else {
-#pragma unroll
-        for (int n = 0; n < NS; ++n) dst[n] = row[COLUMN + q * NS + n];
-    }
-}
-
-// Start copying COUNT projected rows, 16 bytes a lane and turn; pixel[j] is the row's pixel in this image.
-template <int COUNT>
-__device__ __forceinline__ void load_rows(P *raw, const P *rows, const int *pixel, int stride_bytes, int lane) {
-    constexpr int EACH = 16 / sizeof(P), PER_ROW = ROW / EACH, TOTAL = COUNT * PER_ROW;
-#pragma unroll
-    for (int i = 0; i < (TOTAL + 31) / 32; ++i) {
-        const int v = i * 32 + lane, j = v / PER_ROW, c = v % PER_ROW;
-        if (TOTAL % 32 == 0 || v < TOTAL) copy_16_async(raw + v * EACH, at(rows, pixel[j], stride_bytes) + c * EACH);
-    }
-    copy_commit();
-}
-
-// B and C of COUNT copied rows as float32.
-template <int COUNT> __device__ __forceinline__ void convert_rows(float *dst, const P *raw, int lane) {
-    if constexpr (CONVERT && NP % 4 == 0 && B0 % 4 == 0) {
-        constexpr int PER_ROW = NP < 2 ? 1 : 2 * NP / 4, TOTAL = COUNT * PER_ROW;
-#pragma unroll
-        for (int i = 0; i < (TOTAL + 31) / 32; ++i) {
-            const int v = i * 32 + lane, j = v / PER_ROW, c = v % PER_ROW * 4;
-            if (TOTAL % 32 == 0 || v < TOTAL) {
-                const uint2 w = *reinterpret_cast<const uint2 *>(raw + j * ROW + B0 + c);
-                *reinterpret_cast<float4 *>(dst + j * RS + c) =
-                    make_float4(lower_half(w.x), upper_half(w.x), lower_half(w.y), upper_half(w.y));
-            }
-        }
-    } else if constexpr (CONVERT) {
-        constexpr int TOTAL = COUNT * 2 * NP;
-#pragma unroll
-        for (int i = 0; i < (TOTAL + 31) / 32; ++i) {
-            const int v = i * 32 + lane, j = v / (2 * NP), c = v % (2 * NP);
-            if (TOTAL % 32 == 0 || v < TOTAL) dst[j * RS + c] = to_float(raw[j * ROW + B0 + c]);
-        }
     }
 }
 

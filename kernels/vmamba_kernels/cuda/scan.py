@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .compiler import Module, load
-from .layout import Layout
+from .layout import Layout, border_count
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Scan:
         layout, geometry = self.layout, self.geometry
         segment, segments = self._fwd_segment, self._fwd_segments
         chunk = layout.chunk if save else segment
-        per_route = -(-geometry.length // chunk) - 1
+        per_route = border_count(geometry.length, chunk)
         y = x.new_empty(geometry.pixels * geometry.routes * layout.dim, dtype=layout.route_dtype)
         borders = A.new_empty(geometry.batch, geometry.routes, per_route, layout.states, layout.dim)
         inputs = x, steps, rows, dt_weight, dt_bias, A

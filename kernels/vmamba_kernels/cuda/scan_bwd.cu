@@ -103,8 +103,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
         for (int turn = 0; turn < TOTAL; turn += 32 * WARPS) {
             const int i = turn + threadIdx.x, at_pixel = __shfl_sync(~0u, next_pixel, i / PER_ROW % STAGE);
             if (i < TOTAL)
-                copy_16_async(reinterpret_cast<P *>(shared + buffer * RAW) + i * EACH,
-                              at(rows, at_pixel, row_stride) + i % PER_ROW * EACH);
+                copy_async<16>(reinterpret_cast<P *>(shared + buffer * RAW) + i * EACH,
+                               at(rows, at_pixel, row_stride) + i % PER_ROW * EACH, true);
         }
         load_pixels(own_x, x, next_pixel, x_stride, existing, lane);
         load_pixels(own_dy, dy, next_pixel, dy_stride, existing, lane);

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .layout import Layout, chunk_steps, layout
+from .layout import Layout, border_count, chunk_steps, layout
 from .operator import Operator
 from .scan import Geometry, Scan, aligned
 
@@ -68,7 +68,7 @@ def _like_forward(u, delta, A, B, C, D, delta_bias, softplus, out_dtype, save):
     borders = (0,)
     if save:
         (channels, states), groups, chunk = A.shape, B.shape[1], chunk_steps(int(A.shape[1]))
-        borders = u.shape[0], groups, (u.shape[2] + chunk - 1) // chunk - 1, states, channels // groups
+        borders = u.shape[0], groups, border_count(u.shape[2], chunk), states, channels // groups
     return u.new_empty(u.shape, dtype=out_dtype), A.new_empty(borders)
 
 
