@@ -1,13 +1,15 @@
 """The operators in plain PyTorch: any device, any dtype, differentiable by autograd.  Everything else is tested
 against this file, so it says what the operators are; it is also what runs on a CPU.
 
-A scan takes about 2*sqrt(length) steps: routes are cut into about sqrt(length) chunks that are scanned side by side.
-Inside, what belongs to a position is laid out as (groups, steps, batch, chunks, *), so that a step is one slice.
+A scan is a few dozen steps, however long the route: chunks of 7 to 16 positions are scanned side by side, then chunks
+of their ends.  Without gradients memory is used again where it can be: on a CPU, fresh memory costs as much as
+arithmetic.
 """
 
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -35,27 +37,20 @@ def why_not(call: object) -> str | None:
 
 def cross_scan(x: Tensor, routes: tuple[str, ...]) -> Tensor:
     """(batch, height, width, dim) -> (batch, routes, length, dim)."""
-    return torch.stack([_along(x, route) for route in routes], dim=1)
+    return _walk(x.unsqueeze(3), routes)
 
 
 def cross_merge(y: Tensor, height: int, width: int, routes: tuple[str, ...]) -> Tensor:
     """(batch, routes, length, dim) -> (batch, height, width, dim), the routes added."""
-    return sum(_back(y[:, k], height, width, route) for k, route in enumerate(routes))
-
-
-def _along(x: Tensor, route: str) -> Tensor:
-    if route.startswith("col"):
-        x = x.transpose(1, 2)
-    x = x.flatten(1, 2)  # (batch, length, dim)
-    return x.flip(1) if route.endswith("rev") else x
-
-
-def _back(y: Tensor, height: int, width: int, route: str) -> Tensor:
-    if route.endswith("rev"):
-        y = y.flip(1)
-    if route.startswith("col"):
-        return y.unflatten(1, (width, height)).transpose(1, 2)
-    return y.unflatten(1, (height, width))
+    forwards, backwards = [], []
+    for route, along in zip(routes, y.unbind(1), strict=True):
+        lines = (width, height) if route.startswith("col") else (height, width)
+        image = along.unflatten(1, lines)
+        image = image.transpose(1, 2) if route.startswith("col") else image
+        (backwards if route.endswith("rev") else forwards).append(image)
+    if backwards:
+        forwards.append(reduce(torch.add, backwards).flip(1, 2))
+    return reduce(torch.add, forwards)
 
 
 def selective_scan(
@@ -70,21 +65,20 @@ def selective_scan(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """`vmamba_kernels.selective_scan`, already checked."""
-    groups, length, dtype = B.shape[1], u.shape[2], A.dtype
+    groups, dtype = B.shape[1], A.dtype
 
-    def by_position(t: Tensor) -> Tensor:  # (batch, groups, *, length) -> (groups, steps, batch, chunks, *)
-        return torch.stack([_cut(group.transpose(1, 2)) for group in t.to(dtype).unbind(1)])
-
-    def by_group(t: Tensor) -> Tensor:  # (batch, groups*dim, length) -> (batch, groups, dim, length)
-        return t.unflatten(1, (groups, -1))
+    def by_group(t: Tensor) -> Tensor:  # (batch, groups*dim, length) -> (batch, groups, length, dim)
+        return t.to(dtype).unflatten(1, (groups, -1)).transpose(2, 3)
 
     if delta_bias is not None:
         delta = delta.to(dtype) + delta_bias[:, None]
-    delta = by_position(by_group(delta))
     if delta_softplus:
-        delta = F.softplus(delta)
-    y = _scan(by_position(by_group(u)), delta, A.unflatten(0, (groups, -1)), by_position(B), by_position(C))
-    y = _uncut(y, length).transpose(2, 3).flatten(1, 2)  # (batch, groups*dim, length)
+        delta = F.softplus(delta.to(dtype))
+    B, C = B.to(dtype).transpose(2, 3), C.to(dtype).transpose(2, 3)
+    with no_autocast(u.device.type):
+        delta = by_group(delta).clone(memory_format=torch.contiguous_format)
+        y = _scan(by_group(u) * delta, delta, A.unflatten(0, (groups, -1)), B, C)
+    y = y.transpose(2, 3).flatten(1, 2)  # (batch, groups*dim, length)
     if D is not None:
         y = y + D[:, None] * u.to(dtype)
     return y.to(out_dtype)
@@ -103,17 +97,23 @@ def cross_selective_scan(
     """`vmamba_kernels.cross_selective_scan`, already checked."""
     rank, states, dtype = dt_weight.shape[2], A.shape[2], A.dtype
     height, width = x.shape[1:3]
-    u = torch.stack([_cut(_along(x, route)) for route in routes])  # (routes, steps, batch, chunks, dim)
-    positions = u.shape[1:4]
-    projected = torch.bmm(u.flatten(1, 3), x_proj_weight.transpose(1, 2)).to(dtype)
-    dt, B, C = projected.split((rank, states, states), dim=-1)  # (routes, steps*batch*chunks, *)
-    with no_autocast(x.device.type):
-        dt_weight = dt_weight.to(dtype).transpose(1, 2)
-        # delta: (routes, steps*batch*chunks, dim)
-        delta = torch.bmm(dt, dt_weight) if dt_bias is None else torch.baddbmm(dt_bias[:, None], dt, dt_weight)
-    delta, B, C = (t.unflatten(1, positions) for t in (F.softplus(delta), B, C))
-    y = _uncut(_scan(u.to(dtype), delta, A, B, C), height * width)
-    return _merge(y, x, D, height, width, routes, out_dtype)
+    # (batch, height, width, routes, rank + 2*states)
+    projected = F.linear(x, x_proj_weight.flatten(0, 1)).to(dtype).unflatten(-1, (len(routes), -1))
+    # Large routes are walked a few at a time, in memory that is used again.
+    several = max(1, min(len(routes), 2**21 // max(1, x.numel() * states)))
+    merged = []
+    for start in range(0, len(routes), several):
+        some = slice(start, start + several)
+        u = cross_scan(x, routes[some]).to(dtype)  # (batch, routes, length, dim)
+        dt, B, C = _walk(projected[..., some, :], routes[some]).split((rank, states, states), dim=-1)
+        with no_autocast(x.device.type):
+            delta = dt @ dt_weight[some].to(dtype).transpose(1, 2)
+            if dt_bias is not None:
+                delta += dt_bias[some, None]
+            delta = F.softplus(delta, out=None if torch.is_grad_enabled() else delta)
+            y = _scan(_times(u, delta), delta, A[some], B, C)
+        merged.append(cross_merge(y, height, width, routes[some]))
+    return _skip(reduce(torch.add, merged), x, D, out_dtype)
 
 
 def cross_ssd(
@@ -137,7 +137,8 @@ def cross_ssd(
         delta = delta + dt_bias[:, None]
     with no_autocast(x.device.type):
         y = _ssd(u.to(dtype).unflatten(-1, (heads, -1)), F.softplus(delta), A, B, C, chunk_size)
-    return _merge(y.flatten(-2), x, None if D is None else D.flatten(1), height, width, routes, out_dtype)
+    merged = cross_merge(y.flatten(-2), height, width, routes)
+    return _skip(merged, x, None if D is None else D.flatten(1), out_dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
@@ -146,88 +147,88 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: t
         return F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, eps).to(out_dtype)
 
 
-def _merge(
-    y: Tensor, x: Tensor, D: Tensor | None, height: int, width: int, routes: tuple[str, ...], out_dtype: torch.dtype
-) -> Tensor:
-    """Add the routes and the skip; only the sum of D over the routes reaches the output."""
-    merged = cross_merge(y, height, width, routes)
+def _walk(x: Tensor, routes: tuple[str, ...]) -> Tensor:
+    """(batch, height, width, routes, dim) -> (batch, routes, length, dim): each route along its own image, or all along
+    the one image of (batch, height, width, 1, dim)."""
+    of_each = (-1, -1, -1, len(routes), -1)
+    images = x.expand(of_each).unbind(3)
+    if any(route.endswith("rev") for route in routes):
+        flipped = x.flip(1, 2).expand(of_each).unbind(3)  # backwards along an image is forwards along the flipped one
+    along = []
+    for k, route in enumerate(routes):
+        image = flipped[k] if route.endswith("rev") else images[k]
+        along.append((image.transpose(1, 2) if route.startswith("col") else image).flatten(1, 2))
+    return torch.stack(along, dim=1)
+
+
+def _skip(merged: Tensor, x: Tensor, D: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """Add the skip to the merged routes; only the sum of D over the routes reaches the output."""
     if D is not None:
         merged = torch.addcmul(merged, x.to(D.dtype), D.sum(0))
     return merged.to(out_dtype)
 
 
-def _cut(t: Tensor) -> Tensor:
-    """(batch, length, *) -> (steps, batch, chunks, *); step s of chunk c is position c*steps + s, then zeros."""
-    length = t.shape[1]
-    steps = math.ceil(math.sqrt(length))
-    chunks = math.ceil(length / steps)
-    if chunks * steps > length:
-        t = F.pad(t, (0, 0, 0, chunks * steps - length))
-    return t.unflatten(1, (chunks, steps)).movedim(2, 0)
-
-
-def _uncut(y: Tensor, length: int) -> Tensor:
-    """(groups, steps, batch, chunks, dim) -> (batch, groups, length, dim)."""
-    return y.permute(2, 0, 3, 1, 4).flatten(2, 3)[:, :, :length]
-
-
-def _scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """The recurrence from a zero state.
-
-    First every chunk is scanned from zero, all side by side; then the state is carried from chunk to chunk; then each
-    position adds what the state at its chunk's start still contributes, which needs no further steps.  What stands
-    behind the end of a route changes nothing before it.
+def _scan(inputs: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """The recurrence from a zero state.  Without gradients it overwrites `inputs` and `delta`.
 
     Args:
-        u, delta: (groups, steps, batch, chunks, dim).
+        inputs: delta * u, (batch, groups, length, dim).
+        delta: (batch, groups, length, dim).
         A: (groups, dim, states).
-        B, C: (groups, steps, batch, chunks, states).
+        B, C: (batch, groups, length, states).
 
     Returns:
-        (groups, steps, batch, chunks, dim).
+        (batch, groups, length, dim).
     """
-    steps, chunks = u.shape[1], u.shape[3]
-    A = A.transpose(1, 2)[:, None, None, None]  # (groups, 1, 1, 1, states, dim)
+    A = math.log2(math.e) * A.transpose(1, 2).unsqueeze(1)  # (groups, 1, states, dim); powers of 2 are faster
+    decay = _times(delta.unsqueeze(-2), A).exp2_()  # (batch, groups, length, states, dim)
+    h = _states(decay, _times(inputs.unsqueeze(-2), B.unsqueeze(-1)))
+    if B.shape[-1] == 1:
+        return _times(h.squeeze(-2), C)
+    return (C.unsqueeze(-2) @ h).squeeze(-2)
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """a * b; without gradients in the memory of `a`, if it is as large as the product."""
+    if torch.is_grad_enabled() or torch.broadcast_shapes(a.shape, b.shape) != a.shape:
+        return a * b
+    return a.mul_(b)
+
+
+def _states(decay: Tensor, inputs: Tensor) -> Tensor:
+    """h[l] = decay[l] * h[l - 1] + inputs[l] from zero, over dimension 2.  Without gradients it overwrites both.
+
+    A long route is cut into chunks.  First every chunk is scanned from zero, all side by side; then the states at the
+    ends of the chunks are found the same way; then each position adds what the state at its chunk's start still
+    contributes, which needs no further steps.
+
+    Args:
+        decay, inputs: (batch, groups, length, states, dim).
+
+    Returns:
+        (batch, groups, length, states, dim).
+    """
     in_place = not torch.is_grad_enabled()
-    u = u.mul_(delta) if in_place else delta * u
-    # What has a states axis is computed for a few steps at a time, so that it stays in the cache and what is freed is
-    # used again: without the bound a forward pass of vmamba_tiny_s1l8 takes a tenth longer.
-    several = max(1, min(steps // A.shape[-2], 2**18 // max(1, u[:, 0].numel() * A.shape[-2])))
-    runs = [slice(start, start + several) for start in range(0, steps, several)]
-    state, since_start = None, None  # of each chunk, and the decay from its start: (groups, batch, chunks, states, dim)
-    local, decays = [], []
-    for run in runs:
-        decay = (delta[:, run].unsqueeze(-2) * A).exp_()  # (groups, several, batch, chunks, states, dim)
-        inputs = u[:, run].unsqueeze(-2) * B[:, run].unsqueeze(-1)
-        states, products = [], []
-        for decay_of_step, input_of_step in zip(decay.unbind(1), inputs.unbind(1), strict=True):
-            if state is None:
-                state, since_start = input_of_step, decay_of_step
-            elif in_place:
-                state, since_start = input_of_step.addcmul_(decay_of_step, state), decay_of_step.mul_(since_start)
-            else:
-                state, since_start = torch.addcmul(input_of_step, decay_of_step, state), decay_of_step * since_start
-            states.append(state)
-            products.append(since_start)
-        local.append(inputs if in_place else torch.stack(states, dim=1))
-        decays.append(decay if in_place else torch.stack(products, dim=1))
+    addcmul, mul = (Tensor.addcmul_, Tensor.mul_) if in_place else (torch.addcmul, torch.mul)
+    length = inputs.shape[2]
+    if length <= 16:
+        states = list(inputs.unbind(2))
+        for step, decay_of_step in enumerate(decay.unbind(2)[1:], start=1):
+            states[step] = addcmul(states[step], decay_of_step, states[step - 1])
+        return inputs if in_place else torch.stack(states, dim=2)
 
-    starts = [torch.zeros_like(state[:, :, 0])]
-    for chunk in range(chunks - 1):
-        starts.append(torch.addcmul(state[:, :, chunk], since_start[:, :, chunk], starts[-1]))
-    start = torch.stack(starts, dim=2).unsqueeze(1)  # (groups, 1, batch, chunks, states, dim)
-    y = [
-        _read(C[:, run], from_zero.addcmul_(decay, start) if in_place else torch.addcmul(from_zero, decay, start))
-        for run, from_zero, decay in zip(runs, local, decays, strict=True)
-    ]
-    return torch.cat(y, dim=1) if len(y) > 1 else y[0]
-
-
-def _read(C: Tensor, h: Tensor) -> Tensor:
-    """sum_n C[n] * h[n, d]: C (..., states), h (..., states, dim) -> (..., dim)."""
-    if C.shape[-1] == 1:
-        return h.squeeze(-2).mul_(C) if not torch.is_grad_enabled() else C * h.squeeze(-2)
-    return (C.unsqueeze(-1) * h).sum(-2)
+    steps = next((divisor for divisor in range(16, 6, -1) if length % divisor == 0), 16)
+    if length % steps:  # what stands behind the end changes nothing before it
+        decay, inputs = (F.pad(t, (0, 0, 0, 0, 0, -length % steps)) for t in (decay, inputs))
+    decay, inputs = decay.unflatten(2, (-1, steps)), inputs.unflatten(2, (-1, steps))
+    states, since_start = list(inputs.unbind(3)), list(decay.unbind(3))  # of each step, for all chunks
+    for step in range(1, steps):
+        states[step] = addcmul(states[step], since_start[step], states[step - 1])
+        since_start[step] = mul(since_start[step], since_start[step - 1])
+    h, decay = (inputs, decay) if in_place else (torch.stack(states, dim=3), torch.stack(since_start, dim=3))
+    ends = _states(since_start[-1].clone(), states[-1].clone())
+    h = addcmul(h, decay, F.pad(ends[:, :, :-1], (0, 0, 0, 0, 1, 0)).unsqueeze(3))
+    return h.flatten(2, 3)[:, :, :length]
 
 
 def _ssd(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int) -> Tensor:

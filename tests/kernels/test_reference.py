@@ -189,12 +189,18 @@ def test_compile_sees_no_graph_break_at_any_size():
             torch.testing.assert_close(compiled(**case), vk.cross_selective_scan(**case))
 
 
-def test_without_gradients_the_numbers_are_the_same():
+@pytest.mark.parametrize("states", [1, 3])
+def test_without_gradients_the_numbers_are_the_same_and_arguments_stay(states):
     torch.manual_seed(0)
-    case = images(height=9, width=7)
-    expected = vk.cross_selective_scan(**case)
-    with torch.inference_mode():
-        assert torch.equal(vk.cross_selective_scan(**case), expected)
+    image = images(height=9, width=7, states=states)
+    sequence = sequences(length=50, states=states, dtype=torch.float64) | dict(delta_bias=None, delta_softplus=False)
+    for operator, case in ((vk.cross_selective_scan, image), (vk.selective_scan, sequence)):
+        expected = operator(**case)
+        before = {name: value.clone() for name, value in case.items() if isinstance(value, torch.Tensor)}
+        with torch.inference_mode():
+            assert torch.equal(operator(**case), expected)
+        for name, value in before.items():
+            assert torch.equal(case[name], value), name
 
 
 @pytest.mark.parametrize(
