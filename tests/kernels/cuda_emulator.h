@@ -127,6 +127,15 @@ static void multiply_tf32(float *d, Inputs inputs) {
         }
     });
 }
+static unsigned transposed_lanes(unsigned two) {
+    const int lane = (int)threadIdx.x % 32;
+    unsigned result = 0;
+    together(&two, 1, [&](auto of) {
+        for (int i = 0; i < 2; ++i)
+            result |= (of((lane % 4 * 2 + i) * 4 + lane / 8, 0) >> lane / 4 % 2 * 16 & 0xffffu) << 16 * i;
+    });
+    return result;
+}
 static unsigned transposed(const void *row_of_lane) {
     const uintptr_t address = (uintptr_t)row_of_lane;
     const unsigned words[2] = {(unsigned)address, (unsigned)(address >> 32)};

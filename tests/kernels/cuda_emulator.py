@@ -22,14 +22,16 @@ INSTRUCTIONS = {  # the start of an assembly text -> C++
     "cvt.f32.f16": "r = from_fp16_bits(v.bits);",
     "cvt.rn.bf16.f32": "r.bits = to_bf16_bits(v);",
     "cvt.rn.f16.f32": "r.bits = to_fp16_bits(v);",
-    "cvt.rn.bf16x2": "both = to_bf16_bits(from[0]) | (unsigned)to_bf16_bits(from[1]) << 16;",
+    "cvt.rn.bf16x2": "both = to_bf16_bits(lower) | (unsigned)to_bf16_bits(upper) << 16;",
     "cvt.rn.f16x2": "both = to_fp16_bits(from[0]) | (unsigned)to_fp16_bits(from[1]) << 16;",
     "ex2.approx": "r = exp2_flushed(v);",
     "cp.async.cg": "memset(shared, 0, BYTES); memcpy(shared, global, count);",
     "cp.async.ca": "memset(shared, 0, BYTES); memcpy(shared, global, count);",
     "cp.async.": ";",
     "mma.sync.aligned.m16n8k8.row.col.f32.bf16": "multiply_bf16(d, a0, a1, b);",
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16": "multiply_bf16(d, a0, a1, b0), multiply_bf16(d, a2, a3, b1);",
     "mma.sync.aligned.m16n8k8.row.col.f32.tf32": "multiply_tf32(d, {a0, a1, a2, a3, b0, b1});",
+    "movmatrix": "r = transposed_lanes(two);",
     "ldmatrix": "v = transposed(row_of_lane);",
 }
 

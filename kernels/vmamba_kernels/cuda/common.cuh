@@ -28,6 +28,14 @@ template <> __device__ __forceinline__ fp16 from_float<fp16>(float v) {
     return r;
 }
 
+__device__ __forceinline__ float upper_half(unsigned v) { return __uint_as_float(v & 0xffff0000u); }   // bfloat16s are
+__device__ __forceinline__ float lower_half(unsigned v) { return __uint_as_float(v << 16); }           // half a float32
+__device__ __forceinline__ unsigned two_halves(float lower, float upper) {
+    unsigned both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(upper), "f"(lower));
+    return both;
+}
+
 // COUNT neighbouring values, read and written at once; two half-width ones share a register.
 template <class T, int COUNT> struct alignas(sizeof(T) * COUNT) Vec {
     T v[COUNT];
@@ -37,19 +45,20 @@ template <class T, int COUNT> struct alignas(sizeof(T) * COUNT) Vec {
         for (int i = 0; i < COUNT; ++i) v[i] = from_float<T>(from[i]);
     }
 };
-template <class T> struct HalfPair {
-    unsigned both;
-    __device__ __forceinline__ float get(int i) const {
-        const T half{(unsigned short)(i ? both >> 16 : both)};
-        return to_float(half);
-    }
-};
-template <> struct Vec<bf16, 2> : HalfPair<bf16> {
+template <int WORDS> struct alignas(4 * WORDS) HalfPairs {
+    unsigned words[WORDS];
+    __device__ __forceinline__ float get(int i) const { return i % 2 ? upper_half(words[i / 2]) : lower_half(words[i / 2]); }
     __device__ __forceinline__ void set(const float *from) {
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(from[1]), "f"(from[0]));
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) words[i] = two_halves(from[2 * i], from[2 * i + 1]);
     }
 };
-template <> struct Vec<fp16, 2> : HalfPair<fp16> {
+template <> struct Vec<bf16, 2> : HalfPairs<1> {};
+template <> struct Vec<bf16, 4> : HalfPairs<2> {};
+template <> struct Vec<bf16, 8> : HalfPairs<4> {};
+template <> struct Vec<fp16, 2> {
+    unsigned both;
+    __device__ __forceinline__ float get(int i) const { return to_float(fp16{(unsigned short)(i ? both >> 16 : both)}); }
     __device__ __forceinline__ void set(const float *from) {
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(from[1]), "f"(from[0]));
     }
@@ -60,9 +69,6 @@ __device__ __forceinline__ float exp2_fast(float v) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
     return r;
 }
-
-__device__ __forceinline__ float upper_half(unsigned v) { return __uint_as_float(v & 0xffff0000u); }   // bfloat16s are
-__device__ __forceinline__ float lower_half(unsigned v) { return __uint_as_float(v << 16); }           // half a float32
 
 // The element at a pixel: one multiply-add for a 64-bit address, so that images may pass 2^31 elements.
 template <class T> __device__ __forceinline__ T *at(T *base, int pixel, int stride_bytes) {
@@ -93,4 +99,13 @@ __device__ __forceinline__ void matrix_multiply_add(float *d, unsigned a0, unsig
     asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a0), "r"(a1), "r"(b));
+}
+
+// d (16, 8) += a (16, 16) b (16, 8): the same, a and b followed by those of eight more columns and rows.
+__device__ __forceinline__ void matrix_multiply_add(float *d, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                                                    unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }

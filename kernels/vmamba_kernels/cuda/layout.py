@@ -149,16 +149,20 @@ class Layout:
     def bwd_warp_shared(self) -> int:
         """Bytes of dynamic shared memory of a warp."""
         channels = self.bwd_warp_channels
-        values = 4 if self.x == self.out == torch.bfloat16 else 8
+        values = 4 if self.row_dtype == torch.bfloat16 else 8
         pixels = [self.x, self.out] if self.rank else [self.x, self.out, self.x]
         copied = sum(STAGE * (channels * t.itemsize + (16 if channels == 32 else 0)) for t in pixels)
         steps = copied + STAGE * (channels if channels < 32 else channels + 8) * (8 + values + 4)
-        cells = STAGE * self.row_width * 4
-        states = self.chunk * self.bwd_channels * self.bwd_lane_states * 128 // self.sub if self.chunk > self.sub else 0
+        cells = STAGE * self.row_width * self.row_dtype.itemsize
+        states = 0
+        if self.chunk > self.sub:
+            pairs = self.bwd_channels * self.bwd_lane_states
+            direct = self.row_dtype == torch.bfloat16 and self.bwd_lanes == 8  # bfloat16 states, every 4 steps
+            states = self.chunk // 4 * -(-pairs // 2) * 128 if direct else self.chunk // self.sub * pairs * 128
         projection = 0
         if self.fused:
             tile, depth, kept = max(channels, 8), -(-self.rank // 8), 2 if channels < 16 else 4
-            projection = STAGE * (tile + 8) * 2 + depth * (tile // 8 * 128 + -(-channels // 16) * kept * 128)
+            projection = STAGE * (tile + 8) * 2 + depth * -(-channels // 16) * kept * 128
         return steps + cells + states + projection
 
     @cached_property
@@ -199,8 +203,7 @@ class Layout:
     def bwd_macros(self, warps: int) -> Macros:
         return self._macros(
             self.bwd_lanes, C=self.bwd_channels, SUB=self.sub, CHUNK=self.chunk, PIECE=self.piece,
-            TILED=int(self.bwd_tiles(warps) > 1), WARPS=warps,
-            MIN_BLOCKS=max(1, self.bwd_warps_by_registers // warps), BLOCK_SHARED=self.bwd_block_shared,
+            WARPS=warps, MIN_BLOCKS=max(1, self.bwd_warps_by_registers // warps), BLOCK_SHARED=self.bwd_block_shared,
             WARP_SHARED=self.bwd_warp_shared,
         )  # fmt: skip
 
@@ -232,8 +235,8 @@ def layout(states: int, rank: int, dim: int, x: torch.dtype, out: torch.dtype, s
 
 
 def chunk_steps(states: int) -> int:
-    """Steps between the states kept for the backward pass: those of 16 states take 1.4 times a bfloat16 x."""
-    return min(max(16, 11 * states // 2 // 8 * 8), 128)
+    """Steps between the states kept for the backward pass: those of 16 states take 1.33 times a bfloat16 x."""
+    return min(max(16, (6 * states + 7) // 16 * 16), 128)
 
 
 def border_count(length: int, chunk: int) -> int:

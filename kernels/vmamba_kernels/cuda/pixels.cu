@@ -52,12 +52,13 @@ extern "C" __global__ void merge_bwd_kernel(const Y *dx, const G *dy, const floa
 }
 
 // The rows' gradient summed over channel tiles. count: groups of four columns of all rows.
-extern "C" __global__ void sum_tiles_kernel(const float4 *tile_rows, P *rows, i64 count, i64 tiles) {
+extern "C" __global__ void sum_tiles_kernel(const P *tile_rows, P *rows, i64 count, i64 tiles) {
     for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (i64)gridDim.x * blockDim.x) {
         float sum[4] = {0.f, 0.f, 0.f, 0.f};
         for (i64 tile = 0; tile < tiles; ++tile) {
-            const float4 v = tile_rows[tile * count + i];
-            sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+            const auto v = reinterpret_cast<const Vec<P, 4> *>(tile_rows)[tile * count + i];
+#pragma unroll
+            for (int k = 0; k < 4; ++k) sum[k] += v.get(k);
         }
         Vec<P, 4> result;
         result.set(sum);

@@ -126,7 +126,7 @@ class Scan:
         """Where the backward kernel's partial sums lie in one allocation, in bytes: of the rows by channel tile, of
         dt_weight, A, dt_bias and D by image and segment; and the allocation's size."""
         layout, geometry = self.layout, self.geometry
-        by_tile = self._bwd_tiles * geometry.pixels * geometry.routes * layout.row_width
+        by_tile = self._bwd_tiles * geometry.pixels * geometry.routes * layout.row_width * layout.row_dtype.itemsize // 4
         channels = geometry.sequences * self._bwd_segments[1] * layout.dim
         counts = (
             by_tile if self._bwd_tiles > 1 else 0, channels * layout.rank if layout.fused else 0,

@@ -1,15 +1,14 @@
 // The gradient of one segment of one route of one image, for WARPS * CW channels a block: chunk by chunk from the end,
 // each chunk's states recomputed from its border, first in passing (keeping those at sub-chunk starts), then sub-chunk
 // by sub-chunk from the end with all states at hand. C: neighbouring channels of a lane; SUB: steps of a sub-chunk;
-// CHUNK: steps between borders, a multiple of SUB; PIECE: bytes that pixels can be read at once; TILED: whether several
-// blocks share the channels, so that sums over channels are partial.
+// CHUNK: steps between borders, a multiple of SUB; PIECE: bytes that pixels can be read at once.
 #include "scan_bwd.cuh"
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_kernel(
     const X *__restrict__ x, const X *__restrict__ steps, const P *__restrict__ rows, const X *__restrict__ dt_weight,
     const float *__restrict__ dt_bias, const float *__restrict__ A, const G *__restrict__ dy,
     const float *__restrict__ borders, const float *__restrict__ exits, Y *__restrict__ dx, P *__restrict__ ddt,
-    Cell *__restrict__ d_rows, float *__restrict__ d_dt_weight, float *__restrict__ dA, float *__restrict__ dbias,
+    P *__restrict__ d_rows, float *__restrict__ d_dt_weight, float *__restrict__ dA, float *__restrict__ dbias,
     float *__restrict__ dD, i64 pixels, i64 height, i64 width, i64 dim, i64 routes, i64 route_kinds, i64 x_pixel,
     i64 x_route, i64 division, i64 segment_length, i64 segments) {
     using Projection = StepProjection<STAGE, CW>;
@@ -18,10 +17,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, cl = lane % LANES, q = lane / LANES;
     float *own = shared + BLOCK + warp * OWN, *bc = shared + BC_AT;
     Step *step_rows = reinterpret_cast<Step *>(own + STEPS_AT);
-    Values *values = reinterpret_cast<Values *>(own + VALUES_AT);
-    float *sigmoids = own + SIGMOIDS_AT, *cells = own + CELLS_AT;
+    Value *values = reinterpret_cast<Value *>(own + VALUES_AT);
+    float *gradients = own + GRADIENTS_AT;
+    P *cells = reinterpret_cast<P *>(own + CELLS_AT);
     bf16 *tile_rows = reinterpret_cast<bf16 *>(own + TILE_AT);
-    unsigned *weights = reinterpret_cast<unsigned *>(own + WEIGHT_AT);
     using WeightSum = Several<float, WEIGHT_KEPT>;
     WeightSum *weight_sums = reinterpret_cast<WeightSum *>(own + WEIGHT_SUM_AT);
 
@@ -34,7 +33,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
     const int length = (int)(height * width), start = (int)(segment * segment_length);
     const int end = min(start + (int)segment_length, length);
     const int x_stride = (int)(x_pixel * sizeof(X)), dy_stride = (int)(x_pixel * sizeof(G));
-    const int row_stride = (int)(routes * ROW * sizeof(P)), d_row_stride = (int)(routes * ROW * sizeof(Cell));
+    const int row_stride = (int)(routes * ROW * sizeof(P)), d_row_stride = row_stride;
     const int dx_stride = (int)(routes * dim * sizeof(Y)), ddt_stride = (int)(routes * dim * sizeof(P));
 
     x += image * length * x_pixel + route * x_route + first;
@@ -43,9 +42,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
     rows += (image * length * routes + route) * ROW;
     borders += (sequence * ((length + CHUNK - 1) / CHUNK - 1) * N + q * NS) * dim + first + cl * C;
     // The channel whose steps the lane finishes: after the sums over states a lane has one of its own, or, where
-    // matrices made them, one of all lanes'.
-    const int within = DIRECT ? q % 4 * C + q / 4 : cl * C + q % C, existing = (int)dim - first;
-    const bool finishes = !DIRECT || q / 4 < C;
+    // matrices made them, the one of its row.
+    const int within = DIRECT ? q * C / 2 : cl * C + q % C, existing = (int)dim - first;
+    const bool finishes = !DIRECT || C == 2 || q % 2 == 0;
     dx += (image * length * routes + route) * dim + first + within;
     ddt += (image * length * routes + route) * dim + first + within;
     d_rows += ((tile * pixels + image * length) * routes + route) * ROW;
@@ -64,20 +63,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
             da[c][n] = 0.f;
         }
     float bias_sum = 0.f, d_sum = 0.f;
-    for (int i = lane; i < STAGE * ROW; i += 32) cells[i] = 0.f;   // some columns are never written
+    for (int i = lane; i < STAGE * ROW; i += 32) cells[i] = from_float<P>(0.f);   // some columns are never written
     if constexpr (FUSED) {
         for (int i = lane; i < STAGE * TILE_WIDTH / 2; i += 32) own[TILE_AT + i] = 0.f;
         for (int i = lane; i < WEIGHT_TILES * DEPTH * 32 * WEIGHT_KEPT; i += 32) own[WEIGHT_SUM_AT + i] = 0.f;
-#pragma unroll
-        for (int t = 0; t < TILE_ROWS / 8; ++t)
-#pragma unroll
-            for (int k = 0; k < DEPTH; ++k) {   // dt_weight of two channels for one column
-                const int ch = first + t * 8 + lane % 4 * 2, r = k * 8 + lane / 4;
-                const X *at_weight = dt_weight + (route * dim + ch) * R + r;
-                const unsigned low = ch < dim && r < R ? bits(at_weight[0]) : 0;
-                const unsigned high = ch + 1 < dim && r < R ? bits(at_weight[R]) : 0;
-                weights[(t * DEPTH + k) * 32 + lane] = low | high << 16;
-            }
     }
 
     X *own_x = reinterpret_cast<X *>(own + X_AT), *own_given = reinterpret_cast<X *>(own + GIVEN_AT);
@@ -92,8 +81,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                 to[c][n] = chunk > 0 && first + cl * C + c < dim && q * NS + n < N
                     ? borders[((chunk - 1) * (i64)N + n) * dim + c] : 0.f;
     };
-    // Start reading a stage: the block's rows, the warp's pixels.
-    auto fetch = [&](int l0) {
+    // Start reading a stage: the block's rows, the warp's pixels; the output's gradient only where it is needed.
+    auto fetch = [&](int l0, bool gradient) {
         if constexpr (SUBS == 1) read_border(border, l0 / CHUNK);
         const int step = max(min(l0 + lane % STAGE, end - 1), 0);
         next_pixel = route_pixel(step, kind, (int)height, (int)width, length, division);
@@ -107,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                                at(rows, at_pixel, row_stride) + i % PER_ROW * EACH, true);
         }
         load_pixels(own_x, x, next_pixel, x_stride, existing, lane);
-        load_pixels(own_dy, dy, next_pixel, dy_stride, existing, lane);
+        if (gradient) load_pixels(own_dy, dy, next_pixel, dy_stride, existing, lane);
         if constexpr (R == 0) load_pixels(own_given, steps, next_pixel, x_stride, existing, lane);
         copy_commit();
     };
@@ -120,19 +109,20 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                 float sum[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
                 for (int other = 0; other < WARPS; ++other) {
-                    const float4 v = reinterpret_cast<const float4 *>(shared + BLOCK + other * OWN + CELLS_AT)[i];
-                    sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+                    const auto v = reinterpret_cast<const Vec<P, 4> *>(shared + BLOCK + other * OWN + CELLS_AT)[i];
+#pragma unroll
+                    for (int k = 0; k < 4; ++k) sum[k] += v.get(k);
                 }
-                Vec<Cell, 4> result;
+                Vec<P, 4> result;
                 result.set(sum);
-                reinterpret_cast<Vec<Cell, 4> *>(at(d_rows, at_pixel, d_row_stride))[i % (ROW / 4)] = result;
+                reinterpret_cast<Vec<P, 4> *>(at(d_rows, at_pixel, d_row_stride))[i % (ROW / 4)] = result;
             }
         }
     };
     int last_l0 = 0, last_limit = 0;   // of the stage whose cells are to be added
     const P *raw;
     // Steps l0 to limit, made ready for the warps, while the next stage is fetched.
-    auto prepare = [&](int l0, int limit, int next_l0, bool gradient) {
+    auto prepare = [&](int l0, int limit, bool gradient, int next_l0, bool next_gradient) {
         raw = reinterpret_cast<const P *>(shared + buffer * RAW);
         const int last_pixel = pixel;
         pixel = next_pixel;
@@ -154,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                 }
             }
         __syncwarp();
-        fetch(next_l0);
+        fetch(next_l0, next_gradient);
         write_rows(last_l0, last_limit, last_pixel);
         last_l0 = l0, last_limit = gradient ? limit : 0;
 #pragma unroll
@@ -163,8 +153,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
             const P *from = raw + i / S * ROW + B0 + i % S * NS;
             if (i < STAGE * S)
 #pragma unroll
-                for (int n = 0; n < NS; ++n)
-                    bc[i * BC + n] = to_float(from[n]), bc[i * BC + NS + n] = to_float(from[NP + n]);
+                for (int n = 0; n < NS; n += FEW) {
+                    const auto b = *reinterpret_cast<const Vec<P, FEW> *>(from + n);
+                    const auto c = *reinterpret_cast<const Vec<P, FEW> *>(from + NP + n);
+                    Several<float, FEW> b_floats, c_floats;
+#pragma unroll
+                    for (int k = 0; k < FEW; ++k) b_floats.v[k] = b.get(k), c_floats.v[k] = c.get(k);
+                    *reinterpret_cast<Several<float, FEW> *>(bc + i * BC + n) = b_floats;
+                    *reinterpret_cast<Several<float, FEW> *>(bc + i * BC + NS + n) = c_floats;
+                }
         }
         projection.project(w, raw, w, lane);
 #pragma unroll
@@ -174,95 +171,117 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                 const int step = o * 8 + lane / 4, ch = t * 8 + lane % 4 * 2;
                 const bool inside = l0 + step < limit;
                 Several<Step, 2> both;
-                Several<Values, 2> pair = {};
-                Several<float, 2> sigmoid;
+                float sigmoid[2], given_dy[2];
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     const float v = w[o][t][e];
                     both.v[e].s = inside ? SOFTPLUS ? softplus2(v) : v : 0.f;
                     both.v[e].sx = both.v[e].s * now_x[o][t].get(e);
-                    if (inside) pair.v[e].set(now_x[o][t], now_dy[o][t], e);
-                    sigmoid.v[e] = SOFTPLUS && gradient ? sigmoid2(v) : 1.f;
+                    sigmoid[e] = SOFTPLUS && gradient ? sigmoid2(v) : 1.f;
+                    given_dy[e] = inside ? now_dy[o][t].get(e) : 0.f;
                 }
                 if (CW % 8 == 0 || ch < CW) {
                     *reinterpret_cast<Several<Step, 2> *>(step_rows + step * IW + ch) = both;
                     if (gradient) {
-                        *reinterpret_cast<Several<Values, 2> *>(values + step * IW + ch) = pair;
-                        *reinterpret_cast<Several<float, 2> *>(sigmoids + step * IW + ch) = sigmoid;
+                        *reinterpret_cast<Several<Value, 2> *>(values + step * IW + ch) = Value::two(now_x[o][t], sigmoid);
+                        *reinterpret_cast<float2 *>(gradients + step * IW + ch) = make_float2(given_dy[0], given_dy[1]);
                     }
                 }
             }
         __syncthreads();   // B and C are there, and the cells are free
     };
     // The recurrence over one step of the stage.
-    auto advance = [&](int step) {
+    auto advance = [&](int step, float (*decay)[NS]) {
         float b[NS];
         read_row<0, NS>(b, bc + (step * S + q) * BC);
         const auto own_steps = *reinterpret_cast<const Several<Step, C> *>(step_rows + step * IW + cl * C);
 #pragma unroll
         for (int c = 0; c < C; ++c)
 #pragma unroll
-            for (int n = 0; n < NS; ++n)
-                h[c][n] = fmaf(exp2_fast(own_steps.v[c].s * a_log[c][n]), h[c][n], own_steps.v[c].sx * b[n]);
+            for (int n = 0; n < NS; ++n) {
+                decay[c][n] = exp2_fast(own_steps.v[c].s * a_log[c][n]);
+                h[c][n] = fmaf(decay[c][n], h[c][n], own_steps.v[c].sx * b[n]);
+            }
     };
-    // The lane's states at the start of a sub-chunk, kept in shared memory.
-    using Kept = Several<float, PAIRS % 4 == 0 ? 4 : PAIRS % 2 == 0 ? 2 : 1>;
-    constexpr int KEPT = sizeof(Kept) / 4;
-    auto kept = [&](int sub, int i) {
-        return reinterpret_cast<Kept *>(own + STATES_AT) + (sub * (PAIRS / KEPT) + i) * 32 + lane;
+    // The lane's states at the start of a part of the chunk, kept in shared memory.
+    using Words = Several<unsigned, KEPT % 4 == 0 ? 4 : KEPT % 2 == 0 ? 2 : 1>;
+    constexpr int EACH = sizeof(Words) / 4;
+    auto kept = [&](int part) { return reinterpret_cast<Words *>(own + STATES_AT) + part * (KEPT / EACH * 32) + lane; };
+    auto keep_states = [&](int part) {
+#pragma unroll
+        for (int i = 0; i < KEPT; i += EACH) {
+            Words some;
+#pragma unroll
+            for (int k = 0; k < EACH; ++k) {
+                const int pair = 2 * (i + k), next = pair + 1;
+                if constexpr (DIRECT)
+                    some.v[k] = two_halves(h[pair / NS][pair % NS], next < PAIRS ? h[next / NS % C][next % NS] : 0.f);
+                else
+                    some.v[k] = __float_as_uint(h[(i + k) / NS][(i + k) % NS]);
+            }
+            kept(part)[i / EACH * 32] = some;
+        }
     };
-    auto keep_states = [&](int sub) {
+    auto restore_states = [&](int part) {
 #pragma unroll
-        for (int i = 0; i < PAIRS; i += KEPT) {
-            Kept some;
+        for (int i = 0; i < KEPT; i += EACH) {
+            const Words some = kept(part)[i / EACH * 32];
 #pragma unroll
-            for (int k = 0; k < KEPT; ++k) some.v[k] = h[(i + k) / NS][(i + k) % NS];
-            *kept(sub, i / KEPT) = some;
+            for (int k = 0; k < EACH; ++k) {
+                const int pair = 2 * (i + k), next = pair + 1;
+                if constexpr (DIRECT) {
+                    h[pair / NS][pair % NS] = lower_half(some.v[k]);
+                    if (next < PAIRS) h[next / NS % C][next % NS] = upper_half(some.v[k]);
+                } else {
+                    h[(i + k) / NS][(i + k) % NS] = __uint_as_float(some.v[k]);
+                }
+            }
         }
     };
     // A channel's gradients at one step, from sums over states: of g B, and of A times g, the decay and the state.
     auto finish = [&](int step, int limit_step, float by_b, float by_a) {
         const bool real = finishes && within < existing && step < limit_step;
         const int at_pixel = __shfl_sync(~0u, pixel, step), item = step * IW + (finishes ? within : 0);
-        const Values value = values[item];
-        float d_step = sigmoids[item] * fmaf(value.x(), by_b, LN2 * by_a);
+        const Value value = values[item];
+        float d_step = value.sigmoid() * fmaf(value.x(), by_b, LN2 * by_a);
         if (!real) d_step = 0.f;
         if constexpr (FUSED)
             if (finishes) tile_rows[step * TILE_WIDTH + within] = from_float<bf16>(d_step);
         bias_sum += d_step;
-        d_sum = fmaf(value.x(), value.dy(), d_sum);
+        d_sum = fmaf(value.x(), gradients[item], d_sum);
         const Y dx_here = from_float<Y>(step_rows[item].s * by_b);   // the merge multiplies by ln 2
         if (real) *at(dx, at_pixel, dx_stride) = dx_here;
         if constexpr (!FUSED)
             if (real) *at(ddt, at_pixel, ddt_stride) = from_float<P>(d_step);
     };
-    const float zero = __uint_as_float((unsigned)dim >> 31);   // unknown to the compiler, which would make it anew
-    float4 select[4];   // matrices of reduce_by_matrix, or, of them, two that put channels in rows of their own
+    float4 select[BY_MATRIX ? 4 : 1];   // matrices of reduce_by_matrix
+    if constexpr (BY_MATRIX) {
+        const float zero = __uint_as_float((unsigned)dim >> 31);   // unknown to the compiler, which would make it anew
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-        if constexpr (DIRECT) {
-            const float one = lane / 4 == lane % 4 ? 1.f : zero, four = lane / 4 == lane % 4 + 4 ? 1.f : zero;
-            select[i] = i % 2 ? make_float4(zero, one, zero, four) : make_float4(one, zero, four, zero);
-        } else {
+        for (int i = 0; i < 4; ++i)
             select[i] = make_float4(lane / 4 == 2 * i ? 1.f : zero, zero, lane / 4 == 2 * i + 1 ? 1.f : zero, zero);
-        }
+    }
 
     const int last_chunk = start + (end - 1 - start) / CHUNK * CHUNK;
-    fetch(last_chunk);
+    fetch(last_chunk, SUBS == 1 || end - last_chunk <= SUB);
     for (int c0 = last_chunk; c0 >= start; c0 -= CHUNK) {
         const int limit = min(c0 + CHUNK, end), subs = SUBS == 1 ? 1 : (limit - c0 + SUB - 1) / SUB;
         const int last_stage = (subs - 1) / HALVES * HALVES;   // by its first sub-chunk
         if constexpr (SUBS > 1) {
+            const int last_part = subs * PARTS - 1;
             read_border(h, c0 / CHUNK);
             keep_states(0);
-            for (int stage = 0; stage < subs - 1; stage += HALVES) {
-                const int next = stage + HALVES < subs - 1 ? stage + HALVES : last_stage;
-                prepare(c0 + stage * SUB, limit, c0 + next * SUB, false);
-                for (int half = 0; half < HALVES && stage + half < subs - 1; ++half) {
+            for (int part = 0; part < last_part; part += HALVES * PARTS) {
+                const bool more = part + HALVES * PARTS < last_part;
+                prepare(c0 + part * PART, limit, false, c0 + (more ? part * PART + STAGE : last_stage * SUB), !more);
 #pragma unroll
-                    for (int j = 0; j < SUB; ++j) advance(half * SUB + j);
-                    keep_states(stage + half + 1);
-                }
+                for (int i = 0; i < HALVES * PARTS; ++i)
+                    if (part + i < last_part) {
+                        float decay[C][NS];
+#pragma unroll
+                        for (int j = 0; j < PART; ++j) advance(i * PART + j, decay);
+                        keep_states(part + i + 1);
+                    }
             }
         }
 
@@ -272,52 +291,47 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
 #pragma unroll
                 for (int i = 0; i < PAIRS; ++i) h[i / NS][i % NS] = border[i / NS][i % NS];
             }
-            prepare(l0, limit, stage ? l0 - STAGE : c0 - CHUNK, true);
+            prepare(l0, limit, true, stage ? l0 - STAGE : c0 - CHUNK, SUBS == 1 || stage);
             if constexpr (FUSED && HALVES > 1)
                 if (stage + 1 == subs)   // without a second half
                     for (int i = lane; i < SUB * TILE_WIDTH / 2; i += 32) own[TILE_AT + SUB * TILE_WIDTH / 2 + i] = 0.f;
 
             for (int half = min(HALVES, subs - stage) - 1; half >= 0; --half) {
                 const int j0 = half * SUB;
-                if constexpr (SUBS > 1) {
-#pragma unroll
-                    for (int i = 0; i < PAIRS; i += KEPT) {
-                        const Kept some = *kept(stage + half, i / KEPT);
-#pragma unroll
-                        for (int k = 0; k < KEPT; ++k) h[(i + k) / NS][(i + k) % NS] = some.v[k];
-                    }
-                }
-                float before[SUB][C][NS];
-#pragma unroll
-                for (int j = 0; j < SUB; ++j) {
-#pragma unroll
-                    for (int i = 0; i < PAIRS; ++i) before[j][i / NS][i % NS] = h[i / NS][i % NS];
-                    advance(j0 + j);
-                }
-
-                __syncwarp();   // so that the decays are computed again: to keep some costs spills
                 float sums[DIRECT ? 1 : GROUP * 2 * NSP], by_states[DIRECT ? 1 : ITEM_STEPS * C * 2];
-                float by_b_matrix[(NS + 1) / 2][4] = {}, by_c_matrix[(NS + 1) / 2][4] = {}, by_states_matrix[4];
+                float by_b_matrix[(NS + 1) / 2][4] = {}, by_c_matrix[(NS + 1) / 2][4] = {}, by_states_matrix[4] = {};
+                float before[PART][C][NS], decays[PART][C][NS];
 #pragma unroll
                 for (int j = SUB - 1; j >= 0; --j) {
+                    const int p = j % PART;
+                    if (p == PART - 1) {
+                        if constexpr (SUBS > 1) restore_states((stage + half) * PARTS + j / PART);
+#pragma unroll
+                        for (int i = 0; i < PART; ++i) {
+#pragma unroll
+                            for (int k = 0; k < PAIRS; ++k) before[i][k / NS][k % NS] = h[k / NS][k % NS];
+                            advance(j0 + j - p + i, decays[i]);
+                        }
+                        if constexpr (!DIRECT) __syncwarp();   // so that the decays are computed again: to keep some spills
+                    }
                     float row[2 * NS], *b = row, *cc = row + NS;
                     read_row<0, 2 * NS>(row, bc + ((j0 + j) * S + q) * BC);
                     const int item = (j0 + j) * IW + cl * C;
                     const auto own_steps = *reinterpret_cast<const Several<Step, C> *>(step_rows + item);
-                    const auto own_values = *reinterpret_cast<const Several<Values, C> *>(values + item);
+                    const auto own_dy = *reinterpret_cast<const Several<float, C> *>(gradients + item);
                     float by_b[2] = {0.f, 0.f}, by_a[2] = {0.f, 0.f}, sx[2] = {0.f, 0.f}, dy_here[2] = {0.f, 0.f};
                     float g[2][NS + 1] = {}, after[2][NS + 1] = {};
 #pragma unroll
                     for (int c = 0; c < C; ++c) {
                         const float s = own_steps.v[c].s;
-                        sx[c] = own_steps.v[c].sx, dy_here[c] = own_values.v[c].dy();
+                        sx[c] = own_steps.v[c].sx, dy_here[c] = own_dy.v[c];
 #pragma unroll
                         for (int n = 0; n < NS; ++n) {
-                            after[c][n] = j + 1 < SUB ? before[j + 1 < SUB ? j + 1 : 0][c][n] : h[c][n];
+                            after[c][n] = p + 1 < PART ? before[p + 1 < PART ? p + 1 : 0][c][n] : h[c][n];
                             g[c][n] = fmaf(cc[n], dy_here[c], carry[c][n]);
                             by_b[c] = fmaf(g[c][n], b[n], by_b[c]);
-                            carry[c][n] = exp2_fast(s * a_log[c][n]) * g[c][n];
-                            const float ga = carry[c][n] * before[j][c][n];
+                            carry[c][n] = (DIRECT ? decays[p][c][n] : exp2_fast(s * a_log[c][n])) * g[c][n];
+                            const float ga = carry[c][n] * before[p][c][n];
                             by_a[c] = fmaf(ga, a_log[c][n], by_a[c]);
                             da[c][n] = fmaf(ga, s, da[c][n]);
                         }
@@ -333,19 +347,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                             multiply_add_tf32(by_c_matrix[n / 2], after[0][n], after[0][n + 1], after[1][n],
                                               after[1][n + 1], dy0, dy1);
                         }
-                        // Sums over states: a channel's go to a row of its own (by_a's to 8 more), then the columns
-                        // are added, into column 2 j of by_b and 2 j + 1 of by_a; even and odd ones 8 rows apart.
-                        float d[4] = {0.f, 0.f, 0.f, 0.f};
-                        multiply_add_tf32(d, select[0].x, select[0].y, select[0].z, select[0].w, by_b[0], by_b[1]);
-                        multiply_add_tf32(d, select[1].x, select[1].y, select[1].z, select[1].w, by_a[0], by_a[1]);
-                        if (j % 4 == 3)
-#pragma unroll
-                            for (int i = 0; i < 4; ++i) by_states_matrix[i] = 0.f;
-                        multiply_add_tf32(by_states_matrix, d[0], d[1], d[2], d[3], lane / 4 == j % 4 * 2 ? 1.f : 0.f,
-                                          lane / 4 == j % 4 * 2 + 1 ? 1.f : 0.f);
-                        if (j % 4 == 0)
-                            finish(j0 + j + lane % 4, limit - l0, by_states_matrix[0] + by_states_matrix[2],
-                                   by_states_matrix[1] + by_states_matrix[3]);
+                        // Sums over states: of (states, channels), transposed, the columns are added into column j;
+                        // by_b's rows first, then by_a's.
+                        matrix_multiply_add(by_states_matrix, transpose(two_halves(by_b[0], by_b[1])),
+                                            transpose(two_halves(by_a[0], by_a[1])), mine ? 0x3f803f80 : 0);
                     } else {
                         float *sum = sums + j % GROUP * 2 * NSP;
 #pragma unroll
@@ -362,10 +367,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                             if constexpr (BY_MATRIX) {
                                 reduce_by_matrix(sums, select);
                                 if (lane % 4 == 0 && lane / 4 % NSP < NS) {
-                                    float *to = cells + (j0 + j + lane / 4 / (2 * NSP)) * ROW + B0 +
+                                    P *to = cells + (j0 + j + lane / 4 / (2 * NSP)) * ROW + B0 +
                                                 lane / 4 / NSP % 2 * NP + lane / 4 % NSP;
-                                    to[0] = sums[0] * LN2;
-                                    to[GROUP / 2 * ROW] = sums[2] * LN2;
+                                    to[0] = from_float<P>(sums[0] * LN2);
+                                    to[GROUP / 2 * ROW] = from_float<P>(sums[2] * LN2);
                                 }
                             } else {
                                 reduce_scatter<GROUP * 2 * NSP, 1, LANES>(sums, lane);
@@ -374,7 +379,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                                 for (int i = 0; i < HELD; ++i) {
                                     const int index = cl * HELD + i, n = index % NSP, which = index / NSP % 2;
                                     const int step = j0 + j + index / NSP / 2;
-                                    if (n < NS) cells[step * ROW + B0 + which * NP + q * NS + n] = sums[i] * LN2;
+                                    if (n < NS)
+                                        cells[step * ROW + B0 + which * NP + q * NS + n] = from_float<P>(sums[i] * LN2);
                                 }
                             }
                         }
@@ -392,18 +398,21 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                 if constexpr (DIRECT)
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
-                        using Some = Several<float, NS % 2 ? 1 : 2>;
-                        constexpr int SOME = sizeof(Some) / 4;
-                        Some *to = reinterpret_cast<Some *>(cells + (j0 + lane % 4 * 2 + e) * ROW + B0 + q * NS);
+                        finish(j0 + lane % 4 * 2 + e, limit - l0, by_states_matrix[e], by_states_matrix[2 + e]);
+                        P *to = cells + (j0 + lane % 4 * 2 + e) * ROW + B0 + q * NS;
 #pragma unroll
-                        for (int n = 0; n < NS; n += SOME) {
-                            Some b, c;
+                        for (int n = 0; n < NS; n += FEW) {
+                            float b[FEW], c[FEW];
 #pragma unroll
-                            for (int k = 0; k < SOME; ++k) {
-                                b.v[k] = by_b_matrix[n / 2][(n + k) % 2 * 2 + e] * LN2;
-                                c.v[k] = by_c_matrix[n / 2][(n + k) % 2 * 2 + e] * LN2;
+                            for (int k = 0; k < FEW; ++k) {
+                                b[k] = by_b_matrix[n / 2][(n + k) % 2 * 2 + e] * LN2;
+                                c[k] = by_c_matrix[n / 2][(n + k) % 2 * 2 + e] * LN2;
                             }
-                            to[n / SOME] = b, to[(NP + n) / SOME] = c;
+                            Vec<P, FEW> rounded;
+                            rounded.set(b);
+                            *reinterpret_cast<Vec<P, FEW> *>(to + n) = rounded;
+                            rounded.set(c);
+                            *reinterpret_cast<Vec<P, FEW> *>(to + NP + n) = rounded;
                         }
                     }
             }
@@ -418,11 +427,20 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                     for (int t = 0; t < TILE_ROWS / 8; ++t)
                         matrix_multiply_add(d, *reinterpret_cast<const unsigned *>(from + t * 8),
                                             *reinterpret_cast<const unsigned *>(from + t * 8 + 8 * TILE_WIDTH),
-                                            weights[(t * DEPTH + k) * 32 + lane]);
+                                            transpose(projection.weight[t][k]));
 #pragma unroll
-                    for (int i = 0; i < 4; ++i)
-                        if (k * 8 + 8 <= R || k * 8 + lane % 4 * 2 + i % 2 < R)
-                            cells[(i / 2 * 8 + lane / 4) * ROW + k * 8 + lane % 4 * 2 + i % 2] = d[i];
+                    for (int i = 0; i < 2; ++i) {
+                        P *to = cells + (i * 8 + lane / 4) * ROW + k * 8 + lane % 4 * 2;
+                        if (k * 8 + 8 <= R) {
+                            Vec<P, 2> rounded;
+                            rounded.set(d + 2 * i);
+                            *reinterpret_cast<Vec<P, 2> *>(to) = rounded;
+                        } else {
+#pragma unroll
+                            for (int e = 0; e < 2; ++e)
+                                if (k * 8 + lane % 4 * 2 + e < R) to[e] = from_float<P>(d[2 * i + e]);
+                        }
+                    }
                 }
 #pragma unroll
                 for (int k = 0; k < DEPTH; ++k)   // dt_weight's: (channels, steps) by (steps, ranks)

@@ -8,9 +8,13 @@ constexpr int SUBS = CHUNK / SUB;                      // sub-chunks a chunk
 constexpr int CW = LANES * C;                          // channels a warp
 constexpr int PAIRS = C * NS;                          // states a lane
 constexpr int NSP = NS <= 1 ? 1 : NS <= 2 ? 2 : NS <= 4 ? 4 : 8;   // of a channel, a power of two
-constexpr bool DIRECT = CONVERT && S == 8;             // sums by matrix instructions (tf32), from where states lie
+constexpr bool DIRECT = CONVERT && S == 8;             // sums by matrix instructions, from where states lie
+constexpr int PART = DIRECT ? 4 : SUB;                 // steps between states kept in shared memory, of a sub-chunk
+constexpr int PARTS = SUB / PART;
+constexpr int FEW = S == 8 && NS % 2 == 0 ? 2 : 1;     // neighbouring states whose B or C can be read at once
+constexpr int KEPT = DIRECT ? (PAIRS + 1) / 2 : PAIRS; // words of a lane's states there: bfloat16 or float32
 constexpr bool BY_MATRIX = CONVERT && S == 1;          // sums over channels by matrix instructions that add lanes
-// Steps summed over channels at once, without DIRECT; steps summed over states at once, without DIRECT.
+// Without DIRECT: steps summed over channels at once, steps summed over states at once.
 constexpr int GROUP = BY_MATRIX ? 8 / NSP : LANES > 2 * NSP ? LANES / (2 * NSP) : 1;
 constexpr int ITEM_STEPS = S / C;
 static_assert((S == 1 && C == 1 && NS <= 4) || (S == 8 && C <= 2 && NS <= 8), "layout");
@@ -23,26 +27,28 @@ constexpr int DEPTH = FUSED ? (R + 7) / 8 : 0;         // column tiles of dt_wei
 constexpr int TILE_ROWS = CW < 8 ? 8 : CW, TILE_WIDTH = TILE_ROWS + 8;   // channels of the tile, halves of its rows
 constexpr int WEIGHT_TILES = (CW + 15) / 16, WEIGHT_KEPT = CW < 16 ? 2 : 4;
 
-// What a step of a channel is made of: s and s x; x and dy, where two half-width ones share a word.
+template <class T, int COUNT> struct alignas(COUNT * sizeof(T)) Several { T v[COUNT]; };
+
+// What a step of a channel is made of: s and s x; x and the derivative of softplus, a word where x is bfloat16.
 struct alignas(8) Step { float s, sx; };
-template <bool PACKED> struct alignas(8) PixelPair {
-    float x_, dy_;
-    __device__ __forceinline__ void set(Vec<X, 2> x, Vec<G, 2> dy, int e) { x_ = x.get(e), dy_ = dy.get(e); }
+template <bool PACKED> struct alignas(8) PixelValue {
+    float x_, sigmoid_;
+    static __device__ __forceinline__ Several<PixelValue, 2> two(Vec<X, 2> x, const float *sigmoid) {
+        return {{{x.get(0), sigmoid[0]}, {x.get(1), sigmoid[1]}}};
+    }
     __device__ __forceinline__ float x() const { return x_; }
-    __device__ __forceinline__ float dy() const { return dy_; }
+    __device__ __forceinline__ float sigmoid() const { return sigmoid_; }
 };
-template <> struct PixelPair<true> {
+template <> struct PixelValue<true> {
     unsigned both;
-    __device__ __forceinline__ void set(Vec<bf16, 2> x, Vec<bf16, 2> dy, int e) {
-        both = __byte_perm(x.both, dy.both, e ? 0x7632 : 0x5410);
+    static __device__ __forceinline__ Several<PixelValue, 2> two(Vec<bf16, 2> x, const float *sigmoid) {
+        const unsigned halves = two_halves(sigmoid[0], sigmoid[1]);
+        return {{{__byte_perm(x.words[0], halves, 0x5410)}, {__byte_perm(x.words[0], halves, 0x7632)}}};
     }
     __device__ __forceinline__ float x() const { return lower_half(both); }
-    __device__ __forceinline__ float dy() const { return upper_half(both); }
+    __device__ __forceinline__ float sigmoid() const { return upper_half(both); }
 };
-template <class A, class B> struct Same { static constexpr bool value = false; };
-template <class A> struct Same<A, A> { static constexpr bool value = true; };
-using Values = PixelPair<Same<X, bf16>::value && Same<G, bf16>::value>;
-template <class T, int COUNT> struct alignas(COUNT * sizeof(T)) Several { T v[COUNT]; };
+using Value = PixelValue<CONVERT>;
 constexpr int IW = CW < 32 ? CW : CW + 8;              // of a row of steps: spreads the rows over the banks
 template <class T> constexpr int WIDTH = CW < 32 ? CW : CW + 16 / sizeof(T);   // of a row of pixels, likewise
 
@@ -56,14 +62,13 @@ constexpr int X_AT = 0;                                                   // [ST
 constexpr int DY_AT = X_AT + STAGE * WIDTH<X> * sizeof(X) / 4;            // of dy
 constexpr int GIVEN_AT = DY_AT + STAGE * WIDTH<G> * sizeof(G) / 4;        // of the steps, if given
 constexpr int STEPS_AT = GIVEN_AT + (R ? 0 : STAGE * WIDTH<X> * sizeof(X) / 4);   // [STAGE][IW] of s, s x
-constexpr int VALUES_AT = STEPS_AT + STAGE * IW * 2;                      // [STAGE][IW] of x, dy
-constexpr int SIGMOIDS_AT = VALUES_AT + STAGE * IW * (sizeof(Values) / 4);   // [STAGE][IW]
-constexpr int CELLS_AT = SIGMOIDS_AT + STAGE * IW;                        // [STAGE][ROW]: rows' gradient
-constexpr int TILE_AT = CELLS_AT + STAGE * ROW;                           // [STAGE][TILE_WIDTH] bfloat16
-constexpr int WEIGHT_AT = TILE_AT + (FUSED ? STAGE * TILE_WIDTH / 2 : 0); // [TILE_ROWS / 8][DEPTH][32] pairs
-constexpr int WEIGHT_SUM_AT = WEIGHT_AT + TILE_ROWS / 8 * DEPTH * 32;     // [WEIGHT_TILES][DEPTH][32][WEIGHT_KEPT]
-constexpr int STATES_AT = WEIGHT_SUM_AT + WEIGHT_TILES * DEPTH * 32 * WEIGHT_KEPT;   // [SUBS][32][PAIRS]
-constexpr int OWN = STATES_AT + (SUBS > 1 ? SUBS * 32 * PAIRS : 0);
+constexpr int VALUES_AT = STEPS_AT + STAGE * IW * 2;                      // [STAGE][IW] of x, sigmoid
+constexpr int GRADIENTS_AT = VALUES_AT + STAGE * IW * (sizeof(Value) / 4);   // [STAGE][IW] of dy
+constexpr int CELLS_AT = GRADIENTS_AT + STAGE * IW;                       // [STAGE][ROW]: rows' gradient
+constexpr int TILE_AT = CELLS_AT + STAGE * ROW * sizeof(P) / 4;           // [STAGE][TILE_WIDTH] bfloat16
+constexpr int WEIGHT_SUM_AT = TILE_AT + (FUSED ? STAGE * TILE_WIDTH / 2 : 0);   // [WEIGHT_TILES][DEPTH][32][WEIGHT_KEPT]
+constexpr int STATES_AT = WEIGHT_SUM_AT + WEIGHT_TILES * DEPTH * 32 * WEIGHT_KEPT;   // [CHUNK / PART][32][KEPT]
+constexpr int OWN = STATES_AT + (SUBS > 1 ? CHUNK / PART * 32 * KEPT : 0);
 static_assert(BLOCK * 4 == BLOCK_SHARED && OWN * 4 == WARP_SHARED, "layout.py counts another size");
 
 // Sums of COUNT values over the lanes that differ in bits FIRST .. FIRST * LANES_ - 1 of their number, by exchanging
@@ -127,15 +132,16 @@ __device__ __forceinline__ void reduce_by_matrix(float *v, const float4 *select)
     }
 }
 
+// Eight rows of eight halves, of which a lane has two in row lane / 4, columns lane % 4 * 2 and the next, transposed.
+__device__ __forceinline__ unsigned transpose(unsigned two) {
+    unsigned r;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(two));
+    return r;
+}
+
 // Eight rows of eight halves, transposed: a lane gets column lane / 4 of rows lane % 4 * 2 and the next.
 __device__ __forceinline__ unsigned read_transposed(const void *row_of_lane) {
     unsigned v, address = static_cast<unsigned>(__cvta_generic_to_shared(row_of_lane));
     asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(v) : "r"(address));
     return v;
 }
-
-#if TILED
-typedef float Cell;
-#else
-typedef P Cell;
-#endif
