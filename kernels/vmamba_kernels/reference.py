@@ -212,10 +212,10 @@ def _states(decay: Tensor, inputs: Tensor) -> Tensor:
     addcmul, mul = (Tensor.addcmul_, Tensor.mul_) if in_place else (torch.addcmul, torch.mul)
     length = inputs.shape[2]
     if length <= 16:
-        states = list(inputs.unbind(2))
-        for step, decay_of_step in enumerate(decay.unbind(2)[1:], start=1):
-            states[step] = addcmul(states[step], decay_of_step, states[step - 1])
-        return inputs if in_place else torch.stack(states, dim=2)
+        states = [torch.zeros_like(inputs[:, :, 0])]
+        for decay_of_step, input_of_step in zip(decay.unbind(2), inputs.unbind(2), strict=True):
+            states.append(addcmul(input_of_step, decay_of_step, states[-1]))
+        return inputs if in_place else torch.stack(states[1:], dim=2)
 
     steps = next((divisor for divisor in range(16, 6, -1) if length % divisor == 0), 16)
     if length % steps:  # what stands behind the end changes nothing before it

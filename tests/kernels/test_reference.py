@@ -78,6 +78,15 @@ def test_strong_decay_underflows_to_no_memory_and_large_steps_stay_linear():
     assert relative(vk.selective_scan(**case), expected) < 1e-14
 
 
+def test_one_pixel_has_every_gradient():
+    torch.manual_seed(0)
+    case = images(height=1, width=1)
+    inputs = [t.requires_grad_() for t in case.values()]
+    gradients = dict(zip(case, torch.autograd.grad(vk.cross_selective_scan(**case).sum(), inputs), strict=True))
+    assert gradients["A"].abs().max() == 0  # nothing has decayed yet
+    assert all(gradient.abs().max() > 0 for name, gradient in gradients.items() if name != "A")
+
+
 def test_gradcheck():
     torch.manual_seed(0)
     case = sequences(batch=1, dim=2, length=6, states=2, dtype=torch.float64)

@@ -126,10 +126,10 @@ class Scan:
         """Where the backward kernel's partial sums lie in one allocation, in bytes: of the rows by channel tile, of
         dt_weight, A, dt_bias and D by image and segment; and the allocation's size."""
         layout, geometry = self.layout, self.geometry
-        by_tile = self._bwd_tiles * geometry.pixels * geometry.routes * layout.row_width * layout.row_dtype.itemsize // 4
+        rows = geometry.pixels * geometry.routes * layout.row_width * layout.row_dtype.itemsize // 4  # as float32
         channels = geometry.sequences * self._bwd_segments[1] * layout.dim
         counts = (
-            by_tile if self._bwd_tiles > 1 else 0, channels * layout.rank if layout.fused else 0,
+            self._bwd_tiles * rows if self._bwd_tiles > 1 else 0, channels * layout.rank if layout.fused else 0,
             channels * layout.states, channels, channels,
         )  # fmt: skip
         return list(accumulate((-(-4 * count // 256) * 256 for count in counts), initial=0))
