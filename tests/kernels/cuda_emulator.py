@@ -29,7 +29,6 @@ INSTRUCTIONS = {  # the start of an assembly text -> C++
     "cp.async.ca": "memset(shared, 0, BYTES); memcpy(shared, global, count);",
     "cp.async.": ";",
     "mma.sync.aligned.m16n8k8.row.col.f32.bf16": "multiply_bf16(d, a0, a1, b);",
-    "mma.sync.aligned.m16n8k16.row.col.f32.bf16": "multiply_bf16(d, a0, a1, b0), multiply_bf16(d, a2, a3, b1);",
     "mma.sync.aligned.m16n8k8.row.col.f32.tf32": "multiply_tf32(d, {a0, a1, a2, a3, b0, b1});",
     "movmatrix": "r = transposed_lanes(two);",
     "ldmatrix": "v = transposed(row_of_lane);",

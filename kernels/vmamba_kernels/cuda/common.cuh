@@ -47,7 +47,9 @@ template <class T, int COUNT> struct alignas(sizeof(T) * COUNT) Vec {
 };
 template <int WORDS> struct alignas(4 * WORDS) HalfPairs {
     unsigned words[WORDS];
-    __device__ __forceinline__ float get(int i) const { return i % 2 ? upper_half(words[i / 2]) : lower_half(words[i / 2]); }
+    __device__ __forceinline__ float get(int i) const {
+        return i % 2 ? upper_half(words[i / 2]) : lower_half(words[i / 2]);
+    }
     __device__ __forceinline__ void set(const float *from) {
 #pragma unroll
         for (int i = 0; i < WORDS; ++i) words[i] = two_halves(from[2 * i], from[2 * i + 1]);
@@ -58,7 +60,9 @@ template <> struct Vec<bf16, 4> : HalfPairs<2> {};
 template <> struct Vec<bf16, 8> : HalfPairs<4> {};
 template <> struct Vec<fp16, 2> {
     unsigned both;
-    __device__ __forceinline__ float get(int i) const { return to_float(fp16{(unsigned short)(i ? both >> 16 : both)}); }
+    __device__ __forceinline__ float get(int i) const {
+        return to_float(fp16{(unsigned short)(i ? both >> 16 : both)});
+    }
     __device__ __forceinline__ void set(const float *from) {
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(from[1]), "f"(from[0]));
     }
@@ -99,13 +103,4 @@ __device__ __forceinline__ void matrix_multiply_add(float *d, unsigned a0, unsig
     asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a0), "r"(a1), "r"(b));
-}
-
-// d (16, 8) += a (16, 16) b (16, 8): the same, a and b followed by those of eight more columns and rows.
-__device__ __forceinline__ void matrix_multiply_add(float *d, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
-                                                    unsigned b0, unsigned b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }

@@ -157,8 +157,10 @@ class Layout:
         states = 0
         if self.chunk > self.sub:
             pairs = self.bwd_channels * self.bwd_lane_states
-            direct = self.row_dtype == torch.bfloat16 and self.bwd_lanes == 8  # bfloat16 states, every 4 steps
-            states = self.chunk // 4 * -(-pairs // 2) * 128 if direct else self.chunk // self.sub * pairs * 128
+            if self.bwd_lanes == 8 and self.row_dtype == torch.bfloat16:  # states in bfloat16, every four steps
+                states = self.chunk // 4 * -(-pairs // 2) * 128
+            else:
+                states = self.chunk // self.sub * pairs * 128
         projection = 0
         if self.fused:
             tile, depth, kept = max(channels, 8), -(-self.rank // 8), 2 if channels < 16 else 4

@@ -33,7 +33,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
     const int length = (int)(height * width), start = (int)(segment * segment_length);
     const int end = min(start + (int)segment_length, length);
     const int x_stride = (int)(x_pixel * sizeof(X)), dy_stride = (int)(x_pixel * sizeof(G));
-    const int row_stride = (int)(routes * ROW * sizeof(P)), d_row_stride = row_stride;
+    const int row_stride = (int)(routes * ROW * sizeof(P));
     const int dx_stride = (int)(routes * dim * sizeof(Y)), ddt_stride = (int)(routes * dim * sizeof(P));
 
     x += image * length * x_pixel + route * x_route + first;
@@ -115,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                 }
                 Vec<P, 4> result;
                 result.set(sum);
-                reinterpret_cast<Vec<P, 4> *>(at(d_rows, at_pixel, d_row_stride))[i % (ROW / 4)] = result;
+                reinterpret_cast<Vec<P, 4> *>(at(d_rows, at_pixel, row_stride))[i % (ROW / 4)] = result;
             }
         }
     };
@@ -183,8 +183,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                 if (CW % 8 == 0 || ch < CW) {
                     *reinterpret_cast<Several<Step, 2> *>(step_rows + step * IW + ch) = both;
                     if (gradient) {
-                        *reinterpret_cast<Several<Value, 2> *>(values + step * IW + ch) = Value::two(now_x[o][t], sigmoid);
-                        *reinterpret_cast<float2 *>(gradients + step * IW + ch) = make_float2(given_dy[0], given_dy[1]);
+                        const int item = step * IW + ch;
+                        *reinterpret_cast<Several<Value, 2> *>(values + item) = Value::two(now_x[o][t], sigmoid);
+                        *reinterpret_cast<float2 *>(gradients + item) = make_float2(given_dy[0], given_dy[1]);
                     }
                 }
             }
@@ -312,7 +313,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                             for (int k = 0; k < PAIRS; ++k) before[i][k / NS][k % NS] = h[k / NS][k % NS];
                             advance(j0 + j - p + i, decays[i]);
                         }
-                        if constexpr (!DIRECT) __syncwarp();   // so that the decays are computed again: to keep some spills
+                        if constexpr (!DIRECT) __syncwarp();   // so that no decays are kept, which would spill
                     }
                     float row[2 * NS], *b = row, *cc = row + NS;
                     read_row<0, 2 * NS>(row, bc + ((j0 + j) * S + q) * BC);

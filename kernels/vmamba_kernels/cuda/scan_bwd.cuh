@@ -66,8 +66,9 @@ constexpr int VALUES_AT = STEPS_AT + STAGE * IW * 2;                      // [ST
 constexpr int GRADIENTS_AT = VALUES_AT + STAGE * IW * (sizeof(Value) / 4);   // [STAGE][IW] of dy
 constexpr int CELLS_AT = GRADIENTS_AT + STAGE * IW;                       // [STAGE][ROW]: rows' gradient
 constexpr int TILE_AT = CELLS_AT + STAGE * ROW * sizeof(P) / 4;           // [STAGE][TILE_WIDTH] bfloat16
-constexpr int WEIGHT_SUM_AT = TILE_AT + (FUSED ? STAGE * TILE_WIDTH / 2 : 0);   // [WEIGHT_TILES][DEPTH][32][WEIGHT_KEPT]
-constexpr int STATES_AT = WEIGHT_SUM_AT + WEIGHT_TILES * DEPTH * 32 * WEIGHT_KEPT;   // [CHUNK / PART][32][KEPT]
+// [WEIGHT_TILES][DEPTH][32][WEIGHT_KEPT] of dt_weight's gradient, then [CHUNK / PART][32][KEPT] of states.
+constexpr int WEIGHT_SUM_AT = TILE_AT + (FUSED ? STAGE * TILE_WIDTH / 2 : 0);
+constexpr int STATES_AT = WEIGHT_SUM_AT + WEIGHT_TILES * DEPTH * 32 * WEIGHT_KEPT;
 constexpr int OWN = STATES_AT + (SUBS > 1 ? CHUNK / PART * 32 * KEPT : 0);
 static_assert(BLOCK * 4 == BLOCK_SHARED && OWN * 4 == WARP_SHARED, "layout.py counts another size");
 
