@@ -63,6 +63,8 @@ class DepthwiseConv(nn.Conv2d):
 
     def __init__(self, dim: int, side: int, bias: bool):
         super().__init__(dim, dim, side, padding=side // 2, groups=dim, bias=bias)
+        # The same memory with its gradient's strides, which DistributedDataParallel compares.
+        self.weight.data = self.weight.data.as_strided(self.weight.shape, (side * side, 1, side, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
