@@ -97,8 +97,7 @@ def cross_selective_scan(
     """`vmamba_kernels.cross_selective_scan`, already checked."""
     rank, states, dtype = dt_weight.shape[2], A.shape[2], A.dtype
     height, width = x.shape[1:3]
-    # (batch, height, width, routes, rank + 2*states)
-    projected = F.linear(x, x_proj_weight.flatten(0, 1)).to(dtype).unflatten(-1, (len(routes), -1))
+    projected = _project(x, x_proj_weight, dtype)
     # Large routes are walked a few at a time, in memory that is used again.
     several = max(1, min(len(routes), 2**21 // max(1, x.numel() * states)))
     merged = []
@@ -131,7 +130,7 @@ def cross_ssd(
     states = (x_proj_weight.shape[1] - heads) // 2
     height, width = x.shape[1:3]
     u = cross_scan(x, routes)  # (batch, routes, length, dim)
-    projected = (u @ x_proj_weight.transpose(1, 2)).to(dtype)  # (batch, routes, length, heads + 2*states)
+    projected = _walk(_project(x, x_proj_weight, dtype), routes)  # (batch, routes, length, heads + 2*states)
     delta, B, C = projected.split((heads, states, states), dim=-1)
     if dt_bias is not None:
         delta = delta + dt_bias[:, None]
@@ -145,6 +144,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: t
     """`vmamba_kernels.layer_norm`, already checked."""
     with no_autocast(x.device.type):
         return F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, eps).to(out_dtype)
+
+
+def _project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (batch, height, width, dim) by weight (routes, rows, dim) -> (batch, height, width, routes, rows)."""
+    return F.linear(x, weight.flatten(0, 1)).to(dtype).unflatten(-1, (weight.shape[0], -1))
 
 
 def _walk(x: Tensor, routes: tuple[str, ...]) -> Tensor:

@@ -107,8 +107,8 @@ class Layout:
             MIN_BLOCKS=max(1, warps // self.fwd_warps),
         )  # fmt: skip
 
-    # Backward: with few states a lane has a channel, otherwise eight lanes share one or two; they hold the values of
-    # `sub` steps.
+    # Backward: with few states a lane has a channel, otherwise eight lanes share one or two; they hold the states of
+    # `part` steps and make the sums of `sub` steps.
 
     @cached_property
     def bwd_lanes(self) -> int:
@@ -129,6 +129,16 @@ class Layout:
     @cached_property
     def sub(self) -> int:
         return STAGE if self.states <= 2 else 8
+
+    @cached_property
+    def direct(self) -> bool:
+        """Whether the backward kernel sums by matrix instructions from where the states lie."""
+        return self.bwd_lanes == 8 and self.row_dtype == torch.bfloat16
+
+    @cached_property
+    def part(self) -> int:
+        """Steps between states that the backward kernel keeps in shared memory."""
+        return 4 if self.direct else self.sub
 
     @cached_property
     def chunk(self) -> int:
@@ -154,13 +164,9 @@ class Layout:
         copied = sum(STAGE * (channels * t.itemsize + (16 if channels == 32 else 0)) for t in pixels)
         steps = copied + STAGE * (channels if channels < 32 else channels + 8) * (8 + values + 4)
         cells = STAGE * self.row_width * self.row_dtype.itemsize
-        states = 0
-        if self.chunk > self.sub:
-            pairs = self.bwd_channels * self.bwd_lane_states
-            if self.bwd_lanes == 8 and self.row_dtype == torch.bfloat16:  # states in bfloat16, every four steps
-                states = self.chunk // 4 * -(-pairs // 2) * 128
-            else:
-                states = self.chunk // self.sub * pairs * 128
+        pairs = self.bwd_channels * self.bwd_lane_states
+        words = -(-pairs // 2) if self.direct else pairs  # bfloat16 or float32
+        states = self.chunk // self.part * words * 128 if self.chunk > self.sub else 0
         projection = 0
         if self.fused:
             tile, depth, kept = max(channels, 8), -(-self.rank // 8), 2 if channels < 16 else 4
@@ -204,7 +210,7 @@ class Layout:
     @cache  # noqa: B019
     def bwd_macros(self, warps: int) -> Macros:
         return self._macros(
-            self.bwd_lanes, C=self.bwd_channels, SUB=self.sub, CHUNK=self.chunk, PIECE=self.piece,
+            self.bwd_lanes, C=self.bwd_channels, PART=self.part, SUB=self.sub, CHUNK=self.chunk, PIECE=self.piece,
             WARPS=warps, MIN_BLOCKS=max(1, self.bwd_warps_by_registers // warps), BLOCK_SHARED=self.bwd_block_shared,
             WARP_SHARED=self.bwd_warp_shared,
         )  # fmt: skip

@@ -1,7 +1,8 @@
 // The gradient of one segment of one route of one image, for WARPS * CW channels a block: chunk by chunk from the end,
-// each chunk's states recomputed from its border, first in passing (keeping those at sub-chunk starts), then sub-chunk
-// by sub-chunk from the end with all states at hand. C: neighbouring channels of a lane; SUB: steps of a sub-chunk;
-// CHUNK: steps between borders, a multiple of SUB; PIECE: bytes that pixels can be read at once.
+// each chunk's states recomputed from its border, first in passing (keeping those at the starts of its parts), then
+// part by part from the end with all states at hand. C: neighbouring channels of a lane; PART: steps of a part; SUB:
+// steps of a sub-chunk, of whose parts sums are made together; CHUNK: steps between borders, a multiple of SUB; PIECE:
+// bytes that pixels can be read at once.
 #include "scan_bwd.cuh"
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_kernel(
@@ -208,18 +209,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
     using Words = Several<unsigned, KEPT % 4 == 0 ? 4 : KEPT % 2 == 0 ? 2 : 1>;
     constexpr int EACH = sizeof(Words) / 4;
     auto kept = [&](int part) { return reinterpret_cast<Words *>(own + STATES_AT) + part * (KEPT / EACH * 32) + lane; };
+    float *states = &h[0][0];   // in one row; of an odd number the last fills two halves of a word
     auto keep_states = [&](int part) {
 #pragma unroll
         for (int i = 0; i < KEPT; i += EACH) {
             Words some;
 #pragma unroll
-            for (int k = 0; k < EACH; ++k) {
-                const int pair = 2 * (i + k), next = pair + 1;
+            for (int k = 0; k < EACH; ++k)
                 if constexpr (DIRECT)
-                    some.v[k] = two_halves(h[pair / NS][pair % NS], next < PAIRS ? h[next / NS % C][next % NS] : 0.f);
+                    some.v[k] = two_halves(states[2 * (i + k)], states[min(2 * (i + k) + 1, PAIRS - 1)]);
                 else
-                    some.v[k] = __float_as_uint(h[(i + k) / NS][(i + k) % NS]);
-            }
+                    some.v[k] = __float_as_uint(states[i + k]);
             kept(part)[i / EACH * 32] = some;
         }
     };
@@ -228,15 +228,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
         for (int i = 0; i < KEPT; i += EACH) {
             const Words some = kept(part)[i / EACH * 32];
 #pragma unroll
-            for (int k = 0; k < EACH; ++k) {
-                const int pair = 2 * (i + k), next = pair + 1;
+            for (int k = 0; k < EACH; ++k)
                 if constexpr (DIRECT) {
-                    h[pair / NS][pair % NS] = lower_half(some.v[k]);
-                    if (next < PAIRS) h[next / NS % C][next % NS] = upper_half(some.v[k]);
+                    states[2 * (i + k)] = lower_half(some.v[k]);
+                    states[min(2 * (i + k) + 1, PAIRS - 1)] = upper_half(some.v[k]);
                 } else {
-                    h[(i + k) / NS][(i + k) % NS] = __uint_as_float(some.v[k]);
+                    states[i + k] = __uint_as_float(some.v[k]);
                 }
-            }
         }
     };
     // A channel's gradients at one step, from sums over states: of g B, and of A times g, the decay and the state.

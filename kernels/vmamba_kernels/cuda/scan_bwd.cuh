@@ -9,10 +9,9 @@ constexpr int CW = LANES * C;                          // channels a warp
 constexpr int PAIRS = C * NS;                          // states a lane
 constexpr int NSP = NS <= 1 ? 1 : NS <= 2 ? 2 : NS <= 4 ? 4 : 8;   // of a channel, a power of two
 constexpr bool DIRECT = CONVERT && S == 8;             // sums by matrix instructions, from where states lie
-constexpr int PART = DIRECT ? 4 : SUB;                 // steps between states kept in shared memory, of a sub-chunk
-constexpr int PARTS = SUB / PART;
+constexpr int PARTS = SUB / PART;                      // parts a sub-chunk
 constexpr int FEW = S == 8 && NS % 2 == 0 ? 2 : 1;     // neighbouring states whose B or C can be read at once
-constexpr int KEPT = DIRECT ? (PAIRS + 1) / 2 : PAIRS; // words of a lane's states there: bfloat16 or float32
+constexpr int KEPT = DIRECT ? (PAIRS + 1) / 2 : PAIRS; // words of a lane's states, kept as bfloat16 or float32
 constexpr bool BY_MATRIX = CONVERT && S == 1;          // sums over channels by matrix instructions that add lanes
 // Without DIRECT: steps summed over channels at once, steps summed over states at once.
 constexpr int GROUP = BY_MATRIX ? 8 / NSP : LANES > 2 * NSP ? LANES / (2 * NSP) : 1;
