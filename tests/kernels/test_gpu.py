@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from vmamba_kernels import BackendError, cross_selective_scan, selective_scan
+from vmamba_kernels import BackendError, cross_selective_scan, cross_ssd, selective_scan
 
 pytestmark = [
     pytest.mark.gpu,
@@ -184,6 +184,27 @@ def test_selective_scan(backend, batch, groups, dim, length, states, dtype, soft
         assert want.shape == got.shape
         if want.numel():
             assert (got.double() - want).norm() <= bound * want.norm()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_ssd_at_a_models_shape(dtype):
+    """64 states and heads of 16 channels, as in the `m2` models: not the matrix instructions of small ones."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    x, weight, bias = normal(2, 20, 20, 96), normal(4, 6 + 2 * 64, 96) / math.sqrt(96), normal(4, 6) - 3
+    A, D, grad = -torch.exp(0.5 * normal(4, 6)), normal(4, 6, 16), normal(2, 20, 20, 96)
+    inputs = [x.to(dtype), weight.to(dtype), bias, A, D]
+    found = {}
+    for backend in ("triton", "reference"):
+        tensors = [t.to(torch.float64 if backend == "reference" else t.dtype).requires_grad_() for t in inputs]
+        out = cross_ssd(*tensors, backend=backend)
+        found[backend] = [out, *torch.autograd.grad(out, tensors, grad.to(dtype).to(out.dtype))]
+    for got, want in zip(found["triton"], found["reference"], strict=True):
+        bound = 1e-6 * math.sqrt(400) if dtype == F32 else 1e-2
+        assert float((got - want).norm() / want.norm()) < bound
 
 
 def test_strides(backend):

@@ -33,7 +33,10 @@ from .common import (
     stand_in,
 )
 
-MAX_CHUNK = 64  # a matrix of MAX_CHUNK^2 float32 numbers must fit in registers several times
+# Measured best (docs/log.md).  More of either and Triton makes wgmma instructions on Hopper, some of them wrong (Triton
+# issue 10629: with 8 warps and chunks of 64 the gradients were not the gradients).
+MAX_CHUNK = 32
+WARPS = 2
 
 
 def cross_ssd(
@@ -46,7 +49,7 @@ def cross_ssd(
     chunk_size: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """`vmamba_kernels.cross_ssd`, already checked.  Chunks are a power of two from 16 to 64, near `chunk_size`."""
+    """`vmamba_kernels.cross_ssd`, already checked.  A chunk is 16 positions, or 32 if `chunk_size` allows it."""
     chunk = min(max(triton.next_power_of_2(chunk_size), 16), MAX_CHUNK)
     return _ssd(x, x_proj_weight, dt_bias, A, D, encode_routes(routes), chunk, out_dtype)
 
@@ -258,6 +261,7 @@ class _Launch:
             "HAS_BIAS": dt_bias is not None,
             "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
             "WIDE": length * max(dim, P_l) > common.LARGEST_OFFSET,
+            "num_warps": WARPS,
         }
 
     def states(self, values: Tensor, adjoint: bool) -> Tensor:
@@ -321,7 +325,7 @@ def _ssd_backward(
         adjoints = call.states(dy, adjoint=True)
         ssd_bwd_kernel[call.grid](
             call.x, call.projected, call.bias, call.A2, call.skip, states, adjoints, dy, du, dprojected,
-            dA, dbias, dskip, *call.sizes, du.stride(0), HAS_SKIP=D is not None, num_warps=8, **call.constants,
+            dA, dbias, dskip, *call.sizes, du.stride(0), HAS_SKIP=D is not None, **call.constants,
         )  # fmt: skip
     dx, dx_proj_weight = project_backward(x, x_proj_weight, heads, du, dprojected)
     return (
