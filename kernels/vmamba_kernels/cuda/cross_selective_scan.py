@@ -5,7 +5,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .layout import Layout, border_count, chunk_steps, layout
+from .layout import Layout, layout
 from .operator import Operator
 from .scan import Geometry, Scan, aligned
 
@@ -61,14 +61,12 @@ def _forward(
 
 
 def _like_forward(x, x_proj_weight, dt_weight, dt_bias, A, D, kinds, out_dtype, save):
-    (routes, dim, states), borders = A.shape, (0,)
-    if save:
-        count = border_count(x.shape[1] * x.shape[2], chunk_steps(int(states)))
-        borders = x.shape[0], routes, count, states, dim
-    width = layout(int(states), int(dt_weight.shape[2]), int(dim), x.dtype, out_dtype).row_width
+    routes, dim, states = A.shape
+    plan = layout(int(states), int(dt_weight.shape[2]), int(dim), x.dtype, out_dtype)
+    borders = plan.borders(x.shape[0], routes, x.shape[1] * x.shape[2], save)
     return (
-        x.new_empty(x.shape, dtype=out_dtype), A.new_empty(borders),
-        x_proj_weight.new_empty(routes * width, dim), A.new_empty(0 if D is None else dim),
+        x.new_empty(x.shape, dtype=out_dtype), x.new_empty(borders, dtype=plan.border_dtype),
+        x_proj_weight.new_empty(routes * plan.row_width, dim), A.new_empty(0 if D is None else dim),
     )  # fmt: skip
 
 

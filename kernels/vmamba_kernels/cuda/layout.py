@@ -35,6 +35,15 @@ class Layout:
         """Of one route's output, before the routes are added."""
         return torch.bfloat16 if self.x == self.out == torch.bfloat16 else torch.float32
 
+    @cached_property
+    def border_dtype(self) -> torch.dtype:
+        """Of the states kept between chunks for the backward pass."""
+        return torch.bfloat16 if self.x.itemsize == 2 else torch.float32
+
+    def borders(self, batch: int, routes: int, length: int, save: bool) -> tuple[int, ...]:
+        """The shape of the states kept between chunks, if any.  The arguments may be symbols."""
+        return (batch, routes, (length + self.chunk - 1) // self.chunk - 1, self.states, self.dim) if save else (0,)
+
     def _macros(self, lanes: int, **more: object) -> Macros:
         return (
             ("N", self.states),
@@ -47,6 +56,7 @@ class Layout:
             ("P", TYPES[self.row_dtype]),
             ("Y", TYPES[self.route_dtype]),
             ("G", TYPES[self.out]),
+            ("BORDER", TYPES[self.border_dtype]),
             ("SOFTPLUS", int(self.softplus)),
             *more.items(),
         )
@@ -142,7 +152,13 @@ class Layout:
 
     @cached_property
     def chunk(self) -> int:
-        return chunk_steps(self.states)
+        """Steps between the states kept for the backward pass, in whole stages: those of 16 states take 1.33 times x."""
+        return min(max(STAGE, (3 * self.states + 7) // STAGE * STAGE), 48)
+
+    @cached_property
+    def slots(self) -> int:
+        """Stages whose pixels and rows shared memory holds: of a chunk, and at least the one being fetched."""
+        return max(self.chunk // STAGE, 2)
 
     @cached_property
     def fused(self) -> bool:
@@ -153,16 +169,16 @@ class Layout:
     def bwd_block_shared(self) -> int:
         """Bytes of dynamic shared memory of a block, beside its warps'."""
         states = 2 if self.bwd_lane_states == 1 else _round_up(2 * self.bwd_lane_states, 4)
-        return STAGE * (2 * self.row_width * self.row_dtype.itemsize + self.bwd_lanes * states * 4)
+        rows = self.slots * STAGE * self.row_width * self.row_dtype.itemsize
+        return rows + self.chunk * self.bwd_lanes * states * 4
 
     @cached_property
     def bwd_warp_shared(self) -> int:
         """Bytes of dynamic shared memory of a warp."""
         channels = self.bwd_warp_channels
-        values = 4 if self.row_dtype == torch.bfloat16 else 8
         pixels = [self.x, self.out] if self.rank else [self.x, self.out, self.x]
-        copied = sum(STAGE * (channels * t.itemsize + (16 if channels == 32 else 0)) for t in pixels)
-        steps = copied + STAGE * (channels if channels < 32 else channels + 8) * (8 + values + 4)
+        copied = self.slots * STAGE * sum(channels * t.itemsize + (16 if channels == 32 else 0) for t in pixels)
+        steps = copied + self.chunk * (channels if channels < 32 else channels + 8) * 8
         cells = STAGE * self.row_width * self.row_dtype.itemsize
         pairs = self.bwd_channels * self.bwd_lane_states
         words = -(-pairs // 2) if self.direct else pairs  # bfloat16 or float32
@@ -240,16 +256,6 @@ class Layout:
 def layout(states: int, rank: int, dim: int, x: torch.dtype, out: torch.dtype, softplus: bool = True) -> Layout:
     """The one Layout object of these values: what it has computed is kept."""
     return Layout(states, rank, dim, x, out, softplus)
-
-
-def chunk_steps(states: int) -> int:
-    """Steps between the states kept for the backward pass: those of 16 states take 1.33 times a bfloat16 x."""
-    return min(max(16, (6 * states + 7) // 16 * 16), 128)
-
-
-def border_count(length: int, chunk: int) -> int:
-    """States kept between the chunks of a route.  Its sizes may be symbols."""
-    return (length + chunk - 1) // chunk - 1
 
 
 def _round_up(value: int, unit: int) -> int:

@@ -37,10 +37,25 @@ __device__ __forceinline__ float softplus2(float w) {
     return fmaf(p, z, fmaxf(w, 0.f));
 }
 
-__device__ __forceinline__ float sigmoid2(float w) {   // 1 / (1 + 2^-w)
-    float z = exp2_fast(-fabsf(w));
-    float r = __fdividef(1.f, 1.f + z);
-    return w >= 0.f ? r : z * r;
+// The derivative of softplus from its value s = log2(1 + 2^w): 1 - 2^-s, or its series where the difference would lose
+// digits (relative error 2e-7 for float32 pixels, 4e-4 for the half types).
+__device__ __forceinline__ float softplus_derivative(float s) {
+    const float t = s * LN2, direct = 1.f - exp2_fast(-s);
+    if constexpr (sizeof(X) == 4) {
+        float p = 1.f / 3628800;
+        p = fmaf(p, -t, 1.f / 362880);
+        p = fmaf(p, -t, 1.f / 40320);
+        p = fmaf(p, -t, 1.f / 5040);
+        p = fmaf(p, -t, 1.f / 720);
+        p = fmaf(p, -t, 1.f / 120);
+        p = fmaf(p, -t, 1.f / 24);
+        p = fmaf(p, -t, 1.f / 6);
+        p = fmaf(p, -t, 0.5f);
+        p = fmaf(p, -t, 1.f);
+        return s < 1.f ? t * p : direct;
+    } else {
+        return s < 0.001f ? t : direct;
+    }
 }
 
 // The pixel that a route visits at a step. Routes: 0 rows, 1 columns, 2 rows reversed, 3 columns reversed. division: a

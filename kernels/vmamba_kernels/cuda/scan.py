@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .compiler import Module, load
-from .layout import Layout, border_count
+from .layout import Layout
 
 
 @dataclass(frozen=True)
@@ -151,22 +151,24 @@ class Scan:
         """Fills `out` with the routes' outputs, added, plus skip * x.
 
         Returns:
-            The states at chunk borders, (batch, routes, borders, states, dim) float32; empty unless `save`.
+            The states at chunk borders, (batch, routes, borders, states, dim); empty unless `save`.
         """
         layout, geometry = self.layout, self.geometry
         segment, segments = self._fwd_segment, self._fwd_segments
-        chunk = layout.chunk if save else segment
-        per_route = border_count(geometry.length, chunk)
         y = x.new_empty(geometry.pixels * geometry.routes * layout.dim, dtype=layout.route_dtype)
-        borders = A.new_empty(geometry.batch, geometry.routes, per_route, layout.states, layout.dim)
-        inputs = x, steps, rows, dt_weight, dt_bias, A
+        borders = x.new_empty(
+            layout.borders(geometry.batch, geometry.routes, geometry.length, save), dtype=layout.border_dtype
+        )
+        inputs, entries, chunk = (x, steps, rows, dt_weight, dt_bias, A), None, layout.chunk if save else 0
         if segments > 1:
             state, total = self._segment_ends(A, segments)
             self._fwd.scan_summary_kernel(*self._fwd_launch, *inputs, state, total, *self._sizes, segment, segments)
-            self._pass_borders(state, total, A, borders, segments, segment // chunk, per_route, adjoint=False)
-        self._fwd.scan_fwd_kernel(*self._fwd_launch, *inputs, y, borders, *self._sizes, chunk, segment, segments)
+            entries = self._pass(state, total, A, segments, adjoint=False)
+        self._fwd.scan_fwd_kernel(
+            *self._fwd_launch, *inputs, entries, y, borders, *self._sizes, chunk, segment, segments
+        )
         self._pixels.merge_fwd_kernel(_blocks(self._merge_sizes[0]), 256, 0, y, x, skip, out, *self._merge_sizes)
-        return borders if save else A.new_empty(0)
+        return borders
 
     def backward(
         self, x: Tensor, steps: Tensor | None, rows: Tensor, dt_weight: Tensor | None, dt_bias: Tensor | None,
@@ -180,12 +182,11 @@ class Scan:
         exits = None
         if segments > 1:
             state, total = self._segment_ends(A, segments)
-            exits = torch.empty_like(state)
             self._fwd.scan_adjoint_kernel(
                 self._fwd_grid(segments), 32 * layout.fwd_warps, 0, dy, steps, rows, *inputs, state, total,
                 *self._sizes, segment, segments,
             )  # fmt: skip
-            self._pass_borders(state, total, A, exits, segments, 0, segments, adjoint=True)
+            exits = self._pass(state, total, A, segments, adjoint=True)
 
         dx = x.new_empty(pixels * routes * dim, dtype=layout.route_dtype)
         d_rows = x.new_empty(pixels, routes * layout.row_width, dtype=layout.row_dtype)
@@ -226,12 +227,11 @@ class Scan:
         sequences, states, dim = self.geometry.sequences, self.layout.states, self.layout.dim
         return A.new_empty(sequences, segments, states, dim), A.new_empty(sequences, segments, dim)
 
-    def _pass_borders(
-        self, state: Tensor, total: Tensor, A: Tensor, to: Tensor, segments: int, chunks: int, per_route: int,
-        adjoint: bool,
-    ) -> None:  # fmt: skip
-        count = self.geometry.sequences * self.layout.states * self.layout.dim
-        self._fwd.scan_borders_kernel(
-            _blocks(count), 256, 0, state, total, A, to, count, self.layout.dim, self.geometry.routes, segments,
-            chunks, per_route, int(adjoint),
+    def _pass(self, state: Tensor, total: Tensor, A: Tensor, segments: int, adjoint: bool) -> Tensor:
+        """The states entering the segments, or (adjoint) the gradients of those leaving them; the outermost unset."""
+        count, passed = self.geometry.sequences * self.layout.states * self.layout.dim, torch.empty_like(state)
+        self._fwd.scan_pass_kernel(
+            _blocks(count), 256, 0, state, total, A, passed, count, self.layout.dim, self.geometry.routes, segments,
+            int(adjoint),
         )  # fmt: skip
+        return passed

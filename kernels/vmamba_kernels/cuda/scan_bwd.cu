@@ -8,7 +8,7 @@
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_kernel(
     const X *__restrict__ x, const X *__restrict__ steps, const P *__restrict__ rows, const X *__restrict__ dt_weight,
     const float *__restrict__ dt_bias, const float *__restrict__ A, const G *__restrict__ dy,
-    const float *__restrict__ borders, const float *__restrict__ exits, Y *__restrict__ dx, P *__restrict__ ddt,
+    const BORDER *__restrict__ borders, const float *__restrict__ exits, Y *__restrict__ dx, P *__restrict__ ddt,
     P *__restrict__ d_rows, float *__restrict__ d_dt_weight, float *__restrict__ dA, float *__restrict__ dbias,
     float *__restrict__ dD, i64 pixels, i64 height, i64 width, i64 dim, i64 routes, i64 route_kinds, i64 x_pixel,
     i64 x_route, i64 division, i64 segment_length, i64 segments) {
@@ -16,10 +16,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
     constexpr int TILES = Projection::TILES;
     extern __shared__ __align__(16) float shared[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, cl = lane % LANES, q = lane / LANES;
-    float *own = shared + BLOCK + warp * OWN, *bc = shared + BC_AT;
-    Step *step_rows = reinterpret_cast<Step *>(own + STEPS_AT);
-    Value *values = reinterpret_cast<Value *>(own + VALUES_AT);
-    float *gradients = own + GRADIENTS_AT;
+    float *own = shared + BLOCK + warp * OWN;
     P *cells = reinterpret_cast<P *>(own + CELLS_AT);
     bf16 *tile_rows = reinterpret_cast<bf16 *>(own + TILE_AT);
     using WeightSum = Several<float, WEIGHT_KEPT>;
@@ -70,43 +67,60 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
         for (int i = lane; i < WEIGHT_TILES * DEPTH * 32 * WEIGHT_KEPT; i += 32) own[WEIGHT_SUM_AT + i] = 0.f;
     }
 
-    X *own_x = reinterpret_cast<X *>(own + X_AT), *own_given = reinterpret_cast<X *>(own + GIVEN_AT);
-    G *own_dy = reinterpret_cast<G *>(own + DY_AT);
-    int buffer = 0, pixel = 0, next_pixel;   // the number of the pixel at step lane % STAGE of the stage
-    float border[C][NS];   // fetched too where every sub-chunk is a chunk
-    auto read_border = [&](float (*to)[NS], int chunk) {
+    // A stage of a chunk: its slot, and what is read from it while it is worked on. The chunks take turns in the order
+    // of their slots, so that the next chunk's first stage is fetched to where this chunk's last one was.
+    int parity = 0, pixel;   // the number of the pixel at step lane % STAGE
+    const P *raw;
+    const X *pixels_x, *given;
+    const G *pixels_dy;
+    Step *step_rows;
+    float *bc;
+    auto enter = [&](int stage) {
+        const int slot = STAGES == 1 || !parity ? stage + (STAGES == 1 ? parity : 0) : STAGES - 1 - stage;
+        const int place = STAGES == 1 ? 0 : slot;
+        raw = reinterpret_cast<const P *>(shared) + slot * STAGE * ROW;
+        pixels_x = reinterpret_cast<const X *>(own + X_AT) + slot * STAGE * WIDTH<X>;
+        pixels_dy = reinterpret_cast<const G *>(own + DY_AT) + slot * STAGE * WIDTH<G>;
+        given = reinterpret_cast<const X *>(own + GIVEN_AT) + slot * STAGE * WIDTH<X>;
+        step_rows = reinterpret_cast<Step *>(own + STEPS_AT) + place * STAGE * IW;
+        bc = shared + BC_AT + place * STAGE * S * BC;
+    };
+    auto set_pixel = [&](int l0) {
+        pixel = route_pixel(min(l0 + lane % STAGE, end - 1), kind, (int)height, (int)width, length, division);
+    };
+    BORDER border[C][NS];   // the states at the start of a chunk: of the next one where every sub-chunk is a chunk
+    auto read_border = [&](int chunk) {
 #pragma unroll
         for (int c = 0; c < C; ++c)
 #pragma unroll
             for (int n = 0; n < NS; ++n)
-                to[c][n] = chunk > 0 && first + cl * C + c < dim && q * NS + n < N
-                    ? borders[((chunk - 1) * (i64)N + n) * dim + c] : 0.f;
+                border[c][n] = chunk > 0 && first + cl * C + c < dim && q * NS + n < N
+                    ? borders[((chunk - 1) * (i64)N + n) * dim + c] : from_float<BORDER>(0.f);
     };
-    // Start reading a stage: the block's rows, the warp's pixels; the output's gradient only where it is needed.
-    auto fetch = [&](int l0, bool gradient) {
-        if constexpr (SUBS == 1) read_border(border, l0 / CHUNK);
-        const int step = max(min(l0 + lane % STAGE, end - 1), 0);
-        next_pixel = route_pixel(step, kind, (int)height, (int)width, length, division);
-        buffer ^= 1;
+    // Start copying stage `stage`, of the chunk whose turn it is, from step l0: the block's rows, the warp's pixels.
+    auto fetch = [&](int stage, int l0) {
+        if constexpr (SUBS == 1) read_border(l0 / CHUNK);
+        enter(stage);
+        set_pixel(l0);
         constexpr int EACH = 16 / sizeof(P), PER_ROW = ROW / EACH, TOTAL = STAGE * PER_ROW;
 #pragma unroll
         for (int turn = 0; turn < TOTAL; turn += 32 * WARPS) {
-            const int i = turn + threadIdx.x, at_pixel = __shfl_sync(~0u, next_pixel, i / PER_ROW % STAGE);
+            const int i = turn + threadIdx.x, at_pixel = __shfl_sync(~0u, pixel, i / PER_ROW % STAGE);
             if (i < TOTAL)
-                copy_async<16>(reinterpret_cast<P *>(shared + buffer * RAW) + i * EACH,
-                               at(rows, at_pixel, row_stride) + i % PER_ROW * EACH, true);
+                copy_async<16>(const_cast<P *>(raw) + i * EACH, at(rows, at_pixel, row_stride) + i % PER_ROW * EACH, true);
         }
-        load_pixels(own_x, x, next_pixel, x_stride, existing, lane);
-        if (gradient) load_pixels(own_dy, dy, next_pixel, dy_stride, existing, lane);
-        if constexpr (R == 0) load_pixels(own_given, steps, next_pixel, x_stride, existing, lane);
+        load_pixels(const_cast<X *>(pixels_x), x, pixel, x_stride, existing, end - l0, lane);
+        load_pixels(const_cast<G *>(pixels_dy), dy, pixel, dy_stride, existing, end - l0, lane);
+        if constexpr (R == 0) load_pixels(const_cast<X *>(given), steps, pixel, x_stride, existing, end - l0, lane);
         copy_commit();
     };
-    // Add the warps' cells of the last stage, if it had any: steps l0 to limit.
-    auto write_rows = [&](int l0, int limit, int pixel) {
+    // Add the warps' cells of the stage from step l0.
+    auto write_rows = [&](int l0) {
+        set_pixel(l0);
 #pragma unroll
         for (int turn = 0; turn < STAGE * ROW / 4; turn += 32 * WARPS) {
             const int i = turn + threadIdx.x, j = i / (ROW / 4), at_pixel = __shfl_sync(~0u, pixel, j % STAGE);
-            if (i < STAGE * ROW / 4 && l0 + j < limit) {
+            if (i < STAGE * ROW / 4 && l0 + j < end) {
                 float sum[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
                 for (int other = 0; other < WARPS; ++other) {
@@ -120,36 +134,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
             }
         }
     };
-    int last_l0 = 0, last_limit = 0;   // of the stage whose cells are to be added
-    const P *raw;
-    // Steps l0 to limit, made ready for the warps, while the next stage is fetched.
-    auto prepare = [&](int l0, int limit, bool gradient, int next_l0, bool next_gradient) {
-        raw = reinterpret_cast<const P *>(shared + buffer * RAW);
-        const int last_pixel = pixel;
-        pixel = next_pixel;
-        copy_wait<0>();
-        __syncthreads();   // the rows are there, the last stage's cells too; nobody still reads what is overwritten now
-        float w[2][TILES][2];
-        Vec<X, 2> now_x[2][TILES];
-        Vec<G, 2> now_dy[2][TILES];
+    // The stage's B and C as float32 and its steps, of which `inside` exist.
+    auto prepare = [&](int inside) {
 #pragma unroll
-        for (int o = 0; o < 2; ++o)
-#pragma unroll
-            for (int t = 0; t < TILES; ++t) {
-                const int step = o * 8 + lane / 4, ch = CW % 8 ? lane % 4 * 2 % CW : t * 8 + lane % 4 * 2;
-                now_x[o][t] = *reinterpret_cast<const Vec<X, 2> *>(own_x + step * WIDTH<X> + ch);
-                now_dy[o][t] = *reinterpret_cast<const Vec<G, 2> *>(own_dy + step * WIDTH<G> + ch);
-                if constexpr (R == 0) {
-                    const auto given = *reinterpret_cast<const Vec<X, 2> *>(own_given + step * WIDTH<X> + ch);
-                    w[o][t][0] = given.get(0), w[o][t][1] = given.get(1);
-                }
-            }
-        __syncwarp();
-        fetch(next_l0, next_gradient);
-        write_rows(last_l0, last_limit, last_pixel);
-        last_l0 = l0, last_limit = gradient ? limit : 0;
-#pragma unroll
-        for (int turn = 0; turn < STAGE * S; turn += 32 * WARPS) {   // B and C
+        for (int turn = 0; turn < STAGE * S; turn += 32 * WARPS) {
             const int i = turn + threadIdx.x;
             const P *from = raw + i / S * ROW + B0 + i % S * NS;
             if (i < STAGE * S)
@@ -164,33 +152,34 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                     *reinterpret_cast<Several<float, FEW> *>(bc + i * BC + NS + n) = c_floats;
                 }
         }
+        float w[2][TILES][2];
+        if constexpr (R == 0)
+#pragma unroll
+            for (int o = 0; o < 2; ++o)
+#pragma unroll
+                for (int t = 0; t < TILES; ++t) {
+                    const int ch = CW % 8 ? lane % 4 * 2 % CW : t * 8 + lane % 4 * 2;
+                    const auto two = *reinterpret_cast<const Vec<X, 2> *>(given + (o * 8 + lane / 4) * WIDTH<X> + ch);
+                    w[o][t][0] = two.get(0), w[o][t][1] = two.get(1);
+                }
         projection.project(w, raw, w, lane);
 #pragma unroll
         for (int o = 0; o < 2; ++o)
 #pragma unroll
             for (int t = 0; t < TILES; ++t) {
                 const int step = o * 8 + lane / 4, ch = t * 8 + lane % 4 * 2;
-                const bool inside = l0 + step < limit;
-                Several<Step, 2> both;
-                float sigmoid[2], given_dy[2];
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    const float v = w[o][t][e];
-                    both.v[e].s = inside ? SOFTPLUS ? softplus2(v) : v : 0.f;
-                    both.v[e].sx = both.v[e].s * now_x[o][t].get(e);
-                    sigmoid[e] = SOFTPLUS && gradient ? sigmoid2(v) : 1.f;
-                    given_dy[e] = inside ? now_dy[o][t].get(e) : 0.f;
-                }
                 if (CW % 8 == 0 || ch < CW) {
-                    *reinterpret_cast<Several<Step, 2> *>(step_rows + step * IW + ch) = both;
-                    if (gradient) {
-                        const int item = step * IW + ch;
-                        *reinterpret_cast<Several<Value, 2> *>(values + item) = Value::two(now_x[o][t], sigmoid);
-                        *reinterpret_cast<float2 *>(gradients + item) = make_float2(given_dy[0], given_dy[1]);
+                    const auto two = *reinterpret_cast<const Vec<X, 2> *>(pixels_x + step * WIDTH<X> + ch);
+                    Several<Step, 2> both;
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        const float v = step < inside ? w[o][t][e] : SOFTPLUS ? -1e30f : 0.f;   // a step of nothing
+                        both.v[e].s = SOFTPLUS ? softplus2(v) : v;
+                        both.v[e].sx = both.v[e].s * two.get(e);
                     }
+                    *reinterpret_cast<Several<Step, 2> *>(step_rows + step * IW + ch) = both;
                 }
             }
-        __syncthreads();   // B and C are there, and the cells are free
     };
     // The recurrence over one step of the stage.
     auto advance = [&](int step, float (*decay)[NS]) {
@@ -240,15 +229,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
     // A channel's gradients at one step, from sums over states: of g B, and of A times g, the decay and the state.
     auto finish = [&](int step, int limit_step, float by_b, float by_a) {
         const bool real = finishes && within < existing && step < limit_step;
-        const int at_pixel = __shfl_sync(~0u, pixel, step), item = step * IW + (finishes ? within : 0);
-        const Value value = values[item];
-        float d_step = value.sigmoid() * fmaf(value.x(), by_b, LN2 * by_a);
+        const int at_pixel = __shfl_sync(~0u, pixel, step), ch = finishes ? within : 0;
+        const float s = step_rows[step * IW + ch].s, x_here = to_float(pixels_x[step * WIDTH<X> + ch]);
+        float d_step = (SOFTPLUS ? softplus_derivative(s) : 1.f) * fmaf(x_here, by_b, LN2 * by_a);
         if (!real) d_step = 0.f;
         if constexpr (FUSED)
             if (finishes) tile_rows[step * TILE_WIDTH + within] = from_float<bf16>(d_step);
         bias_sum += d_step;
-        d_sum = fmaf(value.x(), gradients[item], d_sum);
-        const Y dx_here = from_float<Y>(step_rows[item].s * by_b);   // the merge multiplies by ln 2
+        d_sum = fmaf(x_here, to_float(pixels_dy[step * WIDTH<G> + ch]), d_sum);
+        const Y dx_here = from_float<Y>(s * by_b);   // the merge multiplies by ln 2
         if (real) *at(dx, at_pixel, dx_stride) = dx_here;
         if constexpr (!FUSED)
             if (real) *at(ddt, at_pixel, ddt_stride) = from_float<P>(d_step);
@@ -262,40 +251,65 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
     }
 
     const int last_chunk = start + (end - 1 - start) / CHUNK * CHUNK;
-    fetch(last_chunk, SUBS == 1 || end - last_chunk <= SUB);
-    for (int c0 = last_chunk; c0 >= start; c0 -= CHUNK) {
+    // Of every chunk all stages but the last are there when it begins, where it has several; of the first, those of the
+    // next chunk too whose slots it leaves free.
+    const int first_stages = (end - last_chunk + STAGE - 1) / STAGE;
+    for (int stage = 0; stage < max(first_stages - 1, 1); ++stage) fetch(stage, last_chunk + stage * STAGE);
+    if (STAGES > 1 && last_chunk > start) {
+        parity = 1;
+        for (int stage = 0; stage < STAGES - first_stages; ++stage) fetch(stage, last_chunk - CHUNK + stage * STAGE);
+        parity = 0;
+    }
+    for (int c0 = last_chunk; c0 >= start; c0 -= CHUNK, parity ^= 1) {
         const int limit = min(c0 + CHUNK, end), subs = SUBS == 1 ? 1 : (limit - c0 + SUB - 1) / SUB;
-        const int last_stage = (subs - 1) / HALVES * HALVES;   // by its first sub-chunk
+        const int stages = STAGES == 1 ? 1 : (subs + HALVES - 1) / HALVES, last_part = subs * PARTS - 1;
+        copy_wait<0>();
+        __syncthreads();   // the rows are there, and the cells of the chunk after this one
+        if constexpr (SUBS == 1) {
+#pragma unroll
+            for (int i = 0; i < PAIRS; ++i) h[i / NS][i % NS] = to_float(border[i / NS][i % NS]);
+        } else {
+            read_border(c0 / CHUNK);
+        }
+        if (STAGES > 1 && stages > 1) fetch(stages - 1, c0 + (stages - 1) * STAGE);
+        if (STAGES == 1 && c0 > start) {
+            parity ^= 1;
+            fetch(0, c0 - CHUNK);
+            parity ^= 1;
+        }
+        if (c0 < last_chunk) write_rows(c0 + CHUNK);
+        for (int stage = 0; stage < stages; ++stage) {
+            enter(stage);
+            prepare(limit - c0 - stage * STAGE);
+            if (STAGES > 1 && stage == stages - 2) copy_wait<0>();
+            if (stage >= stages - 2) __syncthreads();   // the last rows; then B and C are there, and the cells are free
+        }
         if constexpr (SUBS > 1) {
-            const int last_part = subs * PARTS - 1;
-            read_border(h, c0 / CHUNK);
+#pragma unroll
+            for (int i = 0; i < PAIRS; ++i) h[i / NS][i % NS] = to_float(border[i / NS][i % NS]);
             keep_states(0);
-            for (int part = 0; part < last_part; part += HALVES * PARTS) {
-                const bool more = part + HALVES * PARTS < last_part;
-                prepare(c0 + part * PART, limit, false, c0 + (more ? part * PART + STAGE : last_stage * SUB), !more);
+            for (int stage = 0; stage < stages; ++stage) {
+                enter(stage);
 #pragma unroll
                 for (int i = 0; i < HALVES * PARTS; ++i)
-                    if (part + i < last_part) {
+                    if (stage * HALVES * PARTS + i < last_part) {
                         float decay[C][NS];
 #pragma unroll
                         for (int j = 0; j < PART; ++j) advance(i * PART + j, decay);
-                        keep_states(part + i + 1);
+                        keep_states(stage * HALVES * PARTS + i + 1);
                     }
             }
         }
 
-        for (int stage = last_stage; stage >= 0; stage -= HALVES) {
-            const int l0 = c0 + stage * SUB;
-            if constexpr (SUBS == 1) {
-#pragma unroll
-                for (int i = 0; i < PAIRS; ++i) h[i / NS][i % NS] = border[i / NS][i % NS];
-            }
-            prepare(l0, limit, true, stage ? l0 - STAGE : c0 - CHUNK, SUBS == 1 || stage);
+        for (int stage = stages - 1; stage >= 0; --stage) {
+            const int l0 = c0 + stage * STAGE, here = min(HALVES, subs - stage * HALVES);   // sub-chunks
+            enter(stage);
+            set_pixel(l0);
             if constexpr (FUSED && HALVES > 1)
-                if (stage + 1 == subs)   // without a second half
+                if (here == 1)
                     for (int i = lane; i < SUB * TILE_WIDTH / 2; i += 32) own[TILE_AT + SUB * TILE_WIDTH / 2 + i] = 0.f;
 
-            for (int half = min(HALVES, subs - stage) - 1; half >= 0; --half) {
+            for (int half = here - 1; half >= 0; --half) {
                 const int j0 = half * SUB;
                 float sums[DIRECT ? 1 : GROUP * 2 * NSP], by_states[DIRECT ? 1 : ITEM_STEPS * C * 2];
                 float by_b_matrix[(NS + 1) / 2][4] = {}, by_c_matrix[(NS + 1) / 2][4] = {}, by_states_matrix[4] = {};
@@ -304,7 +318,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                 for (int j = SUB - 1; j >= 0; --j) {
                     const int p = j % PART;
                     if (p == PART - 1) {
-                        if constexpr (SUBS > 1) restore_states((stage + half) * PARTS + j / PART);
+                        if constexpr (SUBS > 1) restore_states((stage * HALVES + half) * PARTS + j / PART);
 #pragma unroll
                         for (int i = 0; i < PART; ++i) {
 #pragma unroll
@@ -315,15 +329,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                     }
                     float row[2 * NS], *b = row, *cc = row + NS;
                     read_row<0, 2 * NS>(row, bc + ((j0 + j) * S + q) * BC);
-                    const int item = (j0 + j) * IW + cl * C;
-                    const auto own_steps = *reinterpret_cast<const Several<Step, C> *>(step_rows + item);
-                    const auto own_dy = *reinterpret_cast<const Several<float, C> *>(gradients + item);
+                    const auto own_steps = *reinterpret_cast<const Several<Step, C> *>(step_rows + (j0 + j) * IW + cl * C);
+                    const auto own_dy = *reinterpret_cast<const Vec<G, C> *>(pixels_dy + (j0 + j) * WIDTH<G> + cl * C);
                     float by_b[2] = {0.f, 0.f}, by_a[2] = {0.f, 0.f}, sx[2] = {0.f, 0.f}, dy_here[2] = {0.f, 0.f};
                     float g[2][NS + 1] = {}, after[2][NS + 1] = {};
 #pragma unroll
                     for (int c = 0; c < C; ++c) {
                         const float s = own_steps.v[c].s;
-                        sx[c] = own_steps.v[c].sx, dy_here[c] = own_dy.v[c];
+                        sx[c] = own_steps.v[c].sx, dy_here[c] = own_dy.get(c);
 #pragma unroll
                         for (int n = 0; n < NS; ++n) {
                             after[c][n] = p + 1 < PART ? before[p + 1 < PART ? p + 1 : 0][c][n] : h[c][n];
@@ -462,12 +475,21 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                         *sum = old;
                     }
             }
+            if (STAGES > 1 && stage > 0) {
+                __syncthreads();   // the cells are there, and nobody reads the rows any more
+                if (c0 > start) {
+                    parity ^= 1;
+                    fetch(STAGES - 1 - stage, c0 - CHUNK + (STAGES - 1 - stage) * STAGE);
+                    parity ^= 1;
+                }
+                write_rows(l0);
+                __syncthreads();   // the cells are free
+            }
         }
     }
 
-    copy_wait<0>();
     __syncthreads();
-    write_rows(last_l0, last_limit, pixel);
+    write_rows(start);
 #pragma unroll
     for (int c = 0; c < C; ++c)
 #pragma unroll

@@ -2,7 +2,9 @@
 // scan_bwd.cu.
 #include "scan.cuh"
 
-constexpr int STAGE = 16;                              // steps that a block prepares at once
+constexpr int STAGE = 16;                              // steps that are copied and prepared at once
+constexpr int STAGES = CHUNK / STAGE;                  // stages a chunk
+constexpr int SLOTS = STAGES < 2 ? 2 : STAGES;
 constexpr int HALVES = STAGE / SUB;                    // sub-chunks a stage
 constexpr int SUBS = CHUNK / SUB;                      // sub-chunks a chunk
 constexpr int CW = LANES * C;                          // channels a warp
@@ -17,7 +19,7 @@ constexpr bool BY_MATRIX = CONVERT && S == 1;          // sums over channels by 
 constexpr int GROUP = BY_MATRIX ? 8 / NSP : LANES > 2 * NSP ? LANES / (2 * NSP) : 1;
 constexpr int ITEM_STEPS = S / C;
 static_assert((S == 1 && C == 1 && NS <= 4) || (S == 8 && C <= 2 && NS <= 8), "layout");
-static_assert(STAGE % SUB == 0 && SUB % GROUP == 0 && SUB % ITEM_STEPS == 0, "layout");
+static_assert(CHUNK % STAGE == 0 && STAGE % SUB == 0 && SUB % GROUP == 0 && SUB % ITEM_STEPS == 0, "layout");
 
 // With bfloat16 rows the gradients of the step projection are matrix products of the steps' gradients (bfloat16, a tile
 // in shared memory) on the spot; otherwise the steps' gradients are written out.
@@ -28,43 +30,23 @@ constexpr int WEIGHT_TILES = (CW + 15) / 16, WEIGHT_KEPT = CW < 16 ? 2 : 4;
 
 template <class T, int COUNT> struct alignas(COUNT * sizeof(T)) Several { T v[COUNT]; };
 
-// What a step of a channel is made of: s and s x; x and the derivative of softplus, a word where x is bfloat16.
-struct alignas(8) Step { float s, sx; };
-template <bool PACKED> struct alignas(8) PixelValue {
-    float x_, sigmoid_;
-    static __device__ __forceinline__ Several<PixelValue, 2> two(Vec<X, 2> x, const float *sigmoid) {
-        return {{{x.get(0), sigmoid[0]}, {x.get(1), sigmoid[1]}}};
-    }
-    __device__ __forceinline__ float x() const { return x_; }
-    __device__ __forceinline__ float sigmoid() const { return sigmoid_; }
-};
-template <> struct PixelValue<true> {
-    unsigned both;
-    static __device__ __forceinline__ Several<PixelValue, 2> two(Vec<bf16, 2> x, const float *sigmoid) {
-        const unsigned halves = two_halves(sigmoid[0], sigmoid[1]);
-        return {{{__byte_perm(x.words[0], halves, 0x5410)}, {__byte_perm(x.words[0], halves, 0x7632)}}};
-    }
-    __device__ __forceinline__ float x() const { return lower_half(both); }
-    __device__ __forceinline__ float sigmoid() const { return upper_half(both); }
-};
-using Value = PixelValue<CONVERT>;
+struct alignas(8) Step { float s, sx; };               // of a channel: s and s x
 constexpr int IW = CW < 32 ? CW : CW + 8;              // of a row of steps: spreads the rows over the banks
 template <class T> constexpr int WIDTH = CW < 32 ? CW : CW + 16 / sizeof(T);   // of a row of pixels, likewise
 
-// Shared memory, in floats; layout.py adds up the same. A block's: rows as copied, of this stage and the next; B and C
-// as float32, a lane's together.
+// Shared memory, in floats; layout.py adds up the same. What is copied from global memory has a slot for every stage of a
+// chunk, and at least two; what is made of it, a place for every stage of a chunk. A block's: rows, [SLOTS][STAGE][ROW];
+// B and C as float32, a lane's together, [STAGES][STAGE][S][BC].
 constexpr int BC = NS == 1 ? 2 : (2 * NS + 3) / 4 * 4;
 constexpr int RAW = STAGE * ROW * sizeof(P) / 4;
-constexpr int BC_AT = 2 * RAW, BLOCK = BC_AT + STAGE * S * BC;
+constexpr int BC_AT = SLOTS * RAW, BLOCK = BC_AT + CHUNK * S * BC;
 // A warp's:
-constexpr int X_AT = 0;                                                   // [STAGE][WIDTH] of x as copied
-constexpr int DY_AT = X_AT + STAGE * WIDTH<X> * sizeof(X) / 4;            // of dy
-constexpr int GIVEN_AT = DY_AT + STAGE * WIDTH<G> * sizeof(G) / 4;        // of the steps, if given
-constexpr int STEPS_AT = GIVEN_AT + (R ? 0 : STAGE * WIDTH<X> * sizeof(X) / 4);   // [STAGE][IW] of s, s x
-constexpr int VALUES_AT = STEPS_AT + STAGE * IW * 2;                      // [STAGE][IW] of x, sigmoid
-constexpr int GRADIENTS_AT = VALUES_AT + STAGE * IW * (sizeof(Value) / 4);   // [STAGE][IW] of dy
-constexpr int CELLS_AT = GRADIENTS_AT + STAGE * IW;                       // [STAGE][ROW]: rows' gradient
-constexpr int TILE_AT = CELLS_AT + STAGE * ROW * sizeof(P) / 4;           // [STAGE][TILE_WIDTH] bfloat16
+constexpr int X_AT = 0;                                                        // [SLOTS][STAGE][WIDTH] of x
+constexpr int DY_AT = X_AT + SLOTS * STAGE * WIDTH<X> * sizeof(X) / 4;         // of dy
+constexpr int GIVEN_AT = DY_AT + SLOTS * STAGE * WIDTH<G> * sizeof(G) / 4;     // of the steps, if given
+constexpr int STEPS_AT = GIVEN_AT + (R ? 0 : SLOTS * STAGE * WIDTH<X> * sizeof(X) / 4);   // [STAGES][STAGE][IW] of Step
+constexpr int CELLS_AT = STEPS_AT + CHUNK * IW * 2;                            // [STAGE][ROW]: rows' gradient
+constexpr int TILE_AT = CELLS_AT + STAGE * ROW * sizeof(P) / 4;                // [STAGE][TILE_WIDTH] bfloat16
 // [WEIGHT_TILES][DEPTH][32][WEIGHT_KEPT] of dt_weight's gradient, then [CHUNK / PART][32][KEPT] of states.
 constexpr int WEIGHT_SUM_AT = TILE_AT + (FUSED ? STAGE * TILE_WIDTH / 2 : 0);
 constexpr int STATES_AT = WEIGHT_SUM_AT + WEIGHT_TILES * DEPTH * 32 * WEIGHT_KEPT;
@@ -87,9 +69,11 @@ template <int COUNT, int FIRST, int LANES_> __device__ __forceinline__ void redu
     }
 }
 
-// Start copying the warp's channels of a stage's pixels, zeros where there is no channel. pixel: of step lane % STAGE.
+// Start copying the warp's channels of a stage's pixels, zeros where there is no channel or step. pixel: of step
+// lane % STAGE.
 template <class T>
-__device__ __forceinline__ void load_pixels(T *to, const T *from, int pixel, int stride_bytes, int existing, int lane) {
+__device__ __forceinline__ void load_pixels(T *to, const T *from, int pixel, int stride_bytes, int channels, int steps,
+                                            int lane) {
     constexpr int MOST = CW * sizeof(T) < PIECE ? CW * sizeof(T) : PIECE;
     constexpr int EACH = MOST < sizeof(T) ? 1 : MOST / sizeof(T);
     constexpr int PER_ROW = CW / EACH;
@@ -98,7 +82,8 @@ __device__ __forceinline__ void load_pixels(T *to, const T *from, int pixel, int
         const int i = turn + lane, j = i / PER_ROW, ch = i % PER_ROW * EACH;
         const int at_pixel = __shfl_sync(~0u, pixel, j % STAGE);
         if (STAGE * PER_ROW % 32 == 0 || j < STAGE)
-            copy_async<EACH * sizeof(T)>(to + j * WIDTH<T> + ch, at(from, at_pixel, stride_bytes) + ch, ch < existing);
+            copy_async<EACH * sizeof(T)>(to + j * WIDTH<T> + ch, at(from, at_pixel, stride_bytes) + ch,
+                                         ch < channels && j < steps);
     }
 }
 

@@ -1,5 +1,5 @@
 // A warp walks one segment of one route of one image for LANES * C channels. C: channels a lane; K: steps a stage;
-// WARPS: warps a block.
+// WARPS: warps a block; BORDER: type of the states kept between chunks (of no chunk if 0).
 #include "scan.cuh"
 
 constexpr int CW = LANES * C;    // channels a warp
@@ -65,9 +65,10 @@ enum Mode { FORWARD, SUMMARY, ADJOINT };
 template <Mode MODE, class U>
 __device__ __forceinline__ void scan(
     const U *__restrict__ u, const X *__restrict__ steps, const P *__restrict__ rows, const X *__restrict__ dt_weight,
-    const float *__restrict__ dt_bias, const float *__restrict__ A, Y *__restrict__ y, float *__restrict__ borders,
-    float *__restrict__ end_state, float *__restrict__ end_sum, i64 height, i64 width, i64 dim, i64 routes,
-    i64 route_kinds, i64 u_pixel, i64 u_route, i64 division, i64 chunk, i64 segment_length, i64 segments) {
+    const float *__restrict__ dt_bias, const float *__restrict__ A, const float *__restrict__ entries,
+    Y *__restrict__ y, BORDER *__restrict__ borders, float *__restrict__ end_state, float *__restrict__ end_sum,
+    i64 height, i64 width, i64 dim, i64 routes, i64 route_kinds, i64 u_pixel, i64 u_route, i64 division, i64 chunk,
+    i64 segment_length, i64 segments) {
     using Projection = StepProjection<K, CW>;
     constexpr int TILES = Projection::TILES, OCTETS = Projection::OCTETS;
     __shared__ __align__(16) P raw_all[WARPS][2][K * ROW];
@@ -94,7 +95,7 @@ __device__ __forceinline__ void scan(
     rows += (image * length * routes + route) * ROW;
     if constexpr (MODE == FORWARD) {
         y += (image * length * routes + route) * dim + channel;
-        borders += sequence * ((length + chunk - 1) / chunk - 1) * N * dim + channel;
+        if (chunk) borders += sequence * ((length + chunk - 1) / chunk - 1) * N * dim + channel;
     }
 
     Projection projection;
@@ -109,7 +110,7 @@ __device__ __forceinline__ void scan(
             a_log[c][n] = state < N ? A[(route * dim + channel + c) * N + state] : 0.f;
             h[c][n] = 0.f;
             if constexpr (MODE == FORWARD)
-                if (segment > 0 && state < N) h[c][n] = borders[((start / chunk - 1) * N + state) * dim + c];
+                if (segment > 0 && state < N) h[c][n] = entries[(slot * N + state) * dim + channel + c];
         }
     }
 
@@ -186,13 +187,14 @@ __device__ __forceinline__ void scan(
 
         if constexpr (MODE == FORWARD) {
             const int step = start + stage * K;
-            if (stage > 0 && step % (int)chunk == 0) {
+            if (chunk && step > 0 && step % (int)chunk == 0) {
 #pragma unroll
                 for (int n = 0; n < NS; ++n)
                     if (q * NS + n < N)
 #pragma unroll
                         for (int c = 0; c < C; ++c)
-                            borders[((step / (int)chunk - 1) * (i64)N + q * NS + n) * dim + c] = h[c][n];
+                            borders[((step / (int)chunk - 1) * (i64)N + q * NS + n) * dim + c] =
+                                from_float<BORDER>(h[c][n]);
             }
         }
 
@@ -255,34 +257,33 @@ __device__ __forceinline__ void scan(
 #define BOUNDS __launch_bounds__(32 * WARPS, MIN_BLOCKS)
 
 extern "C" __global__ void BOUNDS scan_fwd_kernel(
-    const X *x, const X *steps, const P *rows, const X *dt_weight, const float *dt_bias, const float *A, Y *y,
-    float *borders, i64 height, i64 width, i64 dim, i64 routes, i64 route_kinds, i64 x_pixel, i64 x_route, i64 division,
-    i64 chunk, i64 segment_length, i64 segments) {
-    scan<FORWARD>(x, steps, rows, dt_weight, dt_bias, A, y, borders, nullptr, nullptr, height, width, dim, routes,
-                  route_kinds, x_pixel, x_route, division, chunk, segment_length, segments);
+    const X *x, const X *steps, const P *rows, const X *dt_weight, const float *dt_bias, const float *A,
+    const float *entries, Y *y, BORDER *borders, i64 height, i64 width, i64 dim, i64 routes, i64 route_kinds,
+    i64 x_pixel, i64 x_route, i64 division, i64 chunk, i64 segment_length, i64 segments) {
+    scan<FORWARD>(x, steps, rows, dt_weight, dt_bias, A, entries, y, borders, nullptr, nullptr, height, width, dim,
+                  routes, route_kinds, x_pixel, x_route, division, chunk, segment_length, segments);
 }
 
 extern "C" __global__ void BOUNDS scan_summary_kernel(
     const X *x, const X *steps, const P *rows, const X *dt_weight, const float *dt_bias, const float *A,
     float *end_state, float *end_sum, i64 height, i64 width, i64 dim, i64 routes, i64 route_kinds, i64 x_pixel,
     i64 x_route, i64 division, i64 segment_length, i64 segments) {
-    scan<SUMMARY>(x, steps, rows, dt_weight, dt_bias, A, (Y *)nullptr, nullptr, end_state, end_sum, height, width, dim,
-                  routes, route_kinds, x_pixel, x_route, division, 1, segment_length, segments);
+    scan<SUMMARY>(x, steps, rows, dt_weight, dt_bias, A, nullptr, (Y *)nullptr, nullptr, end_state, end_sum, height,
+                  width, dim, routes, route_kinds, x_pixel, x_route, division, 0, segment_length, segments);
 }
 
 extern "C" __global__ void BOUNDS scan_adjoint_kernel(
     const G *dy, const X *steps, const P *rows, const X *dt_weight, const float *dt_bias, const float *A,
     float *end_state, float *end_sum, i64 height, i64 width, i64 dim, i64 routes, i64 route_kinds, i64 x_pixel,
     i64 x_route, i64 division, i64 segment_length, i64 segments) {
-    scan<ADJOINT>(dy, steps, rows, dt_weight, dt_bias, A, (Y *)nullptr, nullptr, end_state, end_sum, height, width, dim,
-                  routes, route_kinds, x_pixel, x_route, division, 1, segment_length, segments);
+    scan<ADJOINT>(dy, steps, rows, dt_weight, dt_bias, A, nullptr, (Y *)nullptr, nullptr, end_state, end_sum, height,
+                  width, dim, routes, route_kinds, x_pixel, x_route, division, 0, segment_length, segments);
 }
 
-// Passes the states over the segments: one thread a (image, route, state, channel). Forward, segment i's entry goes to
-// the border at its start; in the adjoint direction to exits[image, route, segment].
-extern "C" __global__ void scan_borders_kernel(const float *end_state, const float *end_sum, const float *A,
-                                               float *borders, i64 count, i64 dim, i64 routes, i64 segments,
-                                               i64 chunks_per_segment, i64 borders_per_route, i64 adjoint) {
+// Passes the states over the segments: one thread a (image, route, state, channel). Forward, the states that enter the
+// segments; in the adjoint direction, the gradients of those that leave them: (image, route, segment, N, dim).
+extern "C" __global__ void scan_pass_kernel(const float *end_state, const float *end_sum, const float *A, float *to,
+                                            i64 count, i64 dim, i64 routes, i64 segments, i64 adjoint) {
     i64 thread = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     if (thread >= count) return;
     i64 ch = thread % dim, state = thread / dim % N, sequence = thread / dim / N;   // sequence: (image, route)
@@ -290,7 +291,6 @@ extern "C" __global__ void scan_borders_kernel(const float *end_state, const flo
     for (i64 i = 0; i < segments - 1; ++i) {
         i64 segment = adjoint ? segments - 1 - i : i, slot = sequence * segments + segment;
         h = fmaf(exp2_fast(end_sum[slot * dim + ch] * a), h, end_state[(slot * N + state) * dim + ch]);
-        i64 border = adjoint ? segment - 1 : (i + 1) * chunks_per_segment - 1;
-        borders[((sequence * borders_per_route + border) * N + state) * dim + ch] = h;
+        to[((slot + (adjoint ? -1 : 1)) * N + state) * dim + ch] = h;
     }
 }

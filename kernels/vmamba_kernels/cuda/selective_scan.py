@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .layout import Layout, border_count, chunk_steps, layout
+from .layout import Layout, layout
 from .operator import Operator
 from .scan import Geometry, Scan, aligned
 
@@ -65,11 +65,10 @@ def _forward(
 
 
 def _like_forward(u, delta, A, B, C, D, delta_bias, softplus, out_dtype, save):
-    borders = (0,)
-    if save:
-        (channels, states), groups, chunk = A.shape, B.shape[1], chunk_steps(int(A.shape[1]))
-        borders = u.shape[0], groups, border_count(u.shape[2], chunk), states, channels // groups
-    return u.new_empty(u.shape, dtype=out_dtype), A.new_empty(borders)
+    (channels, states), groups = A.shape, B.shape[1]
+    plan = layout(int(states), 0, int(channels // groups), u.dtype, out_dtype, softplus)
+    borders = plan.borders(u.shape[0], groups, u.shape[2], save)
+    return u.new_empty(u.shape, dtype=out_dtype), u.new_empty(borders, dtype=plan.border_dtype)
 
 
 def _backward(
