@@ -152,7 +152,7 @@ class Layout:
 
     @cached_property
     def chunk(self) -> int:
-        """Steps between the states kept for the backward pass, in whole stages: those of 16 states take 1.33 times x."""
+        """Steps between the states kept for the backward pass; those of 16 states take 1.33 times x."""
         return min(max(STAGE, (3 * self.states + 7) // STAGE * STAGE), 48)
 
     @cached_property
@@ -205,11 +205,11 @@ class Layout:
         """Warps a block.  `shared_limit`: bytes of shared memory that a block can have.
 
         Nearly the most channels in flight on a multiprocessor; then the most in a block, whose sums over channels need
-        fewer partial ones, up to where the block's barriers cost more than that.
+        fewer partial ones, up to four, from where the block's barriers cost more than that.
         """
         groups, registers = -(-self.dim // self.bwd_warp_channels), self.bwd_warps_by_registers
         in_flight = {}
-        for warps in range(1, 5 if self.states <= 2 else 9):
+        for warps in range(1, 5):
             block = self.bwd_shared(warps) + 1024  # the system's part
             in_flight[warps] = min(registers // warps, (shared_limit + 1024) // block) * groups / -(-groups // warps)
         enough = 0.93 * max(in_flight.values())

@@ -86,12 +86,25 @@ extern "C" __global__ void pack_kernel(const X *weight, X *packed, const float *
     }
 }
 
+// Every eighth of a route's partial sums (images, routes, segments, size), from one of its first.
+template <class T>
+__device__ __forceinline__ float sum_slice(const T *from, i64 size, int first, i64 images, i64 route, i64 routes,
+                                           i64 segments) {
+    float sum = 0.f;
+#pragma unroll 8
+    for (unsigned i = first; i < (unsigned)(images * segments); i += 8) {
+        const unsigned image = i / (unsigned)segments, segment = i - image * (unsigned)segments;
+        sum += to_float(from[((image * routes + route) * segments + segment) * size]);
+    }
+    return sum;
+}
+
 // The backward kernel's partial sums over (images, segments), into the parameters' gradients, 32 outputs a block of
 // (32, 8): dA (images, routes, segments, N, dim) -> (routes, dim, N); dt_bias and D (images, routes, segments, dim) ->
 // (routes, dim): with a projection D is the same for every route; dt_weight (images, routes, segments, dim, R) ->
 // (routes, dim, R), if there.
 extern "C" __global__ void __launch_bounds__(256) sum_parameters_kernel(
-    const float *dA, const float *d_bias, const float *dD, const float *d_weight, float *dA_out, float *d_bias_out,
+    const float *dA, const float *d_bias, const float *dD, const P *d_weight, float *dA_out, float *d_bias_out,
     float *dD_out, X *d_weight_out, i64 images, i64 routes, i64 segments, i64 dim) {
     __shared__ float sums[8][32];
     const int lane = threadIdx.x % 32, slice = threadIdx.x / 32;
@@ -100,18 +113,12 @@ extern "C" __global__ void __launch_bounds__(256) sum_parameters_kernel(
     const i64 within = output - route * per_route;
     const bool exists = route < routes;
     const i64 kind = divide(within, (int)dim);   // 0 .. N - 1: dA of a state; N: dt_bias; N + 1: D; then dt_weight
-    const float *from = dA;
-    i64 size = N * dim, offset = within, of_route = route;
-    if (kind == N) from = d_bias, size = dim, offset = within - N * dim;
-    if (kind == N + 1) from = dD, size = dim, offset = within - (N + 1) * dim, of_route = R ? 0 : route;
-    if (kind >= N + 2) from = d_weight, size = dim * R, offset = within - (N + 2) * dim;
     float sum = 0.f;
-    if (exists)
-#pragma unroll 8
-        for (unsigned i = slice; i < (unsigned)(images * segments); i += 8) {
-            const unsigned image = i / (unsigned)segments, segment = i - image * (unsigned)segments;
-            sum += from[((image * routes + of_route) * segments + segment) * size + offset];
-        }
+    const i64 offset = within - (kind < N ? 0 : kind < N + 2 ? kind : N + 2) * dim;
+    if (exists && kind < N) sum = sum_slice(dA + offset, N * dim, slice, images, route, routes, segments);
+    if (exists && kind == N) sum = sum_slice(d_bias + offset, dim, slice, images, route, routes, segments);
+    if (exists && kind == N + 1) sum = sum_slice(dD + offset, dim, slice, images, R ? 0 : route, routes, segments);
+    if (exists && kind >= N + 2) sum = sum_slice(d_weight + offset, dim * R, slice, images, route, routes, segments);
     sums[slice][lane] = sum;
     __syncthreads();
     if (slice || !exists) return;
@@ -119,5 +126,5 @@ extern "C" __global__ void __launch_bounds__(256) sum_parameters_kernel(
     if (kind < N) dA_out[(route * dim + within - kind * dim) * N + kind] = sum;
     if (kind == N) d_bias_out[route * dim + offset] = sum;
     if (kind == N + 1) dD_out[route * dim + offset] = sum;
-    if (kind >= N + 2) d_weight_out[route * size + offset] = from_float<X>(sum);
+    if (kind >= N + 2) d_weight_out[route * dim * R + offset] = from_float<X>(sum);
 }

@@ -126,13 +126,14 @@ class Scan:
         """Where the backward kernel's partial sums lie in one allocation, in bytes: of the rows by channel tile, of
         dt_weight, A, dt_bias and D by image and segment; and the allocation's size."""
         layout, geometry = self.layout, self.geometry
-        rows = geometry.pixels * geometry.routes * layout.row_width * layout.row_dtype.itemsize // 4  # as float32
-        channels = geometry.sequences * self._bwd_segments[1] * layout.dim
-        counts = (
-            self._bwd_tiles * rows if self._bwd_tiles > 1 else 0, channels * layout.rank if layout.fused else 0,
-            channels * layout.states, channels, channels,
+        itemsize, channels = layout.row_dtype.itemsize, geometry.sequences * self._bwd_segments[1] * layout.dim
+        tiles = self._bwd_tiles if self._bwd_tiles > 1 else 0
+        sizes = (
+            tiles * geometry.pixels * geometry.routes * layout.row_width * itemsize,
+            channels * layout.rank * itemsize if layout.fused else 0, channels * layout.states * 4, channels * 4,
+            channels * 4,
         )  # fmt: skip
-        return list(accumulate((-(-4 * count // 256) * 256 for count in counts), initial=0))
+        return list(accumulate((-(-size // 256) * 256 for size in sizes), initial=0))
 
     def pack(self, weight: Tensor, D: Tensor | None) -> tuple[Tensor, Tensor]:
         """weight (routes, rank + 2*states, dim) as (routes * row width, dim), and the sum of D over the routes,

@@ -9,7 +9,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
     const X *__restrict__ x, const X *__restrict__ steps, const P *__restrict__ rows, const X *__restrict__ dt_weight,
     const float *__restrict__ dt_bias, const float *__restrict__ A, const G *__restrict__ dy,
     const BORDER *__restrict__ borders, const float *__restrict__ exits, Y *__restrict__ dx, P *__restrict__ ddt,
-    P *__restrict__ d_rows, float *__restrict__ d_dt_weight, float *__restrict__ dA, float *__restrict__ dbias,
+    P *__restrict__ d_rows, P *__restrict__ d_dt_weight, float *__restrict__ dA, float *__restrict__ dbias,
     float *__restrict__ dD, i64 pixels, i64 height, i64 width, i64 dim, i64 routes, i64 route_kinds, i64 x_pixel,
     i64 x_route, i64 division, i64 segment_length, i64 segments) {
     using Projection = StepProjection<STAGE, CW>;
@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
     // matrices made them, the one of its row.
     const int within = DIRECT ? q * C / 2 : cl * C + q % C, existing = (int)dim - first;
     const bool finishes = !DIRECT || C == 2 || q % 2 == 0;
-    dx += (image * length * routes + route) * dim + first + within;
+    dx += (image * length * routes + route) * dim + first + (PAIRED ? lane % 4 * 2 : within);
     ddt += (image * length * routes + route) * dim + first + within;
     d_rows += ((tile * pixels + image * length) * routes + route) * ROW;
 
@@ -107,7 +107,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
         for (int turn = 0; turn < TOTAL; turn += 32 * WARPS) {
             const int i = turn + threadIdx.x, at_pixel = __shfl_sync(~0u, pixel, i / PER_ROW % STAGE);
             if (i < TOTAL)
-                copy_async<16>(const_cast<P *>(raw) + i * EACH, at(rows, at_pixel, row_stride) + i % PER_ROW * EACH, true);
+                copy_async<16>(const_cast<P *>(raw) + i * EACH, at(rows, at_pixel, row_stride) + i % PER_ROW * EACH,
+                               true);
         }
         load_pixels(const_cast<X *>(pixels_x), x, pixel, x_stride, existing, end - l0, lane);
         load_pixels(const_cast<G *>(pixels_dy), dy, pixel, dy_stride, existing, end - l0, lane);
@@ -242,6 +243,26 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
         if constexpr (!FUSED)
             if (real) *at(ddt, at_pixel, ddt_stride) = from_float<P>(d_step);
     };
+    // The same for a sub-chunk: sums of channel lane / 4 at step lane % 4 * 2 and the next. Where there is no step, s and
+    // x are zero, and so is all that comes of them.
+    auto finish_pairs = [&](int step, int limit_step, const float *sums) {
+        const unsigned x_pair = read_transposed(pixels_x + (step + lane % 8) * WIDTH<X>);
+        const unsigned dy_pair = read_transposed(pixels_dy + (step + lane % 8) * WIDTH<G>);
+        float d_step[2], dx_here[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const float x_here = e ? upper_half(x_pair) : lower_half(x_pair);
+            const float s = step_rows[(step + lane % 4 * 2 + e) * IW + lane / 4].s;
+            d_step[e] = softplus_derivative(s) * fmaf(x_here, sums[e], LN2 * sums[2 + e]);
+            bias_sum += d_step[e];
+            d_sum = fmaf(x_here, e ? upper_half(dy_pair) : lower_half(dy_pair), d_sum);
+            dx_here[e] = s * sums[e];
+        }
+        const int row = step + lane / 4, ch = lane % 4 * 2, at_pixel = __shfl_sync(~0u, pixel, row);
+        *reinterpret_cast<unsigned *>(tile_rows + row * TILE_WIDTH + ch) = transpose(two_halves(d_step[0], d_step[1]));
+        const unsigned dx_pair = transpose(two_halves(dx_here[0], dx_here[1]));
+        if (row < limit_step && ch < existing) *reinterpret_cast<unsigned *>(at(dx, at_pixel, dx_stride)) = dx_pair;
+    };
     float4 select[BY_MATRIX ? 4 : 1];   // matrices of reduce_by_matrix
     if constexpr (BY_MATRIX) {
         const float zero = __uint_as_float((unsigned)dim >> 31);   // unknown to the compiler, which would make it anew
@@ -329,8 +350,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                     }
                     float row[2 * NS], *b = row, *cc = row + NS;
                     read_row<0, 2 * NS>(row, bc + ((j0 + j) * S + q) * BC);
-                    const auto own_steps = *reinterpret_cast<const Several<Step, C> *>(step_rows + (j0 + j) * IW + cl * C);
-                    const auto own_dy = *reinterpret_cast<const Vec<G, C> *>(pixels_dy + (j0 + j) * WIDTH<G> + cl * C);
+                    const int step = j0 + j;
+                    const auto own_steps = *reinterpret_cast<const Several<Step, C> *>(step_rows + step * IW + cl * C);
+                    const auto own_dy = *reinterpret_cast<const Vec<G, C> *>(pixels_dy + step * WIDTH<G> + cl * C);
                     float by_b[2] = {0.f, 0.f}, by_a[2] = {0.f, 0.f}, sx[2] = {0.f, 0.f}, dy_here[2] = {0.f, 0.f};
                     float g[2][NS + 1] = {}, after[2][NS + 1] = {};
 #pragma unroll
@@ -390,9 +412,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
 #pragma unroll
                                 for (int i = 0; i < HELD; ++i) {
                                     const int index = cl * HELD + i, n = index % NSP, which = index / NSP % 2;
-                                    const int step = j0 + j + index / NSP / 2;
+                                    const int row = j0 + j + index / NSP / 2;
                                     if (n < NS)
-                                        cells[step * ROW + B0 + which * NP + q * NS + n] = from_float<P>(sums[i] * LN2);
+                                        cells[row * ROW + B0 + which * NP + q * NS + n] = from_float<P>(sums[i] * LN2);
                                 }
                             }
                         }
@@ -407,10 +429,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
                         }
                     }
                 }
+                if constexpr (PAIRED) finish_pairs(j0, limit - l0, by_states_matrix);
                 if constexpr (DIRECT)
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
-                        finish(j0 + lane % 4 * 2 + e, limit - l0, by_states_matrix[e], by_states_matrix[2 + e]);
+                        if constexpr (!PAIRED)
+                            finish(j0 + lane % 4 * 2 + e, limit - l0, by_states_matrix[e], by_states_matrix[2 + e]);
                         P *to = cells + (j0 + lane % 4 * 2 + e) * ROW + B0 + q * NS;
 #pragma unroll
                         for (int n = 0; n < NS; n += FEW) {
@@ -506,7 +530,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
 #pragma unroll
                 for (int i = 0; i < WEIGHT_KEPT; ++i) {
                     const int ch = t * 16 + i / 2 * 8 + lane / 4, r = k * 8 + lane % 4 * 2 + i % 2;
-                    if (ch < CW && first + ch < dim && r < R) d_dt_weight[(slot * dim + first + ch) * R + r] = sum.v[i];
+                    if (ch < CW && first + ch < dim && r < R)
+                        d_dt_weight[(slot * dim + first + ch) * R + r] = from_float<P>(sum.v[i]);
                 }
             }
     // The lanes that finished other steps of the same channel.

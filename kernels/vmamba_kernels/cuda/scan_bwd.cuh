@@ -28,15 +28,19 @@ constexpr int DEPTH = FUSED ? (R + 7) / 8 : 0;         // column tiles of dt_wei
 constexpr int TILE_ROWS = CW < 8 ? 8 : CW, TILE_WIDTH = TILE_ROWS + 8;   // channels of the tile, halves of its rows
 constexpr int WEIGHT_TILES = (CW + 15) / 16, WEIGHT_KEPT = CW < 16 ? 2 : 4;
 
+// Steps' and pixels' gradients of a sub-chunk as matrices of channels and steps, which are transposed to be stored two
+// channels at a time.
+constexpr bool PAIRED = DIRECT && FUSED && C == 2 && sizeof(Y) == 2 && sizeof(G) == 2 && PIECE >= 4;
+
 template <class T, int COUNT> struct alignas(COUNT * sizeof(T)) Several { T v[COUNT]; };
 
 struct alignas(8) Step { float s, sx; };               // of a channel: s and s x
 constexpr int IW = CW < 32 ? CW : CW + 8;              // of a row of steps: spreads the rows over the banks
 template <class T> constexpr int WIDTH = CW < 32 ? CW : CW + 16 / sizeof(T);   // of a row of pixels, likewise
 
-// Shared memory, in floats; layout.py adds up the same. What is copied from global memory has a slot for every stage of a
-// chunk, and at least two; what is made of it, a place for every stage of a chunk. A block's: rows, [SLOTS][STAGE][ROW];
-// B and C as float32, a lane's together, [STAGES][STAGE][S][BC].
+// Shared memory, in floats; layout.py adds up the same. What is copied from global memory has a slot for every stage of
+// a chunk, and at least two; what is made of it, a place for every stage of a chunk. A block's: rows,
+// [SLOTS][STAGE][ROW]; B and C as float32, a lane's together, [STAGES][STAGE][S][BC].
 constexpr int BC = NS == 1 ? 2 : (2 * NS + 3) / 4 * 4;
 constexpr int RAW = STAGE * ROW * sizeof(P) / 4;
 constexpr int BC_AT = SLOTS * RAW, BLOCK = BC_AT + CHUNK * S * BC;
