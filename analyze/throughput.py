@@ -7,7 +7,7 @@ import argparse
 import sys
 
 from vmamba.analysis.options import positive
-from vmamba.analysis.speed import DTYPES, MODES, throughput
+from vmamba.analysis.speed import COMPILE_MODES, DTYPES, MODES, throughput
 from vmamba.runtime.cli import exit_code
 
 
@@ -19,7 +19,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"], help="float32, or of autocast")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["forward"], help="train: with backward and AdamW")
     parser.add_argument("--relative-to", metavar="MODEL", help="the model that ratios are given to; default: the first")
-    parser.add_argument("--compile", action="store_true", help="torch.compile every model")
+    parser.add_argument(
+        "--compile", nargs="?", const="default", choices=COMPILE_MODES,
+        help="torch.compile every model, in this mode; reduce-overhead launches it as CUDA graphs",
+    )  # fmt: skip
     parser.add_argument("--channels-last", action="store_true", help="channels-last convolution weights")
     parser.add_argument("--backend", default="auto", help="of our models' scans")
     parser.add_argument("--warm-up", type=positive, default=3, help="steps before the timed ones")

@@ -16,7 +16,7 @@ SETTINGS = dict(
     dtypes=["float32"],
     modes=["forward", "train"],
     relative_to="resnet18",
-    compile=False,
+    compile=None,
     channels_last=False,
     backend="reference",
     warm_up=1,
@@ -70,7 +70,7 @@ def test_the_models_take_turns_and_the_median_counts(monkeypatch):
         torch.device("cpu"),
         warm_up=2,
         repeats=3,
-        compile=False,
+        compile=None,
         reference="first",
         gmacs={"first": 1, "second": 2},
     )
@@ -102,7 +102,7 @@ def test_what_does_not_fit_has_no_time(monkeypatch):
     models = {"only": nn.Sequential(nn.Flatten(), nn.Linear(12, 2))}
     case = speed.Case(2, "float32", "forward", 4)
     (timing,) = speed.compare(
-        models, case, torch.device("cpu"), warm_up=1, repeats=1, compile=False, reference="only", gmacs={"only": 1}
+        models, case, torch.device("cpu"), warm_up=1, repeats=1, compile=None, reference="only", gmacs={"only": 1}
     )
     assert timing.images_per_second is timing.milliseconds is timing.ratio is None
 

@@ -271,6 +271,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g
 def _install(monkeypatch, folder, processors=1):
     cuda_emulator.install(monkeypatch, folder, processors)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(operator_module, "make_current", lambda index: None)
     for module in (operators, sequences):
         module._scan.cache_clear()  # of what another emulator has loaded
         for operator in (module.FORWARD, module.BACKWARD):

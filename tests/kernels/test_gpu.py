@@ -323,6 +323,23 @@ def test_cuda_graph(backend):
         assert torch.equal(a, b)
 
 
+def test_compile_as_cuda_graphs(backend):
+    """What torch.compile(mode="reduce-overhead") records, forward and backward, gives eager mode's numbers again."""
+    from torch._dynamo.utils import counters
+
+    compiled = torch.compile(
+        lambda *inputs: cross_selective_scan(*inputs, backend=backend), mode="reduce-overhead", fullgraph=True
+    )
+    for seed in range(4):  # warm-up, recording, replay, replay
+        tensors = make(2, (6, 7), 32, 4, 3, BF16, seed=seed)
+        grad = torch.randn(2, 6, 7, 32, generator=torch.Generator("cuda").manual_seed(seed), device="cuda").to(BF16)
+        out = compiled(*tensors)
+        found = [out.detach().clone(), *torch.autograd.grad(out, tensors, grad)]
+        for got, want in zip(found, run(tensors, backend, grad=grad), strict=True):
+            torch.testing.assert_close(got, want)
+    assert not counters["inductor"]["cudagraph_skips"]
+
+
 def test_compile_and_autocast(backend):
     """No graph break, and under autocast the projections take its dtype."""
     tensors = make(2, (5, 9), 32, 4, 3, F32)

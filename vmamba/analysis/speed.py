@@ -27,6 +27,7 @@ from vmamba.models.vssm import VSSM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODES = ("forward", "train")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 CPU_BATCH = 8  # "auto" without a GPU's memory to fill
 LARGEST_BATCH = 1024
 
@@ -65,7 +66,7 @@ def throughput(
     dtypes: Sequence[str],
     modes: Sequence[str],
     relative_to: str | None,
-    compile: bool,
+    compile: str | None,
     channels_last: bool,
     backend: str,
     warm_up: int,
@@ -76,7 +77,8 @@ def throughput(
 ) -> list[Timing]:
     """Time every model in every case, write throughput.{md,json,pdf,png} into `output`, and print the table.
 
-    The forward mode is also timed at batch 1, which is the latency.  `markdown` names one more file for the table.
+    The forward mode is also timed at batch 1, which is the latency.  `compile` is torch.compile's mode, or None;
+    `markdown` names one more file for the table.
     Raises UserError for unknown names, and batch sizes that are no numbers.
     """
     reference = relative_to or models[0]
@@ -131,7 +133,7 @@ def compare(
     *,
     warm_up: int,
     repeats: int,
-    compile: bool,
+    compile: str | None,
     reference: str,
     gmacs: Mapping[str, float],
 ) -> list[Timing]:
@@ -143,7 +145,7 @@ def compare(
     for name, model in models.items():
         model.to(device).train(case.mode == "train")
         batches[name] = case.batch or largest_batch(model, case, device)
-        step = build_step(torch.compile(model) if compile else model, case, batches[name], device)
+        step = build_step(torch.compile(model, mode=compile) if compile else model, case, batches[name], device)
         try:
             peaks[name] = peak_memory_mb(lambda step=step: [step() for _ in range(warm_up)], model, device)
             steps[name] = step
@@ -308,7 +310,7 @@ def _row(timing: Timing) -> dict[str, Any]:
 
 
 def _page(timings: Sequence[Timing], settings: dict[str, Any]) -> str:
-    compiled = "torch.compile, " if settings["compile"] else ""
+    compiled = f"torch.compile ({settings['compile']}), " if settings["compile"] else ""
     layout = "channels-last images" if settings["channels_last"] else "PyTorch's default layout"
     return (
         f"# Throughput\n\n"

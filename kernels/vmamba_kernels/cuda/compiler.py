@@ -123,12 +123,19 @@ def _launch_config(blocks: int, threads: int, shared_bytes: int):
     return cuda_core().LaunchConfig(grid=blocks, block=threads, shmem_size=shared_bytes)
 
 
-_thread = threading.local()  # .device: the one that the thread's launches went to last
+_thread = threading.local()  # .device: the one whose context the thread was given last
+
+
+def make_current(index: int) -> None:
+    """Give the calling thread the context of a device: one of PyTorch's backward pass has none before it computes."""
+    if getattr(_thread, "device", None) != index:
+        cuda_core().Device(index).set_current()
+        _thread.device = index
 
 
 class Kernel:
     """One kernel on one device; calling it with (blocks, threads, shared bytes, *arguments) launches it on PyTorch's
-    current stream.
+    current stream; the device's context is the thread's (`make_current`).
 
     Arguments are tensors (passed by address), None (a null pointer) or integers (64 bits).
     """
@@ -136,14 +143,10 @@ class Kernel:
     def __init__(self, code, name: str, device: torch.device):
         core = cuda_core()
         self._launch, self._stream = core.launch, cache(core.Stream.from_handle)
-        self._enter, self._device, self._shared = core.Device(device.index).set_current, device, 48 * 1024
+        self._device, self._shared = device, 48 * 1024
         self._code, self._kernel = code, code.get_kernel(name)
 
     def __call__(self, blocks: int, threads: int, shared_bytes: int, *arguments: torch.Tensor | int | None) -> None:
-        if getattr(_thread, "device", None) != self._device.index:
-            # A thread of PyTorch's backward pass has no context before PyTorch itself computes in it.
-            self._enter()
-            _thread.device = self._device.index
         if shared_bytes > self._shared:
             self._allow(shared_bytes)
         # What torch.cuda.current_stream answers, in a tenth of its time; PyTorch's own compiler asks it so.

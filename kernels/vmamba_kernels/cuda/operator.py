@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .compiler import make_current
+
 _LIBRARY = torch.library.Library("vmamba", "FRAGMENT")
 
 # What a call holds when nothing watches it.  Other tensors (fake, distributed, functional) and other dispatch keys of
@@ -63,8 +65,10 @@ class Operator:
     def _on_its_device(self, *args):
         device = args[0].device
         if device.index == torch.cuda.current_device():
+            make_current(device.index)
             return self._function(*args)
         with torch.cuda.device(device):
+            make_current(device.index)
             return self._function(*args)
 
 
