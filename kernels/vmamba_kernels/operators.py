@@ -87,6 +87,7 @@ def selective_scan(
         out_dtype=out_dtype,
         dim=index(channels // groups),  # a plain number, also while torch.compile traces dynamic sizes
         states=index(states),
+        gradient=registry.wants_gradient(u, delta, A, B, C, D, delta_bias),
     )
     return scan(u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype)
 

@@ -54,6 +54,12 @@ class Call:
     states: int = 0
     rank: int = 0  # of the step-size projection; the number of heads for cross_ssd
     routes: tuple[str, ...] = ()
+    gradient: bool = False  # whether a backward pass will follow
+
+
+def wants_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether a backward pass will follow a call on these tensors, and what it needs must be kept."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def backends(operator: str | None = None) -> tuple[str, ...]:
@@ -107,7 +113,16 @@ def choose(call: Call, backend: str | None = None) -> str:
         if reason is not None:
             raise BackendError(f"backend '{backend}' cannot serve {call.operator} here: {reason}")
         return backend
-    return next(name for name in PREFERENCE[call.operator] if why_not(name, call) is None)
+    return next(name for name in _fastest_first(call) if why_not(name, call) is None)
+
+
+def _fastest_first(call: Call) -> list[str]:
+    """`PREFERENCE`, but for sequences: the cuda backend turns them into pixels and back, which its faster backward pass
+    makes up for where there are many states (docs/kernels.md)."""
+    names = list(PREFERENCE[call.operator])
+    if call.operator == "selective_scan" and not (call.gradient and call.states >= 8):
+        names.sort(key=lambda name: name != "triton")
+    return names
 
 
 def implementation(backend: str | None, **call) -> Callable[..., torch.Tensor]:

@@ -240,6 +240,22 @@ def test_errors_name_the_argument(change, words):
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "operator, states, gradient, expected",
+    [
+        ("selective_scan", 1, True, "triton"),
+        ("selective_scan", 16, False, "triton"),
+        ("selective_scan", 16, True, "cuda"),
+        ("cross_selective_scan", 1, False, "cuda"),
+    ],
+)
+def test_the_fastest_backend_serves(monkeypatch, operator, states, gradient, expected):
+    """By docs/kernels.md, where every backend can."""
+    monkeypatch.setattr(vk.registry, "why_not", lambda name, call: None)
+    call = vk.Call(operator, torch.device("cuda"), torch.float32, torch.float32, states=states, gradient=gradient)
+    assert vk.choose(call) == expected
+
+
 def test_registry_answers_who_serves_and_why_not():
     call = vk.Call("cross_selective_scan", torch.device("cpu"), torch.float64, torch.float64)
     assert vk.choose(call) == "reference" == vk.choose(call, "auto")

@@ -5,6 +5,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..registry import wants_gradient
 from .layout import Layout, layout
 from .operator import Operator
 from .scan import Geometry, Scan, aligned
@@ -19,7 +20,7 @@ def cross_selective_scan(
 ) -> Tensor:  # fmt: skip
     kinds = sum(KINDS[route] << (2 * i) for i, route in enumerate(routes))
     inputs = x, x_proj_weight, dt_weight, dt_bias, A, D
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    save = wants_gradient(*inputs)
     return FORWARD(*inputs, kinds, out_dtype, save)[0]
 
 

@@ -6,6 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..registry import wants_gradient
 from .layout import Layout, layout
 from .operator import Operator
 from .scan import Geometry, Scan, aligned
@@ -19,7 +20,7 @@ def selective_scan(
     for other in (delta, B, C):
         dtype = torch.promote_types(dtype, other.dtype)
     inputs = u.to(dtype), delta.to(dtype), A, B.to(dtype), C.to(dtype), D, delta_bias
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    save = wants_gradient(*inputs)
     return FORWARD(*inputs, delta_softplus, out_dtype, save)[0]
 
 

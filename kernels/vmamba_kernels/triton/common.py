@@ -85,11 +85,6 @@ def route_dtype(out_dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32
 
 
-def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether the backward pass will come, and states must be kept for it."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 @triton.jit
 def route_pixels(start, steps: tl.constexpr, length, height, width, code):
     """Pixel indices (row-major) of `steps` positions of a route from `start` on, and which of them are in the image."""

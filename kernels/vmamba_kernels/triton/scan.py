@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from ..registry import wants_gradient
 from . import common
 from .common import (
     LOG2E,
@@ -21,7 +22,6 @@ from .common import (
     route_dtype,
     row_length,
     stand_in,
-    wants_gradient,
 )
 from .scan_kernels import scan_adjoint_kernel, scan_bwd_kernel, scan_fwd_kernel
 
