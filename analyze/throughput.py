@@ -15,7 +15,12 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["vmamba_tiny_s1l8", "swin_tiny_patch4_window7_224"])
     parser.add_argument("--sizes", nargs="+", type=positive, default=[224], help="sides of the images, pixels")
-    parser.add_argument("--batch-sizes", nargs="+", default=["auto"], help="numbers; auto: the largest that fits")
+    parser.add_argument(
+        "--batch-sizes",
+        nargs="+",
+        default=["auto"],
+        help="numbers; auto: the largest power of two that fits, up to 1024",
+    )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"], help="float32, or of autocast")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["forward"], help="train: with backward and AdamW")
     parser.add_argument("--relative-to", metavar="MODEL", help="the model that ratios are given to; default: the first")
