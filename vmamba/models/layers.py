@@ -70,16 +70,6 @@ class DepthwiseConv(nn.Conv2d):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-class StridedConv(nn.Conv2d):
-    """A convolution that makes an image smaller."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        # On a CPU each call lays the weights out as the image is; where they are the larger, lay out the image as them.
-        if x.device.type == "cpu" and self.weight.numel() > x.numel():
-            x = x.contiguous()
-        return super().forward(x)
-
-
 class SpatialSoftmax(nn.Module):
     """Softmax over the positions of each channel."""
 
@@ -184,5 +174,5 @@ def downsample(version: str, dim: int, out_dim: int, norm: Callable[..., nn.Modu
     if version not in ("v2", "v3"):
         raise unknown("downsample", version, ("v1", "v2", "v3"))
     kernel, padding = (2, 0) if version == "v2" else (3, 1)
-    convolution = StridedConv(dim, out_dim, kernel, stride=2, padding=padding)
+    convolution = nn.Conv2d(dim, out_dim, kernel, stride=2, padding=padding)
     return nn.Sequential(ToChannelsFirst(), convolution, ToChannelsLast(), norm(out_dim, keep_float32=True))
