@@ -287,6 +287,8 @@ def _on_cpu_tensors(operator):
 @pytest.mark.parametrize("batch, size, dim, states, rank, dtype, routes, extras, processors", [
     (1, (5, 9), 40, 1, 6, BF16, ("row", "col", "row_rev", "col_rev"), True, 1),
     (1, (9, 11), 20, 16, 12, BF16, ("col", "row_rev"), True, 100),
+    (1, (5, 13), 9, 16, 12, BF16, ("row", "col_rev"), True, 1),
+    (2, (8, 9), 12, 10, 5, BF16, ("row", "col_rev"), True, 1),
     (2, (5, 4), 3, 5, 3, F32, ("col_rev", "row"), False, 100),
     (1, (3, 7), 64, 2, 9, F16, ("row", "col_rev"), True, 1),
 ])  # fmt: skip

@@ -69,7 +69,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
 
     // A stage of a chunk: its slot, and what is read from it while it is worked on. The chunks take turns in the order
     // of their slots, so that the next chunk's first stage is fetched to where this chunk's last one was.
-    int parity = 0, pixel;   // the number of the pixel at step lane % STAGE
+    int parity = 0;   // of the chunk that `enter` and `fetch` mean
+    int pixel;   // the number of the pixel at step lane % STAGE
     const P *raw;
     const X *pixels_x, *given;
     const G *pixels_dy;
@@ -243,8 +244,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
         if constexpr (!FUSED)
             if (real) *at(ddt, at_pixel, ddt_stride) = from_float<P>(d_step);
     };
-    // The same for a sub-chunk: sums of channel lane / 4 at step lane % 4 * 2 and the next. Where there is no step, s and
-    // x are zero, and so is all that comes of them.
+    // The same for a sub-chunk: sums of channel lane / 4 at step lane % 4 * 2 and the next. Where there is no step, s
+    // and x are zero, and so is all that comes of them.
     auto finish_pairs = [&](int step, int limit_step, const float *sums) {
         const unsigned x_pair = read_transposed(pixels_x + (step + lane % 8) * WIDTH<X>);
         const unsigned dy_pair = read_transposed(pixels_dy + (step + lane % 8) * WIDTH<G>);
