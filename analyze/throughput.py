@@ -7,7 +7,7 @@ import argparse
 import sys
 
 from vmamba.analysis.options import positive
-from vmamba.analysis.speed import COMPILE_MODES, DTYPES, MODES, throughput
+from vmamba.analysis.speed import COMPILE_MODES, DTYPES, LARGEST_BATCH, MODES, throughput
 from vmamba.runtime.cli import exit_code
 
 
@@ -19,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
         "--batch-sizes",
         nargs="+",
         default=["auto"],
-        help="numbers; auto: the largest power of two that fits, up to 1024",
+        help=f"numbers; auto: the largest power of two that fits, up to {LARGEST_BATCH}",
     )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"], help="float32, or of autocast")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["forward"], help="train: with backward and AdamW")

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..registry import wants_gradient
 from .layout import Layout, layout
 from .operator import Operator
-from .scan import Geometry, Scan, aligned
+from .scan import Geometry, Scan, aligned, empty_borders
 
 KINDS = {"row": 0, "col": 1, "row_rev": 2, "col_rev": 3}
 TYPED_PRODUCT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)  # torch.mm has out_dtype
@@ -20,8 +20,7 @@ def cross_selective_scan(
 ) -> Tensor:  # fmt: skip
     kinds = sum(KINDS[route] << (2 * i) for i, route in enumerate(routes))
     inputs = x, x_proj_weight, dt_weight, dt_bias, A, D
-    save = wants_gradient(*inputs)
-    return FORWARD(*inputs, kinds, out_dtype, save)[0]
+    return FORWARD(*inputs, kinds, out_dtype, wants_gradient(*inputs))[0]
 
 
 @lru_cache(4096)
@@ -64,9 +63,9 @@ def _forward(
 def _like_forward(x, x_proj_weight, dt_weight, dt_bias, A, D, kinds, out_dtype, save):
     routes, dim, states = A.shape
     plan = layout(int(states), int(dt_weight.shape[2]), int(dim), x.dtype, out_dtype)
-    borders = plan.borders(x.shape[0], routes, x.shape[1] * x.shape[2], save)
+    borders = empty_borders(x, plan, x.shape[0], routes, x.shape[1] * x.shape[2], save)
     return (
-        x.new_empty(x.shape, dtype=out_dtype), x.new_empty(borders, dtype=plan.border_dtype),
+        x.new_empty(x.shape, dtype=out_dtype), borders,
         x_proj_weight.new_empty(routes * plan.row_width, dim), A.new_empty(0 if D is None else dim),
     )  # fmt: skip
 

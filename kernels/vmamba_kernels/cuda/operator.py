@@ -64,12 +64,11 @@ class Operator:
 
     def _on_its_device(self, *args):
         device = args[0].device
-        if device.index == torch.cuda.current_device():
-            make_current(device.index)
-            return self._function(*args)
-        with torch.cuda.device(device):
-            make_current(device.index)
-            return self._function(*args)
+        if device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self._on_its_device(*args)
+        make_current(device.index)
+        return self._function(*args)
 
 
 def _no_gradient(ctx, *_):

@@ -3,6 +3,7 @@
 //   S             lanes of a warp that share a channel, each holding NS = ceil(N / S) of its states
 //   NP, B0, ROW   of a projected row: states with padding, the column where B starts (C follows), columns in all
 //   X, P, Y, G    types of pixels, of projected rows and inner gradients, of a route's output, of the output's gradient
+//   BORDER        type of the states kept between chunks for the backward pass
 //   SOFTPLUS      whether the step goes through softplus
 // The steps are kept as s = delta / ln 2, so that exp(delta A) = 2^(s A); a state is then h / ln 2, and whoever reads a
 // route's output multiplies it by ln 2 once.

@@ -63,6 +63,11 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
+def empty_borders(x: Tensor, layout: Layout, batch: int, routes: int, length: int, save: bool) -> Tensor:
+    """For the states between chunks, (batch, routes, borders, states, dim); empty unless `save`."""
+    return x.new_empty(layout.borders(batch, routes, length, save), dtype=layout.border_dtype)
+
+
 @dataclass
 class Gradients:
     x: Tensor  # (batch, length, routes, dim) flat: a route's share, through the recurrence, divided by ln 2
@@ -157,9 +162,7 @@ class Scan:
         layout, geometry = self.layout, self.geometry
         segment, segments = self._fwd_segment, self._fwd_segments
         y = x.new_empty(geometry.pixels * geometry.routes * layout.dim, dtype=layout.route_dtype)
-        borders = x.new_empty(
-            layout.borders(geometry.batch, geometry.routes, geometry.length, save), dtype=layout.border_dtype
-        )
+        borders = empty_borders(x, layout, geometry.batch, geometry.routes, geometry.length, save)
         inputs, entries, chunk = (x, steps, rows, dt_weight, dt_bias, A), None, layout.chunk if save else 0
         if segments > 1:
             state, total = self._segment_ends(A, segments)

@@ -1,8 +1,8 @@
 // The gradient of one segment of one route of one image, for WARPS * CW channels a block: chunk by chunk from the end,
 // each chunk's states recomputed from its border, first in passing (keeping those at the starts of its parts), then
 // part by part from the end with all states at hand. C: neighbouring channels of a lane; PART: steps of a part; SUB:
-// steps of a sub-chunk, of whose parts sums are made together; CHUNK: steps between borders, a multiple of SUB; PIECE:
-// bytes that pixels can be read at once.
+// steps of a sub-chunk, of whose parts sums are made together; CHUNK: steps between borders, whole stages; PIECE: bytes
+// that pixels can be read at once.
 #include "scan_bwd.cuh"
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_kernel(
@@ -77,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
     Step *step_rows;
     float *bc;
     auto enter = [&](int stage) {
-        const int slot = STAGES == 1 || !parity ? stage + (STAGES == 1 ? parity : 0) : STAGES - 1 - stage;
+        const int slot = STAGES == 1 ? stage + parity : parity ? STAGES - 1 - stage : stage;
         const int place = STAGES == 1 ? 0 : slot;
         raw = reinterpret_cast<const P *>(shared) + slot * STAGE * ROW;
         pixels_x = reinterpret_cast<const X *>(own + X_AT) + slot * STAGE * WIDTH<X>;
@@ -97,6 +97,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
             for (int n = 0; n < NS; ++n)
                 border[c][n] = chunk > 0 && first + cl * C + c < dim && q * NS + n < N
                     ? borders[((chunk - 1) * (i64)N + n) * dim + c] : from_float<BORDER>(0.f);
+    };
+    auto start_from_border = [&] {
+#pragma unroll
+        for (int i = 0; i < PAIRS; ++i) h[i / NS][i % NS] = to_float(border[i / NS][i % NS]);
     };
     // Start copying stage `stage`, of the chunk whose turn it is, from step l0: the block's rows, the warp's pixels.
     auto fetch = [&](int stage, int l0) {
@@ -287,12 +291,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
         const int stages = STAGES == 1 ? 1 : (subs + HALVES - 1) / HALVES, last_part = subs * PARTS - 1;
         copy_wait<0>();
         __syncthreads();   // the rows are there, and the cells of the chunk after this one
-        if constexpr (SUBS == 1) {
-#pragma unroll
-            for (int i = 0; i < PAIRS; ++i) h[i / NS][i % NS] = to_float(border[i / NS][i % NS]);
-        } else {
+        if constexpr (SUBS == 1)
+            start_from_border();
+        else
             read_border(c0 / CHUNK);
-        }
         if (STAGES > 1 && stages > 1) fetch(stages - 1, c0 + (stages - 1) * STAGE);
         if (STAGES == 1 && c0 > start) {
             parity ^= 1;
@@ -307,8 +309,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) scan_bwd_ke
             if (stage >= stages - 2) __syncthreads();   // the last rows; then B and C are there, and the cells are free
         }
         if constexpr (SUBS > 1) {
-#pragma unroll
-            for (int i = 0; i < PAIRS; ++i) h[i / NS][i % NS] = to_float(border[i / NS][i % NS]);
+            start_from_border();
             keep_states(0);
             for (int stage = 0; stage < stages; ++stage) {
                 enter(stage);

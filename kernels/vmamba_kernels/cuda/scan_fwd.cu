@@ -1,5 +1,5 @@
 // A warp walks one segment of one route of one image for LANES * C channels. C: channels a lane; K: steps a stage;
-// WARPS: warps a block; BORDER: type of the states kept between chunks (of no chunk if 0).
+// WARPS: warps a block. With chunk = 0 no states are kept.
 #include "scan.cuh"
 
 constexpr int CW = LANES * C;    // channels a warp

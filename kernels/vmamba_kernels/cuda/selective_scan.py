@@ -9,7 +9,7 @@ from torch import Tensor
 from ..registry import wants_gradient
 from .layout import Layout, layout
 from .operator import Operator
-from .scan import Geometry, Scan, aligned
+from .scan import Geometry, Scan, aligned, empty_borders
 
 
 def selective_scan(
@@ -20,8 +20,7 @@ def selective_scan(
     for other in (delta, B, C):
         dtype = torch.promote_types(dtype, other.dtype)
     inputs = u.to(dtype), delta.to(dtype), A, B.to(dtype), C.to(dtype), D, delta_bias
-    save = wants_gradient(*inputs)
-    return FORWARD(*inputs, delta_softplus, out_dtype, save)[0]
+    return FORWARD(*inputs, delta_softplus, out_dtype, wants_gradient(*inputs))[0]
 
 
 @lru_cache(4096)
@@ -68,8 +67,7 @@ def _forward(
 def _like_forward(u, delta, A, B, C, D, delta_bias, softplus, out_dtype, save):
     (channels, states), groups = A.shape, B.shape[1]
     plan = layout(int(states), 0, int(channels // groups), u.dtype, out_dtype, softplus)
-    borders = plan.borders(u.shape[0], groups, u.shape[2], save)
-    return u.new_empty(u.shape, dtype=out_dtype), u.new_empty(borders, dtype=plan.border_dtype)
+    return u.new_empty(u.shape, dtype=out_dtype), empty_borders(u, plan, u.shape[0], groups, u.shape[2], save)
 
 
 def _backward(

@@ -33,8 +33,8 @@ from .common import (
     stand_in,
 )
 
-# Measured best (docs/log.md).  More of either and Triton makes wgmma instructions on Hopper, some of them wrong (Triton
-# issue 10629: with 8 warps and chunks of 64 the gradients were not the gradients).
+# Measured best (docs/log.md).  With more of either Triton makes wgmma instructions on Hopper, some of them wrong (its
+# issue 10629): with 8 warps and chunks of 64 gradients were off by as much as they measured.
 MAX_CHUNK = 32
 WARPS = 2
 
