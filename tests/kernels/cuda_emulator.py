@@ -81,8 +81,13 @@ class _Module:
 
 def install(monkeypatch, folder: Path, processors: int = 1) -> None:
     """From here on the cuda backend's functions take CPU tensors.  More `processors` cut routes into segments."""
-    monkeypatch.setattr(scan, "load", Emulator(folder))
-    operators = sys.modules["vmamba_kernels.cuda.cross_selective_scan"]  # the package's attribute is the function
-    monkeypatch.setattr(operators, "TYPED_PRODUCT", False)  # not on a CPU
+    # The package's attributes of these names are functions.
+    images, sequences = (
+        sys.modules[f"vmamba_kernels.cuda.{name}"] for name in ("cross_selective_scan", "selective_scan")
+    )
+    emulator = Emulator(folder)
+    monkeypatch.setattr(scan, "load", emulator)
+    monkeypatch.setattr(sequences, "load", emulator)
+    monkeypatch.setattr(images, "TYPED_PRODUCT", False)  # not on a CPU
     monkeypatch.setattr(scan, "_limits", lambda device: (processors, 227 * 1024))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())

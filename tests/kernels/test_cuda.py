@@ -44,6 +44,7 @@ def _files(layout: Layout, shared: int) -> list[tuple[str, dict, tuple[str, ...]
         ("scan_fwd.cu", dict(layout.fwd_macros), ("scan_fwd_kernel", "scan_summary_kernel", "scan_adjoint_kernel")),
         ("scan_bwd.cu", dict(backward), ("scan_bwd_kernel",)),
         ("pixels.cu", dict(layout.pixel_macros), ("merge_fwd_kernel", "merge_bwd_kernel", "pack_kernel")),
+        ("sequences.cu", dict(layout.pixel_macros), ("inputs_kernel", "output_kernel", "rows_kernel", "d_rows_kernel")),
     ]
 
 
@@ -359,23 +360,38 @@ def test_opcheck(on_a_cpu):
 
 
 @needs_compiler
-@pytest.mark.parametrize("softplus", [True, False])
-def test_selective_scan_on_an_emulated_gpu(on_a_cpu, softplus):
-    u, delta, A, B, C, D, bias = _leaves((2, 6, 30), (2, 6, 30), (6, 5), (2, 2, 5, 30), (2, 2, 5, 30), (6,), (6,))
-    step = delta - 2 if softplus else 0.1 * delta.abs()
-    bias = bias if softplus else None
-    leaves = [t.detach().requires_grad_() for t in (u, step, -A.exp(), B, C, D, *([bias] if softplus else []))]
-    grad = torch.randn(2, 6, 30, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("batch, groups, dim, length, states, dtype, softplus, extras, turned", [
+    (2, 2, 3, 30, 5, F32, True, True, False),
+    (2, 1, 6, 30, 5, F32, False, False, True),
+    (2, 3, 24, 67, 1, BF16, True, True, False),
+    (1, 2, 4, 130, 16, F16, True, True, True),
+])  # fmt: skip
+def test_selective_scan_on_an_emulated_gpu(
+    on_a_cpu, batch, groups, dim, length, states, dtype, softplus, extras, turned
+):
+    """Output and every gradient against float64; turned: u, delta and the gradient lie in memory channels last."""
+    u, delta, A, B, C, D, bias, grad = _leaves(
+        *[(batch, groups * dim, length)] * 2, (groups * dim, states), *[(batch, groups, states, length)] * 2,
+        *[(groups * dim,)] * 2, (batch, groups * dim, length),
+    )  # fmt: skip
+    out_dtype = F32 if dtype == F16 else dtype
+    low = [t.detach().to(dtype) for t in (u, delta - 2 if softplus else 0.1 * delta.abs(), B, C)]
+    leaves = [*low[:2], -A.detach().exp(), *low[2:], D.detach(), bias.detach()][: 7 if extras else 5]
     results = []
-    for cast, function in (
-        (lambda t: t, lambda *inputs: sequences.selective_scan(*inputs, F32)),
-        (torch.Tensor.double, lambda *inputs: reference.selective_scan(*inputs, torch.float64)),
+    for cast, function, kind in (
+        (lambda t: t, sequences.selective_scan, out_dtype),
+        (torch.Tensor.double, reference.selective_scan, torch.float64),
     ):
-        here = [cast(t.detach()).requires_grad_() for t in leaves]
-        out = function(*here[:6], here[6] if softplus else None, softplus)
-        results.append([out, *torch.autograd.grad(out, here, cast(grad))])
+        here = [cast(t) for t in leaves]
+        dy = grad.detach().to(out_dtype).to(kind)
+        if turned:
+            here[:2], dy = [t.mT.contiguous().mT for t in here[:2]], dy.mT.contiguous().mT
+        here = [t.requires_grad_() for t in here]
+        out = function(*here, *[None] * (7 - len(here)), softplus, kind)
+        results.append([out, *torch.autograd.grad(out, here, dy)])
+    bound = {BF16: 1e-2, F16: 2e-3, F32: 1e-6 * length**0.5}[dtype]
     for got, want in zip(*results, strict=True):
-        assert (got - want).norm() <= 1e-6 * 30**0.5 * want.norm()
+        assert got.is_contiguous() and (got - want).norm() <= bound * want.norm()
 
 
 class _Watch(TorchDispatchMode):

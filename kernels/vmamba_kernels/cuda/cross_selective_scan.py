@@ -55,9 +55,8 @@ def _forward(
     bias = None if dt_bias is None else dt_bias.contiguous()
     packed, skip = scan.pack(x_proj_weight.contiguous(), None if D is None else D.contiguous())
     rows = _project(x, packed, scan.layout.row_dtype)
-    out = torch.empty_like(x, dtype=out_dtype)
-    borders = scan.forward(x, None, rows, dt_weight, bias, A, skip, out, save)
-    return out, borders, packed, skip
+    y, borders = scan.forward(x, None, rows, dt_weight, bias, A, save)
+    return scan.merge_forward(y, x, skip, torch.empty_like(x, dtype=out_dtype)), borders, packed, skip
 
 
 def _like_forward(x, x_proj_weight, dt_weight, dt_bias, A, D, kinds, out_dtype, save):

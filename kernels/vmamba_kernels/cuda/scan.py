@@ -87,8 +87,7 @@ class Scan:
         self.layout, self.geometry, self._device = layout, geometry, device
         self._processors, self._shared_limit = _limits(device)
         self._sizes = geometry.arguments(layout.dim)
-        merged = 1 if geometry.route_stride else geometry.routes  # groups of the 1-D operator stay apart
-        self._merge_sizes = geometry.pixels * geometry.pixel_stride // layout.wide, geometry.pixel_stride, merged
+        self._merge_sizes = geometry.pixels * layout.dim // layout.wide, layout.dim, geometry.routes
         self._fwd_segment, self._fwd_segments = self._segments(layout.fwd_groups)
         self._fwd_launch = self._fwd_grid(self._fwd_segments), 32 * layout.fwd_warps, 0
 
@@ -152,13 +151,10 @@ class Scan:
 
     def forward(
         self, x: Tensor, steps: Tensor | None, rows: Tensor, dt_weight: Tensor | None, dt_bias: Tensor | None,
-        A: Tensor, skip: Tensor | None, out: Tensor, save: bool,
-    ) -> Tensor:  # fmt: skip
-        """Fills `out` with the routes' outputs, added, plus skip * x.
-
-        Returns:
-            The states at chunk borders, (batch, routes, borders, states, dim); empty unless `save`.
-        """
+        A: Tensor, save: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The routes' outputs (batch, length, routes, dim), flat and divided by ln 2, and the states at chunk borders
+        (batch, routes, borders, states, dim), empty unless `save`."""
         layout, geometry = self.layout, self.geometry
         segment, segments = self._fwd_segment, self._fwd_segments
         y = x.new_empty(geometry.pixels * geometry.routes * layout.dim, dtype=layout.route_dtype)
@@ -171,8 +167,12 @@ class Scan:
         self._fwd.scan_fwd_kernel(
             *self._fwd_launch, *inputs, entries, y, borders, *self._sizes, chunk, segment, segments
         )
+        return y, borders
+
+    def merge_forward(self, y: Tensor, x: Tensor, skip: Tensor | None, out: Tensor) -> Tensor:
+        """Fills `out` with ln 2 times the sum of y over routes, plus skip * x."""
         self._pixels.merge_fwd_kernel(_blocks(self._merge_sizes[0]), 256, 0, y, x, skip, out, *self._merge_sizes)
-        return borders
+        return out
 
     def backward(
         self, x: Tensor, steps: Tensor | None, rows: Tensor, dt_weight: Tensor | None, dt_bias: Tensor | None,

@@ -1,13 +1,14 @@
 """selective_scan (1-D, Mamba's layout) on the GPU, as operators of PyTorch: the kernels of the 2-D operator over
 an image of one row, whose routes are the groups."""
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from ..registry import wants_gradient
-from .layout import Layout, layout
+from .compiler import Module, load
+from .layout import layout
 from .operator import Operator
 from .scan import Geometry, Scan, aligned, empty_borders
 
@@ -23,29 +24,72 @@ def selective_scan(
     return FORWARD(*inputs, delta_softplus, out_dtype, wants_gradient(*inputs))[0]
 
 
+class SequenceScan(Scan):
+    """With what lies between the operator's tensors, positions last, and the scan's, channels last."""
+
+    def __init__(self, layout, geometry, device):
+        super().__init__(layout, geometry, device)
+        self._channels, self._length = geometry.pixel_stride, geometry.width
+        tiles = -(-self._channels // (8 * layout.wide)) * -(-self._length // 64)
+        self._turn = geometry.batch * tiles, 512, 0
+        self._row_count = geometry.sequences * layout.row_width // 8 * self._length
+        self._row_launch = -(-self._row_count // 256), 256, 0
+
+    @cached_property
+    def _kernels(self) -> Module:
+        return load("sequences.cu", self.layout.pixel_macros, self._device)
+
+    def channels_last(self, t: Tensor, gradient: bool = False) -> Tensor:
+        """(batch, channels, length) -> (batch, length, channels); `gradient`: of the output's type, not the input's."""
+        if t.mT.is_contiguous():
+            return aligned(t.mT)
+        kernel = self._kernels.gradient_kernel if gradient else self._kernels.inputs_kernel
+        turned = t.new_empty(t.shape[0], self._length, self._channels)
+        kernel(*self._turn, t.contiguous(), turned, self._channels, self._length)
+        return turned
+
+    def rows(self, B: Tensor, C: Tensor) -> Tensor:
+        """(batch, length, groups, row width)."""
+        geometry, layout = self.geometry, self.layout
+        rows = B.new_empty(geometry.batch, self._length, geometry.routes, layout.row_width, dtype=layout.row_dtype)
+        sizes = self._row_count, geometry.routes, self._length
+        self._kernels.rows_kernel(*self._row_launch, B.contiguous(), C.contiguous(), rows, *sizes)
+        return rows
+
+    def rows_backward(self, rows: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of B and C from the rows'."""
+        dB, dC = B.new_empty(B.shape), C.new_empty(C.shape)
+        sizes = self._row_count, self.geometry.routes, self._length
+        self._kernels.d_rows_kernel(*self._row_launch, rows, dB, dC, *sizes)
+        return dB, dC
+
+    def output(self, y: Tensor, u: Tensor, D: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """ln 2 times y, plus D * u, (batch, channels, length)."""
+        out = u.new_empty(u.shape, dtype=dtype)
+        self._kernels.output_kernel(*self._turn, y, u.contiguous(), D, out, self._channels, self._length)
+        return out
+
+    def du(self, dx: Tensor, dy: Tensor, D: Tensor | None, u: Tensor) -> Tensor:
+        """ln 2 times dx, plus D * dy, (batch, channels, length)."""
+        du = u.new_empty(u.shape)
+        self._kernels.du_kernel(*self._turn, dx, dy.contiguous(), D, du, self._channels, self._length)
+        return du
+
+    def d_delta(self, steps: Tensor, delta: Tensor) -> Tensor:
+        d_delta = delta.new_empty(delta.shape)
+        self._kernels.d_delta_kernel(*self._turn, steps, d_delta, self._channels, self._length)
+        return d_delta
+
+
 @lru_cache(4096)
 def _scan(
     u_shape: torch.Size, groups: int, states: int, u: torch.dtype, out: torch.dtype, softplus: bool,
     device: torch.device,
-) -> Scan:  # fmt: skip
+) -> SequenceScan:  # fmt: skip
     batch, channels, length = u_shape
     dim = channels // groups
     geometry = Geometry(batch, 1, length, groups, 0, channels, dim)
-    return Scan(layout(states, 0, dim, u, out, softplus), geometry, device)
-
-
-def _last(t: Tensor) -> Tensor:
-    """(batch, channels, length) -> (batch, length, channels), contiguous."""
-    return aligned(t.transpose(1, 2))
-
-
-def _rows(B: Tensor, C: Tensor, layout: Layout) -> Tensor:
-    """(batch, length, groups, row width)."""
-    batch, groups, _, length = B.shape
-    rows = B.new_zeros(batch, length, groups, layout.row_width, dtype=layout.row_dtype)
-    for section, part in zip(layout.sections(rows, 3)[1:], (B, C), strict=True):
-        section.copy_(part.permute(0, 3, 1, 2))
-    return rows
+    return SequenceScan(layout(states, 0, dim, u, out, softplus), geometry, device)
 
 
 def _forward(
@@ -56,12 +100,10 @@ def _forward(
     if u.numel() == 0:
         return _like_forward(u, delta, A, B, C, D, delta_bias, softplus, out_dtype, save)
     scan = _scan(u.shape, B.shape[1], A.shape[1], u.dtype, out_dtype, softplus, u.device)
-    u, delta, A = _last(u), _last(delta), A.contiguous()
     bias = None if delta_bias is None else delta_bias.contiguous()
-    skip = None if D is None else D.contiguous()
-    out = torch.empty_like(u, dtype=out_dtype)
-    borders = scan.forward(u, delta, _rows(B, C, scan.layout), None, bias, A, skip, out, save)
-    return out.transpose(1, 2).contiguous(), borders
+    pixels, steps = scan.channels_last(u), scan.channels_last(delta)
+    y, borders = scan.forward(pixels, steps, scan.rows(B, C), None, bias, A.contiguous(), save)
+    return scan.output(y, u, None if D is None else D.contiguous(), out_dtype), borders
 
 
 def _like_forward(u, delta, A, B, C, D, delta_bias, softplus, out_dtype, save):
@@ -76,20 +118,15 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if u.numel() == 0:
         return tuple(t.zero_() for t in _like_backward(dy, u, delta, A, B, C, D, delta_bias, borders, softplus))
-    (batch, groups, states, length), channels = B.shape, A.shape[0]
-    scan = _scan(u.shape, groups, states, u.dtype, dy.dtype, softplus, u.device)
-    u, delta, dy, A = _last(u), _last(delta), _last(dy), A.contiguous()
+    channels, states = A.shape
+    scan = _scan(u.shape, B.shape[1], states, u.dtype, dy.dtype, softplus, u.device)
     bias = None if delta_bias is None else delta_bias.contiguous()
-    skip = None if D is None else D.contiguous()
-    g = scan.backward(u, delta, _rows(B, C, scan.layout), None, bias, A, dy, borders)
-    du = scan.merge_backward(g.x, dy, skip, None, torch.empty_like(u))
-    rows = g.rows.view(batch, length, groups, -1)
-    dB, dC = (part.permute(0, 2, 3, 1).to(B.dtype) for part in scan.layout.sections(rows, 3)[1:])
-    d_delta = g.steps.view(batch, length, channels).transpose(1, 2).to(delta.dtype)
-    return (
-        du.transpose(1, 2).contiguous(), d_delta.contiguous(), g.A.view(channels, states), dB.contiguous(),
-        dC.contiguous(), g.D.reshape(-1), g.dt_bias.reshape(-1),
-    )  # fmt: skip
+    pixels, steps, d_pixels = scan.channels_last(u), scan.channels_last(delta), scan.channels_last(dy, gradient=True)
+    g = scan.backward(pixels, steps, scan.rows(B, C), None, bias, A.contiguous(), d_pixels, borders)
+    du = scan.du(g.x, dy, None if D is None else D.contiguous(), u)
+    dB, dC = scan.rows_backward(g.rows, B, C)
+    d_delta = scan.d_delta(g.steps, delta)
+    return du, d_delta, g.A.view(channels, states), dB, dC, g.D.reshape(-1), g.dt_bias.reshape(-1)
 
 
 def _like_backward(dy, u, delta, A, B, C, D, delta_bias, borders, softplus):
