@@ -364,6 +364,7 @@ def test_opcheck(on_a_cpu):
     (2, 2, 3, 30, 5, F32, True, True, False),
     (2, 1, 6, 30, 5, F32, False, False, True),
     (2, 3, 24, 67, 1, BF16, True, True, False),
+    (1, 1, 136, 132, 1, BF16, True, True, False),
     (1, 2, 4, 130, 16, F16, True, True, True),
 ])  # fmt: skip
 def test_selective_scan_on_an_emulated_gpu(

@@ -30,8 +30,8 @@ class SequenceScan(Scan):
     def __init__(self, layout, geometry, device):
         super().__init__(layout, geometry, device)
         self._channels, self._length = geometry.pixel_stride, geometry.width
-        tiles = -(-self._channels // (8 * layout.wide)) * -(-self._length // 64)
-        self._turn = geometry.batch * tiles, 512, 0
+        tiles = -(-self._channels // (16 * layout.wide)) * -(-self._length // 64)
+        self._turn = geometry.batch * tiles, 256, 0
         self._row_count = geometry.sequences * layout.row_width // 8 * self._length
         self._row_launch = -(-self._row_count // 256), 256, 0
 
@@ -45,7 +45,7 @@ class SequenceScan(Scan):
             return aligned(t.mT)
         kernel = self._kernels.gradient_kernel if gradient else self._kernels.inputs_kernel
         turned = t.new_empty(t.shape[0], self._length, self._channels)
-        kernel(*self._turn, t.contiguous(), turned, self._channels, self._length)
+        kernel(*self._turn, aligned(t), turned, self._channels, self._length)
         return turned
 
     def rows(self, B: Tensor, C: Tensor) -> Tensor:
@@ -66,13 +66,13 @@ class SequenceScan(Scan):
     def output(self, y: Tensor, u: Tensor, D: Tensor | None, dtype: torch.dtype) -> Tensor:
         """ln 2 times y, plus D * u, (batch, channels, length)."""
         out = u.new_empty(u.shape, dtype=dtype)
-        self._kernels.output_kernel(*self._turn, y, u.contiguous(), D, out, self._channels, self._length)
+        self._kernels.output_kernel(*self._turn, y, aligned(u), D, out, self._channels, self._length)
         return out
 
     def du(self, dx: Tensor, dy: Tensor, D: Tensor | None, u: Tensor) -> Tensor:
         """ln 2 times dx, plus D * dy, (batch, channels, length)."""
         du = u.new_empty(u.shape)
-        self._kernels.du_kernel(*self._turn, dx, dy.contiguous(), D, du, self._channels, self._length)
+        self._kernels.du_kernel(*self._turn, dx, aligned(dy), D, du, self._channels, self._length)
         return du
 
     def d_delta(self, steps: Tensor, delta: Tensor) -> Tensor:

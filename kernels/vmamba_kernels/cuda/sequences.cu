@@ -1,32 +1,65 @@
 // The 1-D operator keeps positions last, (batch, channels, length), and the scans channels last: what lies between.
-// 16 lanes of a warp are neighbouring positions, its halves neighbouring channels, WIDE of them a thread: a warp's
-// accesses are whole sectors on both sides, whatever the length. A block takes 64 positions of 8 WIDE channels.
+// A thread has four positions of WIDE channels, 16 lanes of a warp other positions, its halves other channels: a warp's
+// accesses are whole sectors on both sides. A block takes 64 positions of 16 WIDE channels.
 #include "scan.cuh"
 
 struct Place {
-    i64 pixel, channel, first, last;   // first, last: of the thread's elements, where channels come first and last
-    bool exists;
+    i64 channel, first, last;   // first, last: of the thread's elements, where channels come first and last
+    int count, step;            // the thread's positions, and between them
 
     __device__ __forceinline__ Place(i64 channels, i64 length) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         const unsigned across = (unsigned)((length + 63) / 64);
-        const unsigned down = (unsigned)((channels + 8 * WIDE - 1) / (8 * WIDE));
+        const unsigned down = (unsigned)((channels + 16 * WIDE - 1) / (16 * WIDE));
         const unsigned tile = (unsigned)blockIdx.x / across, image = tile / down;
-        const i64 position = (i64)((unsigned)blockIdx.x - tile * across) * 64 + warp % 4 * 16 + lane % 16;
-        channel = ((i64)(tile - image * down) * 8 + warp / 4 * 2 + lane / 16) * WIDE;
+        const int start = (int)((unsigned)blockIdx.x - tile * across) * 64;
+        const bool together = length % 4 == 0;   // then four neighbours are read and written at once
+        const int position = start + lane % 16 * (together ? 4 : 1);
+        step = together ? 1 : 16;
+        channel = ((i64)(tile - image * down) * 16 + warp * 2 + lane / 16) * WIDE;
+        count = channel < channels ? max(0, min(4, ((int)length - position + step - 1) / step)) : 0;
         first = (image * channels + channel) * length + position;
         last = (image * length + position) * channels + channel;
-        exists = channel < channels && position < length;
     }
 };
 
+// The four positions of one channel, where channels come first.
+template <class T> __device__ __forceinline__ void read_four(const T *from, const Place &place, float *values) {
+    if (place.step == 1) {
+        const auto four = *reinterpret_cast<const Vec<T, 4> *>(from);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) values[i] = four.get(i);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) values[i] = i < place.count ? to_float(from[i * 16]) : 0.f;
+    }
+}
+template <class T> __device__ __forceinline__ void write_four(T *to, const Place &place, const float *values) {
+    if (place.step == 1) {
+        Vec<T, 4> four;
+        four.set(values);
+        *reinterpret_cast<Vec<T, 4> *>(to) = four;
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (i < place.count) to[i * 16] = from_float<T>(values[i]);
+    }
+}
+
 template <class T> __device__ __forceinline__ void put_channels_last(const T *in, T *out, i64 channels, i64 length) {
     const Place place(channels, length);
-    if (!place.exists) return;
-    float values[WIDE];
+    if (!place.count) return;
+    float values[WIDE][4];
 #pragma unroll
-    for (int c = 0; c < WIDE; ++c) values[c] = to_float(in[place.first + c * length]);
-    reinterpret_cast<Vec<T, WIDE> *>(out + place.last)->set(values);
+    for (int c = 0; c < WIDE; ++c) read_four(in + place.first + c * length, place, values[c]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        float of_position[WIDE];
+#pragma unroll
+        for (int c = 0; c < WIDE; ++c) of_position[c] = values[c][i];
+        if (i < place.count)
+            reinterpret_cast<Vec<T, WIDE> *>(out + place.last + i * place.step * channels)->set(of_position);
+    }
 }
 
 // out = factor * in + skip[channel] * x; x like out.
@@ -34,34 +67,41 @@ template <class IN, class T, class OUT>
 __device__ __forceinline__ void put_channels_first(const IN *in, float factor, const T *x, const float *skip, OUT *out,
                                                    i64 channels, i64 length) {
     const Place place(channels, length);
-    if (!place.exists) return;
-    const auto values = *reinterpret_cast<const Vec<IN, WIDE> *>(in + place.last);
+    if (!place.count) return;
+    Vec<IN, WIDE> values[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        values[i] = *reinterpret_cast<const Vec<IN, WIDE> *>(
+            in + place.last + min(i, place.count - 1) * place.step * channels);
 #pragma unroll
     for (int c = 0; c < WIDE; ++c) {
-        const i64 i = place.first + c * length;
-        const float share = skip ? skip[place.channel + c] * to_float(x[i]) : 0.f;
-        out[i] = from_float<OUT>(fmaf(factor, values.get(c), share));
+        float result[4] = {0.f, 0.f, 0.f, 0.f};
+        if (skip) read_four(x + place.first + c * length, place, result);
+        const float share = skip ? skip[place.channel + c] : 0.f;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) result[i] = fmaf(factor, values[i].get(c), share * result[i]);
+        write_four(out + place.first + c * length, place, result);
     }
 }
 
 // u and delta; the output's gradient.
-extern "C" __global__ void __launch_bounds__(512) inputs_kernel(const X *in, X *out, i64 channels, i64 length) {
+extern "C" __global__ void __launch_bounds__(256) inputs_kernel(const X *in, X *out, i64 channels, i64 length) {
     put_channels_last(in, out, channels, length);
 }
-extern "C" __global__ void __launch_bounds__(512) gradient_kernel(const G *in, G *out, i64 channels, i64 length) {
+extern "C" __global__ void __launch_bounds__(256) gradient_kernel(const G *in, G *out, i64 channels, i64 length) {
     put_channels_last(in, out, channels, length);
 }
 
 // The output from the routes'; the gradients of u and delta.
-extern "C" __global__ void __launch_bounds__(512) output_kernel(const Y *y, const X *u, const float *skip, G *out,
+extern "C" __global__ void __launch_bounds__(256) output_kernel(const Y *y, const X *u, const float *skip, G *out,
                                                                 i64 channels, i64 length) {
     put_channels_first(y, LN2, u, skip, out, channels, length);
 }
-extern "C" __global__ void __launch_bounds__(512) du_kernel(const Y *dx, const G *dy, const float *skip, X *du,
+extern "C" __global__ void __launch_bounds__(256) du_kernel(const Y *dx, const G *dy, const float *skip, X *du,
                                                             i64 channels, i64 length) {
     put_channels_first(dx, LN2, dy, skip, du, channels, length);
 }
-extern "C" __global__ void __launch_bounds__(512) d_delta_kernel(const P *steps, X *d_delta, i64 channels, i64 length) {
+extern "C" __global__ void __launch_bounds__(256) d_delta_kernel(const P *steps, X *d_delta, i64 channels, i64 length) {
     put_channels_first(steps, 1.f, (const X *)nullptr, nullptr, d_delta, channels, length);
 }
 
