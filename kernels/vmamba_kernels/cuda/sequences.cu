@@ -4,17 +4,17 @@
 #include "scan.cuh"
 
 struct Place {
-    i64 channel, first, last;   // first, last: of the thread's elements, where channels come first and last
-    int count, step;            // the thread's positions, and between them
+    i64 image, channel, first, last;   // first, last: of the thread's elements, where channels come first and last
+    int position, count, step;         // of the thread's positions the first, how many, and between them
 
     __device__ __forceinline__ Place(i64 channels, i64 length) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         const unsigned across = (unsigned)((length + 63) / 64);
         const unsigned down = (unsigned)((channels + 16 * WIDE - 1) / (16 * WIDE));
-        const unsigned tile = (unsigned)blockIdx.x / across, image = tile / down;
-        const int start = (int)((unsigned)blockIdx.x - tile * across) * 64;
+        const unsigned tile = (unsigned)blockIdx.x / across;
         const bool together = length % 4 == 0;   // then four neighbours are read and written at once
-        const int position = start + lane % 16 * (together ? 4 : 1);
+        image = tile / down;
+        position = (int)((unsigned)blockIdx.x - tile * across) * 64 + lane % 16 * (together ? 4 : 1);
         step = together ? 1 : 16;
         channel = ((i64)(tile - image * down) * 16 + warp * 2 + lane / 16) * WIDE;
         count = channel < channels ? max(0, min(4, ((int)length - position + step - 1) / step)) : 0;
@@ -46,19 +46,35 @@ template <class T> __device__ __forceinline__ void write_four(T *to, const Place
     }
 }
 
+// Through shared memory, so that all channels of a position are written together: sectors from several warps are slow.
 template <class T> __device__ __forceinline__ void put_channels_last(const T *in, T *out, i64 channels, i64 length) {
+    __shared__ Vec<T, WIDE> tile[64][16];   // positions, groups of channels: those turned by the position, for the banks
+    auto turned = [](int position, int group) { return group ^ ((position ^ position >> 2) & 15); };
     const Place place(channels, length);
-    if (!place.count) return;
-    float values[WIDE][4];
+    const int first_position = place.position & ~63, own_group = (int)threadIdx.x / 16;
+    if (place.count) {
+        float values[WIDE][4];
 #pragma unroll
-    for (int c = 0; c < WIDE; ++c) read_four(in + place.first + c * length, place, values[c]);
+        for (int c = 0; c < WIDE; ++c) read_four(in + place.first + c * length, place, values[c]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float of_position[WIDE];
+#pragma unroll
+            for (int c = 0; c < WIDE; ++c) of_position[c] = values[c][i];
+            const int position = (place.position & 63) + i * place.step;
+            tile[position][turned(position, own_group)].set(of_position);
+        }
+    }
+    __syncthreads();
+    const int group = (int)threadIdx.x % 16;
+    const i64 channel = place.channel + (group - own_group) * WIDE;
+    if (channel >= channels) return;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        float of_position[WIDE];
-#pragma unroll
-        for (int c = 0; c < WIDE; ++c) of_position[c] = values[c][i];
-        if (i < place.count)
-            reinterpret_cast<Vec<T, WIDE> *>(out + place.last + i * place.step * channels)->set(of_position);
+        const int position = (int)threadIdx.x / 16 + i * 16;
+        if (first_position + position < length)
+            *reinterpret_cast<Vec<T, WIDE> *>(out + (place.image * length + first_position + position) * channels +
+                                              channel) = tile[position][turned(position, group)];
     }
 }
 
@@ -111,11 +127,11 @@ struct Columns {
     int first;
 
     __device__ __forceinline__ Columns(i64 i, i64 groups, i64 length) {
-        const i64 octet = i / length, pixel = octet / (ROW / 8) / groups * length + i % length;
-        position = i % length;
-        sequence = octet / (ROW / 8);
-        first = (int)(octet % (ROW / 8)) * 8;
-        row = (pixel * groups + sequence % groups) * ROW + first;
+        const i64 of_row = i / (ROW / 8);
+        sequence = of_row / length;
+        position = of_row - sequence * length;
+        first = (int)(i - of_row * (ROW / 8)) * 8;
+        row = ((sequence / groups * length + position) * groups + sequence % groups) * ROW + first;
     }
 
     // The element of B or C that column `first + c` holds, or null.
