@@ -117,10 +117,10 @@ def choose(call: Call, backend: str | None = None) -> str:
 
 
 def _fastest_first(call: Call) -> list[str]:
-    """`PREFERENCE`, but for sequences: the cuda backend turns them into pixels and back, which its faster backward pass
-    makes up for where there are many states (docs/kernels.md)."""
+    """`PREFERENCE`, but for sequences with few states that want no gradient: the cuda backend puts their channels last
+    and back, which takes longer than such a scan (docs/kernels.md)."""
     names = list(PREFERENCE[call.operator])
-    if call.operator == "selective_scan" and not (call.gradient and call.states >= 8):
+    if call.operator == "selective_scan" and not call.gradient and call.states < 8:
         names.sort(key=lambda name: name != "triton")
     return names
 
