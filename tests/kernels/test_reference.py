@@ -243,9 +243,9 @@ def test_errors_name_the_argument(change, words):
 @pytest.mark.parametrize(
     "operator, states, gradient, expected",
     [
-        ("selective_scan", 1, True, "triton"),
-        ("selective_scan", 16, False, "triton"),
-        ("selective_scan", 16, True, "cuda"),
+        ("selective_scan", 1, False, "triton"),
+        ("selective_scan", 1, True, "cuda"),
+        ("selective_scan", 16, False, "cuda"),
         ("cross_selective_scan", 1, False, "cuda"),
     ],
 )
