@@ -7,7 +7,8 @@ import argparse
 import sys
 
 from vmamba.analysis.options import positive
-from vmamba.analysis.speed import COMPILE_MODES, DTYPES, LARGEST_BATCH, MODES, throughput
+from vmamba.analysis.speed import DTYPES, LARGEST_BATCH, MODES, throughput
+from vmamba.models.compilation import COMPILE_MODES
 from vmamba.runtime.cli import exit_code
 
 
@@ -26,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--relative-to", metavar="MODEL", help="the model that ratios are given to; default: the first")
     parser.add_argument(
         "--compile", nargs="?", const="default", choices=COMPILE_MODES,
-        help="torch.compile every model, in this mode; reduce-overhead launches it as CUDA graphs",
+        help="torch.compile every model; cudagraphs launches its kernels as they are as CUDA graphs",
     )  # fmt: skip
     parser.add_argument("--channels-last", action="store_true", help="channels-last convolution weights")
     parser.add_argument("--backend", default="auto", help="of our models' scans")

@@ -15,6 +15,7 @@ import yaml
 from yacs.config import CfgNode
 
 from vmamba.errors import UserError, unknown
+from vmamba.models.compilation import COMPILE_MODES
 from vmamba.models.released_yaml import from_released_config
 from vmamba.values import convert, describe, from_text
 
@@ -76,7 +77,7 @@ _C.TRAIN.SAVE_STEPS = 0  # optimiser steps between checkpoints inside an epoch; 
 _C.TRAIN.MAX_BAD_STEPS = 10  # steps in a row without a finite loss and gradient that end the run
 _C.TRAIN.AUTO_RESUME = True  # go on from the newest checkpoint in the run's folder
 _C.TRAIN.USE_CHECKPOINT = False  # gradient checkpointing: less memory, more time
-_C.TRAIN.COMPILE = False  # torch.compile
+_C.TRAIN.COMPILE = ""  # torch.compile's default, reduce-overhead or max-autotune; cudagraphs; empty: off
 
 _C.TRAIN.OPTIMIZER = CfgNode()
 _C.TRAIN.OPTIMIZER.NAME = "adamw"  # adamw, sgd, or any optimiser timm names
@@ -129,6 +130,7 @@ _CHOICES = {
     "DATA.INTERPOLATION": ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"),
     "MODEL.WEIGHTS": ("auto", "ema", "model"),
     "DATA.CACHE_MODE": ("no", "part", "full"),
+    "TRAIN.COMPILE": ("", *COMPILE_MODES),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step", "multistep"),
     "AMP.DTYPE": ("bfloat16", "float16"),
     "AUG.REMODE": ("const", "rand", "pixel"),
@@ -204,6 +206,7 @@ _FLAGS = {  # flags that set one key
     "resume": ("MODEL.RESUME", "checkpoint of a run to go on with"),
     "accumulation-steps": ("TRAIN.ACCUMULATION_STEPS", "micro-batches an optimiser step"),
     "use-checkpoint": ("TRAIN.USE_CHECKPOINT", "gradient checkpointing: less memory, more time"),
+    "compile": ("TRAIN.COMPILE", "default, reduce-overhead, max-autotune (torch.compile's modes) or cudagraphs"),
     "output": ("OUTPUT", "the run's folder is OUTPUT/<name of the config>/TAG"),
     "tag": ("TAG", "tells runs of one config apart"),
     "eval": ("EVAL_MODE", "evaluate only"),

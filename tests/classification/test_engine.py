@@ -12,6 +12,8 @@ from vmamba.classification.data import build_eval_loader
 from vmamba.classification.engine import run
 from vmamba.config import get_config, output_folder
 from vmamba.errors import UserError
+from vmamba.runtime.distributed import World
+from vmamba.runtime.step import parallelise
 from vmamba_kernels import BackendError
 
 from .tiny import CLASSES, HELD_OUT, log, metrics, saved, tiny_config
@@ -177,3 +179,26 @@ def test_an_output_folder_that_cannot_be_written_is_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         run(tiny_config(tmp_path, "OUTPUT", tmp_path / "file"))
+
+
+@pytest.mark.parametrize(("opts", "words"), [
+    ((), "TRAIN.COMPILE is cudagraphs, which needs a GPU, and this runs on cpu; leave it empty"),
+    (("DEVICE", "cuda", "TRAIN.ACCUMULATION_STEPS", 2), "CUDA graphs cannot accumulate gradients"),
+])  # fmt: skip
+def test_cuda_graphs_are_refused_where_they_cannot_be(tmp_path, opts, words):
+    config = tiny_config(tmp_path, "TRAIN.COMPILE", "cudagraphs", *opts)
+    world = World(0, 1, 0, torch.device(config.DEVICE))
+    with pytest.raises(UserError, match=words):
+        parallelise(torch.nn.Linear(1, 1), config, world)
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_change_no_number(tmp_path):
+    """Two epochs with stochastic depth and EMA, evaluated in batches of two sizes, beside the same without graphs."""
+    lines = []
+    for mode in ("", "cudagraphs"):
+        config = tiny_config(tmp_path, "DEVICE", "cuda", "TAG", f"graphs{mode}", "TRAIN.COMPILE", mode)
+        run(config)
+        lines.append(metrics(config))
+    for plain, graphs in zip(*lines, strict=True):
+        assert graphs == pytest.approx(plain, rel=1e-4)

@@ -22,12 +22,12 @@ from vmamba.analysis.plotting import MARKERS, STYLE, new_figure, save_figure
 from vmamba.analysis.tables import markdown as markdown_table
 from vmamba.analysis.tables import write_json, write_text
 from vmamba.errors import UserError, unknown
+from vmamba.models.compilation import COMPILE_MODES
 from vmamba.models.flops import complexity
 from vmamba.models.vssm import VSSM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODES = ("forward", "train")
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 CPU_BATCH = 8  # "auto" without a GPU's memory to fill
 LARGEST_BATCH = 1024
 
@@ -77,7 +77,7 @@ def throughput(
 ) -> list[Timing]:
     """Time every model in every case, write throughput.{md,json,pdf,png} into `output`, and print the table.
 
-    The forward mode is also timed at batch 1, which is the latency.  `compile` is torch.compile's mode, or None;
+    The forward mode is also timed at batch 1, which is the latency.  `compile` is one of `COMPILE_MODES`, or None;
     `markdown` names one more file for the table.
     Raises UserError for unknown names, and batch sizes that are no numbers.
     """
@@ -145,7 +145,9 @@ def compare(
     for name, model in models.items():
         model.to(device).train(case.mode == "train")
         batches[name] = case.batch or largest_batch(model, case, device)
-        step = build_step(torch.compile(model, mode=compile) if compile else model, case, batches[name], device)
+        step = build_step(
+            torch.compile(model, **COMPILE_MODES[compile]) if compile else model, case, batches[name], device
+        )
         try:
             peaks[name] = peak_memory_mb(lambda step=step: [step() for _ in range(warm_up)], model, device)
             steps[name] = step

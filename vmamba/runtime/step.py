@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
 from vmamba.errors import UserError
+from vmamba.models.compilation import COMPILE_MODES, WITH_CUDA_GRAPHS
 from vmamba.runtime.distributed import World, sum_over_processes
 from vmamba.runtime.state import TrainState
 
@@ -23,9 +24,23 @@ class StepReport:
 
 
 def parallelise(model: nn.Module, config: CfgNode, world: World) -> nn.Module:
-    """The model to call in training: compiled where the config says so, its gradients averaged over the processes."""
-    if config.TRAIN.COMPILE:
-        model.compile()
+    """The model to call in training: compiled where the config says so, its gradients averaged over the processes.
+
+    Raises UserError for CUDA graphs where they cannot be: without a GPU, and with several micro-batches a step, whose
+    gradients PyTorch would add up in the memory that the next graph writes to.
+    """
+    mode, count = config.TRAIN.COMPILE, config.TRAIN.ACCUMULATION_STEPS
+    if mode in WITH_CUDA_GRAPHS and world.device.type != "cuda":
+        raise UserError(
+            f"TRAIN.COMPILE is {mode}, which needs a GPU, and this runs on {world.device.type}; leave it empty"
+        )
+    if mode in WITH_CUDA_GRAPHS and count > 1:
+        raise UserError(
+            f"TRAIN.COMPILE is {mode} and TRAIN.ACCUMULATION_STEPS {count}; CUDA graphs cannot accumulate gradients, "
+            f"so use TRAIN.COMPILE default, or larger batches and TRAIN.ACCUMULATION_STEPS 1"
+        )
+    if mode:
+        model.compile(**COMPILE_MODES[mode])
     if world.size == 1:
         return model
     return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
