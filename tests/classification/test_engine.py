@@ -184,6 +184,7 @@ def test_an_output_folder_that_cannot_be_written_is_a_sentence(tmp_path):
 @pytest.mark.parametrize(("opts", "words"), [
     ((), "TRAIN.COMPILE is cudagraphs, which needs a GPU, and this runs on cpu; leave it empty"),
     (("DEVICE", "cuda", "TRAIN.ACCUMULATION_STEPS", 2), "CUDA graphs cannot accumulate gradients"),
+    (("DEVICE", "cuda", "TRAIN.USE_CHECKPOINT", True), "regardless of SEED, so use TRAIN.COMPILE reduce-overhead"),
 ])  # fmt: skip
 def test_cuda_graphs_are_refused_where_they_cannot_be(tmp_path, opts, words):
     config = tiny_config(tmp_path, "TRAIN.COMPILE", "cudagraphs", *opts)

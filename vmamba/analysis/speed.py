@@ -185,7 +185,8 @@ def build_step(model: nn.Module, case: Case, batch: int, device: torch.device) -
     images = torch.randn(batch, _in_chans(model), case.size, case.size, device=device)
     targets = torch.zeros(batch, dtype=torch.long, device=device)
     autocast = torch.autocast(device.type, DTYPES[case.dtype], enabled=case.dtype != "float32")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6) if case.mode == "train" else None
+    training = case.mode == "train"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda") if training else None
 
     @torch.no_grad()
     def forward() -> Tensor:
@@ -199,7 +200,7 @@ def build_step(model: nn.Module, case: Case, batch: int, device: torch.device) -
         F.cross_entropy(logits.float(), targets).backward()
         optimizer.step()
 
-    return train if optimizer else forward
+    return train if training else forward
 
 
 def largest_batch(model: nn.Module, case: Case, device: torch.device) -> int:

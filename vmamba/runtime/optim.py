@@ -24,6 +24,8 @@ def build_optimizer(config: CfgNode, model: nn.Module, global_batch: int) -> Opt
         arguments["eps"] = options.EPS
     if info.has_betas and info.num_betas == len(options.BETAS):
         arguments["betas"] = tuple(options.BETAS)
+    if name.removeprefix("lookahead_") in ("adam", "adamw") and next(model.parameters()).is_cuda:
+        arguments["fused"] = True  # one launch for dozens of parameters: 1.7 ms a step instead of 5 (docs/log.md)
     return create_optimizer_v2(
         parameter_groups(model, config.TRAIN.WEIGHT_DECAY, config.TRAIN.DECAY_SSM),
         name,

@@ -26,8 +26,9 @@ class StepReport:
 def parallelise(model: nn.Module, config: CfgNode, world: World) -> nn.Module:
     """The model to call in training: compiled where the config says so, its gradients averaged over the processes.
 
-    Raises UserError for CUDA graphs where they cannot be: without a GPU, and with several micro-batches a step, whose
-    gradients PyTorch would add up in the memory that the next graph writes to.
+    Raises UserError for CUDA graphs where they cannot be: without a GPU; with several micro-batches a step, whose
+    gradients PyTorch would add up in the memory that the next graph writes to; around gradient checkpointing, where
+    "cudagraphs" draws what no seed decides.
     """
     mode, count = config.TRAIN.COMPILE, config.TRAIN.ACCUMULATION_STEPS
     if mode in WITH_CUDA_GRAPHS and world.device.type != "cuda":
@@ -38,6 +39,11 @@ def parallelise(model: nn.Module, config: CfgNode, world: World) -> nn.Module:
         raise UserError(
             f"TRAIN.COMPILE is {mode} and TRAIN.ACCUMULATION_STEPS {count}; CUDA graphs cannot accumulate gradients, "
             f"so use TRAIN.COMPILE default, or larger batches and TRAIN.ACCUMULATION_STEPS 1"
+        )
+    if mode == "cudagraphs" and config.TRAIN.USE_CHECKPOINT:
+        raise UserError(
+            "TRAIN.COMPILE is cudagraphs and TRAIN.USE_CHECKPOINT true; together they would draw stochastic depth "
+            "regardless of SEED, so use TRAIN.COMPILE reduce-overhead, or one of the two"
         )
     if mode:
         model.compile(**COMPILE_MODES[mode])
