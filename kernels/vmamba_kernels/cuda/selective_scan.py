@@ -25,7 +25,7 @@ def selective_scan(
 
 
 class SequenceScan(Scan):
-    """With what lies between the operator's tensors, positions last, and the scan's, channels last."""
+    """A scan between the operator's tensors, positions last, and its own, channels last."""
 
     def __init__(self, layout, geometry, device):
         super().__init__(layout, geometry, device)
@@ -63,16 +63,16 @@ class SequenceScan(Scan):
         self._kernels.d_rows_kernel(*self._row_launch, rows, dB, dC, *sizes)
         return dB, dC
 
-    def output(self, y: Tensor, u: Tensor, D: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """ln 2 times y, plus D * u, (batch, channels, length)."""
+    def output(self, y: Tensor, pixels: Tensor, D: Tensor | None, u: Tensor, dtype: torch.dtype) -> Tensor:
+        """ln 2 times y, plus D times u's pixels, (batch, channels, length)."""
         out = u.new_empty(u.shape, dtype=dtype)
-        self._kernels.output_kernel(*self._turn, y, aligned(u), D, out, self._channels, self._length)
+        self._kernels.output_kernel(*self._turn, y, pixels, D, out, self._channels, self._length)
         return out
 
-    def du(self, dx: Tensor, dy: Tensor, D: Tensor | None, u: Tensor) -> Tensor:
-        """ln 2 times dx, plus D * dy, (batch, channels, length)."""
+    def du(self, dx: Tensor, d_pixels: Tensor, D: Tensor | None, u: Tensor) -> Tensor:
+        """ln 2 times dx, plus D times the output's gradient, (batch, channels, length)."""
         du = u.new_empty(u.shape)
-        self._kernels.du_kernel(*self._turn, dx, aligned(dy), D, du, self._channels, self._length)
+        self._kernels.du_kernel(*self._turn, dx, d_pixels, D, du, self._channels, self._length)
         return du
 
     def d_delta(self, steps: Tensor, delta: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def _forward(
     bias = None if delta_bias is None else delta_bias.contiguous()
     pixels, steps = scan.channels_last(u), scan.channels_last(delta)
     y, borders = scan.forward(pixels, steps, scan.rows(B, C), None, bias, A.contiguous(), save)
-    return scan.output(y, u, None if D is None else D.contiguous(), out_dtype), borders
+    return scan.output(y, pixels, None if D is None else D.contiguous(), u, out_dtype), borders
 
 
 def _like_forward(u, delta, A, B, C, D, delta_bias, softplus, out_dtype, save):
@@ -123,7 +123,7 @@ def _backward(
     bias = None if delta_bias is None else delta_bias.contiguous()
     pixels, steps, d_pixels = scan.channels_last(u), scan.channels_last(delta), scan.channels_last(dy, gradient=True)
     g = scan.backward(pixels, steps, scan.rows(B, C), None, bias, A.contiguous(), d_pixels, borders)
-    du = scan.du(g.x, dy, None if D is None else D.contiguous(), u)
+    du = scan.du(g.x, d_pixels, None if D is None else D.contiguous(), u)
     dB, dC = scan.rows_backward(g.rows, B, C)
     d_delta = scan.d_delta(g.steps, delta)
     return du, d_delta, g.A.view(channels, states), dB, dC, g.D.reshape(-1), g.dt_bias.reshape(-1)

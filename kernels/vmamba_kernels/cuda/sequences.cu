@@ -78,26 +78,27 @@ template <class T> __device__ __forceinline__ void put_channels_last(const T *in
     }
 }
 
-// out = factor * in + skip[channel] * x; x like out.
+// out = factor * in + skip[channel] * x, where in and x have their channels last.
 template <class IN, class T, class OUT>
 __device__ __forceinline__ void put_channels_first(const IN *in, float factor, const T *x, const float *skip, OUT *out,
                                                    i64 channels, i64 length) {
     const Place place(channels, length);
     if (!place.count) return;
-    Vec<IN, WIDE> values[4];
+    float values[WIDE][4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-        values[i] = *reinterpret_cast<const Vec<IN, WIDE> *>(
-            in + place.last + min(i, place.count - 1) * place.step * channels);
+    for (int i = 0; i < 4; ++i) {
+        const i64 from = place.last + min(i, place.count - 1) * place.step * channels;
+        const auto v = *reinterpret_cast<const Vec<IN, WIDE> *>(in + from);
 #pragma unroll
-    for (int c = 0; c < WIDE; ++c) {
-        float result[4] = {0.f, 0.f, 0.f, 0.f};
-        if (skip) read_four(x + place.first + c * length, place, result);
-        const float share = skip ? skip[place.channel + c] : 0.f;
+        for (int c = 0; c < WIDE; ++c) values[c][i] = factor * v.get(c);
+        if (skip) {
+            const auto w = *reinterpret_cast<const Vec<T, WIDE> *>(x + from);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) result[i] = fmaf(factor, values[i].get(c), share * result[i]);
-        write_four(out + place.first + c * length, place, result);
+            for (int c = 0; c < WIDE; ++c) values[c][i] = fmaf(skip[place.channel + c], w.get(c), values[c][i]);
+        }
     }
+#pragma unroll
+    for (int c = 0; c < WIDE; ++c) write_four(out + place.first + c * length, place, values[c]);
 }
 
 // u and delta; the output's gradient.
