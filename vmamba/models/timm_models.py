@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vmamba.errors import unknown
 from vmamba.models.download import download
-from vmamba.models.layers import LayerNorm
+from vmamba.models.layers import LayerNorm, StridedConv
 from vmamba.models.pretrained import PICKLED
 from vmamba.models.released import keys_from_released
 from vmamba.models.ss2d import Mixer2D
@@ -41,7 +41,7 @@ TIMM_OPTIONS = {"features_only", "out_indices", "feature_cls"} | {
 } - {"model_cls", "variant", "model_cfg", "feature_cfg", "pretrained_filter_fn"}
 
 # torch.fx takes these whole: what they do depends on sizes or on autocast.
-for module in (Mixer2D, LayerNorm):
+for module in (Mixer2D, LayerNorm, StridedConv):
     register_notrace_module(module)
 for function in (check_images, check_features, resize_pos_embed):
     register_notrace_function(function)
