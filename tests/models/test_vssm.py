@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import vmamba
+from vmamba.models.layers import LayerNorm, downsample
 from vmamba.models.variants import VARIANTS
 from vmamba.models.vssm import resize_pos_embed
 
@@ -50,6 +52,22 @@ def test_any_size_and_number_of_channels(scan, stem, downsample, size):
 @pytest.mark.parametrize("size", [(1, 1), (5, 7)])
 def test_tiny_images_where_padding_allows_them(size):
     assert build(patch_embed="v2", downsample="v3").eval()(torch.randn(1, 3, *size)).shape == (1, 7)
+
+
+@pytest.mark.parametrize("version", ["v2", "v3"])
+def test_downsampling_of_small_images_is_the_convolution(version):
+    """Millions of weights and few pixels go by another way on a CPU; output and every gradient are the same."""
+    torch.manual_seed(0)
+    _, convolution, *_ = downsample(version, 512, 2048 if version == "v2" else 1024, LayerNorm)
+    x = torch.randn(2, 512, 5, 6, requires_grad=True)
+    options = dict(stride=convolution.stride, padding=convolution.padding)
+    want = F.conv2d(x, convolution.weight, convolution.bias, **options)
+    got = convolution(x)
+    assert type(got.grad_fn) is not type(want.grad_fn)  # it did go the other way
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    grad, leaves = torch.randn_like(want), (x, *convolution.parameters())
+    grads = [torch.autograd.grad(y, leaves, grad) for y in (got, want)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
 
 
 def test_images_too_small_are_refused_with_their_size():
