@@ -194,9 +194,8 @@ def _scan(inputs: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Ten
 
 def _times(a: Tensor, b: Tensor) -> Tensor:
     """a * b; without gradients in the memory of `a`, if it is as large as the product."""
-    if torch.is_grad_enabled() or torch.broadcast_shapes(a.shape, b.shape) != a.shape:
-        return a * b
-    return a.mul_(b)
+    fits = b.dim() <= a.dim() and all(n in (1, m) for n, m in zip(reversed(b.shape), reversed(a.shape), strict=False))
+    return a * b if torch.is_grad_enabled() or not fits else a.mul_(b)
 
 
 def _states(decay: Tensor, inputs: Tensor) -> Tensor:
