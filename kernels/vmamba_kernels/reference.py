@@ -184,10 +184,17 @@ def _scan(inputs: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Ten
     Returns:
         (batch, groups, length, dim).
     """
+    dim, states = A.shape[1:]
+    channels = max(1, 3 * 2**20 * dim // max(1, delta.numel() * states))
+    if channels < dim and states > 1 and A.device.type == "cpu":
+        # A few at a time: memory of 12 MB is used again, of more than 32 MB it is new in every call.
+        pieces = -(-dim // channels)
+        parts = zip(inputs.chunk(pieces, -1), delta.chunk(pieces, -1), A.chunk(pieces, 1), strict=True)
+        return torch.cat([_scan(*part, B, C) for part in parts], dim=-1)
     A = math.log2(math.e) * A.transpose(1, 2).unsqueeze(1)  # (groups, 1, states, dim); powers of 2 are faster
     decay = _times(delta.unsqueeze(-2), A).exp2_()  # (batch, groups, length, states, dim)
     h = _states(decay, _times(inputs.unsqueeze(-2), B.unsqueeze(-1)))
-    if B.shape[-1] == 1:
+    if states == 1:
         return _times(h.squeeze(-2), C)
     return (C.unsqueeze(-2) @ h).squeeze(-2)
 

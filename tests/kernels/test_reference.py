@@ -66,6 +66,27 @@ def test_scan_agrees_with_the_loop_in_float64(states, optional):
     assert relative(vk.selective_scan(**case, delta_softplus=False), expected) < 1e-14
 
 
+def test_many_channels_are_scanned_a_few_at_a_time():
+    """A scan large enough to be split gives what its channels give alone, gradients included."""
+    torch.manual_seed(0)
+    length, dim, states = 3136, 100, 16
+    leaves = [
+        torch.randn(1, dim, length), torch.randn(1, dim, length) - 2, -torch.rand(dim, states) - 0.5,
+        torch.randn(1, 1, states, length), torch.randn(1, 1, states, length),
+    ]  # fmt: skip
+    leaves = [t.requires_grad_() for t in leaves]
+    halves = [slice(0, 50), slice(50, dim)]
+    parts = [vk.selective_scan(*(t[:, half] for t in leaves[:2]), leaves[2][half], *leaves[3:]) for half in halves]
+    results = [vk.selective_scan(*leaves), torch.cat(parts, 1)]
+    with torch.no_grad():
+        torch.testing.assert_close(vk.selective_scan(*leaves), results[1], rtol=1e-5, atol=1e-5)
+    dy = torch.randn(1, dim, length)
+    grads = [torch.autograd.grad(y, leaves, dy) for y in results]
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    for got, want in zip(*grads, strict=True):
+        assert (got - want).norm() <= 1e-6 * want.norm()
+
+
 def test_strong_decay_underflows_to_no_memory_and_large_steps_stay_linear():
     torch.manual_seed(0)
     case = sequences(length=50, dtype=torch.float64)
