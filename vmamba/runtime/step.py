@@ -26,16 +26,16 @@ class StepReport:
 def parallelise(model: nn.Module, config: CfgNode, world: World) -> nn.Module:
     """The model to call in training: compiled where the config says so, its gradients averaged over the processes.
 
-    Raises UserError for CUDA graphs where they cannot be: without a GPU; with several micro-batches a step, whose
+    Raises UserError where CUDA graphs cannot be: without a GPU; with several micro-batches a step, whose
     gradients PyTorch would add up in the memory that the next graph writes to; around gradient checkpointing, where
     "cudagraphs" draws what no seed decides.
     """
-    mode, count = config.TRAIN.COMPILE, config.TRAIN.ACCUMULATION_STEPS
-    if mode in WITH_CUDA_GRAPHS and world.device.type != "cuda":
+    mode, count, on_gpu = config.TRAIN.COMPILE, config.TRAIN.ACCUMULATION_STEPS, world.device.type == "cuda"
+    if mode == "cudagraphs" and not on_gpu:
         raise UserError(
             f"TRAIN.COMPILE is {mode}, which needs a GPU, and this runs on {world.device.type}; leave it empty"
         )
-    if mode in WITH_CUDA_GRAPHS and count > 1:
+    if mode in WITH_CUDA_GRAPHS and on_gpu and count > 1:
         raise UserError(
             f"TRAIN.COMPILE is {mode} and TRAIN.ACCUMULATION_STEPS {count}; CUDA graphs cannot accumulate gradients, "
             f"so use TRAIN.COMPILE default, or larger batches and TRAIN.ACCUMULATION_STEPS 1"
@@ -49,7 +49,7 @@ def parallelise(model: nn.Module, config: CfgNode, world: World) -> nn.Module:
         model.compile(**COMPILE_MODES[mode])
     if world.size == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
+    return DistributedDataParallel(model, device_ids=[world.device] if on_gpu else None)
 
 
 class OptimizerStep:
