@@ -12,5 +12,5 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not among `known`: it names the nearest right one, or lists them all."""
     known = sorted(known)
     nearest = get_close_matches(name, known, n=1, cutoff=0.6)
-    hint = f"did you mean '{nearest[0]}'?" if nearest else f"known: {', '.join(name or repr(name) for name in known)}"
+    hint = f"did you mean '{nearest[0]}'?" if nearest else f"known: {', '.join(each or repr(each) for each in known)}"
     return UserError(f"unknown {kind} '{name}'; {hint}")

@@ -17,6 +17,11 @@ import torch
 
 from vmamba_kernels.cuda import compiler, scan
 
+# The package's attributes of these names are functions.
+operators, sequences = (
+    sys.modules[f"vmamba_kernels.cuda.{name}"] for name in ("cross_selective_scan", "selective_scan")
+)
+
 HEADER = Path(__file__).with_name("cuda_emulator.h")
 INSTRUCTIONS = {  # the start of an assembly text -> C++
     "cvt.f32.f16": "r = from_fp16_bits(v.bits);",
@@ -81,13 +86,9 @@ class _Module:
 
 def install(monkeypatch, folder: Path, processors: int = 1) -> None:
     """From here on the cuda backend's functions take CPU tensors.  More `processors` cut routes into segments."""
-    # The package's attributes of these names are functions.
-    images, sequences = (
-        sys.modules[f"vmamba_kernels.cuda.{name}"] for name in ("cross_selective_scan", "selective_scan")
-    )
     emulator = Emulator(folder)
     monkeypatch.setattr(scan, "load", emulator)
     monkeypatch.setattr(sequences, "load", emulator)
-    monkeypatch.setattr(images, "TYPED_PRODUCT", False)  # not on a CPU
+    monkeypatch.setattr(operators, "TYPED_PRODUCT", False)  # not on a CPU
     monkeypatch.setattr(scan, "_limits", lambda device: (processors, 227 * 1024))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())

@@ -23,11 +23,7 @@ from vmamba_kernels.cuda.scan import Geometry
 from vmamba_kernels.registry import Call
 
 from . import cuda_emulator
-
-# The package's attributes of these names are functions.
-operators, sequences = (
-    sys.modules[f"vmamba_kernels.cuda.{name}"] for name in ("cross_selective_scan", "selective_scan")
-)
+from .cuda_emulator import operators, sequences
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "sm_120": 99 * 1024}  # bytes of a block

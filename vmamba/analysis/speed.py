@@ -145,9 +145,8 @@ def compare(
     for name, model in models.items():
         model.to(device).train(case.mode == "train")
         batches[name] = case.batch or largest_batch(model, case, device)
-        step = build_step(
-            torch.compile(model, **COMPILE_MODES[compile]) if compile else model, case, batches[name], device
-        )
+        called = torch.compile(model, **COMPILE_MODES[compile]) if compile else model
+        step = build_step(called, case, batches[name], device)
         try:
             peaks[name] = peak_memory_mb(lambda step=step: [step() for _ in range(warm_up)], model, device)
             steps[name] = step

@@ -56,7 +56,7 @@ def _forward(
     packed, skip = scan.pack(x_proj_weight.contiguous(), None if D is None else D.contiguous())
     rows = _project(x, packed, scan.layout.row_dtype)
     y, borders = scan.forward(x, None, rows, dt_weight, bias, A, save)
-    return scan.merge_forward(y, x, skip, torch.empty_like(x, dtype=out_dtype)), borders, packed, skip
+    return scan.merge_forward(y, x, skip), borders, packed, skip
 
 
 def _like_forward(x, x_proj_weight, dt_weight, dt_bias, A, D, kinds, out_dtype, save):
@@ -91,7 +91,7 @@ def _backward(
         d_dt_weight = torch.bmm(d_steps.transpose(1, 2), step_rows).to(dt_weight.dtype)
     d_weight = torch.mm(g.rows.t(), x.view(pixels, dim).to(dtype)).to(packed.dtype).view(routes, width, dim)
     through_rows = torch.mm(g.rows, packed.to(dtype))  # (pixels, dim)
-    dx = scan.merge_backward(g.x, dy, skip, through_rows, torch.empty_like(x))
+    dx = scan.merge_backward(g.x, dy, skip, through_rows)
     return dx, _unpacked(scan.layout, d_weight), d_dt_weight, g.dt_bias, g.A, g.D
 
 

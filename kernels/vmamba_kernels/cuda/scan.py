@@ -169,8 +169,9 @@ class Scan:
         )
         return y, borders
 
-    def merge_forward(self, y: Tensor, x: Tensor, skip: Tensor | None, out: Tensor) -> Tensor:
-        """Fills `out` with ln 2 times the sum of y over routes, plus skip * x."""
+    def merge_forward(self, y: Tensor, x: Tensor, skip: Tensor) -> Tensor:
+        """The output: ln 2 times the sum of y over routes, plus skip * x."""
+        out = torch.empty_like(x, dtype=self.layout.out)
         self._pixels.merge_fwd_kernel(_blocks(self._merge_sizes[0]), 256, 0, y, x, skip, out, *self._merge_sizes)
         return out
 
@@ -220,8 +221,9 @@ class Scan:
         )  # fmt: skip
         return grads
 
-    def merge_backward(self, dx: Tensor, dy: Tensor, skip: Tensor | None, extra: Tensor | None, out: Tensor) -> Tensor:
-        """Fills `out` with x's gradient: ln 2 times the sum of dx over routes, plus skip * dy, plus extra."""
+    def merge_backward(self, dx: Tensor, dy: Tensor, skip: Tensor, extra: Tensor) -> Tensor:
+        """x's gradient: ln 2 times the sum of dx over routes, plus skip * dy, plus extra."""
+        out = torch.empty_like(dy, dtype=self.layout.x)
         blocks = _blocks(self._merge_sizes[0])
         self._pixels.merge_bwd_kernel(blocks, 256, 0, dx, dy, skip, extra, out, *self._merge_sizes)
         return out

@@ -29,55 +29,57 @@ class SequenceScan(Scan):
 
     def __init__(self, layout, geometry, device):
         super().__init__(layout, geometry, device)
-        self._channels, self._length = geometry.pixel_stride, geometry.width
-        tiles = -(-self._channels // (16 * layout.wide)) * -(-self._length // 64)
-        self._turn = geometry.batch * tiles, 256, 0
-        self._row_count = geometry.sequences * layout.row_width // 8 * self._length
-        self._row_launch = -(-self._row_count // 256), 256, 0
+        channels, length = geometry.pixel_stride, geometry.width
+        tiles = -(-channels // (16 * layout.wide)) * -(-length // 64)
+        self._turn, self._turn_sizes = (geometry.batch * tiles, 256, 0), (channels, length)
+        columns = geometry.sequences * layout.row_width // 8 * length  # eight of them a thread
+        self._row_launch, self._row_sizes = (-(-columns // 256), 256, 0), (columns, geometry.routes, length)
+        self._shape = geometry.batch, channels, length
+        self._state_shape = geometry.batch, geometry.routes, layout.states, length  # of B and C
 
     @cached_property
     def _kernels(self) -> Module:
         return load("sequences.cu", self.layout.pixel_macros, self._device)
 
-    def channels_last(self, t: Tensor, gradient: bool = False) -> Tensor:
-        """(batch, channels, length) -> (batch, length, channels); `gradient`: of the output's type, not the input's."""
+    def channels_last(self, t: Tensor) -> Tensor:
+        """(batch, channels, length) -> (batch, length, channels), of the inputs' or the output's type."""
         if t.mT.is_contiguous():
             return aligned(t.mT)
-        kernel = self._kernels.gradient_kernel if gradient else self._kernels.inputs_kernel
-        turned = t.new_empty(t.shape[0], self._length, self._channels)
-        kernel(*self._turn, aligned(t), turned, self._channels, self._length)
+        kernels = self._kernels
+        kernel = kernels.inputs_kernel if t.dtype == self.layout.x else kernels.gradient_kernel
+        turned = torch.empty_like(t.mT, memory_format=torch.contiguous_format)
+        kernel(*self._turn, aligned(t), turned, *self._turn_sizes)
         return turned
 
     def rows(self, B: Tensor, C: Tensor) -> Tensor:
         """(batch, length, groups, row width)."""
         geometry, layout = self.geometry, self.layout
-        rows = B.new_empty(geometry.batch, self._length, geometry.routes, layout.row_width, dtype=layout.row_dtype)
-        sizes = self._row_count, geometry.routes, self._length
-        self._kernels.rows_kernel(*self._row_launch, B.contiguous(), C.contiguous(), rows, *sizes)
+        rows = B.new_empty(geometry.batch, geometry.length, geometry.routes, layout.row_width, dtype=layout.row_dtype)
+        self._kernels.rows_kernel(*self._row_launch, B.contiguous(), C.contiguous(), rows, *self._row_sizes)
         return rows
 
-    def rows_backward(self, rows: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    def rows_backward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients of B and C from the rows'."""
-        dB, dC = B.new_empty(B.shape), C.new_empty(C.shape)
-        sizes = self._row_count, self.geometry.routes, self._length
-        self._kernels.d_rows_kernel(*self._row_launch, rows, dB, dC, *sizes)
+        dB, dC = (rows.new_empty(self._state_shape, dtype=self.layout.x) for _ in range(2))
+        self._kernels.d_rows_kernel(*self._row_launch, rows, dB, dC, *self._row_sizes)
         return dB, dC
 
-    def output(self, y: Tensor, pixels: Tensor, D: Tensor | None, u: Tensor, dtype: torch.dtype) -> Tensor:
+    def output(self, y: Tensor, pixels: Tensor, D: Tensor | None) -> Tensor:
         """ln 2 times y, plus D times u's pixels, (batch, channels, length)."""
-        out = u.new_empty(u.shape, dtype=dtype)
-        self._kernels.output_kernel(*self._turn, y, pixels, D, out, self._channels, self._length)
+        out = y.new_empty(self._shape, dtype=self.layout.out)
+        self._kernels.output_kernel(*self._turn, y, pixels, D, out, *self._turn_sizes)
         return out
 
-    def du(self, dx: Tensor, d_pixels: Tensor, D: Tensor | None, u: Tensor) -> Tensor:
+    def du(self, dx: Tensor, d_pixels: Tensor, D: Tensor | None) -> Tensor:
         """ln 2 times dx, plus D times the output's gradient, (batch, channels, length)."""
-        du = u.new_empty(u.shape)
-        self._kernels.du_kernel(*self._turn, dx, d_pixels, D, du, self._channels, self._length)
+        du = dx.new_empty(self._shape, dtype=self.layout.x)
+        self._kernels.du_kernel(*self._turn, dx, d_pixels, D, du, *self._turn_sizes)
         return du
 
-    def d_delta(self, steps: Tensor, delta: Tensor) -> Tensor:
-        d_delta = delta.new_empty(delta.shape)
-        self._kernels.d_delta_kernel(*self._turn, steps, d_delta, self._channels, self._length)
+    def d_delta(self, steps: Tensor) -> Tensor:
+        """The gradient of delta, (batch, channels, length), from the steps'."""
+        d_delta = steps.new_empty(self._shape, dtype=self.layout.x)
+        self._kernels.d_delta_kernel(*self._turn, steps, d_delta, *self._turn_sizes)
         return d_delta
 
 
@@ -103,7 +105,7 @@ def _forward(
     bias = None if delta_bias is None else delta_bias.contiguous()
     pixels, steps = scan.channels_last(u), scan.channels_last(delta)
     y, borders = scan.forward(pixels, steps, scan.rows(B, C), None, bias, A.contiguous(), save)
-    return scan.output(y, pixels, None if D is None else D.contiguous(), u, out_dtype), borders
+    return scan.output(y, pixels, None if D is None else D.contiguous()), borders
 
 
 def _like_forward(u, delta, A, B, C, D, delta_bias, softplus, out_dtype, save):
@@ -121,11 +123,10 @@ def _backward(
     channels, states = A.shape
     scan = _scan(u.shape, B.shape[1], states, u.dtype, dy.dtype, softplus, u.device)
     bias = None if delta_bias is None else delta_bias.contiguous()
-    pixels, steps, d_pixels = scan.channels_last(u), scan.channels_last(delta), scan.channels_last(dy, gradient=True)
+    pixels, steps, d_pixels = (scan.channels_last(t) for t in (u, delta, dy))
     g = scan.backward(pixels, steps, scan.rows(B, C), None, bias, A.contiguous(), d_pixels, borders)
-    du = scan.du(g.x, d_pixels, None if D is None else D.contiguous(), u)
-    dB, dC = scan.rows_backward(g.rows, B, C)
-    d_delta = scan.d_delta(g.steps, delta)
+    du = scan.du(g.x, d_pixels, None if D is None else D.contiguous())
+    d_delta, (dB, dC) = scan.d_delta(g.steps), scan.rows_backward(g.rows)
     return du, d_delta, g.A.view(channels, states), dB, dC, g.D.reshape(-1), g.dt_bias.reshape(-1)
 
 
