@@ -9,21 +9,21 @@ ROOT = Path(__file__).parents[1]
 ROOMS = [  # rooms in one line are neighbours and do not know each other
     ["vmamba_kernels"],
     ["vmamba.errors"],
+    ["vmamba.files", "vmamba.values"],
     ["vmamba.models"],
     ["vmamba.config"],
     ["vmamba.runtime"],
     ["vmamba.classification", "vmamba.detection", "vmamba.segmentation"],
     ["vmamba.analysis"],
 ]
-HELPERS = {"vmamba.values": "vmamba.config"}  # files that belong to another file's room
 DOORS = ("main.py", "kernels", "classification", "detection", "segmentation", "analyze")
 
 
 def room_of(module: str) -> str | None:
     """The room of an import name: None for other people's packages, "vmamba" for the package's own __init__."""
-    for name in [*(room for level in ROOMS for room in level), *HELPERS]:
+    for name in (room for level in ROOMS for room in level):
         if module == name or module.startswith(name + "."):
-            return HELPERS.get(name, name)
+            return name
     return "vmamba" if module.partition(".")[0] == "vmamba" else None
 
 

@@ -1,15 +1,81 @@
-"""Config values as YAML and the command line give them, made the type that a key takes.
+"""What a named setting takes, a config's key or a model's option alike: kinds of values, and bounds on them.
 
-A key takes one of several kinds, a tuple of: bool, int, float, str, None, or [t] for a list of t.
+A setting takes one of several kinds, a tuple of: bool, int, float, str, None, or [t] for a list of t.
 """
 
 import ast
 import math
+import numbers
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
+from vmamba.errors import UserError, unknown
+
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+@dataclass(frozen=True)
+class Takes:
+    """The values a setting takes.  Bounds and choices hold for each item of a list."""
+
+    kinds: tuple
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    choices: Callable[[], Iterable[str]] | tuple[str, ...] | None = None  # of strings; a function where they may grow
+    length: int | None = None  # of a list
+
+    def check(self, name: str, value: Any) -> Any:
+        """`value` as the first of `kinds` it fits.  Raises UserError, naming `name` and what it takes."""
+        try:
+            value = convert(value, self.kinds)
+        except TypeError:
+            kind = type(value).__name__
+            raise UserError(f"{name} is {value!r} ({kind}); expected {describe(self.kinds)}") from None
+        items = value if isinstance(value, list) else [value]
+        if self.length is not None and isinstance(value, list) and len(value) != self.length:
+            raise UserError(f"{name} is {value}; expected {self.length} values")
+        for item in items:
+            self._check_item(name, value, item)
+        return value
+
+    def _check_item(self, name: str, value: Any, item: Any) -> None:
+        if isinstance(item, str) and self.choices is not None:
+            choices = self.choices() if callable(self.choices) else self.choices
+            if item not in choices:
+                raise unknown(name, item, choices)
+        if isinstance(item, (int, float)) and not isinstance(item, bool) and not self._in_bounds(item):
+            raise UserError(f"{name} is {value}; it must be {self.bounds()}")
+
+    def _in_bounds(self, number: float) -> bool:
+        return not (
+            (self.at_least is not None and number < self.at_least)
+            or (self.above is not None and number <= self.above)
+            or (self.at_most is not None and number > self.at_most)
+            or (self.below is not None and number >= self.below)
+        )
+
+    def bounds(self) -> str:
+        """In words; "" where there are none."""
+        if (self.at_least, self.at_most) != (None, None) and None not in (self.at_least, self.at_most):
+            return f"between {self.at_least} and {self.at_most}"
+        words = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
+        return " and ".join(f"{word} {bound}" for word, bound in words.items() if bound is not None)
+
+    def __str__(self) -> str:
+        """In words, for a table of settings."""
+        if self.choices is not None and not callable(self.choices):
+            return ", ".join(choice or "''" for choice in self.choices)
+        return " ".join(filter(None, [describe(self.kinds), self.bounds()]))
+
+
+def kinds_of(default: Any) -> tuple:
+    """What a setting takes whose `default` says it: its type, for a list that of its first item."""
+    return ([type(default[0])],) if isinstance(default, (list, tuple)) else (type(default),)
 
 
 def from_text(text: str, kinds: tuple) -> Any:
@@ -41,10 +107,12 @@ def convert(value: Any, kinds: tuple) -> Any:
 def _fits(value: Any, kind: type | None) -> bool:
     if kind is None:
         return value is None or (isinstance(value, str) and value.lower() in ("none", "null"))
-    if kind is not float:
+    if isinstance(value, bool) or kind in (bool, str):
         return type(value) is kind
+    if kind is int:
+        return isinstance(value, numbers.Integral)
     try:  # YAML reads 1e-3 as a string
-        return not isinstance(value, bool) and math.isfinite(float(value))
+        return math.isfinite(float(value))
     except (TypeError, ValueError):
         return False
 
@@ -54,7 +122,7 @@ def _cast(value: Any, kind: type | None) -> Any:
 
 
 def describe(kinds: tuple) -> str:
-    """`kinds` in words, for an error."""
+    """`kinds` in words."""
     names = {bool: "true or false", int: "an integer", float: "a number", str: "a string", None: "null"}
     lists = {int: "a list of integers", float: "a list of numbers", str: "a list of strings"}
     return " or ".join(lists[kind[0]] if isinstance(kind, list) else names[kind] for kind in kinds)

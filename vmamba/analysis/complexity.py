@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from vmamba.analysis.tables import markdown, write_json, write_text
+from vmamba.analysis.tables import markdown, write_json
 from vmamba.analysis.zoo import create
+from vmamba.files import write_text
 from vmamba.models.flops import complexity
 
 

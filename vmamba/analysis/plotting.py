@@ -6,8 +6,7 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from vmamba.analysis.tables import cannot_write
-from vmamba.runtime.checkpoint import write_atomically
+from vmamba.files import make_folder, write_atomically
 
 # Okabe and Ito's palette (jfly.uni-koeln.de/color), without its yellow, which is faint on paper.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -32,10 +31,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save_figure(figure: Figure, path: Path, dpi: int = 110) -> None:
     """Write `path` with the suffixes .pdf and .png.  Raises UserError where they cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    make_folder(path.parent)
     for kind in ("pdf", "png"):
         write_atomically(
             path.with_suffix(f".{kind}"),

@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from vmamba.analysis import images, zoo
 from vmamba.analysis.plotting import STYLE, new_figure, save_figure
-from vmamba.analysis.tables import markdown, write_json, write_text
+from vmamba.analysis.tables import markdown, write_json
 from vmamba.errors import UserError
+from vmamba.files import write_text
 
 SHARES = (0.2, 0.3, 0.5, 0.99)  # of the contribution
 DECADES = 4  # of the colour scale

@@ -9,11 +9,12 @@ from matplotlib import rc_context
 
 from vmamba.analysis import zoo
 from vmamba.analysis.plotting import MARKERS, STYLE, new_figure, save_figure
-from vmamba.analysis.tables import markdown, write_json, write_text
+from vmamba.analysis.tables import markdown, write_json
 from vmamba.classification.data import build_eval_loader
 from vmamba.classification.engine import Run, evaluate
 from vmamba.config import get_config
 from vmamba.errors import UserError
+from vmamba.files import write_text
 from vmamba.models.flops import complexity
 from vmamba.runtime.distributed import World
 

@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from vmamba.analysis import zoo
 from vmamba.analysis.plotting import MARKERS, STYLE, new_figure, save_figure
 from vmamba.analysis.tables import markdown as markdown_table
-from vmamba.analysis.tables import write_json, write_text
+from vmamba.analysis.tables import write_json
 from vmamba.errors import UserError, unknown
+from vmamba.files import write_text
 from vmamba.models.compilation import COMPILE_MODES
 from vmamba.models.flops import complexity
 from vmamba.models.vssm import VSSM

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from vmamba.analysis import zoo
-from vmamba.analysis.tables import markdown, write_text
+from vmamba.analysis.tables import markdown
+from vmamba.files import write_text
 from vmamba.models.flops import complexity
 from vmamba.models.vssm import VSSM
 

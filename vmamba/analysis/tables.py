@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vmamba.runtime.checkpoint import cannot_write, write_atomically
+from vmamba.files import write_text
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -19,15 +19,6 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 def write_json(path: Path, content: Any) -> None:
     """Raises UserError where the file cannot be written."""
     write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Raises UserError where the file cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _text(value: Any) -> str:

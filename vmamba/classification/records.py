@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 
-from vmamba.runtime.checkpoint import cannot_write, write_atomically
+from vmamba.files import cannot_write, write_atomically
 from vmamba.runtime.logging import read_metrics, write_metrics
 
 SECONDS_BETWEEN_PICTURES = 60  # one takes half a second

@@ -1,42 +1,15 @@
 """Checkpoints on disk: written beside the old one and renamed, read without running what they hold."""
 
-import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from vmamba.errors import UserError
+from vmamba.files import write_atomically
 from vmamba.models.pretrained import local_file
 from vmamba.models.pretrained import read_file as read_checkpoint
-
-
-def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Replace the file at `path` by what `write` puts into the open file it is given: wholly, or not at all.
-
-    Raises UserError when the folder cannot be written or the disk is full; the old file is then untouched.
-    """
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        with beside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException as error:
-        with suppress(OSError):
-            beside.unlink()
-        for reason in (error, error.__context__):  # torch.save hides the system's error behind one of its own
-            if isinstance(reason, OSError):
-                raise cannot_write(path, reason) from error
-        raise
-
-
-def cannot_write(path: str | Path, error: OSError) -> UserError:
-    return UserError(f"cannot write '{path}': {error.strerror}; free some space or choose another folder with --output")
 
 
 def save_checkpoint(state: Any, path: str | Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from termcolor import colored
 from tqdm import tqdm
 
-from vmamba.runtime.checkpoint import cannot_write, write_atomically
+from vmamba.files import cannot_write, write_atomically
 from vmamba.runtime.distributed import World, on_main
 
 
