@@ -79,7 +79,7 @@ def test_values_take_the_type_of_their_key(tmp_path):
         ("TRAIN: {EMA: {ENABLE: 3}}", "expected true or false"),
         ("TRAIN: 5", "TRAIN is 5; expected a section"),
         ("TAG: 12", "expected a string"),
-        ("DATA: {IMG_SIZE: [224, 224, 3]}", "one side or"),
+        ("DATA: {IMG_SIZE: [224, 224, 3]}", "expected 2 values"),
         ("DATA: {IMG_SIZE: 22.5}", "an integer or a list of integers"),
         ("DATA: {CACHE_MODE: ful}", "did you mean 'full'?"),
         ("DATA: {INTERPOLATION: bicubik}", "did you mean 'bicubic'?"),

@@ -3,14 +3,22 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+_MOST_LISTED = 30
+
 
 class UserError(ValueError):
     """Something the user can mend.  Its text is one sentence: the value, the place, the remedy."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a name that is not among `known`: it names the nearest right one, or lists them all."""
+    """The error for a name that is not among `known`: it names the nearest right one, or lists them."""
     known = sorted(known)
-    nearest = get_close_matches(name, known, n=1, cutoff=0.6)
-    hint = f"did you mean '{nearest[0]}'?" if nearest else f"known: {', '.join(each or repr(each) for each in known)}"
-    return UserError(f"unknown {kind} '{name}'; {hint}")
+    near = nearest(name, known)
+    listed = ", ".join(each or repr(each) for each in known[:_MOST_LISTED])
+    more = f" and {len(known) - _MOST_LISTED} more" if len(known) > _MOST_LISTED else ""
+    return UserError(f"unknown {kind} '{name}'; " + (f"did you mean '{near}'?" if near else f"known: {listed}{more}"))
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The one of `known` that `name` is likely a misspelling of."""
+    return next(iter(get_close_matches(name, list(known), n=1, cutoff=0.6)), None)

@@ -3,18 +3,13 @@
 A setting takes one of several kinds, a tuple of: bool, int, float, str, None, or [t] for a list of t.
 """
 
-import ast
 import math
 import numbers
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from vmamba.errors import UserError, unknown
-
-_BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
 @dataclass(frozen=True)
@@ -31,11 +26,13 @@ class Takes:
 
     def check(self, name: str, value: Any) -> Any:
         """`value` as the first of `kinds` it fits.  Raises UserError, naming `name` and what it takes."""
+        if any(isinstance(kind, list) and _fits(value, kind[0]) and kind[0] not in self.kinds for kind in self.kinds):
+            value = [value]  # one number serves as a list of one
         try:
-            value = convert(value, self.kinds)
+            value = _convert(value, self.kinds)
         except TypeError:
             kind = type(value).__name__
-            raise UserError(f"{name} is {value!r} ({kind}); expected {describe(self.kinds)}") from None
+            raise UserError(f"{name} is {value!r} ({kind}); expected {_describe(self.kinds)}") from None
         items = value if isinstance(value, list) else [value]
         if self.length is not None and isinstance(value, list) and len(value) != self.length:
             raise UserError(f"{name} is {value}; expected {self.length} values")
@@ -70,7 +67,7 @@ class Takes:
         """In words, for a table of settings."""
         if self.choices is not None and not callable(self.choices):
             return ", ".join(choice or "''" for choice in self.choices)
-        return " ".join(filter(None, [describe(self.kinds), self.bounds()]))
+        return " ".join(filter(None, [_describe(self.kinds), self.bounds()]))
 
 
 def kinds_of(default: Any) -> tuple:
@@ -78,22 +75,7 @@ def kinds_of(default: Any) -> tuple:
     return ([type(default[0])],) if isinstance(default, (list, tuple)) else (type(default),)
 
 
-def from_text(text: str, kinds: tuple) -> Any:
-    """What `text` of the command line means where one of `kinds` is expected."""
-    if str in kinds and int not in kinds:
-        return text
-    if kinds == (bool,):
-        return _BOOLEANS.get(text.lower(), text)
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError:
-            return text
-
-
-def convert(value: Any, kinds: tuple) -> Any:
+def _convert(value: Any, kinds: tuple) -> Any:
     """`value` as the first of `kinds` it fits; TypeError if none."""
     for kind in kinds:
         if isinstance(kind, list):
@@ -121,7 +103,7 @@ def _cast(value: Any, kind: type | None) -> Any:
     return None if kind is None else kind(value)
 
 
-def describe(kinds: tuple) -> str:
+def _describe(kinds: tuple) -> str:
     """`kinds` in words."""
     names = {bool: "true or false", int: "an integer", float: "a number", str: "a string", None: "null"}
     lists = {int: "a list of integers", float: "a list of numbers", str: "a list of strings"}

@@ -1,0 +1,33 @@
+"""The keys that only classification has."""
+
+from vmamba.config.keys import key, share, switch
+
+_FILTERS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+
+KEYS = (
+    key("DATA.DATASET", "imagenet", "imagenet (folders), digits, cifar10, cifar100, or one of timm's (torch/, hfds/)"),
+    key("DATA.IMG_SIZE", 224, "a side in pixels, or [height, width]", kinds=(int, [int]), at_least=1, length=2),
+    key("DATA.INTERPOLATION", "bicubic", "of resizing", choices=_FILTERS),
+    switch("DATA.ZIP_MODE", "read train.zip, train_map.txt, val.zip, val_map.txt instead of folders", flag="zip"),
+    key("DATA.CACHE_MODE", "part", "what is kept of archives", choices=("no", "part", "full"), flag="cache-mode"),
+    key("DATA.TRAIN_SPLIT", "train", "its name, for data sets opened by timm"),
+    key("DATA.VAL_SPLIT", "validation", "likewise"),
+    #
+    share("MODEL.LABEL_SMOOTHING", 0.1, "of the targets"),
+    switch("MODEL.DROP_HEAD", "start with a new head instead of that of the weights", flag="drop-head"),
+    #
+    share("AUG.HFLIP", 0.5, "probability of a horizontal flip"),
+    key("AUG.COLOR_JITTER", 0.4, "applies where AUTO_AUGMENT is off", at_least=0),
+    key("AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "timm's notation; null: off", kinds=(None, str)),
+    share("AUG.REPROB", 0.25, "probability of random erasing"),
+    key("AUG.REMODE", "pixel", "what erased regions are filled with", choices=("const", "rand", "pixel")),
+    key("AUG.RECOUNT", 1, "erased regions", at_least=1),
+    key("AUG.MIXUP", 0.8, "alpha; 0: off", at_least=0),
+    key("AUG.CUTMIX", 1.0, "alpha; 0: off", at_least=0),
+    share("AUG.CUTMIX_MINMAX", None, "[least, most] of a side to cut; null: by CUTMIX", kinds=(None, [float])),
+    share("AUG.MIXUP_PROB", 1.0, "of a micro-batch being mixed"),
+    share("AUG.MIXUP_SWITCH_PROB", 0.5, "of cutmix where both are on"),
+    key("AUG.MIXUP_MODE", "batch", "one draw a micro-batch, a pair or an image", choices=("batch", "pair", "elem")),
+    #
+    switch("TEST.CROP", "resize to 256/224 of IMG_SIZE and crop the centre; false: resize to IMG_SIZE", default=True),
+)
