@@ -13,7 +13,7 @@ from vmamba.errors import nearest
 
 
 def argument_parser(description: str | None = None) -> argparse.ArgumentParser:
-    """The flags of every task.  Underscores serve as hyphens; a flag that turns something on takes true, false or nothing.
+    """The flags of every task.  Underscores serve as hyphens; a switch takes true, false or nothing.
 
     What is wrong on the command line ends the program with one sentence and status 2.
     """
@@ -23,14 +23,12 @@ def argument_parser(description: str | None = None) -> argparse.ArgumentParser:
         "--opts", nargs="+", action="extend", default=[], metavar=("KEY", "VALUE"), help="set any key of docs/config.md"
     )
     for key in _flags().values():
-        text = key.meaning + ("" if key.default in ("", None) else f" (default: {_shown(key.default)})")
+        text = key.meaning + (f"; one of {key.takes}" if key.takes.choices else "")
+        text += "" if key.default in ("", None) else f" (default: {_shown(key.default)})"
         if key.takes.kinds == (bool,):
             _add_switch(parser, key.flag, text)
         else:
-            listed = f"; {key.takes}" if key.takes.choices else ""
-            parser.add_argument(
-                f"--{key.flag}", metavar=key.name.rpartition(".")[2], help=(text + listed).replace("%", "%%")
-            )
+            parser.add_argument(f"--{key.flag}", metavar=key.name.rpartition(".")[2], help=text.replace("%", "%%"))
     _add_switch(parser, "disable-amp", "compute in float32")
     parser.add_argument("--amp-opt-level", choices=["O0", "O1"], help="apex's names: O0 is --disable-amp, O1 autocast")
     parser.add_argument("--local-rank", type=int, help="passed by torch.distributed.launch; LOCAL_RANK is what counts")
