@@ -1,13 +1,16 @@
-"""Train, evaluate (--eval) or time (--throughput) a classifier: python main.py --cfg configs/vmamba_tiny.yaml
+"""Train, evaluate (--eval) or time (--throughput) a model: python main.py --cfg configs/vmamba_tiny.yaml
 
 Alone, under torchrun, under torch.distributed.launch or under srun; --help lists the flags.
 """
 
 import sys
+from pathlib import Path
 
-from vmamba.classification.engine import run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's vmamba, whatever else is called so
+
 from vmamba.config import argument_parser, config_from_args
 from vmamba.runtime.cli import exit_code
+from vmamba.runtime.trainer import run
 
 if __name__ == "__main__":
     args = argument_parser(__doc__).parse_args()

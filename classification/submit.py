@@ -6,11 +6,11 @@ and resumes.
 
 import sys
 
-from vmamba.classification.engine import run
 from vmamba.config import argument_parser, config_from_args, output_folder
 from vmamba.errors import UserError
 from vmamba.runtime.cli import exit_code
 from vmamba.runtime.slurm import Job, Resources, minutes, sbatch_file, submit
+from vmamba.runtime.trainer import run
 
 
 def main() -> None:

@@ -10,15 +10,10 @@ import torch
 from PIL import Image
 from timm.data import Mixup, create_transform
 
-from vmamba.classification.data import (
-    build_eval_loader,
-    build_mixup,
-    build_train_loader,
-    build_transform,
-    preserved_generators,
-    seed_generators,
-)
+from vmamba.classification.data import build_eval_loader, build_train_loader
+from vmamba.classification.transforms import build_mixup, build_transform
 from vmamba.config import get_config
+from vmamba.data.draws import preserved_generators, seed_generators
 from vmamba.errors import UserError
 
 DIGITS = {"DATASET": "digits", "IMG_SIZE": 16, "NUM_WORKERS": 0, "BATCH_SIZE": 64}
@@ -155,17 +150,19 @@ def test_evaluation_takes_each_image_once_over_all_processes(folders):
 # ------------------------------------------------------------------------------------------------ mixing
 
 
-def test_mixup_is_timms_and_depends_on_the_step_only():
+def test_mixup_is_timms_and_depends_on_step_and_part_only():
     config = config_of("MODEL.LABEL_SMOOTHING", 0.1)
     mix = build_mixup(config)
     images, labels = torch.rand(8, 3, 6, 6), torch.arange(8)
     before = np.random.get_state()[1].tolist()
-    results = {step: mix(images.clone(), labels, step=step) for step in range(6)}
+    results = {step: mix(images.clone(), labels, step=step, part=0) for step in range(6)}
     assert np.random.get_state()[1].tolist() == before
     again = build_mixup(config)
     for step in (3, 0):  # in any order
-        assert same([results[step]], [again(images.clone(), labels, step=step)])
+        assert same([results[step]], [again(images.clone(), labels, step=step, part=0)])
     assert len({targets[0].tolist()[0] for _, targets in results.values()}) > 3
+    parts = [mix(images.clone(), labels, step=0, part=part)[1] for part in range(6)]
+    assert len({targets[0].tolist()[0] for targets in parts}) > 3  # each micro-batch of each process draws its own
     peer = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=10)
     with seeded(config.SEED, 2, 5):
         assert same([results[5]], [peer(images.clone(), labels)])
@@ -342,7 +339,7 @@ def test_a_folder_without_readable_images_ends_the_run(folders):
 
 def test_a_label_out_of_range_is_named(folders):
     loader = build_train_loader(of_folders(folders), rank=0, world_size=1)
-    samples = loader._loader.dataset.source.samples
+    samples = loader._loader.dataset.source.source.samples
     samples[7] = (samples[7][0], 2)
     with pytest.raises(UserError, match=r"label 2 of '.*class1/1.png' is out of range; MODEL.NUM_CLASSES is 2"):
         list(loader)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vmamba.classification.engine import run
 from vmamba.config import output_folder
+from vmamba.runtime.trainer import run
 
 from .tiny import ALONE, ROOT, command, log, metrics, saved, tiny_config, tiny_file
 
@@ -75,7 +75,7 @@ def test_from_classification_the_old_launcher_evaluates_every_image_once(folder,
     out = launch("launch", ["main.py", *arguments, "--batch-size", "5"], ROOT / "classification")
     (line,) = [line for line in out.splitlines() if "last.pth: " in line]
     assert re.findall(r"top-1 ([\d.]+)%", line) == [f"{results[key]:.2f}" for key in ("acc1", "ema_acc1")]
-    assert re.findall(r"loss ([\d.]+)", line) == [f"{results[key]:.4f}" for key in ("loss", "ema_loss")]
+    assert re.findall(r"loss ([\d.]+)", line) == [f"{results[key]:.4f}" for key in ("val_loss", "ema_val_loss")]
 
 
 def test_a_local_job_warned_in_time_is_requeued_and_resumes(folder, one_process):

@@ -5,9 +5,9 @@ import torch
 from yacs.config import CfgNode
 
 import vmamba
-from vmamba.classification.engine import run
 from vmamba.config import argument_parser, config_from_args, output_folder
 from vmamba.errors import UserError
+from vmamba.runtime.trainer import run
 
 from .tiny import CLASSES, command, log, saved, tiny_config
 
@@ -41,8 +41,8 @@ def test_evaluating_a_released_file_gives_both_weights_or_the_chosen(released, t
     both = run(tiny_config(tmp_path, "EVAL_MODE", True, key, released()))
     for weights, prefix in (("model", ""), ("ema", "ema_")):
         one = run(tiny_config(tmp_path, "EVAL_MODE", True, key, released(), "MODEL.WEIGHTS", weights))
-        assert one == {name: both[prefix + name] for name in ("loss", "acc1", "acc5")}
-    assert both["loss"] != both["ema_loss"]
+        assert one == {name: both[prefix + name] for name in ("val_loss", "acc1", "acc5")}
+    assert both["val_loss"] != both["ema_val_loss"]
 
 
 @pytest.mark.parametrize("key", ["MODEL.PRETRAINED", "MODEL.RESUME"])
@@ -50,7 +50,7 @@ def test_training_starts_from_the_averaged_weights_of_a_released_file_and_says_s
     config = tiny_config(tmp_path, key, released(), "TRAIN.EPOCHS", 0)
     results = run(config)
     expected = run(tiny_config(tmp_path, "EVAL_MODE", True, "MODEL.RESUME", released(), "MODEL.WEIGHTS", "ema"))
-    assert results["loss"] == results["ema_loss"] == expected["loss"]
+    assert results["val_loss"] == results["ema_val_loss"] == expected["val_loss"]
     assert "taking the weights 'model_ema' (epoch 3, 60.00% top-1), not 'model'" in log(config)
     assert "starting from the weights in" in log(config)
 

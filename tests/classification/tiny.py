@@ -11,7 +11,7 @@ from PIL import Image
 
 from vmamba.config import get_config, output_folder
 from vmamba.runtime.checkpoint import read_checkpoint
-from vmamba.runtime.logging import read_metrics
+from vmamba.runtime.records import read_metrics
 
 ROOT = Path(__file__).parents[2]
 CLASSES, TRAINING, HELD_OUT = 6, 30, 12
@@ -67,9 +67,12 @@ def saved(config, name="last.pth"):
 
 
 def metrics(config):
-    """The epochs' lines without their times."""
+    """The epochs' lines without what differs from run to run."""
     lines = read_metrics(output_folder(config) / "metrics.jsonl")
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [
+        {key: value for key, value in line.items() if key not in ("seconds", "images_per_second", "memory_mb")}
+        for line in lines
+    ]
 
 
 def log(config):

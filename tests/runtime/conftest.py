@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from vmamba.config import get_config
 from vmamba.runtime.distributed import World
 from vmamba.runtime.optim import Schedule, build_optimizer
+from vmamba.runtime.plan import build_plan
 from vmamba.runtime.precision import build_scaler
 from vmamba.runtime.state import TrainState
 from vmamba.runtime.step import OptimizerStep
@@ -29,18 +30,16 @@ class Tiny:
             model=model,
             ema=ModelEmaV3(model, decay=0.9, use_warmup=True) if self.config.TRAIN.EMA.ENABLE else None,
             optimizer=optimizer,
-            schedule=Schedule(self.config, optimizer, steps_per_epoch),
+            schedule=Schedule(self.config, optimizer, build_plan(self.config, steps_per_epoch)),
             scaler=build_scaler(self.config, CPU.device),
             steps_per_epoch=steps_per_epoch,
             config=yaml.safe_load(self.config.dump()),
         )
-        self.step = OptimizerStep(self.config, CPU, model, self.loss_of)
+        self.step = OptimizerStep(self.config, CPU, model, self.loss)
 
-    def loss_of(self, batch):
+    def loss(self, model, batch, *, step, part):
         inputs, targets = batch
-        with torch.autocast("cpu", torch.float16, enabled=self.state.scaler.is_enabled()):
-            logits = self.state.model(inputs)
-        return F.cross_entropy(logits.float(), targets)
+        return F.cross_entropy(model(inputs).float(), targets)
 
     def batch(self, index, size=8):
         generator = torch.Generator().manual_seed(index)

@@ -83,18 +83,42 @@ def test_only_the_state_of_a_run_resumes(tmp_path):
     assert read_training_state(tmp_path / "released.pth") is None
 
 
-def test_the_newest_that_loads_is_found_and_the_skipped_are_named(tmp_path):
-    for age, name in enumerate(["last.pth", "best.pth", "old.pth"]):
-        save_checkpoint(State(name=name), tmp_path / name)
-        os.utime(tmp_path / name, ns=(10**9 * (9 - age),) * 2)
+def state_at(step, recorded=0):
+    return State(steps_per_epoch=10, step=step, recorded=recorded, epoch=recorded // 10)
+
+
+def test_the_furthest_is_found_whatever_the_files_were_touched(tmp_path):
+    states = {"last.pth": state_at(30, 20), "best.pth": state_at(30, 30), "step_10.pth": state_at(10, 10)}
+    for age, (name, state) in enumerate(states.items()):
+        save_checkpoint(state, tmp_path / name)
+        os.utime(tmp_path / name, ns=(10**9 * (9 + age),) * 2)
     (tmp_path / ".last.pth.tmp").write_bytes(b"what a killed process left")
+    assert newest_checkpoint(tmp_path) == (tmp_path / "best.pth", [])  # of the same step, but evaluated
+    save_checkpoint(state_at(30, 30), tmp_path / "last.pth")
+    os.utime(tmp_path / "last.pth", ns=(1, 1))
     assert newest_checkpoint(tmp_path) == (tmp_path / "last.pth", [])
     os.truncate(tmp_path / "last.pth", 100)
-    os.utime(tmp_path / "last.pth", ns=(10**10,) * 2)
     path, skipped = newest_checkpoint(tmp_path)
     assert path == tmp_path / "best.pth"
-    assert len(skipped) == 1
-    assert "last.pth" in skipped[0]
+    assert len(skipped) == 1 and "last.pth" in skipped[0]
+
+
+def test_what_others_put_there_is_passed_over_and_never_overwritten(tmp_path):
+    save_checkpoint(State(weight=torch.zeros(3)), tmp_path / "exported_ema.pth")
+    (tmp_path / "notes.pth").write_text("no checkpoint at all")
+    path, skipped = newest_checkpoint(tmp_path)
+    assert path is None and len(skipped) == 2
+    save_checkpoint(state_at(3), tmp_path / "last.pth")
+    assert newest_checkpoint(tmp_path)[0] == tmp_path / "last.pth"
+    save_checkpoint(State(weight=torch.zeros(3)), tmp_path / "best.pth")
+    with pytest.raises(UserError, match=r"best\.pth' is not the state of a run and would be overwritten; move it away"):
+        newest_checkpoint(tmp_path)
+
+
+def test_a_state_of_the_first_version_tells_how_far_it_is(tmp_path):
+    save_checkpoint(State(steps_per_epoch=10, step=20, epoch=1), tmp_path / "last.pth")
+    save_checkpoint(State(steps_per_epoch=10, step=20, epoch=2), tmp_path / "best.pth")
+    assert newest_checkpoint(tmp_path)[0] == tmp_path / "best.pth"
 
 
 def test_a_folder_with_nothing_but_damaged_checkpoints_is_not_an_empty_one(tmp_path):

@@ -8,7 +8,10 @@ from vmamba.runtime import distributed
 
 LAUNCHERS = {
     "none": ({}, (0, 1, 0)),
-    "torchrun": ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, (3, 4, 1)),
+    "torchrun": (
+        {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
+        (3, 4, 1),
+    ),
     "srun": (
         {
             "SLURM_STEP_NUM_TASKS": "16",

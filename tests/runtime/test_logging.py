@@ -7,7 +7,8 @@ import pytest
 
 from vmamba.errors import UserError
 from vmamba.runtime.distributed import World
-from vmamba.runtime.logging import Pace, create_logger, progress, read_metrics, write_metrics
+from vmamba.runtime.logging import Pace, create_logger, progress
+from vmamba.runtime.records import read_metrics, write_metrics
 
 from .conftest import CPU
 

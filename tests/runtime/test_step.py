@@ -60,7 +60,7 @@ def test_a_bad_step_is_skipped_without_a_trace_and_counted(tiny, same):
     assert same(before, after)  # running statistics of the batch norm included
     assert (case.state.step, case.state.bad_steps, case.state.bad_steps_in_a_row) == (3, 1, 1)
     case.train(1)
-    assert (case.state.bad_steps, case.state.bad_steps_in_a_row, case.state.epoch_loss_steps) == (1, 0, 3)
+    assert (case.state.bad_steps, case.state.bad_steps_in_a_row, case.state.round_good_steps) == (1, 0, 3)
 
 
 def test_a_gradient_that_is_not_finite_is_a_bad_step_too(tiny):

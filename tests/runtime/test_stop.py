@@ -6,7 +6,8 @@ import pytest
 
 from vmamba.errors import UserError
 from vmamba.runtime.cli import exit_code
-from vmamba.runtime.stop import SIGNALS, Stopped, StopRequest
+from vmamba.runtime.stop import Stopped, StopRequest
+from vmamba.signals import STOP_SIGNALS as SIGNALS
 from vmamba_kernels import BackendError
 
 

@@ -19,14 +19,11 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from yacs.config import CfgNode
 
+from vmamba.data.images import UnreadableImage
 from vmamba.errors import UserError, unknown
 
 DIGITS_HELD_OUT = 360  # of 1,797
 _CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
-
-
-class UnreadableImage(Exception):
-    """An image that cannot be read or decoded.  Its text names the image and says why."""
 
 
 class Source:

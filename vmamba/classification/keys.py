@@ -14,7 +14,6 @@ KEYS = (
     key("DATA.VAL_SPLIT", "validation", "likewise"),
     #
     share("MODEL.LABEL_SMOOTHING", 0.1, "of the targets"),
-    switch("MODEL.DROP_HEAD", "start with a new head instead of that of the weights", flag="drop-head"),
     #
     share("AUG.HFLIP", 0.5, "probability of a horizontal flip"),
     key("AUG.COLOR_JITTER", 0.4, "applies where AUTO_AUGMENT is off", at_least=0),

@@ -72,6 +72,7 @@ COMMON = (
     key("MODEL.BACKEND", "auto", "of the scan; see vmamba_kernels.backends()"),
     key("MODEL.PRETRAINED", "", "weights to start from: a file or an address", flag="pretrained"),
     key("MODEL.WEIGHTS", "auto", "auto: the better, EMA where unknown", choices=("auto", "ema", "model")),
+    switch("MODEL.DROP_HEAD", "start with a new head instead of that of the weights", flag="drop-head"),
     key("MODEL.RESUME", "", "checkpoint of a run, or its folder, to go on with", flag="resume"),
     #
     key("TRAIN.EPOCHS", 300, "passes over the training images", at_least=0, also="max_epochs num_epochs"),

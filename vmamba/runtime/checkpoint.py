@@ -11,6 +11,8 @@ from vmamba.files import write_atomically
 from vmamba.models.pretrained import local_file
 from vmamba.models.pretrained import read_file as read_checkpoint
 
+LAST, BEST = "last.pth", "best.pth"  # what a run writes
+
 
 def save_checkpoint(state: Any, path: str | Path) -> None:
     """Write `state.state_dict()` to `path`.  Raises UserError where that fails, leaving the old file as it was."""
@@ -20,22 +22,49 @@ def save_checkpoint(state: Any, path: str | Path) -> None:
 def read_training_state(path_or_url: str | Path) -> dict[str, Any] | None:
     """The state that `save_checkpoint` wrote of a run of ours, None for another file.  Raises UserError for none."""
     content = read_checkpoint(local_file(path_or_url))
-    return dict(content) if isinstance(content, Mapping) and "steps_per_epoch" in content else None
+    return dict(content) if is_training_state(content) else None
+
+
+def is_training_state(content: Any) -> bool:
+    return isinstance(content, Mapping) and "steps_per_epoch" in content
 
 
 def newest_checkpoint(folder: str | Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint in `folder` that can be read, and a sentence for each newer one that cannot.
+    """The state of a run in `folder` that is the furthest, and a sentence for each file passed over.
 
-    (None, []) in a folder without checkpoints.  Raises UserError when there are some and none can be read: to start
-    over beside them would overwrite what may still be saved.
+    How far a state is stands inside it: copying and touching files changes nothing.  (None, [...]) in a folder without
+    one.  Raises UserError where a run would overwrite what is no state, or what cannot be read and may still be saved.
     """
-    skipped = []
-    for path in sorted(Path(folder).glob("*.pth"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+    states, passed_over, in_the_way = [], [], []
+    for path in sorted(Path(folder).glob("*.pth")):
         try:
-            read_checkpoint(path)
-            return path, skipped
+            content = _peek(path)
         except UserError as error:
-            skipped.append(str(error))
-    if skipped:
-        raise UserError(f"no checkpoint in '{folder}' can be read ({'; '.join(skipped)}); move them away to start over")
-    return None, skipped
+            passed_over.append(str(error))
+            in_the_way += [str(error)] if path.name in (LAST, BEST) else []
+            continue
+        if is_training_state(content):
+            # An evaluated state is further than the same one before its evaluation.
+            recorded = content.get("recorded", content.get("epoch", 0) * content["steps_per_epoch"])
+            states.append((content.get("step", 0), recorded, path.name == LAST, path))
+        elif path.name in (LAST, BEST):
+            raise UserError(
+                f"'{path}' is not the state of a run and would be overwritten; move it away, or choose another --tag"
+            )
+        else:
+            passed_over.append(f"'{path}' is not the state of a run")
+    if states:
+        return max(states)[-1], passed_over
+    if in_the_way:
+        raise UserError(
+            f"no checkpoint in '{folder}' can be read ({'; '.join(in_the_way)}); move them away to start over"
+        )
+    return None, passed_over
+
+
+def _peek(path: Path) -> Any:
+    """What the file holds, tensors left on the disk.  Raises UserError where it cannot be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # another kind of file, or a damaged one: it is read whole, which says which
+        return read_checkpoint(path)

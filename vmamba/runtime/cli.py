@@ -7,31 +7,34 @@ from collections.abc import Callable
 from vmamba.errors import UserError
 from vmamba.runtime.distributed import lost_a_process
 from vmamba.runtime.stop import Stopped
+from vmamba.runtime.streams import tolerant_streams
 from vmamba_kernels import BackendError
 
 
 def exit_code(main: Callable[[], object]) -> int:
     """Call `main`: 0 at its end, 1 and one sentence on stderr for what the user can mend, 128 + signal when a signal
     stopped it after saving.  Anything else is a bug and keeps its traceback."""
-    try:
-        main()
-    except (UserError, BackendError) as error:
-        _say(f"error: {error}")
-        return 1
-    except Stopped as stop:
-        _say(str(stop))
-        return 128 + stop.signum
-    except RuntimeError as error:
-        if not lost_a_process(error):
-            raise
-        _say("error: another process of the run has ended; what it said is the reason")
-        return 1
-    except KeyboardInterrupt:
-        _say("interrupted; the last checkpoint stays and the same command resumes from it")
-        return 130
-    return 0
+    with tolerant_streams():
+        try:
+            main()
+        except (UserError, BackendError) as error:
+            _say(f"error: {error}")
+            return 1
+        except Stopped as stop:
+            _say(str(stop))
+            return 128 + stop.signum
+        except RuntimeError as error:
+            if not lost_a_process(error):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            _say(f"error: another process of the run has ended ({reason}); what it said is the reason")
+            return 1
+        except KeyboardInterrupt:
+            _say("interrupted; the last checkpoint stays and the same command resumes from it")
+            return 130
+        return 0
 
 
 def _say(sentence: str) -> None:
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
-    print(sentence if rank == 0 else f"[rank {rank}] {sentence}", file=sys.stderr, flush=True)
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    print(sentence if rank == "0" else f"[rank {rank}] {sentence}", file=sys.stderr, flush=True)

@@ -5,7 +5,7 @@ import re
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,8 @@ class World:
 def processes(device: str = "auto") -> Iterator[World]:
     """Join the other processes of the run (NCCL on GPUs, gloo on CPUs) and leave them at the end.
 
-    `device`: "auto" (a GPU where there is one), "cpu" or "cuda".  Raises UserError where it cannot be had.
+    `device`: "auto" (a GPU where there is one), "cpu" or "cuda".  Raises UserError where it cannot be had, and where
+    the launcher's environment does not say who takes part.
     """
     rank, size, local_rank = _launched_as()
     world = World(rank, size, local_rank, _choose_device(device, local_rank))
@@ -42,9 +43,13 @@ def processes(device: str = "auto") -> Iterator[World]:
     if on_gpu:
         torch.cuda.set_device(world.device)
     if size > 1:
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo", rank=rank, world_size=size, device_id=world.device if on_gpu else None
-        )
+        try:
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo", rank=rank, world_size=size, device_id=world.device if on_gpu else None
+            )
+        except (RuntimeError, ValueError) as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise UserError(f"process {rank} of {size} cannot join the others at {where}: {error}") from error
     yield world
     # After an exception the group is left to the end of the process: closing it would wait for the others.
     if size > 1:
@@ -54,20 +59,44 @@ def processes(device: str = "auto") -> Iterator[World]:
 def _launched_as() -> tuple[int, int, int]:
     """(rank, size, local rank) from what torchrun, torch.distributed.launch or srun left in the environment."""
     env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+    if "RANK" in env or "WORLD_SIZE" in env:
+        rank, size, local_rank = _number("RANK"), _number("WORLD_SIZE"), _number("LOCAL_RANK", default="0")
+        if not 0 <= rank < size:
+            raise UserError(f"RANK is {rank} and WORLD_SIZE {size}; ranks count from 0 up to WORLD_SIZE - 1")
+        if size > 1:
+            _text("MASTER_ADDR"), _number("MASTER_PORT")
+        return rank, size, local_rank
     # Set by srun alone: a batch script that starts python itself has SLURM_NTASKS too, and no peers.
-    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in env:
-        env.setdefault("MASTER_ADDR", _address(first_host(env["SLURM_STEP_NODELIST"])))
-        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
-        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"])
+    if "SLURM_PROCID" in env and _number("SLURM_STEP_NUM_TASKS", default="1") > 1:
+        env.setdefault("MASTER_ADDR", _address(first_host(_text("SLURM_STEP_NODELIST"))))
+        env.setdefault("MASTER_PORT", str(20000 + _number("SLURM_JOB_ID") % 20000))
+        return _number("SLURM_PROCID"), _number("SLURM_STEP_NUM_TASKS"), _number("SLURM_LOCALID")
     return 0, 1, 0
+
+
+def _text(name: str, default: str | None = None) -> str:
+    value = os.environ.get(name, default)
+    if not value:
+        raise UserError(
+            f"the environment says that this is one process of several and lacks {name}; start the run with torchrun "
+            f"or srun, or unset RANK and WORLD_SIZE"
+        )
+    return value
+
+
+def _number(name: str, default: str | None = None) -> int:
+    text = _text(name, default)
+    if not text.isdecimal():
+        raise UserError(f"{name} is '{text}' in the environment; expected a whole number")
+    return int(text)
 
 
 def first_host(node_list: str) -> str:
     """The first name of a SLURM node list: "gpu[07-09,12],big1" -> "gpu07"."""
-    prefix, number, suffix = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", node_list).groups(default="")
-    return prefix + number + suffix
+    found = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", node_list)
+    if found is None:
+        raise UserError(f"SLURM_STEP_NODELIST is '{node_list}' in the environment; expected names of nodes")
+    return "".join(found.groups(default=""))
 
 
 def _address(host: str) -> str:
@@ -76,8 +105,13 @@ def _address(host: str) -> str:
         socket.getaddrinfo(host, None)
         return host
     except OSError:
-        shown = subprocess.run(["scontrol", "show", "node", host], capture_output=True, text=True, check=True).stdout
-        return re.search(r"NodeAddr=(\S+)", shown).group(1)
+        shown = ""
+        with suppress(OSError):  # without scontrol there is nobody to ask
+            shown = subprocess.run(["scontrol", "show", "node", host], capture_output=True, text=True).stdout
+        address = re.search(r"NodeAddr=(\S+)", shown)
+        if address is None:
+            raise UserError(f"the first node, '{host}', has no address that is known here; set MASTER_ADDR") from None
+        return address.group(1)
 
 
 def _choose_device(name: str, local_rank: int) -> torch.device:
@@ -130,11 +164,9 @@ def on_main(work: Callable[[], Any]) -> Any:
 
 
 def lost_a_process(error: RuntimeError) -> bool:
-    """Whether a collective failed because a process at its other end is gone."""
-    if not dist.is_initialized():
-        return False
-    gone = re.search("Connection closed by peer|Connection reset by peer|Broken pipe", str(error))
-    return isinstance(error, dist.DistError) or gone is not None
+    """Whether a collective failed because a process at its other end is gone; it may fail for other reasons too."""
+    gone = "Connection closed by peer|Connection reset by peer|Broken pipe|remote process exited"
+    return dist.is_initialized() and re.search(gone, str(error)) is not None
 
 
 def share_buffers(model: nn.Module) -> None:

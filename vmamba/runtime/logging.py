@@ -1,12 +1,10 @@
-"""What a run tells: the log, the progress bar, one JSON line an epoch."""
+"""What a run tells: the log and the progress bar.  Whatever becomes of a stream or a file, telling never ends a run."""
 
-import json
 import logging
-import math
-import resource
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,16 +13,37 @@ import torch
 from termcolor import colored
 from tqdm import tqdm
 
-from vmamba.files import cannot_write, write_atomically
+from vmamba.errors import UserError
+from vmamba.files import cannot_write, make_folder
 from vmamba.runtime.distributed import World, on_main
+from vmamba.runtime.streams import Tolerant
+
+try:
+    import resource
+except ImportError:  # Windows tells no peak of memory this way
+    resource = None
 
 
 class _Console(logging.Handler):
     """Writes above a progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        if getattr(record, "file_only", False):
+            return
+        stdout = Tolerant(sys.stdout)
+        tqdm.write(self.format(record), file=stdout)
+        stdout.flush()
+
+
+class _LogFile(logging.FileHandler):
+    """Says once, on the console, that the file takes no more."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.failed:
+            self.failed = True
+            Tolerant(sys.stderr).write(f"cannot write '{self.baseFilename}': {sys.exc_info()[1]}; the run goes on\n")
 
 
 def create_logger(world: World, folder: Path | None = None) -> logging.Logger:
@@ -40,7 +59,7 @@ def create_logger(world: World, folder: Path | None = None) -> logging.Logger:
     logger.propagate = False
     logger.setLevel(logging.DEBUG if world.main else logging.WARNING)
     console = _Console(logging.INFO if on_terminal() else logging.DEBUG)
-    moment = colored("%(asctime)s", "green") if sys.stdout.isatty() else "%(asctime)s"
+    moment = colored("%(asctime)s", "green") if Tolerant(sys.stdout).isatty() else "%(asctime)s"
     console.setFormatter(logging.Formatter(f"{moment} %(message)s", "%H:%M:%S"))
     logger.addHandler(console)
     if folder:
@@ -49,30 +68,47 @@ def create_logger(world: World, folder: Path | None = None) -> logging.Logger:
 
 
 def _file_handler(folder: Path) -> logging.Handler:
+    make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+        handler = _LogFile(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise cannot_write(folder, error) from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     return handler
 
 
+def log_the_end(logger: logging.Logger, error: BaseException) -> None:
+    """Put what ends a run into its log; the console gets it from the door."""
+    known = isinstance(error, UserError) or (str(error) and not isinstance(error, Exception))
+    text = str(error) if known else "".join(traceback.format_exception(error)).strip()
+    logger.error(f"the run ends: {text}", extra={"file_only": True})
+
+
 def on_terminal() -> bool:
-    return sys.stdout.isatty() and sys.stderr.isatty()
+    return Tolerant(sys.stdout).isatty() and Tolerant(sys.stderr).isatty()
 
 
-def progress(items: Collection, world: World, title: str) -> Iterable:
+def progress(items: Collection, world: World, title: str) -> tqdm:
     """`items`, with a bar of rate and time left on rank 0's terminal."""
     size = shutil.get_terminal_size()  # tqdm itself shows nothing on a terminal that tells no size
     shown = world.main and on_terminal()
-    return tqdm(items, desc=title, leave=False, disable=not shown, ncols=size.columns, nrows=size.lines)
+    return tqdm(
+        items,
+        desc=title,
+        leave=False,
+        disable=not shown,
+        ncols=size.columns,
+        nrows=size.lines,
+        file=Tolerant(sys.stderr),
+    )
 
 
 def memory_mb(device: torch.device) -> float:
-    """The peak of memory so far: of the GPU's allocations, or of the process on a CPU."""
+    """The peak of memory so far: of the GPU's allocations, or of the process on a CPU (nan on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if resource is None:
+        return float("nan")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
@@ -99,26 +135,3 @@ class Pace:
         seconds, waiting = (now - self._start) / steps, self._waiting / steps
         self._start, self._step, self._waiting = now, step, 0.0
         return seconds, waiting
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The epochs in a metrics.jsonl, in order; a line cut short by the end of a process is left out."""
-    if not path.exists():
-        return []
-    metrics = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            metrics.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return sorted(metrics, key=lambda entry: entry["epoch"])
-
-
-def write_metrics(path: Path, entry: dict[str, Any]) -> None:
-    """Put one epoch's line into a metrics.jsonl, in the place of an earlier line of that epoch."""
-    entry = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in entry.items()
-    }
-    metrics = {old["epoch"]: old for old in read_metrics(path)} | {entry["epoch"]: entry}
-    lines = [json.dumps(metrics[epoch]) for epoch in sorted(metrics)]
-    write_atomically(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))

@@ -8,6 +8,10 @@ from torch.optim import Optimizer
 from yacs.config import CfgNode
 
 from vmamba.errors import UserError, unknown
+from vmamba.runtime.plan import Plan
+
+# What of an optimiser's groups is the config's and not training's own: it survives loading a state.
+CONFIGURED = ("initial_lr", "weight_decay", "betas", "eps", "momentum", "fused")
 
 
 def build_optimizer(config: CfgNode, model: nn.Module, global_batch: int) -> Optimizer:
@@ -19,21 +23,33 @@ def build_optimizer(config: CfgNode, model: nn.Module, global_batch: int) -> Opt
     if name.removeprefix("lookahead_") not in list_optimizers():
         raise unknown("optimiser", options.NAME, list_optimizers())
     info = get_optimizer_info(name.removeprefix("lookahead_"))
+    if info.second_order:
+        raise UserError(f"TRAIN.OPTIMIZER.NAME {options.NAME} needs second derivatives, which this loop does not take")
     arguments = {}
     if info.has_eps:
         arguments["eps"] = options.EPS
-    if info.has_betas and info.num_betas == len(options.BETAS):
+    if info.has_betas and options.BETAS is not None:
+        if info.num_betas != len(options.BETAS):
+            raise UserError(
+                f"TRAIN.OPTIMIZER.BETAS is {options.BETAS} and {options.NAME} takes {info.num_betas}; null: its own"
+            )
         arguments["betas"] = tuple(options.BETAS)
     if name.removeprefix("lookahead_") in ("adam", "adamw") and next(model.parameters()).is_cuda:
         arguments["fused"] = True  # one launch for dozens of parameters: 1.7 ms a step instead of 5 (docs/log.md)
-    return create_optimizer_v2(
-        parameter_groups(model, config.TRAIN.WEIGHT_DECAY, config.TRAIN.DECAY_SSM),
-        name,
-        lr=config.TRAIN.BASE_LR * rate_scale(config, global_batch),
-        weight_decay=config.TRAIN.WEIGHT_DECAY,
-        momentum=options.MOMENTUM,
-        **arguments,
-    )
+    try:
+        return create_optimizer_v2(
+            parameter_groups(model, config.TRAIN.WEIGHT_DECAY, config.TRAIN.DECAY_SSM),
+            name,
+            lr=config.TRAIN.BASE_LR * rate_scale(config, global_batch),
+            weight_decay=config.TRAIN.WEIGHT_DECAY,
+            momentum=options.MOMENTUM,
+            **arguments,
+        )
+    except Exception as error:  # those of other packages say in many ways that these, or a GPU, are missing
+        raise UserError(
+            f"TRAIN.OPTIMIZER.NAME {options.NAME} cannot be had here: {str(error) or type(error).__name__}; install "
+            f"what it needs, or choose another such as adamw"
+        ) from error
 
 
 def rate_scale(config: CfgNode, global_batch: int) -> float:
@@ -67,36 +83,36 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_ssm: bool = Tr
 class Schedule:
     """The learning rate of every optimiser step, a function of the config and the step alone: nothing to save."""
 
-    def __init__(self, config: CfgNode, optimizer: Optimizer, steps_per_epoch: int):
-        self.config, self.optimizer, self.steps_per_epoch = config, optimizer, steps_per_epoch
+    def __init__(self, config: CfgNode, optimizer: Optimizer, plan: Plan):
+        self.config, self.optimizer, self.plan = config, optimizer, plan
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
 
     def set_rate(self, step: int) -> None:
         """Put the rate of the step after `step` completed ones into the optimiser."""
-        factor = rate_factor(self.config, step / self.steps_per_epoch)
+        factor = rate_factor(self.config, self.plan, step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
 
-def rate_factor(config: CfgNode, epoch: float) -> float:
-    """The learning rate at the (fractional) `epoch`, in units of TRAIN.BASE_LR.
+def rate_factor(config: CfgNode, plan: Plan, step: float) -> float:
+    """The learning rate after `step` steps, in units of TRAIN.BASE_LR.
 
-    A linear warm-up from TRAIN.WARMUP_LR; then down to TRAIN.MIN_LR over the epochs that remain (cosine, linear), or by
+    A linear warm-up from TRAIN.WARMUP_LR; then down to TRAIN.MIN_LR over the steps that remain (cosine, linear), or by
     DECAY_RATE at the epochs of the schedule (step, multistep), which count from the start of the run.
     """
     train, schedule = config.TRAIN, config.TRAIN.LR_SCHEDULER
     lowest = train.MIN_LR / train.BASE_LR
-    if epoch < train.WARMUP_EPOCHS:
+    epoch, warmup, end = (number / plan.steps_per_epoch for number in (step, plan.warmup_steps, plan.steps))
+    if epoch < warmup:
         start = train.WARMUP_LR / train.BASE_LR
-        return start + (1 - start) * epoch / train.WARMUP_EPOCHS
-    done = min((epoch - train.WARMUP_EPOCHS) / max(train.EPOCHS - train.WARMUP_EPOCHS, 1e-9), 1.0)
+        return start + (1 - start) * epoch / warmup
+    done = min((epoch - warmup) / max(end - warmup, 1e-9), 1.0)
     if schedule.NAME == "cosine":
         return lowest + (1 - lowest) * (1 + math.cos(math.pi * done)) / 2
     if schedule.NAME == "linear":
         return 1 - (1 - lowest) * done
     if schedule.NAME == "step":
         return schedule.DECAY_RATE ** (epoch // schedule.DECAY_EPOCHS)
-    if schedule.NAME == "multistep":
-        return schedule.DECAY_RATE ** sum(epoch >= milestone for milestone in schedule.MULTISTEPS)
-    raise unknown("schedule", schedule.NAME, ("cosine", "linear", "step", "multistep"))
+    assert schedule.NAME == "multistep", schedule.NAME
+    return schedule.DECAY_RATE ** sum(epoch >= milestone for milestone in schedule.MULTISTEPS)

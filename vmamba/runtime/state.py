@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from vmamba.errors import UserError
 from vmamba.models.weights import load_weights
 from vmamba.runtime.distributed import gather
-from vmamba.runtime.optim import Schedule
+from vmamba.runtime.optim import CONFIGURED, Schedule
 
 
 @dataclass
@@ -26,29 +26,41 @@ class TrainState:
     scaler: GradScaler
     steps_per_epoch: int
     config: dict[str, Any]  # as plain values
-    epoch: int = 0  # epochs completed
-    step: int = 0  # optimiser steps completed, over all epochs
-    bad_steps: int = 0  # steps skipped without a finite loss and gradient, over all epochs
+    step: int = 0  # optimiser steps completed
+    recorded: int = 0  # the step that the last record is of: behind it lies the round in progress
+    bad_steps: int = 0  # steps skipped without a finite loss and gradient
     bad_steps_in_a_row: int = 0
-    epoch_loss: float = 0.0  # sum over the steps of the epoch in progress, bad ones left out
-    epoch_loss_steps: int = 0
-    max_accuracy: float = -1.0  # percent; below 0: not evaluated yet
-    max_accuracy_ema: float = -1.0
+    round_loss: float = 0.0  # sums over the good steps of the round in progress
+    round_grad_norm: float = 0.0
+    round_good_steps: int = 0
+    best: dict[str, float] = field(default_factory=dict)  # the headline's best value so far; "ema_..." of the EMA
+    best_weights: str | None = None  # "model" or "ema": the better in the evaluation of just these weights
     random_states: list[dict] = field(default_factory=list)  # of every process, by rank
 
     @property
-    def step_in_epoch(self) -> int:
-        return self.step - self.epoch * self.steps_per_epoch
+    def epoch(self) -> int:
+        """Whole epochs recorded."""
+        return self.recorded // self.steps_per_epoch
 
     @property
     def mean_loss(self) -> float:
-        """Of the epoch in progress, bad steps left out."""
-        return self.epoch_loss / self.epoch_loss_steps if self.epoch_loss_steps else float("nan")
+        """Of the round in progress, bad steps left out; likewise the gradient's norm."""
+        return self.round_loss / self.round_good_steps if self.round_good_steps else float("nan")
 
     @property
-    def best(self) -> float:
-        """The best top-1 accuracy so far, of the plain or the EMA weights."""
-        return max(self.max_accuracy, self.max_accuracy_ema)
+    def mean_grad_norm(self) -> float:
+        return self.round_grad_norm / self.round_good_steps if self.round_good_steps else float("nan")
+
+    def count(self, good: bool, overflow: bool = False) -> None:
+        """One more step; an overflow of float16 is bad, but no sign of trouble."""
+        self.step += 1
+        self.best_weights = None
+        self.bad_steps += not good
+        self.bad_steps_in_a_row = 0 if good else self.bad_steps_in_a_row + (not overflow)
+
+    def finish_round(self) -> None:
+        self.recorded = self.step
+        self.round_loss, self.round_grad_norm, self.round_good_steps = 0.0, 0.0, 0
 
     def gather_random_states(self) -> None:
         """Collect the random states of all processes; all call it before one saves."""
@@ -62,6 +74,7 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         state = {name: getattr(self, name) for name in _PLAIN}
         return state | {
+            "epoch": self.epoch,
             "model": self.model.state_dict(),
             "model_ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
@@ -70,10 +83,12 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any], source: str = "the checkpoint") -> None:
-        """Take over a saved state; rates and weight decay stay the config's, so that a changed config has its effect.
+        """Take over a saved state; what the config says of the optimiser stays the config's, so that a change has its
+        effect.
 
         Raises UserError, naming `source`, when the state is of another model, optimiser or number of steps an epoch.
         """
+        state = _of_today(state)
         missing = [name for name in ("model", "optimizer", *_PLAIN) if name not in state]
         if missing:
             raise UserError(
@@ -101,7 +116,8 @@ class TrainState:
                 f"'{source}' was written with TRAIN.OPTIMIZER.NAME {saved} and this run has {name}; keep it, or start "
                 f"from the weights with --pretrained"
             )
-        own = [{key: group[key] for key in ("initial_lr", "weight_decay")} for group in self.optimizer.param_groups]
+        groups = self.optimizer.param_groups
+        own = [{key: value for key, value in group.items() if key in CONFIGURED} for group in groups]
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
@@ -116,16 +132,33 @@ class TrainState:
 _PLAIN = (
     "config",
     "steps_per_epoch",
-    "epoch",
     "step",
+    "recorded",
     "bad_steps",
     "bad_steps_in_a_row",
-    "epoch_loss",
-    "epoch_loss_steps",
-    "max_accuracy",
-    "max_accuracy_ema",
+    "round_loss",
+    "round_grad_norm",
+    "round_good_steps",
+    "best",
+    "best_weights",
     "random_states",
 )
+
+
+def _of_today(state: dict[str, Any]) -> dict[str, Any]:
+    """A state as the first version wrote it (`epoch`, `epoch_loss`, `max_accuracy`, ...) in today's names."""
+    if "epoch_loss" not in state:
+        return state
+    steps = state["epoch_loss_steps"]
+    found = {"acc1": state["max_accuracy"], "ema_acc1": state["max_accuracy_ema"]}
+    return state | {
+        "recorded": state["epoch"] * state["steps_per_epoch"],
+        "round_loss": state["epoch_loss"],
+        "round_good_steps": steps,
+        "round_grad_norm": float("nan") if steps else 0.0,  # it was not kept
+        "best": {name: value for name, value in found.items() if value >= 0},
+        "best_weights": None,
+    }
 
 
 def _random_state() -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """One optimiser step: what every task does with its batches once it can turn one into a loss."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from yacs.config import CfgNode
 from vmamba.errors import UserError
 from vmamba.models.compilation import COMPILE_MODES, WITH_CUDA_GRAPHS
 from vmamba.runtime.distributed import World, sum_over_processes
+from vmamba.runtime.precision import autocast
 from vmamba.runtime.state import TrainState
 
 
@@ -21,6 +23,11 @@ class StepReport:
     loss: float  # mean over the global batch
     grad_norm: float  # before clipping
     stop: bool  # a process was asked to stop
+    parts: dict[str, float] = field(default_factory=dict)  # what the loss is the sum of, where a task tells
+
+
+class Loss(Protocol):
+    def __call__(self, model: nn.Module, batch: Any, *, step: int, part: int) -> Tensor | dict[str, Tensor]: ...
 
 
 def parallelise(model: nn.Module, config: CfgNode, world: World) -> nn.Module:
@@ -52,14 +59,25 @@ def parallelise(model: nn.Module, config: CfgNode, world: World) -> nn.Module:
     return DistributedDataParallel(model, device_ids=[world.device] if on_gpu else None)
 
 
+def to_device(batch: Any, device: torch.device) -> Any:
+    """`batch` with its tensors, inside of sequences and mappings too, on `device`."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {name: to_device(value, device) for name, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
 class OptimizerStep:
     """Turns the micro-batches of one step into one update of `state`, the same as their union would give.
 
-    `loss_of(batch)` is the mean loss of a micro-batch through `model`, the parallel form of `state.model`.
+    `loss` is the task's, called with `model`, the parallel form of `state.model`.
     """
 
-    def __init__(self, config: CfgNode, world: World, model: nn.Module, loss_of: Callable[..., Tensor]):
-        self.config, self.world, self.model, self.loss_of = config, world, model, loss_of
+    def __init__(self, config: CfgNode, world: World, model: nn.Module, loss: Loss):
+        self.config, self.world, self.model, self.loss = config, world, model, loss
 
     def __call__(self, state: TrainState, batches: Iterable, stop: bool = False) -> StepReport:
         """One step; a step whose loss or gradient is not finite on any process is skipped on all, and counted.
@@ -69,52 +87,56 @@ class OptimizerStep:
         """
         state.schedule.set_rate(state.step)
         buffers = [buffer.clone() for buffer in state.model.buffers()]
-        loss = self._backward(state, batches)
-        sums = sum_over_processes(torch.stack([loss / self.world.size, loss.new_tensor(float(stop))]))
+        losses = self._backward(state, batches)
+        sums = torch.stack([*losses.values(), torch.zeros((), device=self.world.device).fill_(stop)])
+        sum_over_processes(sums)
         state.scaler.unscale_(state.optimizer)
         clip = self.config.TRAIN.CLIP_GRAD or float("inf")
         norm = nn.utils.clip_grad_norm_(state.model.parameters(), clip)
-        loss, stops, grad_norm = torch.cat([sums, norm[None]]).tolist()  # the one wait for the device in a step
+        loss, *parts, stops, grad_norm = torch.cat([sums, norm[None]]).tolist()  # the one wait for the device in a step
         if np.isfinite(loss) and np.isfinite(grad_norm):
             state.scaler.step(state.optimizer)
-            self._count_good(state, loss)
+            self._count_good(state, loss, grad_norm)
         else:
             for buffer, before in zip(state.model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
             self._count_bad(state, loss, grad_norm)
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
-        return StepReport(loss, grad_norm, stop=stops > 0)
+        return StepReport(loss, grad_norm, stops > 0, dict(zip([*losses][1:], parts, strict=True)))
 
-    def _backward(self, state: TrainState, batches: Iterable) -> Tensor:
-        """Accumulate the gradient of the step's mean loss; returns this process's part of that mean."""
+    def _backward(self, state: TrainState, batches: Iterable) -> dict[str, Tensor]:
+        """Accumulate the gradient of the step's mean loss; returns this process's part of that mean, of the whole loss
+        first and then of what it is made of."""
         count = self.config.TRAIN.ACCUMULATION_STEPS
-        total = torch.zeros((), device=self.world.device)
+        total = {"loss": torch.zeros((), device=self.world.device)}
         for micro_step, batch in enumerate(batches):
             # What the model draws (stochastic depth, dropout) depends on where we are, not on how we came here.
             torch.manual_seed(_mix(self.config.SEED, state.step, micro_step, self.world.rank))
             last = micro_step == count - 1
             with nullcontext() if last or self.world.size == 1 else self.model.no_sync():
-                loss = self.loss_of(batch) / count
+                with autocast(self.config, self.world.device):
+                    part = micro_step * self.world.size + self.world.rank
+                    losses = self.loss(self.model, to_device(batch, self.world.device), step=state.step, part=part)
+                parts = losses if isinstance(losses, Mapping) else {}
+                loss = (sum(parts.values()) if parts else losses) / count
                 state.scaler.scale(loss).backward()
-            total += loss.detach()
+            for name, value in {"loss": loss, **{name: part / count for name, part in parts.items()}}.items():
+                total[name] = total.get(name, 0) + value.detach() / self.world.size
         assert last, f"{micro_step + 1} micro-batches for a step of {count}"
         return total
 
-    def _count_good(self, state: TrainState, loss: float) -> None:
-        state.step += 1
-        state.bad_steps_in_a_row = 0
-        state.epoch_loss += loss
-        state.epoch_loss_steps += 1
+    def _count_good(self, state: TrainState, loss: float, grad_norm: float) -> None:
+        state.count(good=True)
+        state.round_loss += loss
+        state.round_grad_norm += grad_norm
+        state.round_good_steps += 1
         if state.ema:
             state.ema.update(state.model, step=state.step if self.config.TRAIN.EMA.WARMUP else None)
 
     def _count_bad(self, state: TrainState, loss: float, grad_norm: float) -> None:
-        state.step += 1
-        state.bad_steps += 1
-        if np.isfinite(loss) and state.scaler.is_enabled() and state.scaler.get_scale() > 1:
-            return  # an overflow of float16: the scaler halves its scale and all is well
-        state.bad_steps_in_a_row += 1
+        overflow = np.isfinite(loss) and state.scaler.is_enabled() and state.scaler.get_scale() > 1
+        state.count(good=False, overflow=overflow)  # of float16: the scaler halves its scale and all is well
         if state.bad_steps_in_a_row >= self.config.TRAIN.MAX_BAD_STEPS:
             raise UserError(
                 f"the loss ({loss:g}) or the gradient's norm ({grad_norm:g}) was not finite in "

@@ -1,0 +1,125 @@
+"""What becomes of an image before the model sees it: timm's transforms, mixup and cutmix."""
+
+import re
+from collections.abc import Callable
+
+from PIL import Image, ImageOps
+from timm.data import Mixup, create_transform
+from torch import Tensor
+from torchvision import transforms
+from yacs.config import CfgNode
+
+from vmamba.config import image_size
+from vmamba.data.draws import MIXUP, preserved_generators, seed_generators
+from vmamba.errors import UserError
+
+Batch = tuple[Tensor, Tensor]  # images (B, C, H, W), float32; labels (B,), int64, or soft (B, classes)
+_SMALL = 32  # up to this size pixels are too few to zoom into
+
+
+def build_transform(config: CfgNode, training: bool) -> Callable[[Image.Image], Tensor]:
+    """timm's transform from an image to (IN_CHANS, H, W) float32.
+
+    For training at up to 32 pixels the image is resized, padded by an eighth and cropped, instead of zoomed into.
+    """
+    size, channels, aug = image_size(config), config.MODEL.IN_CHANS, config.AUG
+    if channels not in (1, 3):
+        raise UserError(f"MODEL.IN_CHANS is {channels}; images are loaded as grayscale (1) or RGB (3)")
+    small = max(size) <= _SMALL
+    common = {
+        "input_size": (channels, *size),
+        "interpolation": config.DATA.INTERPOLATION,
+        "mean": _by_channel(config, "MEAN"),
+        "std": _by_channel(config, "STD"),
+    }
+    if not training:
+        whole = small or not config.TEST.CROP
+        return create_transform(
+            **common, crop_pct=1.0 if whole else 224 / 256, crop_mode="center" if config.TEST.CROP else "squash"
+        )
+    try:
+        transform = create_transform(
+            **common,
+            is_training=True,
+            hflip=aug.HFLIP,
+            color_jitter=aug.COLOR_JITTER or None,
+            auto_augment=_checked_policy(aug.AUTO_AUGMENT),
+            re_prob=aug.REPROB,
+            re_mode=aug.REMODE,
+            re_count=aug.RECOUNT,
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise UserError(f"timm does not know AUG.AUTO_AUGMENT '{aug.AUTO_AUGMENT}': {error}") from error
+    _let_posterize_take_zero_bits(transform)
+    if small:
+        mode = transforms.InterpolationMode(config.DATA.INTERPOLATION)
+        padded = transforms.RandomCrop(size, padding=(size[1] // 8, size[0] // 8))
+        transform.transforms[0:1] = [transforms.Resize(size, interpolation=mode), padded]
+    return transform
+
+
+def _by_channel(config: CfgNode, key: str) -> tuple[float, ...]:
+    values, channels = config.DATA[key], config.MODEL.IN_CHANS
+    if len(values) not in (1, channels):
+        raise UserError(f"DATA.{key} is {values}; expected one number, or one for each of MODEL.IN_CHANS {channels}")
+    return tuple(values) * (channels // len(values))
+
+
+def _checked_policy(policy: str | None) -> str | None:
+    """timm passes over a part it does not understand."""
+    if policy is not None and not re.fullmatch(
+        r"(rand|augmix|original|originalr|v0|v0r|3a)(-t\w+|-[a-z]+[\d.]+)*", policy
+    ):
+        raise ValueError("expected a policy with its numbers, such as rand-m9-mstd0.5-inc1, or null")
+    return policy
+
+
+def _let_posterize_take_zero_bits(transform: transforms.Compose) -> None:
+    """timm posterizes to 0 bits now and then, which Pillow 13 refuses; it used to give a black image."""
+    for step in transform.transforms:
+        for operations in [getattr(step, "ops", []), *getattr(step, "policy", [])]:
+            for operation in operations:
+                if operation.name.startswith("Posterize"):
+                    operation.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits: int, **_) -> Image.Image:
+    if bits == 0:
+        return image.point(lambda value: 0)
+    return ImageOps.posterize(image, min(bits, 8))
+
+
+def build_mixup(config: CfgNode) -> Callable[..., Batch] | None:
+    """None when mixup and cutmix are off, else mix(images, labels, step=, part=) -> images, soft labels (B, classes).
+
+    Drawn anew for every micro-batch of every process, as the released runs did: a function of (SEED, step, part),
+    `part` being the micro-batch's place in the step's global batch.  Mixes `images` in place.
+    """
+    aug = config.AUG
+    if not (aug.MIXUP or aug.CUTMIX or aug.CUTMIX_MINMAX):
+        return None
+    if config.DATA.BATCH_SIZE % 2:
+        raise UserError(
+            f"mixup and cutmix pair the images of a batch, but DATA.BATCH_SIZE is {config.DATA.BATCH_SIZE}; "
+            "make it even, or set AUG.MIXUP 0 and AUG.CUTMIX 0"
+        )
+    cut = aug.CUTMIX_MINMAX
+    if cut is not None and not (len(cut) == 2 and 0 <= cut[0] < cut[1] <= 1):
+        raise UserError(f"AUG.CUTMIX_MINMAX is {cut}; expected [smallest, largest] share of a side, such as [0.2, 0.8]")
+    mixup = Mixup(
+        mixup_alpha=aug.MIXUP,
+        cutmix_alpha=aug.CUTMIX,
+        cutmix_minmax=cut,
+        prob=aug.MIXUP_PROB,
+        switch_prob=aug.MIXUP_SWITCH_PROB,
+        mode=aug.MIXUP_MODE,
+        label_smoothing=config.MODEL.LABEL_SMOOTHING,
+        num_classes=config.MODEL.NUM_CLASSES,
+    )
+
+    def mix(images: Tensor, labels: Tensor, *, step: int, part: int) -> Batch:
+        with preserved_generators():
+            seed_generators(config.SEED, MIXUP, step, part)
+            return mixup(images, labels)
+
+    return mix

@@ -1,0 +1,229 @@
+"""Loaders of any task's batches: what they give is a function of seed, epoch and index, and their errors are values."""
+
+import errno
+import logging
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+from yacs.config import CfgNode
+
+from vmamba.data.draws import IMAGE, permutation, preserved_generators, seed_generators
+from vmamba.data.images import UnreadableImage
+from vmamba.errors import UserError
+from vmamba.signals import leave_them_to_the_parent
+
+logger = logging.getLogger("vmamba")
+
+Key = tuple[int, int]  # epoch, index of the sample
+Example = tuple[Any, list[str]] | str  # what becomes of a sample (None: nothing), the unreadable; or what ends the run
+
+_REPLACEMENTS = 10  # samples tried in the place of an unreadable one
+
+
+class Source(Protocol):
+    """Samples by index."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int) -> Any:
+        """Raises UnreadableImage where the run may go on without it, UserError where not."""
+
+
+class Examples(Dataset):
+    """Samples of `source` as `transform` makes them, by (epoch, index), a batch at a time."""
+
+    def __init__(self, config: CfgNode, source: Source, transform: Callable[[Any], Any], *, training: bool):
+        self.source, self.transform, self.training = source, transform, training
+        self.seed, self.skip = config.SEED, config.DATA.SKIP_BAD_IMAGES
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[Example]:
+        """What DataLoader calls for a batch.  Keeping the generators' states is dear, so it is done once here."""
+        with preserved_generators():
+            return [self._example(key) for key in keys]
+
+    def _example(self, key: Key) -> Example:
+        """An error is a value here: raised in a worker process it would arrive wrapped in a traceback."""
+        seed_generators(self.seed, IMAGE, *key)
+        unreadable = []
+        for index in self._candidates(key[1]):
+            try:
+                return self.transform(self.source.load(index)), unreadable
+            except UnreadableImage as error:
+                if not self.skip:
+                    return f"{error}; mend or remove it, or set DATA.SKIP_BAD_IMAGES true"
+                unreadable.append(str(error))
+            except UserError as error:
+                return str(error)
+        if self.training:
+            return f"{len(unreadable)} images in a row are unreadable, at last: {unreadable[-1]}; check the data path"
+        return None, unreadable
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        yield index
+        for _ in range(_REPLACEMENTS if self.training else 0):  # a training batch keeps its size
+            yield random.randrange(len(self.source))
+
+
+class Loader:
+    """Iterates over batches.  A UserError met in a worker process is raised here, as one sentence.
+
+    `skipped` counts the unreadable images this process met since the iteration began (DATA.SKIP_BAD_IMAGES).
+    """
+
+    def __init__(
+        self,
+        config: CfgNode,
+        examples: Examples,
+        batches: Iterable[list[Key]],
+        collate: Callable[[list[Any]], Any] = default_collate,
+    ):
+        workers = config.DATA.NUM_WORKERS
+        self.skipped = 0
+        self._named: set[str] = set()
+        self._loader = DataLoader(
+            examples,
+            batch_sampler=batches,
+            collate_fn=_Collate(collate),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            worker_init_fn=_start_worker,
+            pin_memory=config.DATA.PIN_MEMORY and config.DEVICE != "cpu" and torch.cuda.is_available(),
+            generator=torch.Generator(),  # else starting an iteration draws from PyTorch's global generator
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.skipped = 0
+        try:
+            for loaded in self._loader:
+                if isinstance(loaded, str):
+                    raise UserError(loaded)
+                batch, unreadable = loaded
+                self._count(unreadable)
+                if batch is not None:
+                    yield batch
+        except (RuntimeError, OSError) as error:
+            sentence = _lacking(error)
+            if sentence is None:
+                raise
+            raise UserError(sentence) from error
+
+    def _count(self, unreadable: list[str]) -> None:
+        self.skipped += len(unreadable)
+        for sentence in unreadable:
+            if sentence not in self._named:
+                self._named.add(sentence)
+                logger.warning("skipped an image: %s", sentence)
+
+
+class TrainLoader(Loader):
+    """Yields ACCUMULATION_STEPS micro-batches an optimiser step, of the steps that `set_epoch` names.
+
+    The samples of step s are those at s*G to (s+1)*G of the epoch's permutation, G being the global batch.
+    Raises UserError when the samples do not fill one.
+    """
+
+    def __init__(
+        self,
+        config: CfgNode,
+        examples: Examples,
+        rank: int,
+        world_size: int,
+        collate: Callable[[list[Any]], Any] = default_collate,
+    ):
+        self.images = len(examples.source)
+        self._batches = TrainingBatches(config, self.images, rank, world_size)
+        self.steps_per_epoch: int = self._batches.steps
+        super().__init__(config, examples, self._batches, collate)
+
+    def set_epoch(self, epoch: int, start_step: int = 0, end_step: int | None = None) -> None:
+        """Let the next iteration run through `epoch` from optimiser step `start_step` up to `end_step`."""
+        self._batches.epoch, self._batches.start = epoch, start_step
+        self._batches.end = self.steps_per_epoch if end_step is None else end_step
+
+
+class EvalLoader(Loader):
+    """This process's share of the samples: over all processes each comes exactly once, without padding."""
+
+    def __init__(
+        self,
+        config: CfgNode,
+        examples: Examples,
+        rank: int,
+        world_size: int,
+        collate: Callable[[list[Any]], Any] = default_collate,
+    ):
+        self.images = len(examples.source)
+        mine, size = range(rank, self.images, world_size), config.DATA.BATCH_SIZE
+        batches = [[(0, index) for index in mine[start : start + size]] for start in range(0, len(mine), size)]
+        super().__init__(config, examples, batches, collate)
+
+
+class TrainingBatches:
+    """The keys of one process's micro-batches."""
+
+    def __init__(self, config: CfgNode, images: int, rank: int, world_size: int):
+        self.seed, self.images, self.rank, self.world_size = config.SEED, images, rank, world_size
+        self.micro, self.accumulation = config.DATA.BATCH_SIZE, config.TRAIN.ACCUMULATION_STEPS
+        total = self.micro * world_size * self.accumulation
+        self.steps = images // total
+        self.epoch, self.start, self.end = 0, 0, self.steps
+        if not self.steps:
+            raise UserError(
+                f"{images} training images do not fill one batch of {total} = DATA.BATCH_SIZE {self.micro} x "
+                f"{world_size} processes x TRAIN.ACCUMULATION_STEPS {self.accumulation}; choose a smaller --batch-size"
+            )
+
+    def __len__(self) -> int:
+        return (self.end - self.start) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        order = permutation(self.seed, self.epoch, self.images).tolist()
+        for number in range(self.start * self.accumulation, self.end * self.accumulation):
+            first = (number * self.world_size + self.rank) * self.micro
+            yield [(self.epoch, index) for index in order[first : first + self.micro]]
+
+
+class _Collate:
+    """A batch, None where no example is left, with the unreadable of its examples; or the first error among them."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]):
+        self.collate = collate
+
+    def __call__(self, examples: list[Example]) -> tuple[Any, list[str]] | str:
+        for example in examples:
+            if isinstance(example, str):
+                return example
+        kept = [example for example, _ in examples if example is not None]
+        return self.collate(kept) if kept else None, [sentence for _, names in examples for sentence in names]
+
+
+def _start_worker(worker: int) -> None:
+    leave_them_to_the_parent()
+
+
+def _lacking(error: Exception) -> str | None:
+    """What the system lacks where loading failed for it; None for another error."""
+    text = str(error)
+    if getattr(error, "errno", None) == errno.EMFILE or re.search("Too many open files|ancdata", text):
+        return (
+            "the loading processes have too many files open; raise the limit (ulimit -n 65536), or set "
+            "DATA.NUM_WORKERS 0"
+        )
+    if re.search("Bus error|shared memory|No space left on device|Cannot allocate memory", text):
+        return (
+            "the loading processes have too little shared memory for their batches; enlarge /dev/shm (docker run "
+            "--shm-size 8g), or lower DATA.NUM_WORKERS or DATA.BATCH_SIZE; with DATA.NUM_WORKERS 0 none is needed"
+        )
+    if re.search(r"worker.*(exited unexpectedly|killed by signal)", text):
+        return (
+            "a loading process was killed, often for want of memory (dmesg tells); lower DATA.NUM_WORKERS, or set it "
+            "to 0 to load in the training process"
+        )
+    return None

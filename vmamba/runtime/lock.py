@@ -1,0 +1,64 @@
+"""One writer a folder: a second run there is refused, and a dead one leaves nothing in the way."""
+
+import logging
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+from vmamba.errors import UserError
+from vmamba.files import cannot_write, make_folder, remove_leftovers
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
+logger = logging.getLogger("vmamba")
+
+
+class FolderLock:
+    """Held by rank 0 of a run that trains.  The system lets go of it when the process ends, however it ends."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / ".lock"
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> None:
+        """Raises UserError, naming the holder, where another process holds it."""
+        make_folder(self.path.parent)
+        while self._file is None:
+            try:
+                file = self.path.open("a+", encoding="utf-8")
+            except OSError as error:
+                raise cannot_write(self.path, error) from error
+            self._lock(file)
+            with suppress(FileNotFoundError):  # else the holder has just ended, and removed the file that we opened
+                if os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
+                    self._file = file
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
+        remove_leftovers(self.path.parent)
+
+    def release(self) -> None:
+        if self._file:
+            with suppress(OSError):
+                self.path.unlink()
+            self._file.close()
+            self._file = None
+
+    def _lock(self, file: IO[str]) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # this process's own: loading processes do not inherit it
+        except (BlockingIOError, PermissionError):  # by POSIX either says that it is held
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(
+                f"'{self.path.parent}' is being written by {holder}; wait for its end, or choose another --tag"
+            ) from None
+        except OSError as error:
+            logger.warning(f"'{self.path}' cannot be locked ({error.strerror}): nothing keeps a second run out")

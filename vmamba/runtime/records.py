@@ -1,0 +1,116 @@
+"""What a run leaves beside its checkpoints: one JSON line a round, tensorboardX events, a picture of the curves."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tensorboardX import SummaryWriter
+
+from vmamba.files import write_atomically
+
+logger = logging.getLogger("vmamba")
+SECONDS_BETWEEN_PICTURES = 60  # one takes half a second
+
+
+class Records:
+    """metrics.jsonl, tensorboardX events and curves.png in `folder`, continued by a run that resumes there.
+
+    A record that cannot be written is a warning and no end of the run; the lines of metrics.jsonl are tried again with
+    the next one.
+    """
+
+    def __init__(self, folder: Path, panels: Mapping[str, str]):
+        self.folder, self.panels = folder, panels
+        self.events: SummaryWriter | None = None
+        self.drawn = -SECONDS_BETWEEN_PICTURES
+        self.unwritten: list[dict[str, Any]] = []
+
+    def write(self, entry: dict[str, Any], events: Mapping[str, float | None]) -> None:
+        """Record one round: its line, and `events` at its step."""
+        self.unwritten.append(entry)
+        self._try("metrics.jsonl", self._write_lines)
+        self.write_events(events, entry["step"])
+        if time.monotonic() - self.drawn > SECONDS_BETWEEN_PICTURES:
+            self.draw()
+
+    def write_events(self, events: Mapping[str, float | None], step: int) -> None:
+        self._try("TensorBoard's events", lambda: self._write_events(events, step))
+
+    def draw(self) -> None:
+        """Draw what is recorded so far; at the end of the run it is for the caller to ask."""
+        self.drawn = time.monotonic()
+        metrics = self.folder / "metrics.jsonl"
+        self._try("curves.png", lambda: draw_curves(read_metrics(metrics), self.folder / "curves.png", self.panels))
+
+    def _write_lines(self) -> None:
+        write_metrics(self.folder / "metrics.jsonl", *self.unwritten)
+        self.unwritten = []
+
+    def _write_events(self, events: Mapping[str, float | None], step: int) -> None:
+        if self.events is None:  # what a killed run wrote of this step and later ones is superseded
+            self.events = SummaryWriter(str(self.folder), purge_step=step)
+        for name, value in events.items():
+            if value is not None:
+                self.events.add_scalar(name, value, step)
+        self.events.flush()
+
+    def _try(self, what: str, work) -> None:
+        try:
+            work()
+        except Exception as error:
+            logger.warning(f"cannot record {what} in '{self.folder}': {error}; the run goes on")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rounds in a metrics.jsonl, in order; a line cut short by the end of a process is left out."""
+    if not path.exists():
+        return []
+    metrics = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            metrics.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return sorted(metrics, key=_place)
+
+
+def write_metrics(path: Path, *entries: dict[str, Any]) -> None:
+    """Put the lines of rounds into a metrics.jsonl, in the place of earlier lines of those rounds."""
+    metrics = {_place(old): old for old in read_metrics(path)}
+    for entry in entries:
+        metrics[_place(entry)] = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in entry.items()
+        }
+    lines = [json.dumps(metrics[place]) for place in sorted(metrics)]
+    write_atomically(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
+
+
+def _place(entry: Mapping[str, Any]) -> float:
+    return entry.get("step", entry["epoch"])
+
+
+def draw_curves(metrics: list[dict[str, Any]], path: Path, panels: Mapping[str, str]) -> None:
+    """Draw the losses, the results of `panels` (title -> name) and the learning rate over the epochs in `metrics` (see
+    `read_metrics`) into a PNG file."""
+    curves = {"loss": {"train_loss": "training", "val_loss": "held out", "ema_val_loss": "held out, EMA"}}
+    curves |= {title: {name: "plain", f"ema_{name}": "EMA"} for title, name in panels.items()}
+    curves |= {"learning rate": {"lr": None}}
+    figure = Figure(figsize=(4 * len(curves), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, names) in zip(figure.subplots(1, len(curves)), curves.items(), strict=True):
+        for name, label in names.items():
+            points = [(entry["epoch"], entry[name]) for entry in metrics if entry.get(name) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 3 else None)
+        axes.set(title=title, xlabel="epoch")
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=100))

@@ -1,0 +1,157 @@
+"""What a run says of itself: at its start, every few steps, after an evaluation."""
+
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from vmamba.models.ss2d import SSD2D, Mixer2D
+from vmamba.runtime.distributed import World
+from vmamba.runtime.optim import rate_scale
+from vmamba.runtime.plan import Plan
+from vmamba.runtime.precision import compute_dtype, describe_precision
+from vmamba.runtime.state import TrainState
+from vmamba.runtime.step import StepReport
+from vmamba.runtime.task import Results, Task
+from vmamba_kernels.registry import Call, choose
+
+_PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy")
+_REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def describe_start(config: CfgNode, folder: Path | None) -> list[str]:
+    """Where, by what command, with which code and seed."""
+    versions = ", ".join(f"{name} {version(name)}" for name in _PACKAGES if _installed(name))
+    return [
+        f"{shlex.join(sys.argv)}  (on {socket.gethostname()}, seed {config.SEED}"
+        + (f", folder {folder})" if folder else ")"),
+        f"vmamba {version('vmamba') if _installed('vmamba') else '(not installed)'}, commit {_commit()}; "
+        f"Python {platform.python_version()}, {versions}",
+    ]
+
+
+def describe_model(config: CfgNode, world: World, task: Task, model: nn.Module) -> str:
+    """Model, device, precision and backend of a run.  Raises BackendError when MODEL.BACKEND cannot serve here."""
+    device = world.device
+    threads = torch.get_num_threads()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {counted(threads, 'thread')}"
+    options = ", ".join(f"{name} {value}" for name, value in config.MODEL.OPTIONS.items())
+    backends = scan_backends(config, model, device)
+    return (
+        f"{config.MODEL.NAME}{f' with {options}' if options else ''}: "
+        f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, {task.cost(model)}; "
+        f"{counted(world.size, 'process', 'processes')} on {name}; {describe_precision(config)}"
+        + (f"; scan backend {', '.join(backends)}" if backends else "")
+    )
+
+
+def describe_training(config: CfgNode, world: World, plan: Plan, state: TrainState) -> str:
+    """Steps, rates and optimiser as they come out of the config."""
+    batch = config.DATA.BATCH_SIZE * world.size * config.TRAIN.ACCUMULATION_STEPS
+    scale = rate_scale(config, batch)
+    rate = f"{config.TRAIN.BASE_LR * scale:.3g}"
+    if scale != 1:
+        rate += f" ({config.TRAIN.BASE_LR:.3g} x {batch} / {config.TRAIN.LR_REFERENCE_BATCH})"
+    ema = f", EMA {config.TRAIN.EMA.DECAY}" if state.ema else ""
+    return (
+        f"{counted(plan.steps_per_epoch, 'step')} an epoch of {counted(batch, 'image')}, {counted(plan.steps, 'step')} "
+        f"in all, {plan.warmup_steps} of warm-up; {config.TRAIN.OPTIMIZER.NAME} at rate {rate}, "
+        f"{config.TRAIN.LR_SCHEDULER.NAME}, weight decay {config.TRAIN.WEIGHT_DECAY}{ema}"
+    )
+
+
+def scan_backends(config: CfgNode, model: nn.Module, device: torch.device) -> list[str]:
+    """What serves the model's scans; more than one name only where its stages differ, none where there is no scan."""
+    names = []
+    for mixer in filter(lambda module: isinstance(module, Mixer2D), model.modules()):
+        operator = "cross_ssd" if isinstance(mixer, SSD2D) else "cross_selective_scan"
+        dtype = torch.float32 if mixer.scan_float32 else compute_dtype(config)
+        call = Call(operator, device, dtype, dtype, mixer.d_inner, mixer.d_state, mixer.dt_rank, mixer.routes)
+        names.append(choose(call, mixer.backend))
+    return list(dict.fromkeys(names))
+
+
+def changes(saved: dict, config: dict, prefix: str = "") -> list[str]:
+    """What differs between two configs as plain values, "KEY before -> now"; a key that one lacks is no change."""
+    lines = []
+    for key in sorted(saved.keys() & config.keys()):
+        before, now = saved[key], config[key]
+        if isinstance(before, dict) and isinstance(now, dict):
+            lines += changes(before, now, f"{prefix}{key}.")
+        elif before != now:
+            lines.append(f"{prefix}{key} {before} -> {now}")
+    return lines
+
+
+def step_line(
+    state: TrainState,
+    plan: Plan,
+    scale: float,
+    report: StepReport,
+    left: float,
+    seconds: float,
+    waiting: float,
+    memory: float,
+) -> str:
+    """Where training stands: `left` seconds to the end, `seconds` a step, of which `waiting` went by for data."""
+    group = state.optimizer.param_groups[0]
+    epoch, step = divmod(state.step - 1, plan.steps_per_epoch)
+    epochs = -(-plan.steps // plan.steps_per_epoch)
+    skipped = f" skipped {state.bad_steps}" if state.bad_steps else ""
+    parts = "".join(f" {name} {value:.4f}" for name, value in report.parts.items())
+    return (
+        f"train [{epoch + 1}/{epochs}][{step + 1}/{plan.steps_per_epoch}] eta {timedelta(seconds=int(left))} "
+        f"lr {group['lr']:.3e} wd {group['weight_decay']:.4f} time {seconds:.3f} data {waiting:.3f} "
+        f"loss {report.loss:.4f} ({state.mean_loss:.4f}){parts} grad_norm {report.grad_norm:.4f} "
+        f"loss_scale {scale:g} mem {memory:.0f}MB{skipped}"
+    )
+
+
+def summary(task: Task, results: Results) -> str:
+    """The results of each set of weights in words."""
+    plain = {name: value for name, value in results.items() if not name.startswith("ema_")}
+    averaged = {name.removeprefix("ema_"): value for name, value in results.items() if name.startswith("ema_")}
+    return "; ".join(f"{title}{task.describe(each)}" for title, each in (("", plain), ("EMA ", averaged)) if each)
+
+
+def best_so_far(task: Task, state: TrainState) -> str:
+    """The headline's best; "" before there is one."""
+    return f"; best {task.headline} {max(state.best.values()):.2f}" if state.best else ""
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """ "1 step", "2 steps"."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def _installed(name: str) -> bool:
+    try:
+        version(name)
+        return True
+    except PackageNotFoundError:
+        return False
+
+
+def _commit() -> str:
+    """Of the repository that this file lies in, and whether files differ from it."""
+    head, changed = (_git(*arguments) for arguments in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain")))
+    return "unknown" if head is None else head + (" with changes" if changed else "")
+
+
+def _git(*arguments: str) -> str | None:
+    if not (_REPOSITORY / ".git").exists():
+        return None
+    command: Sequence[str] = ("git", "-C", str(_REPOSITORY), *arguments)
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
