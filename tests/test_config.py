@@ -42,12 +42,12 @@ def test_a_cycle_of_base_files_is_an_error(tmp_path):
 
 def test_saved_config_gives_the_same_config_and_folder_back(tmp_path):
     opts = "TAG 007 TRAIN.BASE_LR 1e-7 DATA.IMG_SIZE [32,64] AUG.AUTO_AUGMENT none AUG.CUTMIX_MINMAX (0.2,0.8)"
-    opts += " MODEL.OPTIONS.norm none MODEL.OPTIONS.dims [96,192] MODEL.OPTIONS.ratio 1e-3"
+    opts += " MODEL.OPTIONS.out_norm none MODEL.OPTIONS.dims [96,192] MODEL.OPTIONS.ssm_ratio 1e-3 DATA.MEAN 0.5"
     config = get_config(CONFIGS / "vmamba_small.yaml", opts.split())
     save_config(config, tmp_path / "config.yaml")
     again = get_config(tmp_path / "config.yaml")
     assert again == config
-    assert type(again.TAG) is str and again.AUG.AUTO_AUGMENT is None and again.MODEL.OPTIONS.norm == "none"
+    assert type(again.TAG) is str and again.AUG.AUTO_AUGMENT is None and again.MODEL.OPTIONS.out_norm == "none"
     assert output_folder(again) == output_folder(config) == Path("output/vmamba_small/007")
     with pytest.raises(UserError, match="cannot write"):
         save_config(config, tmp_path / "absent" / "config.yaml")
@@ -55,10 +55,10 @@ def test_saved_config_gives_the_same_config_and_folder_back(tmp_path):
 
 def test_values_take_the_type_of_their_key(tmp_path):
     file = write(tmp_path / "x.yaml", "TRAIN: {BASE_LR: 1e-3, CLIP_GRAD: 5, OPTIMIZER: {BETAS: [0, 0.9]}}\nAUG:\n")
-    config = get_config(file, ["MODEL.OPTIONS.scale", "1e-2", "AMP.ENABLE", "false"])
+    config = get_config(file, ["MODEL.OPTIONS.ssm_ratio", "1e-2", "AMP.ENABLE", "false"])
     assert config.TRAIN.BASE_LR == 0.001
     assert type(config.TRAIN.CLIP_GRAD) is float and type(config.TRAIN.OPTIMIZER.BETAS[0]) is float
-    assert config.MODEL.OPTIONS.scale == 0.01 and config.AMP.ENABLE is False
+    assert config.MODEL.OPTIONS.ssm_ratio == 0.01 and config.AMP.ENABLE is False
     with pytest.raises(AttributeError):
         config.TRAIN.BASE_LR = 1.0
 
@@ -85,7 +85,7 @@ def test_values_take_the_type_of_their_key(tmp_path):
         ("DATA: {INTERPOLATION: bicubik}", "did you mean 'bicubic'?"),
         ("DATA: {BATCH_SIZE: 0}", "at least 1"),
         ("AUG: {HFLIP: 1.5}", "between 0 and 1"),
-        ("MODEL: {OPTIONS: {a: {b: 1}}}", "MODEL.OPTIONS.a is"),
+        ("MODEL: {OPTIONS: {dims: {b: 1}}}", "MODEL.OPTIONS.dims is"),
         ("TAG: a\nTAG: b", "line 2: key 'TAG' stands twice"),
         ("TAG: [", "x.yaml, line"),
         ("just words", "expected sections"),

@@ -26,8 +26,6 @@ class Takes:
 
     def check(self, name: str, value: Any) -> Any:
         """`value` as the first of `kinds` it fits.  Raises UserError, naming `name` and what it takes."""
-        if any(isinstance(kind, list) and _fits(value, kind[0]) and kind[0] not in self.kinds for kind in self.kinds):
-            value = [value]  # one number serves as a list of one
         try:
             value = _convert(value, self.kinds)
         except TypeError:

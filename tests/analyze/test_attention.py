@@ -12,7 +12,7 @@ from vmamba_kernels import ROUTES, cross_merge, cross_selective_scan, cross_ssd
 MIXERS = {
     "selective": lambda: SS2D(16, d_state=3),
     "one state, routes in another order": lambda: SS2D(16, d_state=1, routes=("col_rev", "row", "row"), gate=False),
-    "ssd": lambda: SSD2D(16, d_state=4, dt_rank=2, init="v2"),
+    "ssd": lambda: SSD2D(16, d_state=4, dt_rank=2, ssm_init="v2"),
 }
 
 

@@ -104,7 +104,7 @@ def test_forward_types_that_are_one_model(forward_type):
         (dict(forward_type="v0_noz"), "'v0' takes no postfix"),
         (dict(ssm_dstate=3), "unknown released option 'ssm_dstate'; did you mean 'ssm_d_state'?"),
         (dict(norm_layer="gn"), "unknown released norm_layer 'gn'"),
-        (dict(downsample_version="v9"), "unknown downsample 'v9'"),
+        (dict(downsample_version="v9"), "unknown downsample_version 'v9'"),
     ],
 )
 def test_unknown_options_are_named(options, words):

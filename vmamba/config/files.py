@@ -48,7 +48,7 @@ def settings(path: Path, chain: tuple[Path, ...] = ()) -> Iterator[Setting]:
 
 def from_text(text: str, kinds: tuple) -> Any:
     """What `text` of the command line means where one of `kinds` is expected."""
-    if str in kinds and int not in kinds:
+    if str in kinds and int not in kinds and not any(isinstance(kind, list) for kind in kinds):
         return text
     if kinds == (bool,):
         return _BOOLEANS.get(text.lower(), text)

@@ -25,6 +25,12 @@ class Key:
     flag: str | None  # of the command line, without its dashes
     also: str  # words that people look for it under
 
+    def check(self, value: Any) -> Any:
+        """`value` as the key takes it; one number serves as a list of one.  Raises UserError."""
+        if self.takes.kinds == ([float],) and isinstance(value, (int, float)):
+            value = [value]
+        return self.takes.check(self.name, value)
+
 
 def key(name: str, default: Any, meaning: str, *, kinds: tuple = (), flag: str = "", also: str = "", **bounds) -> Key:
     """A key that takes what its default is, or `kinds`; `bounds` are those of `Takes`."""

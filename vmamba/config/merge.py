@@ -12,8 +12,8 @@ from vmamba.config.files import Setting, find, from_text, settings
 from vmamba.config.keys import TASKS, Key, keys_of
 from vmamba.errors import UserError, unknown
 from vmamba.files import write_atomically
+from vmamba.models.options import CONFIGURABLE, check_configured
 from vmamba.models.released_yaml import from_released_config
-from vmamba.values import Takes
 
 OPTIONS = "MODEL.OPTIONS"  # a section that takes the options of the model
 
@@ -103,9 +103,8 @@ class Schema:
     def kinds(self, key: str) -> tuple:
         """What `key` takes; nothing for an unknown one, which `set` refuses."""
         section, _, name = key.rpartition(".")
-        if section == OPTIONS:
-            return ()
-        return self.keys[key].takes.kinds if key in self.keys else ()
+        found = CONFIGURABLE.get(name) if section == OPTIONS else self.keys.get(key)
+        return found.takes.kinds if found else ()
 
     def flat(self, given: Sequence[Setting], prefix: str = "") -> list[Setting]:
         """`given` with its sections taken apart.  Raises UserError where a section is no mapping."""
@@ -126,9 +125,9 @@ class Schema:
         section, _, name = key.rpartition(".")
         if section != OPTIONS and key not in self.keys:
             raise UserError(f"{source}: {self._unknown(key)}")
-        takes = self._option(name) if section == OPTIONS else self.keys[key].takes
         try:
-            self._node(config, section)[name] = takes.check(key, value)
+            checked = check_configured(name, value) if section == OPTIONS else self.keys[key].check(value)
+            self._node(config, section)[name] = checked
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
 
@@ -136,9 +135,6 @@ class Schema:
         for name in filter(None, section.split(".")):
             config = config[name]
         return config
-
-    def _option(self, name: str) -> Takes:
-        return Takes((bool, int, float, str, None, [int], [float], [str]))
 
     def _unknown(self, key: str) -> str:
         """The sentence for a key there is not: the nearest right one by name, or by what people call it."""

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from timm.layers import GluMlp, Mlp, get_act_layer
 from torch import Tensor, nn
 
-from vmamba.errors import UserError, unknown
+from vmamba.errors import UserError
 from vmamba_kernels import autocast_dtype, layer_norm
 
 ACTIVATIONS = ("silu", "gelu", "relu", "sigmoid", "tanh", "softplus")
 NORMS = ("ln", "bn")
 OUT_NORMS = ("ln", "none", "softmax", "sigmoid", "dwconv3", "ln_dwconv3")
+PATCH_EMBEDS = ("v1", "v2")
+DOWNSAMPLES = ("v1", "v2", "v3")
 
 
 class ToChannelsFirst(nn.Module):
@@ -95,26 +97,17 @@ class SpatialSoftmax(nn.Module):
 
 
 def activation(name: str) -> Callable[[], nn.Module]:
-    """The class of an activation by its name.  Raises UserError for a name not in `ACTIVATIONS`."""
-    if name not in ACTIVATIONS:
-        raise unknown("activation", name, ACTIVATIONS)
+    """The class of an activation by its name, one of `ACTIVATIONS`."""
     return nn.Softplus if name == "softplus" else get_act_layer(name)
 
 
 def norm_layer(name: str) -> type[LayerNorm] | type[BatchNorm]:
-    """The class of a norm by its name: "ln" over channels, "bn" over the batch.  Raises UserError for another."""
-    if name not in NORMS:
-        raise unknown("norm_layer", name, NORMS)
+    """The class of a norm by its name: "ln" over channels, "bn" over the batch."""
     return LayerNorm if name == "ln" else BatchNorm
 
 
 def out_norm(name: str, dim: int) -> nn.Module:
-    """What follows the scan (released postfixes `_onnone`, `_onsoftmax`, `_onsigmoid`, `_ondwconv3`, `_oncnorm`).
-
-    Raises UserError for a name not in `OUT_NORMS`.
-    """
-    if name not in OUT_NORMS:
-        raise unknown("out_norm", name, OUT_NORMS)
+    """What follows the scan, one of `OUT_NORMS`."""
     if name == "ln":
         return LayerNorm(dim)
     if name == "none":
@@ -132,6 +125,8 @@ def out_norm(name: str, dim: int) -> nn.Module:
 def mlp(dim: int, ratio: float, act: str, drop: float, gated: bool) -> nn.Module:
     """fc1, activation, fc2; gated, fc1 is twice as wide and gives (x, z), and fc2 takes x * act(z)."""
     hidden = int(dim * ratio)
+    if hidden < 1:
+        raise UserError(f"mlp_ratio is {ratio}, which of {dim} channels leaves none; choose more, or 0 for no MLP")
     if gated:
         return GluMlp(dim, 2 * hidden, act_layer=activation(act), drop=drop, gate_last=True)
     return Mlp(dim, hidden, act_layer=activation(act), drop=drop)
@@ -141,27 +136,27 @@ def patch_embed(version: str, in_chans: int, dim: int, patch_size: int, norm: Ca
     """(B, in_chans, H, W) -> (B, H', W', dim).
 
     "v1": one convolution over patches, so H' = H // patch_size; "v2": two 3x3 convolutions of half the stride each, a
-    norm and GELU between them, so H' = ceil(H / patch_size) for patch_size 4.
+    norm and GELU between them, so H' = ceil(H / patch_size) for patch_size 4.  Raises UserError where they cannot be.
     """
     if version == "v1":
         return nn.Sequential(
             nn.Conv2d(in_chans, dim, patch_size, patch_size), ToChannelsLast(), norm(dim, keep_float32=True)
         )
-    if version == "v2":
-        if patch_size % 2:
-            raise UserError(f"patch_size is {patch_size}; patch_embed 'v2' halves it, so choose an even one or 'v1'")
-        stride = patch_size // 2
-        return nn.Sequential(
-            nn.Conv2d(in_chans, dim // 2, stride + 1, stride, padding=1),
-            ToChannelsLast(),
-            norm(dim // 2),
-            ToChannelsFirst(),
-            nn.GELU(),
-            nn.Conv2d(dim // 2, dim, stride + 1, stride, padding=1),
-            ToChannelsLast(),
-            norm(dim, keep_float32=True),
-        )
-    raise unknown("patch_embed", version, ("v1", "v2"))
+    if patch_size % 2:
+        raise UserError(f"patch_size is {patch_size}; patch_embed 'v2' halves it, so choose an even one or 'v1'")
+    if dim < 2:
+        raise UserError(f"dims starts with {dim}; patch_embed 'v2' halves it, so choose a larger one or 'v1'")
+    stride = patch_size // 2
+    return nn.Sequential(
+        nn.Conv2d(in_chans, dim // 2, stride + 1, stride, padding=1),
+        ToChannelsLast(),
+        norm(dim // 2),
+        ToChannelsFirst(),
+        nn.GELU(),
+        nn.Conv2d(dim // 2, dim, stride + 1, stride, padding=1),
+        ToChannelsLast(),
+        norm(dim, keep_float32=True),
+    )
 
 
 class PatchMerging(nn.Module):
@@ -184,12 +179,10 @@ def downsample(version: str, dim: int, out_dim: int, norm: Callable[..., nn.Modu
     """(B, H, W, dim) -> (B, H', W', out_dim).
 
     "v1": `PatchMerging`; "v2": a 2x2 convolution of stride 2 (an odd side loses its last line); "v3": a 3x3 convolution
-    of stride 2 with padding.  Raises UserError for another version.
+    of stride 2 with padding.
     """
     if version == "v1":
         return PatchMerging(dim, out_dim, norm)
-    if version not in ("v2", "v3"):
-        raise unknown("downsample", version, ("v1", "v2", "v3"))
     kernel, padding = (2, 0) if version == "v2" else (3, 1)
     convolution = StridedConv(dim, out_dim, kernel, stride=2, padding=padding)
     return nn.Sequential(ToChannelsFirst(), convolution, ToChannelsLast(), norm(out_dim, keep_float32=True))

@@ -7,43 +7,20 @@ are the later ones.
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor, nn
 
 from vmamba.errors import UserError, unknown
 from vmamba.models.backbone import Backbone
+from vmamba.models.options import ModelOptions
 from vmamba.models.vssm import VSSM, resize_pos_embed
 from vmamba.models.weights import load_weights
 from vmamba_kernels import ROUTES
 
-# Released option -> ours, and the released default.
-_OPTIONS: dict[str, tuple[str, Any]] = {
-    "patch_size": ("patch_size", 4),
-    "in_chans": ("in_chans", 3),
-    "num_classes": ("num_classes", 1000),
-    "depths": ("depths", (2, 2, 9, 2)),
-    "dims": ("dims", (96, 192, 384, 768)),
-    "ssm_d_state": ("d_state", 16),
-    "ssm_ratio": ("ssm_ratio", 2.0),
-    "ssm_dt_rank": ("dt_rank", "auto"),
-    "ssm_act_layer": ("ssm_act", "silu"),
-    "ssm_conv": ("ssm_conv", 3),
-    "ssm_conv_bias": ("ssm_conv_bias", True),
-    "ssm_drop_rate": ("ssm_drop_rate", 0.0),
-    "ssm_init": ("ssm_init", "v0"),
-    "mlp_ratio": ("mlp_ratio", 4.0),
-    "mlp_act_layer": ("mlp_act", "gelu"),
-    "mlp_drop_rate": ("mlp_drop_rate", 0.0),
-    "gmlp": ("gated_mlp", False),
-    "drop_path_rate": ("drop_path_rate", 0.1),
-    "patch_norm": ("patch_norm", True),
-    "norm_layer": ("norm_layer", "LN"),
-    "downsample_version": ("downsample", "v2"),
-    "patchembed_version": ("patch_embed", "v1"),
-    "posembed": ("pos_embed", False),
-    "imgsize": ("img_size", 224),
-}
+# Released option -> ours.
+RELEASED = {each.metadata["released"]: each for each in fields(ModelOptions) if each.metadata["released"]}
 _NORM_LAYERS = {"ln": "ln", "ln2d": "ln", "bn": "bn"}  # channels-last and -first LayerNorm are one computation
 
 # forward_type: bases that are the selective scan along the four routes; those of v0's time force float32 on it.
@@ -54,16 +31,10 @@ _BASES: dict[str, dict[str, Any]] = {
     "v052d": {"routes": ("row", "row", "row_rev", "row_rev")},
     "m0": {"scan": "ssd"},
 }
-_POSTFIXES: dict[str, dict[str, Any]] = {
-    "no32": {"scan_float32": False},
-    "oact": {"out_act": True},
-    "noz": {"gate": False},
-    "nozact": {"gate_act": False},
-    "onnone": {"out_norm": "none"},
-    "onsoftmax": {"out_norm": "softmax"},
-    "onsigmoid": {"out_norm": "sigmoid"},
-    "ondwconv3": {"out_norm": "dwconv3"},
-    "oncnorm": {"out_norm": "ln_dwconv3"},
+_POSTFIXES = {
+    postfix: {each.name: value}
+    for each in fields(ModelOptions)
+    for postfix, value in each.metadata["postfixes"].items()
 }
 _V0 = {"ssm_conv": 3, "ssm_conv_bias": True, "ssm_act": "silu", "ssm_init": "v0"}  # v0 ignores what is given for these
 
@@ -76,21 +47,26 @@ def options_from_released(options: Mapping[str, Any]) -> dict[str, Any]:
     given = dict(options)
     forward_type = given.pop("forward_type", "v2")
     for name in given:
-        if name not in _OPTIONS:
-            raise unknown("released option", name, [*_OPTIONS, "forward_type"])
-    ours = {name: given.get(released, default) for released, (name, default) in _OPTIONS.items()}
-    norm = str(ours["norm_layer"]).lower()
-    if norm not in _NORM_LAYERS:
-        raise unknown("released norm_layer", str(ours["norm_layer"]), _NORM_LAYERS)
-    ours["norm_layer"] = _NORM_LAYERS[norm]
-    for name in ("ssm_act", "mlp_act"):
-        ours[name] = str(ours[name]).lower()
-    for name in ("depths", "dims"):
-        ours[name] = tuple(ours[name]) if isinstance(ours[name], Sequence) else ours[name]
+        if name not in RELEASED:
+            raise unknown("released option", name, [*RELEASED, "forward_type"])
+    if "norm_layer" in given:
+        norm = str(given["norm_layer"]).lower()
+        if norm not in _NORM_LAYERS:
+            raise unknown("released norm_layer", norm, _NORM_LAYERS)
+        given["norm_layer"] = _NORM_LAYERS[norm]
+    for name in ("ssm_act_layer", "mlp_act_layer"):
+        if name in given:
+            given[name] = str(given[name]).lower()
+    ours = {}
+    for released, each in RELEASED.items():
+        value = each.metadata["takes"].check(released, given.get(released, each.default))
+        ours[each.name] = tuple(value) if isinstance(value, list) else value
     return ours | _options_of_forward_type(forward_type)
 
 
 def _options_of_forward_type(forward_type: str) -> dict[str, Any]:
+    if not isinstance(forward_type, str):
+        raise UserError(f"forward_type is {forward_type!r}; expected a string such as 'v05_noz'")
     base, *postfixes = forward_type.split("_")
     if base == "v052dc" or base.startswith("xv"):
         raise UserError(f"forward_type '{forward_type}' is an ablation of the original that is not supported here")

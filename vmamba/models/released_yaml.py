@@ -4,7 +4,6 @@ Keys that both have mean the same and pass.  The architecture, MODEL.VSSM there,
 our variants, else the nearest variant's name and MODEL.OPTIONS.
 """
 
-import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -12,9 +11,9 @@ from typing import Any
 import yaml
 
 from vmamba.errors import UserError, unknown
-from vmamba.models.released import options_from_released
+from vmamba.models.options import ModelOptions
+from vmamba.models.released import RELEASED, options_from_released
 from vmamba.models.variants import VARIANTS
-from vmamba.models.vssm import VSSM
 
 logger = logging.getLogger("vmamba")
 Setting = tuple[str, Any, str]  # key, value, the file where it stands
@@ -27,11 +26,8 @@ _VSSM = {
     "PATCHEMBED": "patchembed_version",
 } | {
     name.upper(): name
-    for name in (
-        *("patch_size", "in_chans", "depths", "ssm_d_state", "ssm_ratio", "ssm_dt_rank", "ssm_act_layer", "ssm_conv"),
-        *("ssm_conv_bias", "ssm_drop_rate", "ssm_init", "mlp_ratio", "mlp_act_layer", "mlp_drop_rate", "gmlp"),
-        *("patch_norm", "norm_layer", "posembed"),
-    )
+    for name in RELEASED
+    if name not in ("dims", "downsample_version", "patchembed_version", "num_classes", "drop_path_rate", "imgsize")
 }
 _KINDS = {"SSM_FORWARDTYPE": str, "DEPTHS": list}  # those that are taken apart here; the model checks the others
 _DEFAULTS = {"dims": 96, "patchembed_version": "v2"}  # of the released config, where the constructor has others
@@ -107,7 +103,7 @@ def _translate(settings: list[Setting]) -> list[Setting]:
 
 def _nearest_variant(options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The variant that differs from `options` in the fewest, and those of `options` that differ."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(VSSM).parameters.items()}
+    defaults = vars(ModelOptions())
     stages = len(options["depths"])
     given = {name: _comparable(name, value, stages) for name, value in options.items() if name not in _NOT_ARCHITECTURE}
     differing = {}

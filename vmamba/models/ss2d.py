@@ -4,17 +4,16 @@
 """
 
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vmamba.errors import UserError, unknown
+from vmamba.errors import UserError
 from vmamba.models.layers import DepthwiseConv, activation
 from vmamba.models.layers import out_norm as out_norm_layer
+from vmamba.models.options import ScanOptions, signed_by
 from vmamba_kernels import ROUTES, autocast_dtype, cross_selective_scan, cross_ssd, no_autocast
-
-INITS = ("v0", "v1", "v2")
 
 
 class Mixer2D(nn.Module):
@@ -22,71 +21,42 @@ class Mixer2D(nn.Module):
 
     Args:
         dim: channels in and out.
-        d_state: states of a channel.
-        ssm_ratio: channels of the scan, d_inner, in units of dim.
-        dt_rank: numbers a pixel that its step sizes are made of (for SSD: heads); "auto" is ceil(dim / 16).
-        routes: names of `vmamba_kernels.ROUTES`, repeats allowed.
-        gate: multiply the scan's result by a second half of the input projection (released: absence of `_noz`).
-        gate_act: apply the activation to the gate (absence of `_nozact`).
-        act: activation after the convolution and on the gate.
-        conv: side of the depthwise convolution; below 2 there is none.
-        conv_bias: whether that convolution has a bias.
-        out_norm: one of `layers.OUT_NORMS`.
-        out_act: GELU after the out-norm (`_oact`).
-        drop_rate: dropout on the result.
-        init: "v0" (Mamba's), "v1", "v2" of the released code.
-        scan_float32: give the scan float32 also under autocast (absence of `_no32`); its state is float32 in any case.
-        backend: of the scan, a name of `vmamba_kernels.backends()`; "auto" is the fastest that can serve.
+        options: what can be chosen, or `changes` of it by name: see `options.ScanOptions`.
+
+    Raises:
+        UserError: an option is unknown, or its value impossible.
     """
 
     conv_key = ""  # "1" where the released files call the convolution conv2d.1
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        d_state: int = 16,
-        ssm_ratio: float = 2.0,
-        dt_rank: int | str = "auto",
-        routes: Sequence[str] = ROUTES,
-        gate: bool = True,
-        gate_act: bool = True,
-        act: str = "silu",
-        conv: int = 3,
-        conv_bias: bool = True,
-        out_norm: str = "ln",
-        out_act: bool = False,
-        drop_rate: float = 0.0,
-        init: str = "v0",
-        scan_float32: bool = False,
-        backend: str = "auto",
-    ):
+    @signed_by(ScanOptions)
+    def __init__(self, dim: int, options: ScanOptions | None = None, **changes: Any):
         super().__init__()
-        self.d_inner = int(ssm_ratio * dim)
-        self.d_state = d_state
-        self.dt_rank = math.ceil(dim / 16) if dt_rank == "auto" else dt_rank
-        self.routes = (routes,) if isinstance(routes, str) else tuple(routes)
-        self.scan_float32 = scan_float32
-        self.backend = backend
-        for route in self.routes:
-            if route not in ROUTES:
-                raise unknown("route", route, ROUTES)
-        if init not in INITS:
-            raise unknown("ssm_init", init, INITS)
-        if conv > 1 and conv % 2 == 0:
-            raise UserError(f"ssm_conv is {conv}; the convolution keeps the image's size, so choose an odd side")
-        self.gate = gate
-        self.in_proj = nn.Linear(dim, self.d_inner * (2 if gate else 1), bias=False)
-        self.conv2d = DepthwiseConv(self.d_inner, conv, conv_bias) if conv > 1 else nn.Identity()
-        if conv > 1 and self.conv_key:
+        o = (options or ScanOptions()).changed(**changes)
+        self.d_inner = int(o.ssm_ratio * dim)
+        self.d_state = o.d_state
+        self.dt_rank = math.ceil(dim / 16) if o.dt_rank == "auto" else o.dt_rank
+        self.routes = (o.routes,) if isinstance(o.routes, str) else o.routes
+        self.scan_float32 = o.scan_float32
+        self.backend = o.backend
+        self.gate = o.gate
+        if self.d_inner < 1:
+            raise UserError(f"ssm_ratio is {o.ssm_ratio}, which of {dim} channels leaves none; choose a larger one")
+        if not self.routes:
+            raise UserError(f"routes is empty; give at least one of {', '.join(ROUTES)}")
+        if o.ssm_conv > 1 and o.ssm_conv % 2 == 0:
+            raise UserError(f"ssm_conv is {o.ssm_conv}; the convolution keeps the image's size, so choose an odd side")
+        self.in_proj = nn.Linear(dim, self.d_inner * (2 if o.gate else 1), bias=False)
+        self.conv2d = DepthwiseConv(self.d_inner, o.ssm_conv, o.ssm_conv_bias) if o.ssm_conv > 1 else nn.Identity()
+        if o.ssm_conv > 1 and self.conv_key:
             self.conv2d = nn.Sequential(nn.Identity(), self.conv2d)
-        self.act = activation(act)()
-        self.gate_act = activation(act)() if gate_act else nn.Identity()
-        self._make_scan_parameters(init)
-        self.out_norm = out_norm_layer(out_norm, self.d_inner)
-        self.out_act = nn.GELU() if out_act else nn.Identity()
+        self.act = activation(o.ssm_act)()
+        self.gate_act = activation(o.ssm_act)() if o.gate_act else nn.Identity()
+        self._make_scan_parameters(o.ssm_init)
+        self.out_norm = out_norm_layer(o.out_norm, self.d_inner)
+        self.out_act = nn.GELU() if o.out_act else nn.Identity()
         self.out_proj = nn.Linear(self.d_inner, dim, bias=False)
-        self.dropout = nn.Dropout(drop_rate)
+        self.dropout = nn.Dropout(o.ssm_drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""

@@ -4,7 +4,6 @@ Names and numbers are those of the tables of VMamba (arXiv 2401.10166 and its la
 "VMamba-T" in papers means `vmamba_tiny_s1l8`; here `vmamba_tiny` is the model of January 2024.
 """
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from yacs.config import CfgNode
 
 from vmamba.errors import UserError, unknown
 from vmamba.models.download import download
+from vmamba.models.options import check_configured
 from vmamba.models.pretrained import load_checkpoint, load_pretrained
 from vmamba.models.vssm import VSSM
 
@@ -158,7 +158,7 @@ def list_models(pretrained: bool = False) -> list[str]:
 
 
 def create_model(name: str, pretrained: bool = False, **options: Any) -> VSSM:
-    """The model called `name`, options of `VSSM` changed by keyword: num_classes, in_chans, drop_path_rate, ...
+    """The model called `name`, any of `options.ModelOptions` changed by keyword: num_classes, drop_path_rate, ...
 
     Args:
         pretrained: load the released weights, downloaded into torch hub's cache; the head only where `num_classes` is
@@ -170,10 +170,6 @@ def create_model(name: str, pretrained: bool = False, **options: Any) -> VSSM:
     """
     if name not in VARIANTS:
         raise unknown("model", name, VARIANTS)
-    schema = inspect.signature(VSSM).parameters
-    for option in options:
-        if option not in schema:
-            raise unknown("model option", option, schema)
     variant = VARIANTS[name]
     if pretrained and not variant.weights:
         raise UserError(f"'{name}' has no released weights; these have: {', '.join(list_models(pretrained=True))}")
@@ -185,16 +181,20 @@ def create_model(name: str, pretrained: bool = False, **options: Any) -> VSSM:
 
 
 def build_model(config: CfgNode) -> VSSM:
-    """The model of a config: MODEL.NAME with MODEL.OPTIONS on top.  Raises UserError as `create_model` does."""
-    size = config.DATA.IMG_SIZE
+    """The model of a config: MODEL.NAME with MODEL.OPTIONS on top.  Raises UserError as `create_model` does.
+
+    Where MODEL.DROP_PATH_RATE is None the variant's own holds.
+    """
+    options = {name: check_configured(name, value) for name, value in config.MODEL.OPTIONS.items()}
+    if config.MODEL.DROP_PATH_RATE is not None:
+        options["drop_path_rate"] = config.MODEL.DROP_PATH_RATE
     model = create_model(
         config.MODEL.NAME,
         num_classes=config.MODEL.NUM_CLASSES,
         in_chans=config.MODEL.IN_CHANS,
-        img_size=size if isinstance(size, int) else tuple(size),
-        drop_path_rate=config.MODEL.DROP_PATH_RATE,
+        img_size=config.DATA.IMG_SIZE,
         backend=config.MODEL.BACKEND,
-        **config.MODEL.OPTIONS,
+        **options,
     )
     model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
     return model

@@ -5,6 +5,7 @@ State-dict keys are those of the released files of 2024 (`layers.0.blocks.0.op.x
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from vmamba.errors import UserError, unknown
 from vmamba.models import layers
+from vmamba.models.options import ModelOptions, ScanOptions, signed_by
 from vmamba.models.ss2d import SS2D, SSD2D, Mixer2D
-from vmamba_kernels import ROUTES
 
 SCANS = {"selective": SS2D, "ssd": SSD2D}
 
@@ -86,128 +87,63 @@ class Classifier(nn.Module):
 
 
 class VSSM(nn.Module):
-    """The model of VMamba (arXiv 2401.10166).  The defaults are those of `vmamba_tiny`'s blocks; see `variants`.
+    """The model of VMamba (arXiv 2401.10166); see `variants` for the options of the published ones.
 
-    Args:
-        num_classes: of the classifier; 0 leaves the pooled features.
-        in_chans: channels of the images.
-        img_size: side, or (height, width), that the model is meant for; only `pos_embed` depends on it.
-        global_pool: "avg", or "" for no pooling.
-        depths, dims: blocks and channels of each stage; one number d for dims means d, 2d, 4d, ...
-        patch_size: stride of the stem.
-        scan: "selective" (SS2D) or "ssd" (Mamba-2's, released forward_type m0).
-        d_state, ssm_ratio, dt_rank, routes, gate, gate_act, out_norm, out_act, scan_float32: see `ss2d.Mixer2D`.
-        ssm_act, ssm_conv, ssm_conv_bias, ssm_drop_rate, ssm_init: act, conv, conv_bias, drop_rate and init there.
-        mlp_ratio: hidden width of the MLP in units of the channels; 0 leaves it out.
-        mlp_act, mlp_drop_rate, gated_mlp: see `layers.mlp`.
-        drop_rate: dropout in front of the classifier.
-        drop_path_rate: stochastic depth, from 0 at the first block to this at the last.
-        norm_layer: "ln" or "bn"; the out-norm of the scan is `out_norm`.
-        patch_norm: whether the stem has norms.
-        patch_embed: "v1" or "v2"; downsample: "v1", "v2" or "v3"; see `layers`.
-        pos_embed: add a learned position map after the stem, resized to the image where sizes differ.
-        backend: of the scan, a name of `vmamba_kernels.backends()`; "auto" is the fastest that can serve.
+    Args: see `options.ModelOptions`.
 
     Raises:
-        UserError: an option's value is unknown or impossible; in `forward`, the image does not fit.
+        UserError: an option is unknown, or its value impossible; in `forward`, the image does not fit.
     """
 
     output_fmt = "NHWC"  # of forward_features, as timm names it
 
+    @signed_by(ModelOptions)
     def __init__(
         self,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        img_size: int | tuple[int, int] = 224,
-        global_pool: str = "avg",
-        *,
-        depths: Sequence[int] = (2, 2, 9, 2),
-        dims: int | Sequence[int] = 96,
-        patch_size: int = 4,
-        scan: str = "selective",
-        d_state: int = 16,
-        ssm_ratio: float = 2.0,
-        dt_rank: int | str = "auto",
-        routes: Sequence[str] = ROUTES,
-        gate: bool = True,
-        gate_act: bool = True,
-        ssm_act: str = "silu",
-        ssm_conv: int = 3,
-        ssm_conv_bias: bool = True,
-        ssm_drop_rate: float = 0.0,
-        ssm_init: str = "v0",
-        out_norm: str = "ln",
-        out_act: bool = False,
-        scan_float32: bool = False,
-        mlp_ratio: float = 4.0,
-        mlp_act: str = "gelu",
-        mlp_drop_rate: float = 0.0,
-        gated_mlp: bool = False,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.1,
-        norm_layer: str = "ln",
-        patch_norm: bool = True,
-        patch_embed: str = "v1",
-        downsample: str = "v2",
-        pos_embed: bool = False,
-        backend: str = "auto",
+        num_classes: int = ModelOptions.num_classes,
+        in_chans: int = ModelOptions.in_chans,
+        img_size: int | tuple[int, int] = ModelOptions.img_size,
+        global_pool: str = ModelOptions.global_pool,
+        **options: Any,
     ):
         super().__init__()
-        if scan not in SCANS:
-            raise unknown("scan", scan, SCANS)
-        dims = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
-        if len(dims) != len(depths) or not dims:
-            raise UserError(f"dims has {len(dims)} stages and depths {len(depths)}; give both one number a stage")
-        mixer = dict(
-            d_state=d_state,
-            ssm_ratio=ssm_ratio,
-            dt_rank=dt_rank,
-            routes=routes,
-            gate=gate,
-            gate_act=gate_act,
-            act=ssm_act,
-            conv=ssm_conv,
-            conv_bias=ssm_conv_bias,
-            drop_rate=ssm_drop_rate,
-            init=ssm_init,
-            out_norm=out_norm,
-            out_act=out_act,
-            scan_float32=scan_float32,
-            backend=backend,
+        o = ModelOptions().changed(
+            num_classes=num_classes, in_chans=in_chans, img_size=img_size, global_pool=global_pool, **options
         )
-        norm = layers.norm_layer(norm_layer)
-        self.num_classes, self.in_chans, self.dims, self.patch_size = num_classes, in_chans, dims, patch_size
+        dims = [o.dims * 2**i for i in range(len(o.depths))] if isinstance(o.dims, int) else list(o.dims)
+        if len(dims) != len(o.depths) or not dims:
+            raise UserError(f"dims has {len(dims)} stages and depths {len(o.depths)}; give both one number a stage")
+        norm = layers.norm_layer(o.norm_layer)
+        self.num_classes, self.in_chans, self.dims, self.patch_size = o.num_classes, o.in_chans, dims, o.patch_size
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [
-            dict(num_chs=dim, reduction=patch_size * 2**i, module=f"layers.{i}.blocks") for i, dim in enumerate(dims)
+            dict(num_chs=dim, reduction=o.patch_size * 2**i, module=f"layers.{i}.blocks") for i, dim in enumerate(dims)
         ]
         self.patch_embed = layers.patch_embed(
-            patch_embed, in_chans, dims[0], patch_size, norm if patch_norm else nn.Identity
+            o.patch_embed, o.in_chans, dims[0], o.patch_size, norm if o.patch_norm else nn.Identity
         )
-        self.pos_embed = None
-        if pos_embed:
-            height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-            self.pos_embed = nn.Parameter(torch.empty(1, dims[0], height // patch_size, width // patch_size))
-            trunc_normal_(self.pos_embed, std=0.02)
+        self.pos_embed = _position_map(o.img_size, o.patch_size, dims[0]) if o.pos_embed else None
 
-        rates = [drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
+        rates = [o.drop_path_rate * i / max(sum(o.depths) - 1, 1) for i in range(sum(o.depths))]
         stages = []
-        for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
+        for i, (dim, depth) in enumerate(zip(dims, o.depths, strict=True)):
             blocks = [
                 Block(
-                    op=SCANS[scan](dim, **mixer),
+                    op=SCANS[o.scan](dim, o),
                     norm=norm(dim),
-                    mlp=layers.mlp(dim, mlp_ratio, mlp_act, mlp_drop_rate, gated_mlp) if mlp_ratio > 0 else None,
-                    norm2=norm(dim) if mlp_ratio > 0 else None,
+                    mlp=layers.mlp(dim, o.mlp_ratio, o.mlp_act, o.mlp_drop_rate, o.gated_mlp) if o.mlp_ratio else None,
+                    norm2=norm(dim) if o.mlp_ratio else None,
                     drop_path=rates.pop(0),
                 )
                 for _ in range(depth)
             ]
             stages.append(
-                Stage(blocks, layers.downsample(downsample, dim, dims[i + 1], norm) if dims[i + 1 :] else None)
+                Stage(blocks, layers.downsample(o.downsample, dim, dims[i + 1], norm) if dims[i + 1 :] else None)
             )
         self.layers = nn.ModuleList(stages)
-        self.classifier = Classifier(dims[-1], num_classes, norm(dims[-1], keep_float32=True), global_pool, drop_rate)
+        self.classifier = Classifier(
+            dims[-1], o.num_classes, norm(dims[-1], keep_float32=True), o.global_pool, o.drop_rate
+        )
         self.apply(_init_linear)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -307,7 +243,8 @@ class VSSM(nn.Module):
             stage.grad_checkpointing = enable
 
     def set_backend(self, backend: str) -> None:
-        """Choose the backend of every scan; "auto" is the fastest that can serve a call."""
+        """Choose the backend of every scan; "auto" is the fastest that can serve a call.  UserError for no backend."""
+        ScanOptions().changed(backend=backend)
         for module in self.modules():
             if isinstance(module, Mixer2D):
                 module.backend = backend
@@ -329,6 +266,15 @@ class VSSM(nn.Module):
                 (r"^layers\.(\d+)\.downsample", MATCH_PREV_GROUP),
             ]
         return dict(stem=r"^patch_embed|^pos_embed", blocks=[*blocks, (r"^classifier\.norm", MATCH_PREV_GROUP)])
+
+
+def _position_map(img_size: int | tuple[int, int], patch_size: int, dim: int) -> nn.Parameter:
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if min(height, width) < patch_size:
+        raise UserError(f"img_size is {img_size}; pos_embed needs at least one patch of {patch_size} x {patch_size}")
+    pos_embed = nn.Parameter(torch.empty(1, dim, height // patch_size, width // patch_size))
+    trunc_normal_(pos_embed, std=0.02)
+    return pos_embed
 
 
 def check_images(x: Tensor, in_chans: int, stem: nn.Conv2d) -> None:
