@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from yacs.config import CfgNode
 
 from vmamba.errors import UserError
@@ -98,6 +99,22 @@ def sbatch_file(resources: Resources, folder: Path) -> str:
     """The batch file that `submit` would give to SLURM, without needing one."""
     executor = _executor(resources, folder, local=False, anywhere=True)
     return executor._make_submission_file_text(executor._submitit_command_str, uid="")
+
+
+def gpus_of_a_node(asked: int | None, local: bool) -> int:
+    """--gpus-per-node, where it is not given 8, and on this machine alone as many as there are.
+
+    Raises UserError for more GPUs than this machine has.
+    """
+    here = torch.cuda.device_count()
+    if local and asked is not None and asked > here:
+        raise UserError(
+            f"--gpus-per-node is {asked} and PyTorch sees {here} on this machine; with --gpus-per-node 0 one process "
+            f"runs on the CPU"
+        )
+    if asked is None:
+        return here if local else 8
+    return asked
 
 
 def minutes(time: str) -> int:
