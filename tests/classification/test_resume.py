@@ -8,7 +8,7 @@ import pytest
 
 from vmamba.config import output_folder
 from vmamba.errors import UserError
-from vmamba.runtime import trainer
+from vmamba.runtime.run import Run
 from vmamba.runtime.step import OptimizerStep
 from vmamba.runtime.stop import Stopped
 from vmamba.runtime.trainer import run
@@ -67,14 +67,14 @@ def test_stopped_at_a_signal_and_resumed(tmp_path, uninterrupted, stop_at, monke
 
 def test_killed_after_an_epochs_line_the_line_is_not_written_twice(tmp_path, uninterrupted, monkeypatch):
     config = tiny_config(tmp_path, "TRAIN.SAVE_STEPS", 2)
-    save = trainer.save
+    save = Run.save
 
     def killed_at_the_end(run, state, name):
         if state.epoch == 2:
             raise KeyboardInterrupt
         save(run, state, name)
 
-    monkeypatch.setattr(trainer, "save", killed_at_the_end)
+    monkeypatch.setattr(Run, "save", killed_at_the_end)
     with pytest.raises(KeyboardInterrupt):
         run(config)
     monkeypatch.undo()

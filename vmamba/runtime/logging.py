@@ -16,7 +16,9 @@ from tqdm import tqdm
 from vmamba.errors import UserError
 from vmamba.files import cannot_write, make_folder
 from vmamba.runtime.distributed import World, on_main
+from vmamba.runtime.stop import Stopped
 from vmamba.runtime.streams import Tolerant
+from vmamba_kernels import BackendError
 
 try:
     import resource
@@ -79,8 +81,12 @@ def _file_handler(folder: Path) -> logging.Handler:
 
 def log_the_end(logger: logging.Logger, error: BaseException) -> None:
     """Put what ends a run into its log; the console gets it from the door."""
-    known = isinstance(error, UserError) or (str(error) and not isinstance(error, Exception))
-    text = str(error) if known else "".join(traceback.format_exception(error)).strip()
+    if isinstance(error, (UserError, BackendError, Stopped)):
+        text = str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        text = "interrupted"
+    else:
+        text = "".join(traceback.format_exception(error)).strip()
     logger.error(f"the run ends: {text}", extra={"file_only": True})
 
 

@@ -14,6 +14,7 @@ class Plan:
     warmup_steps: int
     round_steps: int
     rounds_per_evaluation: int
+    rounds_per_save: int
 
     def round_end(self, step: int) -> int:
         """Where the round ends that the step after `step` completed ones belongs to."""
@@ -21,7 +22,11 @@ class Plan:
 
     def evaluates(self, step: int) -> bool:
         """Whether the round that ends at `step` is evaluated."""
-        return step >= self.steps or -(-step // self.round_steps) % self.rounds_per_evaluation == 0
+        return step >= self.steps or self._rounds(step) % self.rounds_per_evaluation == 0
+
+    def saves(self, step: int) -> bool:
+        """Whether the round that ends at `step` is saved."""
+        return step >= self.steps or self._rounds(step) % self.rounds_per_save == 0
 
     def evaluations_left(self, step: int) -> int:
         """From `step` to the end."""
@@ -33,6 +38,10 @@ class Plan:
         whole, rest = divmod(step, self.steps_per_epoch)
         return whole + rest / self.steps_per_epoch if rest else whole
 
+    def _rounds(self, step: int) -> int:
+        """Up to `step`, the one in progress included."""
+        return -(-step // self.round_steps)
+
 
 def build_plan(config: CfgNode, steps_per_epoch: int) -> Plan:
     train = config.TRAIN
@@ -42,4 +51,5 @@ def build_plan(config: CfgNode, steps_per_epoch: int) -> Plan:
         warmup_steps=train.WARMUP_STEPS or train.WARMUP_EPOCHS * steps_per_epoch,
         round_steps=config.EVAL_STEPS or steps_per_epoch,
         rounds_per_evaluation=config.EVAL_FREQ,
+        rounds_per_save=config.SAVE_FREQ,
     )

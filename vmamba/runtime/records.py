@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,12 @@ class Records:
     def draw(self) -> None:
         """Draw what is recorded so far; at the end of the run it is for the caller to ask."""
         self.drawn = time.monotonic()
-        metrics = self.folder / "metrics.jsonl"
-        self._try("curves.png", lambda: draw_curves(read_metrics(metrics), self.folder / "curves.png", self.panels))
+        self._try("curves.png", self._draw)
+
+    def _draw(self) -> None:
+        metrics = read_metrics(self.folder / "metrics.jsonl")
+        if metrics:
+            draw_curves(metrics, self.folder / "curves.png", self.panels)
 
     def _write_lines(self) -> None:
         write_metrics(self.folder / "metrics.jsonl", *self.unwritten)
@@ -60,7 +64,7 @@ class Records:
                 self.events.add_scalar(name, value, step)
         self.events.flush()
 
-    def _try(self, what: str, work) -> None:
+    def _try(self, what: str, work: Callable[[], None]) -> None:
         try:
             work()
         except Exception as error:

@@ -1,0 +1,99 @@
+"""Evaluating and timing a model, in the middle of a run or by itself."""
+
+import torch
+from torch import nn
+
+from vmamba.data.loaders import Loader
+from vmamba.errors import UserError
+from vmamba.models.pretrained import load_checkpoint, load_pretrained, read_weights
+from vmamba.runtime import report
+from vmamba.runtime.distributed import World, share_buffers, sum_over_processes
+from vmamba.runtime.logging import memory_mb, progress
+from vmamba.runtime.precision import autocast
+from vmamba.runtime.run import Run
+from vmamba.runtime.start import asked_for, newest
+from vmamba.runtime.state import TrainState
+from vmamba.runtime.step import parallelise, to_device
+from vmamba.runtime.task import Results
+from vmamba.timing import elapsed
+
+
+def evaluate_state(run: Run, state: TrainState, loader: Loader) -> Results:
+    """The plain weights and the EMA's where there are, or those of them that EVAL_WEIGHTS names.
+
+    Raises Stopped, the state being saved, when a signal asks for it.
+    """
+    kinds = {"": state.model} | ({"ema_": state.ema.module} if state.ema else {})
+    only = {"model": "", "ema": "ema_"}.get(run.config.EVAL_WEIGHTS)
+    results = {}
+    for prefix, model in kinds.items():
+        if only is not None and prefix != only and only in kinds:
+            continue
+        found = evaluate(run, model, loader)
+        if found is None:
+            run.stop(state)
+        results |= {f"{prefix}{name}": value for name, value in found.items()}
+    return results
+
+
+@torch.no_grad()
+def evaluate(run: Run, model: nn.Module, loader: Loader) -> Results | None:
+    """The task's numbers over all processes' shares of the data; None when a signal asked any of them to stop."""
+    share_buffers(model)
+    model.eval()
+    meter = run.task.meter(run.world)
+    for batch in progress(loader, run.world, "evaluating"):
+        if run.request.noted:
+            break
+        with autocast(run.config, run.world.device):
+            meter.add(model, to_device(batch, run.world.device))
+    if run.request.noted_by_any(run.world):
+        return None
+    tell_skipped(run, loader)
+    return meter.results()
+
+
+def evaluate_file(run: Run, model: nn.Module) -> Results:
+    """The weights, plain and EMA, in MODEL.RESUME or MODEL.PRETRAINED, else in the furthest state of the folder.
+
+    Weights to start from with a new head (DROP_HEAD) are not a model that could be evaluated.
+    """
+    settings = run.config.MODEL
+    path = asked_for(run) or (settings.PRETRAINED if not settings.DROP_HEAD else "") or newest(run)
+    if not path:
+        raise UserError(f"nothing to evaluate: '{run.folder}' holds no checkpoint; name one with --resume")
+    loader = run.task.eval_loader(run.world)
+    chosen = settings.WEIGHTS
+    wanted = read_weights(path) if chosen == "auto" else {chosen: load_checkpoint(path, chosen)}
+    results = {}
+    for kind, checkpoint in wanted.items():
+        load_pretrained(model, checkpoint)
+        prefix = "ema_" if kind == "ema" and len(wanted) > 1 else ""
+        results |= {f"{prefix}{name}": value for name, value in evaluate(run, model, loader).items()}
+    run.logger.info(f"{path}: {report.summary(run.task, results)}")
+    return results
+
+
+def tell_skipped(run: Run, loader: Loader) -> None:
+    if loader.skipped:
+        run.logger.warning(
+            f"rank {run.world.rank}: {report.counted(loader.skipped, 'unreadable image')} skipped in this pass"
+        )
+
+
+@torch.no_grad()
+def throughput(run: Run, model: nn.Module) -> Results:
+    """Images a second of all processes together and peak memory, in batches of DATA.BATCH_SIZE, after a warm-up."""
+    config, device, batch = run.config, run.world.device, run.config.DATA.BATCH_SIZE
+    warm_up, steps = (50, 30) if device.type == "cuda" else (2, 5)
+    example = run.task.example(run.world)
+    model = parallelise(model.eval(), config, World(0, 1, 0, device))
+    run.logger.info(f"timing {report.counted(steps, 'batch', 'batches')} of {batch} after {warm_up} to warm up")
+    with autocast(config, device):
+        for _ in progress(range(warm_up), run.world, "warming up"):
+            model(*example)
+        seconds = elapsed(lambda: [model(*example) for _ in range(steps)], device) / steps
+    rate = sum_over_processes(torch.tensor(batch / seconds, device=device)).item()
+    memory = memory_mb(device)
+    run.logger.info(f"throughput {rate:.1f} images/s, batch {batch} a process, peak memory {memory:.0f} MB")
+    return {"images_per_second": rate, "peak_memory_mb": memory}

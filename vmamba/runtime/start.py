@@ -1,0 +1,103 @@
+"""Where a run starts: at the very beginning, from the state of a run, or from weights."""
+
+from pathlib import Path
+
+import yaml
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from vmamba.errors import UserError
+from vmamba.models.pretrained import load_checkpoint
+from vmamba.runtime import report
+from vmamba.runtime.checkpoint import BEST, newest_checkpoint, read_training_state
+from vmamba.runtime.distributed import on_main
+from vmamba.runtime.optim import Schedule, build_optimizer
+from vmamba.runtime.plan import Plan
+from vmamba.runtime.precision import build_scaler
+from vmamba.runtime.run import Run
+from vmamba.runtime.state import TrainState
+
+
+def build_state(run: Run, model: nn.Module, plan: Plan) -> TrainState:
+    """The state at the very start."""
+    config, ema = run.config, run.config.TRAIN.EMA
+    global_batch = config.DATA.BATCH_SIZE * run.world.size * config.TRAIN.ACCUMULATION_STEPS
+    optimizer = build_optimizer(config, model, global_batch)
+    start = config.TRAIN.START_EPOCH * plan.steps_per_epoch
+    return TrainState(
+        model=model,
+        ema=ModelEmaV3(model, decay=ema.DECAY, use_warmup=ema.WARMUP) if ema.ENABLE else None,
+        optimizer=optimizer,
+        schedule=Schedule(config, optimizer, plan),
+        scaler=build_scaler(config, run.world.device),
+        steps_per_epoch=plan.steps_per_epoch,
+        config=yaml.safe_load(config.dump()),
+        step=start,
+        recorded=start,
+    )
+
+
+def resume(run: Run, state: TrainState) -> Path | None:
+    """Go on from the furthest state in the run's folder, else from MODEL.RESUME, else start from MODEL.PRETRAINED.
+
+    The folder comes first so that the same command, given again, loses nothing; TRAIN.AUTO_RESUME false turns that off.
+    A file in MODEL.RESUME that is no state of a run is weights to start from.  Returns the file whose state it was.
+    """
+    config = run.config
+    path = newest(run) if config.TRAIN.AUTO_RESUME or not config.MODEL.RESUME else None
+    asked = asked_for(run)
+    if path and asked and path.resolve() != Path(asked).resolve():
+        run.logger.warning(
+            f"going on from {path}, where this run stands, instead of {asked}; for a new start from there choose "
+            f"another --tag"
+        )
+    path = path or asked
+    saved = read_training_state(path) if path else None
+    if saved:
+        state.load_state_dict(saved, path)
+        state.restore_random_state(run.world.rank)
+        position = f"epoch {state.step // state.steps_per_epoch + 1}, step {state.step % state.steps_per_epoch}"
+        run.logger.info(f"resumed {path} at {position}")
+        for change in report.changes(saved["config"], state.config):
+            run.logger.info(f"changed since: {change}")
+        if state.best and not on_main((run.folder / BEST).exists):
+            run.logger.info(
+                f"the best so far lies elsewhere{report.best_so_far(run.task, state)}; here it is sought anew"
+            )
+            state.best = {}
+        return Path(path)
+    if path or config.MODEL.PRETRAINED:
+        start_from_weights(run, state, path or config.MODEL.PRETRAINED)
+    elif config.MODEL.DROP_HEAD:
+        raise UserError("--drop-head keeps the head of no weights, and none are given; name some with --pretrained")
+    return None
+
+
+def asked_for(run: Run) -> str:
+    """MODEL.RESUME, and for the folder of a run the furthest state in it."""
+    asked = run.config.MODEL.RESUME
+    if not asked or not Path(asked).is_dir():
+        return asked
+    path, _ = on_main(lambda: newest_checkpoint(asked))
+    if path is None:
+        raise UserError(f"MODEL.RESUME '{asked}' is a folder without the state of a run; name a checkpoint")
+    return str(path)
+
+
+def start_from_weights(run: Run, state: TrainState, path: str | Path) -> None:
+    run.task.start_from(state.model, load_checkpoint(path, run.config.MODEL.WEIGHTS))
+    if state.ema:
+        state.ema.set(state.model)
+    run.logger.info(f"starting from the weights in {path}")
+
+
+def newest(run: Run) -> Path | None:
+    """The furthest state in the run's folder.  Raises UserError when AUTO_RESUME would ignore one."""
+    path, passed_over = on_main(lambda: newest_checkpoint(run.folder))
+    for sentence in passed_over:
+        run.logger.warning(f"skipped a checkpoint: {sentence}")
+    if path and not (run.config.TRAIN.AUTO_RESUME or run.config.EVAL_MODE):
+        raise UserError(
+            f"'{path}' is of an earlier run, and TRAIN.AUTO_RESUME is off; choose another --tag to start over beside it"
+        )
+    return path
