@@ -85,6 +85,16 @@ def test_values_take_the_type_of_their_key(tmp_path):
         ("DATA: {INTERPOLATION: bicubik}", "did you mean 'bicubic'?"),
         ("DATA: {BATCH_SIZE: 0}", "at least 1"),
         ("AUG: {HFLIP: 1.5}", "between 0 and 1"),
+        ("SEED: 4294967296", "between 0 and 4294967295"),
+        ("TRAIN: {OPTIMIZER: {BETAS: [1.5, 2]}}", "at least 0 and below 1"),
+        ("TRAIN: {LR_SCHEDULER: {DECAY_RATE: -1}}", "at least 0"),
+        ("DATA: {STD: [0]}", "above 0"),
+        ("TASK: painting", "x.yaml: unknown TASK 'painting'; known: classification"),
+        ("LERNING_RATE: 1", "unknown config key 'LERNING_RATE'; did you mean 'TRAIN.BASE_LR'?"),
+        ("TRAIN: {LR: 1}", "did you mean 'TRAIN.BASE_LR'?"),
+        ("BOGUS: 1", "unknown config key 'BOGUS'; docs/config.md lists them all"),
+        ("TRAIN: {EPOCHS: 010}", "TRAIN.EPOCHS is '010'"),
+        ("TRAIN: {EPOCHS: 1:30}", "TRAIN.EPOCHS is '1:30'"),
         ("MODEL: {OPTIONS: {dims: {b: 1}}}", "MODEL.OPTIONS.dims is"),
         ("TAG: a\nTAG: b", "line 2: key 'TAG' stands twice"),
         ("TAG: [", "x.yaml, line"),
@@ -157,6 +167,7 @@ def test_underscores_and_values_of_switches():
         ("--cfg x.yaml --opts SEED 3 --evl", "did you mean '--eval'?"),
         ("--cfg x.yaml stray", "unexpected argument 'stray'"),
         ("--batch-size 4", "--cfg FILE is required"),
+        ("--cfg x.yaml --bogus", "unknown flag '--bogus'; --help lists them"),
         ("--cfg x.yaml --batch-size", "--batch-size: expected one argument"),
     ],
 )
@@ -166,6 +177,22 @@ def test_a_wrong_flag_ends_with_one_sentence(capsys, line, message):
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_text_that_yaml_1_1_would_take_for_a_number_is_text(tmp_path):
+    file = write(tmp_path / "x.yaml", "TAG: 010\nNAME: 1:30\nOUTPUT: 2026-11-26\nDATA: {MEAN: 0.5, STD: 1}\n")
+    config = get_config(file, ["TRAIN.BASE_LR", "1e-3"])
+    assert (config.TAG, config.NAME, config.OUTPUT, config.DATA.MEAN) == ("010", "1:30", "2026-11-26", [0.5])
+    with pytest.raises(UserError, match="TRAIN.EPOCHS is '010'"):
+        get_config(file, ["TRAIN.EPOCHS", "010"])
+
+
+def test_help_tells_defaults_and_choices(capsys):
+    with pytest.raises(SystemExit):
+        argument_parser().parse_args(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--batch-size BATCH_SIZE images a process and micro-batch (default: 128)" in said
+    assert "one of no, part, full (default: part)" in said
 
 
 def test_a_flag_of_the_wrong_type_names_flag_and_key():

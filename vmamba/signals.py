@@ -1,5 +1,6 @@
 """The signals that ask a run to stop, and what becomes of them in its child processes."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -15,9 +16,10 @@ def leave_them_to_the_parent() -> None:
     from its parent.  The parent finishes its step, with what its children still load, and then ends them."""
     for signum in STOP_SIGNALS:
         signal.signal(signum, lambda signum, frame: None)
-    if hasattr(signal, "sigwaitinfo"):  # which tells the sender; not on macOS, where children outlive terminate()
+    parent = multiprocessing.parent_process()
+    if parent and hasattr(signal, "sigwaitinfo"):  # which tells the sender; macOS has none
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_obey, args=(parent.pid,), daemon=True).start()
 
 
 def _obey(parent: int) -> None:

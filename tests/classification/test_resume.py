@@ -1,17 +1,20 @@
 """A run that was stopped anywhere and resumed ends as the uninterrupted one, bit for bit, and loses nothing."""
 
+import os
 import signal
 import subprocess
 import time
 
 import pytest
+import torch
 
+from vmamba.classification.task import Accuracy
 from vmamba.config import output_folder
 from vmamba.errors import UserError
 from vmamba.runtime.run import Run
 from vmamba.runtime.step import OptimizerStep
 from vmamba.runtime.stop import Stopped
-from vmamba.runtime.trainer import run
+from vmamba.runtime.trainer import Rounds, run
 
 from .tiny import ALONE, command, differences, log, metrics, saved, tiny_config
 
@@ -84,6 +87,60 @@ def test_killed_after_an_epochs_line_the_line_is_not_written_twice(tmp_path, uni
     assert_same_run(config, uninterrupted)
 
 
+def test_killed_between_the_two_files_of_the_last_epoch(tmp_path, uninterrupted, monkeypatch):
+    config = tiny_config(tmp_path)
+    save = Run.save
+
+    def killed_after_the_best(run, state, name):
+        if name == "last.pth" and state.recorded == 6:
+            raise KeyboardInterrupt
+        save(run, state, name)
+
+    monkeypatch.setattr(Run, "save", killed_after_the_best)
+    monkeypatch.setattr(Rounds, "_rank", lambda self, results: True)
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    monkeypatch.undo()
+    assert (saved(config)["recorded"], saved(config, "best.pth")["recorded"]) == (3, 6)
+    (output_folder(config) / "curves.png").unlink()
+    run(config)
+    assert not differences(saved(config), saved(config, "best.pth"))
+    assert metrics(config) == metrics(uninterrupted)
+    assert (output_folder(config) / "curves.png").exists()
+
+
+def test_a_stop_signal_ends_an_evaluation(tmp_path, uninterrupted, monkeypatch):
+    config = tiny_config(tmp_path, "DATA.BATCH_SIZE", 6)  # two batches to evaluate on
+    add, evaluated = Accuracy.add, []
+
+    def interrupted(self, *args):
+        evaluated.append(self)
+        signal.raise_signal(signal.SIGHUP)
+        add(self, *args)
+
+    monkeypatch.setattr(Accuracy, "add", interrupted)
+    with pytest.raises(Stopped, match="SIGHUP"):
+        run(config)
+    monkeypatch.undo()
+    assert len(evaluated) == 1 and metrics(config) == []
+    assert (saved(config)["step"], saved(config)["recorded"]) == (5, 0)
+    run(config)
+    assert [line["step"] for line in metrics(config)] == [5, 10]
+
+
+def test_what_others_put_into_the_folder_changes_nothing(tmp_path, uninterrupted):
+    config = tiny_config(tmp_path, "TRAIN.EPOCHS", 1)
+    run(config)
+    torch.save(saved(config)["model_ema"], output_folder(config) / "exported.pth")  # the newest file there
+    os.utime(output_folder(config) / "best.pth")
+    config = tiny_config(tmp_path)
+    run(config)
+    assert "exported.pth' is not the state of a run" in log(config)
+    # The schedule of one epoch is another, so it is only where it went on that can be compared.
+    assert [line["epoch"] for line in metrics(config)] == [1, 2]
+    assert "resumed" in log(config) and "starting from the weights" not in log(config)
+
+
 def test_the_newest_that_loads_is_resumed_and_the_skipped_is_said(tmp_path, uninterrupted):
     config = tiny_config(tmp_path, "TRAIN.EPOCHS", 1)
     run(config)
@@ -103,6 +160,16 @@ def test_an_explicit_checkpoint_goes_before_the_newest(tmp_path, uninterrupted):
     assert [line["epoch"] for line in metrics(config)] == [3]
 
 
+def test_a_folder_is_the_furthest_state_in_it_and_the_best_is_sought_anew(tmp_path, uninterrupted):
+    config = tiny_config(tmp_path, "MODEL.RESUME", output_folder(uninterrupted), "TRAIN.EPOCHS", 3)
+    run(config)
+    assert f"resumed {output_folder(uninterrupted) / 'last.pth'} at epoch 3" in log(config)
+    assert "here it is sought anew" in log(config)
+    assert saved(config, "best.pth")["step"] == 9  # the only one that was evaluated here
+    with pytest.raises(UserError, match="is a folder without the state of a run"):
+        run(tiny_config(tmp_path, "MODEL.RESUME", tmp_path, "TAG", "none"))
+
+
 def test_another_global_batch_cannot_resume(tmp_path, uninterrupted):
     options = ("MODEL.RESUME", output_folder(uninterrupted) / "last.pth", "DATA.BATCH_SIZE", 6)
     with pytest.raises(UserError, match="3 steps an epoch and this one has 5"):
@@ -118,7 +185,7 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.01)
 
 
-def test_processes_ended_by_sigterm_and_sigkill(tmp_path):
+def test_processes_ended_by_sigterm_to_their_group_and_by_sigkill(tmp_path):
     epochs = 10  # long enough for a signal to arrive in time
     uninterrupted = tiny_config(tmp_path, "TRAIN.EPOCHS", epochs, "TAG", "uninterrupted")
     run(uninterrupted)
@@ -126,12 +193,12 @@ def test_processes_ended_by_sigterm_and_sigkill(tmp_path):
     written = output_folder(config) / "log.txt"
 
     def start():
-        arguments = ("--opts", "TRAIN.EPOCHS", str(epochs), "TRAIN.SAVE_STEPS", "1")
-        return subprocess.Popen(command(tmp_path, *arguments), stderr=subprocess.PIPE, **ALONE)
+        arguments = ("--opts", "TRAIN.EPOCHS", str(epochs), "TRAIN.SAVE_STEPS", "1", "DATA.NUM_WORKERS", "2")
+        return subprocess.Popen(command(tmp_path, *arguments), stderr=subprocess.PIPE, start_new_session=True, **ALONE)
 
     with start() as process:
         wait_for(lambda: written.exists() and "][1/3]" in written.read_text(), process)
-        process.terminate()
+        os.killpg(process.pid, signal.SIGTERM)  # to the loading processes too
         _, stderr = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM
     assert "stopped by SIGTERM; saved" in stderr
@@ -140,7 +207,7 @@ def test_processes_ended_by_sigterm_and_sigkill(tmp_path):
 
     with start() as process:
         wait_for(lambda: "train [" in written.read_text().rpartition("resumed")[2], process)
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
     assert stopped_at <= saved(config)["step"] < 3 * epochs
     run(config)
     assert_same_run(config, uninterrupted)

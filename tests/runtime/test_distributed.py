@@ -41,6 +41,35 @@ def test_every_launcher_is_understood(environment, expected, monkeypatch):
     assert distributed._launched_as() == expected
 
 
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "lacks MASTER_ADDR; start the run with torchrun"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "lacks MASTER_PORT"),
+        ({"RANK": "0"}, "lacks WORLD_SIZE"),
+        ({"RANK": "a", "WORLD_SIZE": "2"}, "RANK is 'a' in the environment"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 and WORLD_SIZE 2"),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, "lacks SLURM_STEP_NODELIST"),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "[1-2]"}, "expected names of nodes"),
+    ],
+)
+def test_an_environment_that_does_not_say_all_is_a_sentence(environment, sentence, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=sentence), distributed.processes("cpu"):
+        pass
+
+
+def test_others_that_cannot_be_reached_are_a_sentence(monkeypatch):
+    address = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "no.such.host.invalid", "MASTER_PORT": "29500"}
+    for name, value in address.items():
+        monkeypatch.setenv(name, value)
+    refuse = RuntimeError("the client socket has failed to connect")
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *args, **options: (_ for _ in ()).throw(refuse))
+    with pytest.raises(UserError, match="process 1 of 2 cannot join the others at no.such.host.invalid:29500: the cl"):
+        distributed.processes("cpu").__enter__()
+
+
 def test_under_srun_all_meet_at_the_first_node(monkeypatch):
     for name, value in LAUNCHERS["srun"][0].items():
         monkeypatch.setenv(name, value)

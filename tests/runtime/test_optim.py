@@ -76,6 +76,21 @@ def test_the_configs_betas_eps_and_momentum_arrive():
     assert sgd.defaults["momentum"] == 0.7
 
 
+@pytest.mark.parametrize(
+    ("opts", "sentence"),
+    [
+        (["TRAIN.OPTIMIZER.BETAS", "[0.9]"], r"TRAIN.OPTIMIZER.BETAS is \[0.9\] and adamw takes 2"),
+        (["TRAIN.OPTIMIZER.BETAS", "[0.9, 0.99]", "TRAIN.OPTIMIZER.NAME", "adan"], "adan takes 3; null: its own"),
+        (["TRAIN.OPTIMIZER.NAME", "adahessian"], "adahessian needs second derivatives"),
+        (["TRAIN.OPTIMIZER.NAME", "bnbadamw"], "bnbadamw cannot be had here"),
+        (["TRAIN.OPTIMIZER.NAME", "fusedadam"], "fusedadam cannot be had here"),
+    ],
+)
+def test_an_optimiser_that_cannot_be_is_a_sentence(opts, sentence):
+    with pytest.raises(UserError, match=sentence):
+        build_optimizer(get_config(None, opts), Scan(), 512)
+
+
 def test_an_unknown_optimiser_names_the_nearest():
     with pytest.raises(UserError, match="unknown optimiser 'adamvw'; did you mean 'adamw'"):
         build_optimizer(get_config(None, ["TRAIN.OPTIMIZER.NAME", "adamvw"]), Scan(), 512)

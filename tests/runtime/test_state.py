@@ -54,6 +54,43 @@ def test_a_changed_rate_and_weight_decay_have_their_effect(tiny):
     assert group["lr"] < 0.01
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "name", "expected"),
+    [
+        ("BETAS", "[0.5, 0.6]", "betas", (0.5, 0.6)),
+        ("EPS", "1e-3", "eps", 1e-3),
+        ("MOMENTUM", "0.1", "momentum", 0.1),
+    ],
+)
+def test_a_changed_optimiser_has_its_effect(tiny, key, value, name, expected):
+    kind = ("TRAIN.OPTIMIZER.NAME", "sgd" if key == "MOMENTUM" else "adamw")
+    saved = tiny(*kind)
+    saved.train(1)
+    changed = tiny(*kind, f"TRAIN.OPTIMIZER.{key}", value)
+    changed.state.load_state_dict(saved.state.state_dict())
+    assert [group[name] for group in changed.state.optimizer.param_groups] == [expected] * 2
+
+
+def test_a_state_of_the_first_version_goes_on(tiny, same):
+    whole = tiny("TRAIN.EMA.ENABLE", "True")
+    whole.train(13)
+    first = tiny("TRAIN.EMA.ENABLE", "True")
+    first.train(10)
+    first.state.finish_round()
+    first.train(2)
+    state = first.state.state_dict()
+    new = ("recorded", "round_loss", "round_grad_norm", "round_good_steps", "best", "best_weights")
+    old = {name: value for name, value in state.items() if name not in new}
+    old |= {"epoch": 1, "epoch_loss": state["round_loss"], "epoch_loss_steps": 2}
+    old |= {"max_accuracy": 55.0, "max_accuracy_ema": -1.0}
+    second = tiny("TRAIN.EMA.ENABLE", "True")
+    second.state.load_state_dict(old)
+    assert (second.state.recorded, second.state.best) == (10, {"acc1": 55.0})
+    assert second.state.mean_loss == first.state.mean_loss
+    second.train(1)
+    assert same(second.state.state_dict()["model_ema"], whole.state.state_dict()["model_ema"])
+
+
 def test_an_ema_switched_on_later_starts_from_the_weights(tiny):
     saved = tiny()
     saved.train(2)

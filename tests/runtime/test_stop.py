@@ -3,6 +3,7 @@
 import signal
 
 import pytest
+import torch
 
 from vmamba.errors import UserError
 from vmamba.runtime.cli import exit_code
@@ -48,7 +49,17 @@ def test_a_lost_process_is_a_sentence_only_where_there_are_others(capsys, monkey
         exit_code(lost)
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     assert exit_code(lost) == 1
-    assert "another process of the run has ended" in capsys.readouterr().err
+    assert "another process of the run has ended ([gloo/pair.cc:561] Connection closed" in capsys.readouterr().err
+    with pytest.raises(torch.distributed.DistError):  # a NCCL that is set up wrongly is shown as what it is
+        exit_code(raising(torch.distributed.DistBackendError("NCCL error: invalid usage")))
+
+
+def test_a_signal_that_was_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    with StopRequest() as request:
+        signal.raise_signal(signal.SIGHUP)
+        assert not request.noted
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_a_bug_keeps_its_traceback():

@@ -144,7 +144,7 @@ class Schema:
         section, _, last = key.upper().rpartition(".")
         names = [*self.keys, *self.sections]
         called = {word.upper(): each.name for each in self.keys.values() for word in each.also.split()}
-        alike = get_close_matches(key.upper(), names, n=1, cutoff=0.8)
+        alike = [called[last]] if last in called else get_close_matches(key.upper(), names, n=1, cutoff=0.8)
         if not alike:
             ends = {name.rpartition(".")[2] for name in names}
             end = get_close_matches(last, ends, n=1, cutoff=0.8)

@@ -1,0 +1,46 @@
+"""One writer a folder."""
+
+import os
+
+import pytest
+
+from vmamba.errors import UserError
+from vmamba.runtime.lock import FolderLock
+
+
+def in_another_process(folder) -> str:
+    """What acquiring the lock of `folder` says there."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            FolderLock(folder).acquire()
+            said = "free"
+        except UserError as error:
+            said = str(error)
+        os.write(write, said.encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(write)
+    with open(read) as pipe:
+        return pipe.read()
+
+
+def test_a_second_writer_is_refused_while_the_first_lives(tmp_path):
+    folder = tmp_path / "run"
+    lock = FolderLock(folder)
+    lock.acquire()
+    (folder / ".last.pth.1234.tmp").write_text("what a killed process left")
+    assert f"is being written by process {os.getpid()} on " in in_another_process(folder)
+    lock.release()
+    assert os.listdir(folder) == [".last.pth.1234.tmp"]
+    assert in_another_process(folder) == "free"  # and its end frees it again, though its file stays
+    lock.acquire()
+    assert os.listdir(folder) == [".lock"]
+    lock.release()
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        FolderLock(tmp_path / "file" / "run").acquire()
