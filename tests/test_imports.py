@@ -10,6 +10,7 @@ ROOMS = [  # rooms in one line are neighbours and do not know each other
     ["vmamba_kernels"],
     ["vmamba.errors"],
     ["vmamba.files", "vmamba.values"],
+    ["vmamba.data"],
     ["vmamba.models"],
     ["vmamba.config"],
     ["vmamba.runtime"],

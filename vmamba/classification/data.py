@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from yacs.config import CfgNode
 
-from vmamba.classification.datasets import Source, UnreadableImage, open_dataset
+from vmamba.classification.datasets import Source, open_dataset
 from vmamba.config import image_size
+from vmamba.data.images import UnreadableImage
 from vmamba.errors import UserError
 
 logger = logging.getLogger(__name__)
