@@ -99,11 +99,7 @@ def _converted(image: Image.Image, channels: int) -> Image.Image:
 
 def _gray(image: Image.Image, name: str | Path) -> Image.Image:
     """The 8 bits (mode L) of an image of integers."""
-    sixteen_bits = image.mode != "I" or image.format in (
-        "PNG",
-        "PPM",
-    )  # older Pillows make I of them
-    if not sixteen_bits:
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):  # of 16 bits in these, though the mode is of 32
         raise ValueError(_refusal("signed or have 32 bits"))
     if image.format not in _WHITE_IS_65535:
         raise ValueError(_refusal(f"of 16 bits in a file of format {image.format}"))
