@@ -46,7 +46,7 @@ class LeftOut:
 
 
 def what_is(path: str | Path) -> str | None:
-    """ "folder", "file" (or a device), or None where there is nothing.
+    """What lies there: "folder", "file" (or a device), or None.
 
     Raises UserError where the system does not let us look.
     """
