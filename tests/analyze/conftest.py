@@ -2,8 +2,8 @@
 
 import pytest
 
-from vmamba.classification.engine import run
 from vmamba.config import get_config
+from vmamba.runtime.trainer import run
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import pytest
 
 from vmamba.analysis.curves import curves, read_log, read_run
 from vmamba.errors import UserError
-from vmamba.runtime.logging import read_metrics
+from vmamba.runtime.records import read_metrics
 
 # Two epochs of two logged steps each, in the form of Swin's logs, tabs included.
 STEP = (

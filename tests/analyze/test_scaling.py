@@ -10,7 +10,7 @@ from vmamba.analysis.scaling import scale
 from vmamba.analysis.summary import modules, stages, summary
 from vmamba.errors import UserError
 from vmamba.models.flops import complexity
-from vmamba.runtime.logging import read_metrics
+from vmamba.runtime.records import read_metrics
 
 
 def test_costs_grow_with_the_pixels_and_accuracy_is_that_of_the_run(digits_run, tmp_path):

@@ -1,7 +1,9 @@
-"""Where images come from: what is read, how it is decoded, and what each mistake in the data says."""
+"""Where labelled images come from, and what each mistake in the data says."""
 
+import errno
 import hashlib
 import io
+import os
 import pickle
 import re
 import zipfile
@@ -12,8 +14,9 @@ import pytest
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from vmamba.classification.datasets import UnreadableImage, open_dataset, to_image
+from vmamba.classification.datasets import open_dataset
 from vmamba.config import get_config
+from vmamba.data.images import UnreadableImage
 from vmamba.errors import UserError
 
 
@@ -39,9 +42,9 @@ def make_folders(root: Path, train=("cat", "dog"), val=("cat", "dog"), images: i
     return root
 
 
-def make_archives(root: Path, labels=(0, 1, 0, 1, 1)) -> Path:
+def make_archives(root: Path, labels=(0, 1, 0, 1, 1), compression=zipfile.ZIP_STORED) -> Path:
     for split in ("train", "val"):
-        with zipfile.ZipFile(root / f"{split}.zip", "w") as archive:
+        with zipfile.ZipFile(root / f"{split}.zip", "w", compression) as archive:
             for i, label in enumerate(labels):
                 archive.writestr(f"n{label}/a {i}.png", encoded(i))
         lines = [f"n{label}/a {i}.png\t{label}\n" for i, label in enumerate(labels)]
@@ -94,9 +97,8 @@ def test_evaluation_needs_val_only(tmp_path):
 
 def test_archives_read_the_same_in_every_cache_mode(tmp_path):
     make_archives(tmp_path)
-    for mode, kept in (("no", 0), ("part", 2), ("full", 5)):
+    for mode in ("no", "part", "full"):
         source = opened(tmp_path, "DATA.ZIP_MODE", True, "DATA.CACHE_MODE", mode, rank=1, world_size=2)
-        assert len(source.read.__self__.kept) == kept
         assert [label for _, label in source.samples] == [0, 1, 0, 1, 1]
         copy = pickle.loads(pickle.dumps(source))  # as a worker process gets it
         for i in range(5):
@@ -104,6 +106,29 @@ def test_archives_read_the_same_in_every_cache_mode(tmp_path):
     assert source.name(3) == str(tmp_path / "train.zip" / "n1" / "a 3.png")
     (tmp_path / "train.zip").unlink()
     assert pixels(source, 4) == np.asarray(picture(4)).tolist()  # full: the archive is no longer needed
+
+
+@pytest.mark.parametrize("mode", ["no", "part", "full"])
+def test_a_damaged_file_of_an_archive_waits_until_it_is_wanted(tmp_path, mode):
+    make_archives(tmp_path, compression=zipfile.ZIP_DEFLATED)
+    path = tmp_path / "train.zip"
+    with zipfile.ZipFile(path) as archive:
+        start = archive.getinfo("n0/a 2.png").header_offset + 40
+    data = bytearray(path.read_bytes())
+    data[start : start + 60] = b"\xa5" * 60
+    path.write_bytes(data)
+    source = opened(tmp_path, "DATA.ZIP_MODE", True, "DATA.CACHE_MODE", mode)
+    assert pixels(source, 1) == np.asarray(picture(1)).tolist()
+    with pytest.raises(UnreadableImage, match="cannot read '.*train.zip/n0/a 2.png': "):
+        source.load(2, 3)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_map_files_in_the_encodings_of_windows(tmp_path, encoding):
+    make_archives(tmp_path)
+    path = tmp_path / "train_map.txt"
+    path.write_text(path.read_text(), encoding=encoding, newline="\r\n")
+    assert pixels(opened(tmp_path, "DATA.ZIP_MODE", True), 0) == np.asarray(picture(0)).tolist()
 
 
 def test_cifar_from_a_local_folder(tmp_path, monkeypatch):
@@ -127,6 +152,13 @@ def test_cifar_from_a_local_folder(tmp_path, monkeypatch):
     image, label = train.load(1, 3)
     assert label == 9 and np.asarray(image).transpose(2, 0, 1).ravel().tolist() == data[1].tolist()
     assert len(opened(tmp_path, classes=10, dataset="cifar10", training=False)) == 1
+    (folder / "test").write_bytes(pickle.dumps({"data": data[:1], "labels": [3]}))
+    with pytest.raises(UserError, match=r"test' is not the published file \(its MD5 is not \w+\); unpack .* again, or"):
+        opened(tmp_path, classes=10, dataset="cifar10")
+    (folder / "train").unlink()
+    (folder / "test").write_bytes(contents["test"])
+    with pytest.raises(UserError, match="does not hold cifar10 whole: it holds cifar-10-batches-py; unpack https"):
+        opened(tmp_path, classes=10, dataset="cifar10")
 
 
 def test_other_names_go_to_timm(tmp_path):
@@ -157,6 +189,7 @@ def remove(path: Path) -> None:
         (lambda root: [f.unlink() for f in (root / "train" / "dog").iterdir()], r"no image in class dog; fill"),
         (lambda root: [remove(f) for f in (root / "train").iterdir()], "has no folder of a class: it holds nothing"),
         (lambda root: (root / "train" / "owl").mkdir(), "has 3 classes, but MODEL.NUM_CLASSES is 2"),
+        (lambda root: (root / "train" / "owl").symlink_to(root / "gone"), "owl' is a link that leads nowhere; mend"),
     ],
 )
 def test_what_broken_training_folders_say(tmp_path, break_it, message):
@@ -167,6 +200,86 @@ def test_what_broken_training_folders_say(tmp_path, break_it, message):
         return
     with pytest.raises(UserError, match=message):
         opened(root)
+
+
+def test_systems_folders_and_hidden_files_are_no_classes_and_no_images(tmp_path, caplog):
+    make_folders(tmp_path)
+    for file in ("__MACOSX/cat/0.png", "@eaDir/0.png", "cat/@eaDir/0.png", "cat/._0.png", "dog/.0.png"):
+        path = tmp_path / "train" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("no image")
+    (tmp_path / "train" / "cat" / "up").symlink_to("..")
+    source = opened(tmp_path)
+    assert len(source) == 4 and [pixels(source, i) for i in range(4)]
+
+
+def test_what_is_left_out_is_told_once_with_its_number(tmp_path, caplog):
+    make_folders(tmp_path)
+    for name in ("cat/a.heic", "dog/b.HEIC", "dog/c.xml", "dog/d.jfif", "e.png"):
+        (tmp_path / "train" / name).touch()
+    for rank in (0, 1, 2):
+        assert len(opened(tmp_path, rank=rank, world_size=3)) == 5
+    (record,) = caplog.records
+    sentence = record.getMessage()
+    assert record.name == "vmamba" and sentence.startswith(f"left out of '{tmp_path / 'train'}': 2 .heic ('")
+    assert "1 .xml ('" in sentence and f"1 beside the folders of classes ('{tmp_path / 'train' / 'e.png'}')" in sentence
+    opened(tmp_path, training=False)
+    assert len(caplog.records) == 1
+
+
+def test_a_class_of_unknown_suffixes_says_so(tmp_path):
+    make_folders(tmp_path)
+    for i in range(2):
+        (tmp_path / "train" / "cat" / f"{i}.png").rename(tmp_path / "train" / "cat" / f"{i}.heic")
+    with pytest.raises(UserError, match=r"no image in class cat \(left out: 2 .heic \('.*', \.\.\.\)\); fill"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["train", "train/cat", "train/cat/more"])
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch, folder):
+    make_folders(tmp_path)
+    (tmp_path / "train" / "cat" / "more").mkdir()
+    deny(monkeypatch, tmp_path / folder)
+    with pytest.raises(UserError, match=f"cannot read '{tmp_path / folder}': Permission denied; make it readable"):
+        opened(tmp_path)
+
+
+def deny(monkeypatch, folder: Path) -> None:
+    """Let nobody list `folder`; the tests may run as root, whom permissions do not stop."""
+    scandir = os.scandir
+
+    def refusing(path):
+        if Path(path) == folder:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+
+
+def test_one_class_is_evaluated_and_not_trained(tmp_path):
+    make_folders(tmp_path, train=("cat",), val=("cat",))
+    assert len(opened(tmp_path, "EVAL_MODE", True, training=False, classes=1)) == 2
+    for classes in (1, 2):
+        with pytest.raises(UserError, match="train' has one class, and training tells classes apart"):
+            opened(tmp_path, classes=classes)
+    make_archives(tmp_path, labels=(0, 0))
+    assert len(opened(tmp_path, "DATA.ZIP_MODE", True, training=False, classes=1)) == 2
+    with pytest.raises(UserError, match="train_map.txt' has one class, and training tells classes apart"):
+        opened(tmp_path, "DATA.ZIP_MODE", True, classes=1)
+
+
+def test_names_that_are_no_text_do_not_end_who_tells_them(tmp_path):
+    make_folders(tmp_path)
+    try:
+        (tmp_path / "train" / "cat" / os.fsdecode(b"\xff.png")).write_text("no image")
+    except (OSError, UnicodeError):
+        pytest.skip("this file system takes text only")
+    source = opened(tmp_path)
+    (bad,) = [i for i in range(len(source)) if "udcff" in source.name(i)]
+    assert source.name(bad).encode()
+    with pytest.raises(UnreadableImage) as error:
+        source.load(bad, 3)
+    assert str(error.value).encode().endswith(b"\\udcff.png': it is not an image of a format that Pillow knows")
 
 
 def test_validation_must_have_the_same_classes(tmp_path):
@@ -221,27 +334,6 @@ def test_a_map_may_name_a_file_the_archive_lacks(tmp_path):
         source = opened(tmp_path, "DATA.ZIP_MODE", True, "DATA.CACHE_MODE", mode)
         with pytest.raises(UnreadableImage, match=re.escape(str(tmp_path / "train.zip" / "n1/absent.png"))):
             source.load(5, 3)
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "F"])
-def test_every_mode_of_image_becomes_gray_or_rgb(mode):
-    image = Image.new(mode, (5, 3))
-    assert to_image(image, 1).mode == "L" and to_image(image, 3).mode == "RGB"
-
-
-def test_sixteen_bits_are_scaled_and_not_clipped():
-    values = np.array([[0, 256, 32768, 65535]], dtype=np.uint16)
-    buffer = io.BytesIO()
-    Image.fromarray(values).save(buffer, "PNG")
-    assert np.asarray(to_image(buffer.getvalue(), 1)).tolist() == [[0, 0, 127, 255]]
-
-
-def test_a_transparent_palette_keeps_its_colours():
-    image = Image.new("P", (2, 1), 1)
-    image.putpalette([0, 0, 0, 10, 200, 30])
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", transparency=b"\xff\x00")
-    assert to_image(buffer.getvalue(), 3).getpixel((0, 0)) == (10, 200, 30)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])

@@ -10,7 +10,7 @@ from matplotlib import rc_context
 from vmamba.analysis.plotting import STYLE, new_figure, save_figure
 from vmamba.analysis.tables import write_json
 from vmamba.errors import UserError
-from vmamba.runtime.logging import read_metrics
+from vmamba.runtime.records import read_metrics
 
 Series = list[tuple[float, float, float]]  # (epochs, hours since the start, value)
 PANELS = {  # panel -> its series: key and label

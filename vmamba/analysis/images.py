@@ -4,15 +4,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from vmamba.analysis.zoo import Subject
+from vmamba.data.folders import LeftOut, image_files
+from vmamba.data.images import UnreadableImage, decode
+from vmamba.data.text import printable
 from vmamba.errors import UserError
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 def squares(folder: str | None, count: int, size: int) -> list[Image.Image]:
@@ -20,13 +21,17 @@ def squares(folder: str | None, count: int, size: int) -> list[Image.Image]:
 
     Of a folder: the centres of its first ones, by name, folders inside it included.  Without a folder: squares cut at
     random, always the same ones, from scikit-learn's two sample photographs.
-    Raises UserError when the folder has too few, or one cannot be read.
+    Raises UserError when the folder cannot be looked into or has too few, or one cannot be read.
     """
     if folder is None:
         return [_crop(image, size) for _, image in zip(range(count), _random_squares(), strict=False)]
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)[:count]
+    left_out = LeftOut()
+    paths = sorted(map(Path, image_files(folder, left_out)))[:count]
     if len(paths) < count:
-        raise UserError(f"'{folder}' holds {len(paths)} images of the {count} asked for; lower --num-images")
+        beside = f" (left out: {left_out})" if left_out else ""
+        raise UserError(
+            f"'{printable(folder)}' holds {len(paths)} images of the {count} asked for{beside}; lower --num-images"
+        )
     return [_crop(read(path), size) for path in paths]
 
 
@@ -35,9 +40,9 @@ def read(path: str | Path | None) -> Image.Image:
     if path is None:
         return Image.fromarray(load_sample_images().images[1])
     try:
-        return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"cannot read the image '{path}' ({error}); give a JPEG or PNG file") from error
+        return decode(path, 3, path)
+    except UnreadableImage as error:
+        raise UserError(f"{error}; give another image") from error
 
 
 def square(path: str | Path | None, size: int) -> Image.Image:

@@ -1,6 +1,5 @@
 """What an image's size costs and brings: multiply-adds, parameters, activations, accuracy."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,11 @@ from matplotlib import rc_context
 from vmamba.analysis import zoo
 from vmamba.analysis.plotting import MARKERS, STYLE, new_figure, save_figure
 from vmamba.analysis.tables import markdown, write_json
-from vmamba.classification.data import build_eval_loader
-from vmamba.classification.engine import Run, evaluate
 from vmamba.config import get_config
 from vmamba.errors import UserError
 from vmamba.files import write_text
 from vmamba.models.flops import complexity
-from vmamba.runtime.distributed import World
+from vmamba.runtime.evaluation import evaluate_alone
 
 COSTS = ("multiply-adds (G)", "activations (M)", "parameters (M)")
 
@@ -47,11 +44,9 @@ def scale(
             row |= zip(COSTS, (cost.macs / 1e9, cost.activations / 1e6, cost.parameters / 1e6), strict=True)
             if cfg:
                 changes = ["DATA.IMG_SIZE", str(size), *(["DATA.DATA_PATH", data_path] if data_path else [])]
-                run = Run(get_config(cfg, changes), World(0, 1, 0, place), logging.getLogger("vmamba"))
-                loader = build_eval_loader(run.config, rank=0, world_size=1)
                 row |= {"weights": subject.weights, "top-1 (%)": None}
                 if path:
-                    row["top-1 (%)"] = evaluate(run, subject.model.to(place), loader)["acc1"]
+                    row["top-1 (%)"] = evaluate_alone(get_config(cfg, changes), subject.model, place)["acc1"]
             rows.append(row)
     folder = Path(output)
     write_json(folder / "scale.json", rows)

@@ -3,78 +3,63 @@
 `open_dataset` checks what can be checked without reading images; reading one raises UnreadableImage.
 """
 
-import io
+import logging
 import os
-import zipfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import ImageDataset, create_dataset
 from torch.utils.data import IterableDataset
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.utils import check_integrity
 from yacs.config import CfgNode
 
-from vmamba.data.images import UnreadableImage
+from vmamba.data.archives import Archive
+from vmamba.data.folders import LeftOut, contents, image_files, listing, what_is
+from vmamba.data.images import decode, reading, suffixes
+from vmamba.data.text import cannot_read, printable, read_text, some
 from vmamba.errors import UserError, unknown
+
+logger = logging.getLogger("vmamba")
 
 DIGITS_HELD_OUT = 360  # of 1,797
 _CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
 class Source:
-    """Samples of (image, label).  `read` makes the first of a sample, a path below `place`, bytes; without it the
-    samples hold an image or an open file, and are themselves read on access."""
+    """Samples of (image, label).  The image is a file of `archive`; or what the samples hold, which are read on access:
+    an image or an open file of `place`, or without a place the path of a file."""
 
-    def __init__(self, samples: Sequence, place: str, *, read: Callable[[str], bytes] | None = None):
-        self.samples = samples
-        self.place = place
-        self.read = read
+    def __init__(self, samples: Sequence, *, archive: Archive | None = None, place: str | None = None):
+        self.samples, self.archive, self.place = samples, archive, place
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def name(self, index: int) -> str:
-        return os.path.join(self.place, self.samples[index][0]) if self.read else f"image {index} of {self.place}"
+        """For a sentence."""
+        if self.place is not None:
+            return printable(f"image {index} of {self.place}")
+        return printable(os.path.join(self.archive.path if self.archive else "", self.samples[index][0]))
 
     def load(self, index: int, channels: int) -> tuple[Image.Image, int]:
         """The decoded image, of 1 or 3 channels of 8 bits, and its label.  Raises UnreadableImage."""
-        try:
+        name = self.name(index)
+        with reading(name):
             image, label = self.samples[index][:2]
-            return to_image(self.read(image) if self.read else image, channels), int(-1 if label is None else label)
-        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, zlib.error, struct.error, ...
-            raise UnreadableImage(f"cannot read '{self.name(index)}': {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "it is not an image of a format that Pillow knows"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
-def to_image(image: Image.Image | bytes | BinaryIO, channels: int) -> Image.Image:
-    """`image` as 8-bit grayscale (1 channel) or RGB (3), whatever its mode."""
-    if isinstance(image, bytes):
-        image = io.BytesIO(image)
-    if not isinstance(image, Image.Image):
-        with Image.open(image) as opened:
-            opened.load()
-            image = opened
-    if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("L" if channels == 1 else "RGB")
+            label = int(-1 if label is None else label)
+            if self.archive:
+                image = self.archive.read(index)
+        return decode(image, channels, name), label
 
 
 def open_dataset(config: CfgNode, *, training: bool, rank: int, world_size: int) -> Source:
-    """The training or the validation images of DATA.DATASET.
+    """The training or the validation images of DATA.DATASET.  Rank 0 tells which files are left out.
 
-    Raises UserError when they are not there, or do not fit MODEL.NUM_CLASSES.
+    Raises UserError when they are not there, or do not fit MODEL.NUM_CLASSES, or are of one class and for training.
     """
     name = config.DATA.DATASET
     if config.DATA.ZIP_MODE and name != "imagenet":
@@ -83,9 +68,10 @@ def open_dataset(config: CfgNode, *, training: bool, rank: int, world_size: int)
         return _digits(config, training)
     if name in _CIFAR:
         return _cifar(config, training)
+    if name == "imagenet" and config.DATA.ZIP_MODE:
+        return _archive(config, training, rank, world_size)
     if name == "imagenet":
-        split = "train" if training else "val"
-        return _archive(config, split, rank, world_size) if config.DATA.ZIP_MODE else _folders(config, split)
+        return _folders(config, training, tell=rank == 0)
     if "/" in name:
         return _from_timm(config, training)
     raise unknown("DATA.DATASET", name, ["digits", "imagenet", *_CIFAR, "torch/<name>", "hfds/<name>"])
@@ -101,19 +87,33 @@ def _digits(config: CfgNode, training: bool) -> Source:
     )
     pixels = (digits.images * (255 / 16)).round().astype(np.uint8)  # (1797, 8, 8), 0..16 in the package
     samples = [(Image.fromarray(pixels[i]), int(digits.target[i])) for i in np.sort(split[0 if training else 1])]
-    _check_class_count("the digits", 10, config)
-    return Source(samples, "the digits")
+    _check_class_count("the digits", 10, config, training)
+    return Source(samples, place="the digits")
 
 
 def _cifar(config: CfgNode, training: bool) -> Source:
     root, name = _data_path(config), config.DATA.DATASET
-    kind = _CIFAR[name]
     try:
-        dataset = kind(str(root), train=training)
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"'{root}' does not hold {name} whole: {_listing(root)}; unpack {kind.url} there") from error
-    _check_class_count(name, len(dataset.classes), config)
-    return Source(dataset, f"{name} in {root}")
+        dataset = _CIFAR[name](str(root), train=training)
+    except OSError as error:
+        raise cannot_read(error.filename or root, error) from error
+    except RuntimeError as error:
+        raise _incomplete_cifar(root, name) from error
+    _check_class_count(name, len(dataset.classes), config, training)
+    return Source(dataset, place=f"{name} in {root}")
+
+
+def _incomplete_cifar(root: Path, name: str) -> UserError:
+    """What torchvision found: a file that is missing, or is not the published one."""
+    kind = _CIFAR[name]
+    for file, checksum in [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]:
+        path = root / kind.base_folder / file
+        if what_is(path) == "file" and not check_integrity(str(path), checksum):
+            return UserError(
+                f"'{printable(path)}' is not the published file (its MD5 is not {checksum}); unpack {kind.url} again, "
+                "or, if it was changed on purpose, write the images into folders of classes (DATA.DATASET imagenet)"
+            )
+    return UserError(f"'{printable(root)}' does not hold {name} whole: {contents(root)}; unpack {kind.url} there")
 
 
 def _from_timm(config: CfgNode, training: bool) -> Source:
@@ -123,7 +123,7 @@ def _from_timm(config: CfgNode, training: bool) -> Source:
     try:
         dataset = create_dataset(name, root=root or None, split=split, is_training=training)
     except Exception as error:  # each of its libraries has its own
-        raise UserError(f"timm cannot open split '{split}' of '{name}' at '{root}': {error}") from error
+        raise UserError(printable(f"timm cannot open split '{split}' of '{name}' at '{root}': {error}")) from error
     if isinstance(dataset, IterableDataset):
         raise UserError(
             f"DATA.DATASET '{name}' is a stream; resuming needs images by index, as torch/ and hfds/ give them"
@@ -131,122 +131,111 @@ def _from_timm(config: CfgNode, training: bool) -> Source:
     samples = dataset.reader if isinstance(dataset, ImageDataset) else dataset  # its own loading hides bad images
     classes = getattr(dataset, "classes", None) or getattr(samples, "class_to_idx", None)
     if classes:
-        _check_class_count(name, len(classes), config)
-    return Source(samples, name)
+        _check_class_count(name, len(classes), config, training)
+    return Source(samples, place=name)
 
 
 # ------------------------------------------------------------------------------------------------ folders
 
 
-def _folders(config: CfgNode, split: str) -> Source:
-    root = _data_path(config)
-    names_from = "val" if config.EVAL_MODE and not (root / "train").is_dir() else "train"
-    classes = _classes(root, names_from)
+def _folders(config: CfgNode, training: bool, tell: bool) -> Source:
+    root, split = _data_path(config), "train" if training else "val"
+    names_from = "val" if config.EVAL_MODE and what_is(root / "train") != "folder" else "train"
+    left_out = LeftOut()
+    classes = _classes(root, split, left_out)
     if split != names_from:
-        others = _classes(root, split)
-        differences = [
-            f"only in {place}/: {_some(sorted(names))}"
-            for place, names in ((split, {*others} - {*classes}), (names_from, {*classes} - {*others}))
-            if names
-        ]
-        if differences:
-            raise UserError(f"'{root}' has other classes in {split}/ than in {names_from}/; {'; '.join(differences)}")
-    _check_class_count(f"'{root / names_from}'", len(classes), config)
-    samples = make_dataset(
-        str(root / split), {name: i for i, name in enumerate(classes)}, extensions=IMG_EXTENSIONS, allow_empty=True
-    )
+        _check_same_classes(root, split, classes, names_from, _classes(root, names_from, LeftOut()))
+    _check_class_count(f"'{printable(root / split)}'", len(classes), config, training)
+    samples = [
+        (path, label)
+        for label, name in enumerate(classes)
+        for path in image_files(os.path.join(root, split, name), left_out)
+    ]
     counts = Counter(label for _, label in samples)
     empty = [name for label, name in enumerate(classes) if not counts[label]]
     if empty:
-        raise UserError(f"'{root / split}' has no image in class {_some(empty)}; fill or remove the folder")
-    return Source(samples, "", read=_read_file)
+        beside = f" (left out: {left_out})" if left_out else ""
+        raise UserError(
+            f"'{printable(root / split)}' has no image in class {some(empty)}{beside}; fill or remove the folder"
+        )
+    if left_out and tell:
+        logger.warning(
+            "left out of '%s': %s; images are told by the suffixes of Pillow's formats (convert others to PNG or JPEG)",
+            printable(root / split),
+            left_out,
+        )
+    return Source(samples)
 
 
-def _read_file(path: str) -> bytes:
-    return Path(path).read_bytes()
-
-
-def _classes(root: Path, split: str) -> list[str]:
+def _classes(root: Path, split: str, left_out: LeftOut) -> list[str]:
     folder = root / split
-    if not folder.is_dir():
-        hint = "; for archives add --zip" if (root / f"{split}.zip").is_file() else ""
-        raise UserError(f"data path '{root}' has no {split}/ folder: {_listing(root)}{hint}")
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if what_is(folder) != "folder":
+        hint = "; for archives add --zip" if what_is(root / f"{split}.zip") == "file" else ""
+        raise UserError(f"data path '{printable(root)}' has no {split}/ folder: {contents(root)}{hint}")
+    classes, files = listing(folder)
+    known = suffixes()
+    for file in files:
+        path = os.path.join(folder, file)
+        if what_is(path) is None:
+            raise UserError(f"'{printable(path)}' is a link that leads nowhere; mend or remove it")
+        if os.path.splitext(file)[1].lower() in known and not file.startswith("."):
+            left_out.add("beside the folders of classes", path)
     if not classes:
-        raise UserError(f"'{folder}' has no folder of a class: {_listing(folder)}")
+        raise UserError(f"'{printable(folder)}' has no folder of a class: {contents(folder)}")
     return classes
+
+
+def _check_same_classes(root: Path, split: str, classes: list[str], names_from: str, named: list[str]) -> None:
+    differences = [
+        f"only in {place}/: {some(sorted(names))}"
+        for place, names in ((split, {*classes} - {*named}), (names_from, {*named} - {*classes}))
+        if names
+    ]
+    if differences:
+        raise UserError(
+            f"'{printable(root)}' has other classes in {split}/ than in {names_from}/; {'; '.join(differences)}"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ archives
 
 
-class Archive:
-    """Reads members of a zip file.  Each process opens it for itself, at its first read."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.kept: dict[str, bytes] = {}
-        self._opened: tuple[int, zipfile.ZipFile] | None = None  # by which process
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_opened": None}
-
-    def read(self, member: str) -> bytes:
-        if member in self.kept:
-            return self.kept[member]
-        if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = os.getpid(), zipfile.ZipFile(self.path)
-        return self._opened[1].read(member)
-
-
-def _archive(config: CfgNode, split: str, rank: int, world_size: int) -> Source:
-    root, classes = _data_path(config), config.MODEL.NUM_CLASSES
+def _archive(config: CfgNode, training: bool, rank: int, world_size: int) -> Source:
+    root, classes, split = _data_path(config), config.MODEL.NUM_CLASSES, "train" if training else "val"
     path, map_path = root / f"{split}.zip", root / f"{split}_map.txt"
     for file in (path, map_path):
-        if not file.is_file():
-            raise UserError(f"data path '{root}' has no {file.name}: {_listing(root)}")
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"'{path}' is not a zip archive, or is truncated")
+        if what_is(file) != "file":
+            raise UserError(f"data path '{printable(root)}' has no {file.name}: {contents(root)}")
     samples = _read_map(map_path, classes)
     missing = sorted({*range(classes)} - {label for _, label in samples})
-    if missing and split == "train":
-        raise UserError(f"'{map_path}' has no image of class {_some(missing)}; MODEL.NUM_CLASSES is {classes}")
-    archive = Archive(path)
-    source = Source(samples, str(path), read=archive.read)
-    if config.DATA.CACHE_MODE != "no":
-        full = config.DATA.CACHE_MODE == "full"
-        members = {name for i, (name, _) in enumerate(samples) if full or i % world_size == rank}
-        archive.kept = _keep(archive, members)
-    return source
-
-
-def _keep(archive: Archive, members: set[str]) -> dict[str, bytes]:
-    """The bytes of `members`; one that cannot be read is left to be reported when it is wanted."""
-    kept = {}
-    for member in members:
-        try:
-            kept[member] = archive.read(member)
-        except (KeyError, OSError, zipfile.BadZipFile):
-            continue
-    return kept
+    if missing and training:
+        raise UserError(
+            f"'{printable(map_path)}' has no image of class {some(missing)}; MODEL.NUM_CLASSES is {classes}"
+        )
+    _check_class_count(f"'{printable(map_path)}'", classes, config, training)
+    archive = Archive(path, [name for name, _ in samples])
+    if config.DATA.CACHE_MODE == "part":
+        archive.read_ahead(rank, world_size)
+    if config.DATA.CACHE_MODE == "full":
+        archive.hold()
+    return Source(samples, archive=archive)
 
 
 def _read_map(path: Path, classes: int) -> list[tuple[str, int]]:
     """The lines "member <tab or blanks> label" of a map file."""
     samples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
+        place = f"'{printable(path)}', line {number}"
         member, *label = line.rsplit(maxsplit=1)
         if not label or not label[0].isdecimal():
-            raise UserError(f"'{path}', line {number}: '{line}' is not a file's name and a label from 0 on")
+            raise UserError(f"{place}: '{printable(line)}' is not a file's name and a label from 0 on")
         if int(label[0]) >= classes:
-            raise UserError(
-                f"'{path}', line {number}: label {label[0]} is out of range; MODEL.NUM_CLASSES is {classes}"
-            )
+            raise UserError(f"{place}: label {label[0]} is out of range; MODEL.NUM_CLASSES is {classes}")
         samples.append((member.strip().lstrip("/"), int(label[0])))
     if not samples:
-        raise UserError(f"'{path}' names no image")
+        raise UserError(f"'{printable(path)}' names no image")
     return samples
 
 
@@ -254,27 +243,21 @@ def _read_map(path: Path, classes: int) -> list[tuple[str, int]]:
 
 
 def _data_path(config: CfgNode) -> Path:
-    path = Path(config.DATA.DATA_PATH)
+    path, name = Path(config.DATA.DATA_PATH), config.DATA.DATASET
     if not config.DATA.DATA_PATH:
-        raise UserError(f"DATA.DATASET '{config.DATA.DATASET}' is read from a folder; name it with --data-path")
-    if not path.is_dir():
-        what = "is not a folder" if path.exists() else "does not exist"
-        raise UserError(f"data path '{path}' {what}; name the folder of {config.DATA.DATASET} with --data-path")
+        raise UserError(f"DATA.DATASET '{name}' is read from a folder; name it with --data-path")
+    found = what_is(path)
+    if found != "folder":
+        what = "does not exist" if found is None else "is not a folder"
+        raise UserError(f"data path '{printable(path)}' {what}; name the folder of {name} with --data-path")
     return path
 
 
-def _check_class_count(what: str, classes: int, config: CfgNode) -> None:
+def _check_class_count(what: str, classes: int, config: CfgNode, training: bool) -> None:
+    if classes == 1 and training:
+        raise UserError(f"{what} has one class, and training tells classes apart; add another or choose other data")
     if classes != config.MODEL.NUM_CLASSES:
         raise UserError(
-            f"{what} has {classes} classes, but MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}; "
-            f"add --opts MODEL.NUM_CLASSES {classes} or choose another data path"
+            f"{what} has {classes} {'class' if classes == 1 else 'classes'}, but MODEL.NUM_CLASSES is "
+            f"{config.MODEL.NUM_CLASSES}; add --opts MODEL.NUM_CLASSES {classes} or choose another data path"
         )
-
-
-def _listing(folder: Path) -> str:
-    return f"it holds {_some(sorted(entry.name for entry in folder.iterdir()))}"
-
-
-def _some(names: Sequence[Any]) -> str:
-    shown = ", ".join(str(name) for name in names[:5])
-    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown or "nothing"

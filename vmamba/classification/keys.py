@@ -9,7 +9,13 @@ KEYS = (
     key("DATA.IMG_SIZE", 224, "a side in pixels, or [height, width]", kinds=(int, [int]), at_least=1, length=2),
     key("DATA.INTERPOLATION", "bicubic", "of resizing", choices=_FILTERS),
     switch("DATA.ZIP_MODE", "read train.zip, train_map.txt, val.zip, val_map.txt instead of folders", flag="zip"),
-    key("DATA.CACHE_MODE", "part", "what is kept of archives", choices=("no", "part", "full"), flag="cache-mode"),
+    key(
+        "DATA.CACHE_MODE",
+        "part",
+        "archives: part is read ahead once a machine, full held",
+        choices=("no", "part", "full"),
+        flag="cache-mode",
+    ),
     key("DATA.TRAIN_SPLIT", "train", "its name, for data sets opened by timm"),
     key("DATA.VAL_SPLIT", "validation", "likewise"),
     #

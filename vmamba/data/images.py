@@ -1,5 +1,139 @@
-"""Reading images."""
+"""The one decoder: an image of any kind becomes gray or RGB of 8 bits a value, or is refused in a sentence.
+
+Of several frames the first counts.  Transparency, EXIF orientation and colour profiles are left aside, as timm does.
+
+Of values with more than 8 bits the file must say which one is white:
+
+- unsigned 16 bits: 65535, as PNG, PGM, TIFF and JPEG 2000 have it, and what the file names where it names another
+  (a TIFF of 12 bits, a PGM).  Values of 12 bits that lie unscaled in a file of 16 are all but black, and cannot be told
+  from a picture taken in the dark: the first such image that a process meets is named in the log.
+- signed, 32 bits, floating point: no format says it, so these are refused.
+"""
+
+import io
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from vmamba.data.text import printable
+
+logger = logging.getLogger("vmamba")
+
+# Pillow names these and has no pixels of them, or starts another program to get some (EPS), or on Windows only (WMF).
+_NO_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+_EIGHT_BITS = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}  # modes that become L and RGB
+_BY_WAY_OF = {"La": "LA", "RGBa": "RGBA", "LAB": "RGB", "HSV": "RGB"}
+_WHITE_IS_65535 = (None, "PNG", "PPM", "TIFF", "JPEG2000")  # formats of 16-bit images; None: made in memory
+_DARK = 16  # what stays below this part of white (4096 in 16 bits) is all but black
+_told: set[str] = set()  # of what this process has warned
 
 
 class UnreadableImage(Exception):
-    """An image that cannot be read or decoded.  Its text names the image and says why."""
+    """An image that cannot be read or decoded.  Its text names the image and says why, in one line."""
+
+
+def decode(image: Image.Image | bytes | str | Path | BinaryIO, channels: int, name: str | Path) -> Image.Image:
+    """`image`, the bytes of a file, its path or the open file, as gray (1 channel) or RGB (3), 8 bits a value.
+
+    `name` stands in the sentences.  Raises UnreadableImage.
+    """
+    with reading(name):
+        if not isinstance(image, Image.Image):
+            image = _open(image)
+        sixteen_bits = any(re.search("(?<!BGR);16", str(tile[3])) for tile in getattr(image, "tile", ()))
+        image.load()
+        if image.mode.startswith("I"):
+            return _gray(image, name).convert(_mode(channels))
+        image = _converted(image, channels)
+        if sixteen_bits and np.max(image.getextrema()) < 256 // _DARK:  # Pillow keeps the upper 8 bits
+            _tell_dark(name, 65535)
+        return image
+
+
+@contextmanager
+def reading(name: str | Path) -> Iterator[None]:
+    """Whatever is raised inside becomes UnreadableImage: a decoder, or a damaged archive, may raise anything."""
+    try:
+        yield
+    except Exception as error:
+        raise UnreadableImage(printable(f"cannot read '{name}': {_reason(error)}")) from error
+
+
+def suffixes() -> set[str]:
+    """Of files that `decode` may read: in small letters, with their dots."""
+    Image.init()
+    formats = {*Image.OPEN, "MPO"} - _NO_PIXELS  # MPO is opened as the JPEG that it begins with
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in formats}
+
+
+def _open(file: bytes | str | Path | BinaryIO) -> Image.Image:
+    if isinstance(file, (str, Path)):
+        file = Path(file).read_bytes()
+    if isinstance(file, bytes):
+        file = io.BytesIO(file)
+    Image.init()
+    return Image.open(file, formats=[kind for kind in Image.ID if kind not in _NO_PIXELS])
+
+
+def _mode(channels: int) -> str:
+    return "L" if channels == 1 else "RGB"
+
+
+def _converted(image: Image.Image, channels: int) -> Image.Image:
+    """Of a mode of 8 bits."""
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    if image.mode in _BY_WAY_OF:
+        image = image.convert(_BY_WAY_OF[image.mode])
+    if image.mode not in _EIGHT_BITS:
+        kind = "floating-point numbers" if image.mode == "F" else f"of Pillow's mode {image.mode}"
+        raise ValueError(_refusal(kind))
+    return image.convert(_mode(channels))
+
+
+def _gray(image: Image.Image, name: str | Path) -> Image.Image:
+    """The 8 bits (mode L) of an image of integers."""
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):  # of 16 bits in these, though the mode is of 32
+        raise ValueError(_refusal("signed or have 32 bits"))
+    if image.format not in _WHITE_IS_65535:
+        raise ValueError(_refusal(f"of 16 bits in a file of format {image.format}"))
+    values, white = np.asarray(image).astype(np.int32), 65535
+    if image.format == "TIFF":
+        white = 2 ** image.tag_v2[258][0] - 1
+        if image.tag_v2.get(262) == 0:  # 0 is white; of 8 bits Pillow knows it
+            values = white - values
+    gray = (values.clip(0, white) * 255 // white).astype(np.uint8)
+    if 0 < values.max() < (white + 1) // _DARK:
+        _tell_dark(name, white)
+    return Image.fromarray(gray)
+
+
+def _refusal(kind: str) -> str:
+    return f"its values are {kind}, and nothing says which one is white; convert it to 8 or 16 bits a value"
+
+
+def _tell_dark(name: str | Path, white: int) -> None:
+    if "dark" in _told:
+        return
+    _told.add("dark")
+    logger.warning(
+        "'%s' is all but black: %d is white in it, and nothing is brighter than %d; if its values have fewer bits than "
+        "its file, scale the images to the whole range (others like it are not named)",
+        printable(name),
+        white,
+        white // _DARK,
+    )
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "it is not an image of a format that Pillow knows"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has more pixels than the {2 * Image.MAX_IMAGE_PIXELS:,} that are taken; make it smaller"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -1,7 +1,10 @@
 """Evaluating and timing a model, in the middle of a run or by itself."""
 
+import logging
+
 import torch
 from torch import nn
+from yacs.config import CfgNode
 
 from vmamba.data.loaders import Loader
 from vmamba.errors import UserError
@@ -14,7 +17,7 @@ from vmamba.runtime.run import Run
 from vmamba.runtime.start import asked_for, newest
 from vmamba.runtime.state import TrainState
 from vmamba.runtime.step import parallelise, to_device
-from vmamba.runtime.task import Results
+from vmamba.runtime.task import Results, open_task
 from vmamba.timing import elapsed
 
 
@@ -51,6 +54,12 @@ def evaluate(run: Run, model: nn.Module, loader: Loader) -> Results | None:
         return None
     tell_skipped(run, loader)
     return meter.results()
+
+
+def evaluate_alone(config: CfgNode, model: nn.Module, device: torch.device) -> Results:
+    """`model` on the held-out data of `config`, outside of any run."""
+    run = Run(config, open_task(config), World(0, 1, 0, device), logging.getLogger("vmamba"))
+    return evaluate(run, model.to(device), run.task.eval_loader(run.world))
 
 
 def evaluate_file(run: Run, model: nn.Module) -> Results:

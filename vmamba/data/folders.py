@@ -1,0 +1,127 @@
+"""Folders of images: what is in them, what is passed over and told, and what cannot be looked into."""
+
+import os
+import stat
+from collections import Counter
+from pathlib import Path
+
+from vmamba.data.images import suffixes
+from vmamba.data.text import cannot_read, printable, some
+
+# What systems put beside images: thumbnails, forks of files, bins.
+_SYSTEMS = {
+    "__MACOSX",
+    "@eaDir",
+    "@Recycle",
+    "@Recently-Snapshot",
+    "#recycle",
+    "#snapshot",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "lost+found",
+    "__pycache__",
+}
+
+
+class LeftOut:
+    """What was passed over in folders, by its kind: a suffix, or words."""
+
+    def __init__(self):
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+
+    def add(self, kind: str, path: str) -> None:
+        self.counts[kind] += 1
+        self.examples.setdefault(kind, path)
+
+    def __bool__(self) -> bool:
+        return bool(self.counts)
+
+    def __str__(self) -> str:
+        """Such as "12 .heic ('a/1.heic', ...), 1 hidden ('a/._1.png')"."""
+        return ", ".join(
+            f"{count:,} {kind} ('{printable(self.examples[kind])}'{', ...' if count > 1 else ''})"
+            for kind, count in self.counts.most_common()
+        )
+
+
+def what_is(path: str | Path) -> str | None:
+    """What lies there: "folder", "file" (or a device), or None.
+
+    Raises UserError where the system does not let us look.
+    """
+    try:
+        return "folder" if stat.S_ISDIR(os.stat(path).st_mode) else "file"
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise cannot_read(path, error) from error
+
+
+def listing(folder: str | Path) -> tuple[list[str], list[str]]:
+    """The names of (folders, files) in `folder`, sorted, links followed; hidden and systems' folders are passed over.
+
+    Raises UserError where it, or what a link in it leads to, cannot be looked into.
+    """
+    folders, files = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.is_dir():
+                    files.append(entry.name)
+                elif not entry.name.startswith(".") and entry.name not in _SYSTEMS:
+                    folders.append(entry.name)
+    except OSError as error:
+        raise cannot_read(error.filename or folder, error) from error
+    return sorted(folders), sorted(files)
+
+
+def contents(folder: str | Path) -> str:
+    """In words, for the end of a sentence.  Raises UserError where it cannot be looked into."""
+    try:
+        return f"it holds {some(sorted(os.listdir(folder)))}"
+    except OSError as error:
+        raise cannot_read(folder, error) from error
+
+
+def image_files(folder: str | Path, left_out: LeftOut | None = None) -> list[str]:
+    """The paths of the images in `folder` and the folders below it: folder by folder, by name in each.
+
+    What has a suffix that `decode` reads is one.  Links are followed, but not to a folder they lie in, which would
+    never end.  What is not taken is added to `left_out`: files of other suffixes, hidden images, such links.
+    Raises UserError where a folder cannot be looked into.
+    """
+    left_out = LeftOut() if left_out is None else left_out
+    place = Path(folder).absolute()
+    above = [_identity(parent) for parent in Path(os.path.realpath(place)).parents]
+    found: dict[str, list[str]] = {}
+    _walk(str(folder), above, suffixes(), found, left_out)
+    return [path for place in sorted(found) for path in found[place]]
+
+
+def _walk(folder: str, above: list, known: set[str], found: dict[str, list[str]], left_out: LeftOut) -> None:
+    identity = _identity(folder)
+    if identity in above:
+        left_out.add("linked to a folder it lies in", folder)
+        return
+    folders, files = listing(folder)
+    found[folder] = []
+    for name in files:
+        path, suffix = os.path.join(folder, name), os.path.splitext(name)[1].lower()
+        if suffix not in known:
+            if not name.startswith("."):
+                left_out.add(suffix or "without a suffix", path)
+        elif name.startswith("."):
+            left_out.add("hidden", path)
+        else:
+            found[folder].append(path)
+    for name in folders:
+        _walk(os.path.join(folder, name), [*above, identity], known, found, left_out)
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    try:
+        found = os.stat(folder)
+    except OSError as error:
+        raise cannot_read(folder, error) from error
+    return found.st_dev, found.st_ino
