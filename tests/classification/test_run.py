@@ -1,17 +1,27 @@
 """One run after another: what training leaves, what evaluation counts, what is refused."""
 
+import math
 import re
+import socket
+import struct
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from tensorboardX.proto.event_pb2 import Event
 from torch.nn import functional as F
 
 import vmamba
 from vmamba.classification.data import build_eval_loader
+from vmamba.classification.task import Accuracy
 from vmamba.config import get_config, output_folder
 from vmamba.errors import UserError
+from vmamba.runtime import records
 from vmamba.runtime.distributed import World
+from vmamba.runtime.state import TrainState
 from vmamba.runtime.step import parallelise
 from vmamba.runtime.trainer import run
 from vmamba_kernels import BackendError
@@ -49,9 +59,30 @@ def test_a_run_leaves_one_folder(trained):
 
 def test_the_log_says_what_runs_and_how_it_goes(trained):
     config, results = trained
-    start, *steps = [line for line in log(config).splitlines() if "parameters" in line or "train [" in line]
-    for part in ("vmamba_digits", "16 x 16 pixels", "1 process on CPU", "float32", "scan backend reference"):
-        assert part in start
+    steps = [line for line in log(config).splitlines() if "train [" in line]
+    for part in (
+        *(
+            "vmamba_digits with depths [1, 1], dims 8: ",
+            " parameters, ",
+            "16 x 16 pixels",
+            "1 process on CPU, 1 thread;",
+        ),
+        *(
+            "float32",
+            "scan backend reference",
+            "seed 3",
+            f"folder {output_folder(config)}",
+            f"on {socket.gethostname()}",
+        ),
+        *(
+            f"torch {torch.__version__}".split("+")[0],
+            "timm ",
+            "commit ",
+            "30 images to train on, 12 held out, 6 classes",
+        ),
+        *("3 steps an epoch of 10 images, 6 steps in all, 3 of warm-up", "adamw at rate 0.00195 (0.1 x 10 / 512)"),
+    ):
+        assert part in log(config)
     assert len(steps) == 6
     names = "eta lr wd time data loss grad_norm loss_scale mem"
     assert [re.search(rf" {name} (\S+)", steps[-1]) is not None for name in names.split()] == [True] * 9
@@ -71,6 +102,22 @@ def test_evaluation_counts_every_image_once(trained):
         assert results[f"{prefix}acc1"] == pytest.approx(100 * (order[:, 0] == targets).float().mean().item())
         hits = (order[:, :5] == targets[:, None]).any(dim=1)
         assert results[f"{prefix}acc5"] == pytest.approx(100 * hits.float().mean().item())
+
+
+def test_events_hold_every_logged_step_and_evaluation(trained):
+    config, results = trained
+    (path,) = output_folder(config).glob("events.out.tfevents*")
+    content, at, events = path.read_bytes(), 0, {}
+    while at < len(content):  # length, its checksum, an event, its checksum
+        (length,) = struct.unpack_from("<Q", content, at)
+        event = Event.FromString(content[at + 12 : at + 12 + length])
+        at += length + 16
+        for value in event.summary.value:
+            events.setdefault(value.tag, []).append((event.step, value.simple_value))
+    assert [step for step, _ in events["train/loss"]] == [1, 2, 3, 4, 5, 6]
+    names = {"train/grad_norm", "train/lr", "speed/images_per_second", "speed/memory_mb", "eval/ema_acc1"}
+    assert names <= events.keys()
+    assert events["eval/val_loss"][-1] == (6, pytest.approx(results["val_loss"]))
 
 
 def test_best_is_the_epoch_with_the_highest_accuracy(trained):
@@ -113,10 +160,114 @@ def test_training_starts_from_pretrained_weights(trained, tmp_path, weights, los
     assert started["val_loss"] == started["ema_val_loss"] == results[loss]
 
 
-def test_a_finished_run_is_evaluated_not_trained_again(trained):
+def test_a_finished_run_is_evaluated_and_its_folder_claims_nothing_new(trained):
     config, results = trained
-    assert run(config) == results
+    before = (output_folder(config) / "config.yaml").read_text()
+    assert run(tiny_config(config.OUTPUT, "TRAIN.BASE_LR", 7)) == results
     assert len(metrics(config)) == 2
+    assert "nothing is left to train, 6 of 6 steps are done" in log(config)
+    assert (output_folder(config) / "config.yaml").read_text() == before
+
+
+def test_by_steps_a_run_pauses_anywhere_in_an_epoch(tmp_path, trained):
+    by_steps = ("TRAIN.STEPS", 6, "TRAIN.EPOCHS", 0, "TRAIN.WARMUP_STEPS", 3, "TRAIN.WARMUP_EPOCHS", 0)
+    config = tiny_config(tmp_path, *by_steps, "EVAL_STEPS", 4)
+    run(config)
+    assert [(line["step"], line["epoch"]) for line in metrics(config)] == [(4, pytest.approx(4 / 3)), (6, 2)]
+    for name, weight in saved(trained[0])["model"].items():  # the same steps as by epochs
+        assert torch.equal(saved(config)["model"][name], weight)
+
+
+def test_evaluations_every_two_epochs_of_the_average_alone(tmp_path):
+    config = tiny_config(tmp_path, "TRAIN.EPOCHS", 3, "EVAL_FREQ", 2, "EVAL_WEIGHTS", "ema")
+    results = run(config)
+    assert results.keys() == {"ema_val_loss", "ema_acc1", "ema_acc5"}
+    assert [("ema_acc1" in line, "acc1" in line) for line in metrics(config)] == [
+        (False, False), (True, False), (True, False)
+    ]  # fmt: skip
+
+
+def test_a_number_that_is_not_finite_is_no_best(tmp_path, monkeypatch):
+    given = iter([{"val_loss": math.nan, "acc1": 99.0, "acc5": 99.0}, {"val_loss": 1.0, "acc1": 20.0, "acc5": 60.0}])
+    monkeypatch.setattr(Accuracy, "results", lambda self: next(given))
+    config = tiny_config(tmp_path, "TRAIN.EMA.ENABLE", False)
+    run(config)
+    assert "this evaluation does not count: val_loss nan" in log(config)
+    assert saved(config, "best.pth")["step"] == 6
+    assert saved(config)["best"] == {"acc1": 20.0}
+
+
+def test_what_is_read_of_the_best_is_what_was_best(tmp_path, monkeypatch):
+    given = iter([{"val_loss": 1.0, "acc1": accuracy, "acc5": 99.0} for accuracy in (50.0, 40.0, 30.0, 45.0)])
+    monkeypatch.setattr(Accuracy, "results", lambda self: next(given))  # plain, EMA, plain, EMA
+    config = tiny_config(tmp_path)
+    run(config)
+    best = output_folder(config) / "best.pth"
+    assert saved(config, "best.pth")["step"] == 3
+    assert vmamba.load_checkpoint(best).source == "model"
+    assert vmamba.load_checkpoint(output_folder(config) / "last.pth").source == "model_ema"
+
+
+def test_a_record_that_cannot_be_made_does_not_end_the_run(tmp_path, monkeypatch, trained):
+    def failing(*args):
+        raise RuntimeError("no fonts here")
+
+    monkeypatch.setattr("vmamba.runtime.records.draw_curves", failing)
+    monkeypatch.setattr("vmamba.runtime.records.SummaryWriter", failing)
+    write = records.write_metrics
+    monkeypatch.setattr("vmamba.runtime.records.write_metrics", failing)
+    finish = TrainState.finish_round
+
+    def the_disk_has_room_again(self):
+        monkeypatch.setattr("vmamba.runtime.records.write_metrics", write if self.recorded else failing)
+        finish(self)
+
+    monkeypatch.setattr(TrainState, "finish_round", the_disk_has_room_again)
+    config = tiny_config(tmp_path)
+    run(config)
+    assert "cannot record curves.png" in log(config) and "no fonts here; the run goes on" in log(config)
+    assert metrics(config) == metrics(trained[0])  # the line of the first epoch was written with the second's
+
+
+def test_what_ends_a_run_stands_in_its_log(tmp_path, monkeypatch):
+    with pytest.raises(UserError):
+        run(tiny_config(tmp_path, "DATA.DATA_PATH", "nowhere"))
+    assert "the run ends: data path 'nowhere' does not exist" in log(tiny_config(tmp_path))
+    monkeypatch.setattr(Accuracy, "results", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tiny_config(tmp_path))
+    assert "ZeroDivisionError: division by zero" in log(tiny_config(tmp_path))
+
+
+def test_a_warm_up_that_never_ends_is_said(tmp_path):
+    run(tiny_config(tmp_path, "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 5))
+    assert "the warm-up takes 15 steps and the run has 3: the rate never reaches" in log(tiny_config(tmp_path))
+
+
+def test_a_head_is_dropped_from_some_weights_only(tmp_path):
+    with pytest.raises(UserError, match="--drop-head keeps the head of no weights, and none are given"):
+        run(tiny_config(tmp_path, "MODEL.DROP_HEAD", True))
+
+
+def test_in_a_thread(tmp_path, trained):
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run, tiny_config(tmp_path)).result() == trained[1]
+
+
+def test_the_device_is_waited_for_once_a_step_and_once_an_evaluation(tmp_path, monkeypatch):
+    waits = []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
+        whole = getattr(torch.Tensor, name)
+
+        def counting(self, *args, whole=whole):
+            waits.append(sys._getframe(1).f_code.co_filename)
+            return whole(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, counting)
+    run(tiny_config(tmp_path, "TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 6, "AUG.MIXUP", 0, "AUG.CUTMIX", 0))
+    ours = [Path(name).name for name in waits if "vmamba/runtime" in name or "vmamba/classification" in name]
+    assert ours.count("step.py") == 5  # of five steps
+    assert ours.count("task.py") == 2 and ours.count("stop.py") == 2  # of the two evaluations, plain and EMA
 
 
 def test_throughput_is_measured_without_data_or_folder(tmp_path, capsys):

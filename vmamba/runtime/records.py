@@ -47,6 +47,11 @@ class Records:
         self.drawn = time.monotonic()
         self._try("curves.png", self._draw)
 
+    def close(self) -> None:
+        if self.events is not None:
+            self._try("TensorBoard's events", self.events.close)
+            self.events = None
+
     def _draw(self) -> None:
         metrics = read_metrics(self.folder / "metrics.jsonl")
         if metrics:

@@ -95,9 +95,12 @@ def train(run: Run, model: nn.Module) -> Results:
         on_main(lambda: save_config(config, run.folder / "config.yaml"))
         step = OptimizerStep(config, world, parallelise(model, config, world), task.loss)
         rounds = Rounds(run, plan, state, step, train_loader, eval_loader, records)
-        with run.request:
-            while state.recorded < plan.steps:
-                rounds.one()
+        try:
+            with run.request:
+                while state.recorded < plan.steps:
+                    rounds.one()
+        finally:
+            records.close()
         results = rounds.results
     on_main(records.draw)
     best = report.best_so_far(task, state)
