@@ -218,7 +218,9 @@ def test_the_recipe_on_imagenet():
             continue
         config = get_config(path)
         train, aug = config.TRAIN, config.AUG
-        assert drop_path.get(name, drop_path[name.split("_")[0]]) == config.MODEL.DROP_PATH_RATE
+        assert config.MODEL.DROP_PATH_RATE is None  # so that another MODEL.NAME brings its own
+        own = VARIANTS[config.MODEL.NAME].options["drop_path_rate"]
+        assert drop_path.get(name, drop_path[name.split("_")[0]]) == own
         assert train.EMA.ENABLE is (name != "tiny") and train.EMA.DECAY == 0.9999
         assert (train.EPOCHS, train.WARMUP_EPOCHS, train.LR_SCHEDULER.NAME) == (300, 20, "cosine")
         assert (train.BASE_LR, train.WARMUP_LR, train.MIN_LR, train.LR_REFERENCE_BATCH) == (5e-4, 5e-7, 5e-6, 512)

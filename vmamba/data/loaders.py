@@ -101,7 +101,7 @@ class Loader:
     def __iter__(self) -> Iterator[Any]:
         self.skipped = 0
         try:
-            for loaded in self._loader:
+            for loaded in self._iterator():
                 if isinstance(loaded, str):
                     raise UserError(loaded)
                 batch, unreadable = loaded
@@ -113,6 +113,12 @@ class Loader:
             if sentence is None:
                 raise
             raise UserError(sentence) from error
+
+    def _iterator(self) -> Iterator[Any]:
+        iterator = iter(self._loader)
+        for process in getattr(iterator, "_workers", ()):
+            process.terminate = process.kill  # how PyTorch ends one that hangs: they are deaf to SIGTERM
+        return iterator
 
     def _count(self, unreadable: list[str]) -> None:
         self.skipped += len(unreadable)

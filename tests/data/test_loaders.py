@@ -1,0 +1,90 @@
+"""Loading processes: signals that are not for them, and what the system lacks."""
+
+import os
+import signal
+import time
+
+import pytest
+from torch.utils.data import get_worker_info
+
+from vmamba.config import get_config
+from vmamba.data.images import UnreadableImage
+from vmamba.data.loaders import EvalLoader, Examples, _lacking
+from vmamba.errors import UserError
+from vmamba.signals import STOP_SIGNALS
+
+
+class Slow:
+    """Sixty samples, each of them the process that loads it; a hundredth of a second each."""
+
+    def __len__(self):
+        return 60
+
+    def load(self, index):
+        time.sleep(0.01)
+        return os.getpid() if get_worker_info() else 0
+
+
+def nothing(sample):
+    return sample
+
+
+def loader(workers=2, source=None):
+    config = get_config(None, ["DATA.NUM_WORKERS", str(workers), "DATA.BATCH_SIZE", "2", "DEVICE", "cpu"])
+    return EvalLoader(config, Examples(config, source or Slow(), nothing, training=False), 0, 1)
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_stop_signals_do_not_end_a_loading_process_and_its_parent_does(method):
+    loading = loader()
+    loading._loader.multiprocessing_context = method
+    batches = iter(loading)
+    processes = {int(pid) for _ in range(2) for pid in next(batches)}
+    for pid in processes:
+        for signum in STOP_SIGNALS:
+            os.kill(pid, signum)
+    assert sum(len(batch) for batch in batches) == 56
+    for process in loading._loader._iterator._workers:
+        process.terminate()
+        process.join(10)
+        assert not process.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(24, "Too many open files"), "ulimit -n"),
+        (RuntimeError("received 0 items of ancdata"), "ulimit -n"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that"), "--shm-size"),
+        (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left"), "/dev/shm"),
+        (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "was killed, often for want of memory"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "was killed"),
+    ],
+)
+def test_what_the_system_lacks_is_a_sentence(error, sentence):
+    class Lacking(Slow):
+        def load(self, index):
+            raise error
+
+    with pytest.raises(UserError, match=sentence):
+        list(loader(0, Lacking()))
+    assert _lacking(RuntimeError("a bug")) is None
+
+
+def test_a_loading_process_that_is_killed_is_a_sentence():
+    class Killed(Slow):
+        def load(self, index):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(UserError, match="a loading process was killed"):
+        list(loader(1, Killed()))
+
+
+def test_of_a_batch_without_readable_samples_nothing_is_left():
+    class Unreadable(Slow):
+        def load(self, index):
+            raise UnreadableImage(f"cannot read {index}")
+
+    config = get_config(None, ["DATA.NUM_WORKERS", "0", "DATA.SKIP_BAD_IMAGES", "true", "DEVICE", "cpu"])
+    loading = EvalLoader(config, Examples(config, Unreadable(), nothing, training=False), 0, 1)
+    assert list(loading) == [] and loading.skipped == 60
