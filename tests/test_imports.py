@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = [  # rooms in one line are neighbours and do not know each other
     ["vmamba_kernels"],
     ["vmamba.errors"],
-    ["vmamba.files", "vmamba.values"],
+    ["vmamba.files", "vmamba.timing", "vmamba.values"],
     ["vmamba.models"],
     ["vmamba.config"],
     ["vmamba.runtime"],
