@@ -9,6 +9,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
+from vmamba.analysis.tables import counted
 from vmamba.analysis.zoo import Subject
 from vmamba.errors import UserError
 
@@ -26,7 +27,7 @@ def squares(folder: str | None, count: int, size: int) -> list[Image.Image]:
         return [_crop(image, size) for _, image in zip(range(count), _random_squares(), strict=False)]
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)[:count]
     if len(paths) < count:
-        raise UserError(f"'{folder}' holds {len(paths)} images of the {count} asked for; lower --num-images")
+        raise UserError(f"'{folder}' holds {counted(len(paths), 'image')} of the {count} asked for; lower --num-images")
     return [_crop(read(path), size) for path in paths]
 
 
