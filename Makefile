@@ -23,14 +23,16 @@ check: setup
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pytest -q tests/test_imports.py
 
-# The README's pictures, from the run of `make train` (about eight minutes with it).
-DIGITS := output/vmamba_digits/default
-FIGURES := output/figures
+# The pictures of README and docs/pictures.md, all of them anew, from a digits run of their own (about five minutes).
+override FIGURES := output/figures
+DIGITS := $(FIGURES)/vmamba_digits/default
+PICTURES := erf erf_digits activation_map gradcam curves scale
 
 figures: setup
-	test -f $(DIGITS)/best.pth || $(MAKE) train
 	$(RUN) -m pip install --quiet --editable '.[analysis]'
-	$(RUN) analyze/erf.py --size 96 --output $(FIGURES)/erf
+	rm -rf $(FIGURES)
+	$(RUN) main.py --cfg configs/vmamba_digits.yaml --output $(FIGURES)
+	$(RUN) analyze/erf.py --output $(FIGURES)/erf
 	$(RUN) analyze/erf.py --models vmamba_digits --weights $(DIGITS)/best.pth --size 32 --num-images 50 \
 		--output $(FIGURES)/erf_digits
 	$(RUN) analyze/activation_map.py docs/figures/digit.png --model vmamba_digits --weights $(DIGITS)/best.pth \
@@ -39,4 +41,4 @@ figures: setup
 		--size 32 --layers 0.0 0.1 1.0 1.1 --output $(FIGURES)/gradcam
 	$(RUN) analyze/curves.py $(DIGITS) --output $(FIGURES)/curves
 	$(RUN) analyze/scale.py --output $(FIGURES)/scale
-	for folder in $(FIGURES)/*; do cp $$folder/*.png docs/figures/$$(basename $$folder).png; done
+	for name in $(PICTURES); do cp $(FIGURES)/$$name/*.png docs/figures/$$name.png || exit 1; done

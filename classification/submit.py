@@ -7,7 +7,9 @@ and resumes.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's vmamba, whatever else is called so
+# This checkout's packages, whatever else is called so.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vmamba.config import argument_parser, config_from_args, output_folder
 from vmamba.errors import UserError

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = [  # rooms in one line are neighbours and do not know each other
     ["vmamba_kernels"],
-    ["vmamba.errors"],
+    ["vmamba.errors", "vmamba.text"],
     ["vmamba.files", "vmamba.signals", "vmamba.timing", "vmamba.values"],
     ["vmamba.data"],
     ["vmamba.models"],

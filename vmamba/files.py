@@ -1,5 +1,6 @@
-"""Files written wholly or not at all."""
+"""Files written wholly or not at all, and text in the encodings it comes in."""
 
+import codecs
 import os
 import secrets
 from collections.abc import Callable
@@ -8,6 +9,15 @@ from pathlib import Path
 from typing import IO
 
 from vmamba.errors import UserError
+from vmamba.text import printable
+
+_MARKS = {  # a text that begins with one says its encoding; UTF-16's is the beginning of UTF-32's
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -54,5 +64,36 @@ def remove_leftovers(folder: str | Path) -> None:
             path.unlink()
 
 
+def read_text(path: str | Path) -> str:
+    """The text of a file in UTF-8, or in what its byte order mark says (Windows writes UTF-16).
+
+    Raises UserError where it cannot be read or is in another encoding.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise cannot_read(path, error) from error
+    encoding = next((encoding for mark, encoding in _MARKS.items() if data.startswith(mark)), "utf-8")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise _not_text(path, f"byte {error.start} does not fit {encoding}") from error
+    if "\0" in text:  # UTF-16 without its mark passes for UTF-8
+        raise _not_text(path, f"byte {data.index(0)} is zero")
+    return text
+
+
+def cannot_read(path: str | Path, error: OSError) -> UserError:
+    """The sentence for what the system said of `path`."""
+    remedy = "make it readable" if isinstance(error, PermissionError) else "check that it is there and whole"
+    return UserError(f"cannot read '{printable(path)}': {error.strerror or printable(error)}; {remedy}")
+
+
 def cannot_write(path: str | Path, error: OSError) -> UserError:
-    return UserError(f"cannot write '{path}': {error.strerror}; free some space or choose another folder with --output")
+    return UserError(
+        f"cannot write '{printable(path)}': {error.strerror}; free some space or choose another folder with --output"
+    )
+
+
+def _not_text(path: str | Path, why: str) -> UserError:
+    return UserError(f"'{printable(path)}' is no text in UTF-8, or UTF-16 with its mark: {why}; save it in UTF-8")

@@ -1,4 +1,4 @@
-"""Time as the device measures it."""
+"""How long work takes."""
 
 import time
 from collections.abc import Callable
@@ -7,7 +7,7 @@ import torch
 
 
 def elapsed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds that `work` takes, by the device's own clock on a GPU."""
+    """Seconds that `work` takes, by the GPU's own clock where it runs on one."""
     if device.type != "cuda":
         start = time.perf_counter()
         work()

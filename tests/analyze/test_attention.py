@@ -102,8 +102,9 @@ def test_the_matrix_holds_the_rows(mixer):
 
 def test_the_door_writes_figure_and_numbers(digits_run, tmp_path):
     weights = str(digits_run / "best.pth")
+    where = dict(layer="0.1", at=(0.5, 0.5), channels=[1, 4])
     found = activation_map(
-        None, "vmamba_digits", weights, 32, "0.1", (0.5, 0.5), ["1", "4"], True, "cpu", str(tmp_path)
+        model="vmamba_digits", weights=weights, size=32, matrix=True, device="cpu", output=str(tmp_path), **where
     )
     assert found.weights.shape == (4, 8, 8, 2)
     assert tuple(found.names) == ROUTES
@@ -119,24 +120,13 @@ def test_the_door_writes_figure_and_numbers(digits_run, tmp_path):
         ({"layer": "2.0"}, "no layer '2.0'; this model has 0.0 to 0.1, 1.0 to 1.1"),
         ({"layer": "x"}, "no layer 'x'"),
         ({"at": (1.5, 0.0)}, "from 0 to 1"),
-        ({"channels": ["99"]}, "no channel 99"),
-        ({"channels": ["some"]}, "names 'some'"),
+        ({"channels": [99]}, "no channel 99"),
+        ({"channels": [None, 1]}, "names mean and others"),
         ({"model": "resnet18"}, "ResNet has no scan"),
-        ({"image": "absent.jpg"}, "cannot read the image 'absent.jpg'"),
+        ({"image": "absent.jpg"}, "cannot read 'absent.jpg'"),
     ],
 )
 def test_what_the_user_can_mend(changed, sentence, tmp_path):
-    settings = dict(
-        image=None,
-        model="vmamba_digits",
-        weights=None,
-        size=32,
-        layer="0.0",
-        at=(0.5, 0.5),
-        channels=["mean"],
-        matrix=False,
-        device="cpu",
-        output=str(tmp_path),
-    )
+    settings = dict(model="vmamba_digits", size=32, layer="0.0", device="cpu", output=str(tmp_path))
     with pytest.raises(UserError, match=sentence):
         activation_map(**settings | changed)

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from matplotlib.figure import Figure
 
-from vmamba.analysis.curves import curves, read_log, read_run
+from vmamba.analysis.curves import curves, describe, read_log, read_run
 from vmamba.errors import UserError
 from vmamba.runtime.records import read_metrics
 
@@ -55,15 +56,73 @@ def test_a_resumed_run_counts_a_step_once(tmp_path):
     assert read_run(tmp_path)["grad_norm"] == [(0.5, 0, 1.0), (1, 0, 8.0)]
 
 
+def test_the_held_out_loss_is_read_under_its_older_and_its_newer_name(tmp_path):
+    entries = [
+        {"epoch": 1, "seconds": 3600, "train_loss": 3.0, "loss": 2.0, "ema_loss": 2.5},
+        {"epoch": 2, "seconds": 3600, "train_loss": 2.0, "val_loss": 1.0, "ema_val_loss": 1.5},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    series = read_run(tmp_path)
+    assert series["train_loss"] == [(1, 1, 3.0), (2, 2, 2.0)]
+    assert series["val_loss"] == [(1, 1, 2.0), (2, 2, 1.0)]
+    assert series["ema_val_loss"] == [(1, 1, 2.5), (2, 2, 1.5)]
+
+
 @pytest.mark.parametrize("by", ["epoch", "time"])
 def test_runs_are_drawn_over_each_other(by, digits_run, tmp_path):
     log = tmp_path / "log_rank0.txt"
     log.write_text("\n".join(LOG))
-    found = curves([str(digits_run), str(log)], by, 2, str(tmp_path))
+    found = curves([str(digits_run), str(log)], by=by, smooth=2, output=str(tmp_path))
     assert list(found) == ["default", "log_rank0.txt"]
     assert json.loads((tmp_path / "curves.json").read_text())["log_rank0.txt"]["acc1"] == [[0, 1.5, 1.25], [2, 25, 12]]
     for kind in ("pdf", "png"):
         assert (tmp_path / f"curves.{kind}").stat().st_size > 1000
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved meanwhile."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **settings: figures.append(figure))
+    return figures
+
+
+def test_the_legend_of_many_runs_covers_no_curve(drawn, tmp_path):
+    for name in "abcd":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(
+            "".join(
+                json.dumps({"epoch": epoch, "seconds": 60, "train_loss": epoch % 3, "val_loss": 3 - epoch % 3}) + "\n"
+                for epoch in range(1, 20)
+            )
+        )
+    curves([str(tmp_path / name) for name in "abcd"], output=str(tmp_path))
+    figure = drawn[0]
+    figure.draw_without_rendering()
+    legends = [legend.get_window_extent() for legend in figure.legends]
+    assert [len(legend.get_texts()) for legend in figure.legends] == [4, 2]  # runs, and kinds of lines
+    for axes in figure.axes:
+        assert axes.get_legend() is None
+        assert not any(axes.get_window_extent().overlaps(legend) for legend in legends)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "unit", "last"), [(30, "seconds", 60), (70, "minutes", 140 / 60), (4000, "hours", 8 / 3.6)]
+)
+def test_time_is_in_a_unit_that_fits(seconds, unit, last, drawn, tmp_path):
+    entries = [{"epoch": epoch, "seconds": seconds, "train_loss": 2.0} for epoch in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    curves([str(tmp_path)], by="time", output=str(tmp_path))
+    axes = drawn[0].axes[0]
+    assert axes.get_xlabel() == unit
+    assert axes.lines[0].get_xdata()[-1] == pytest.approx(last)
+
+
+def test_a_text_log_says_how_many_parameters_and_not_what_data(tmp_path):
+    (tmp_path / "log.txt").write_text("\n".join(LOG))
+    assert describe(tmp_path / "log.txt") == "22.9M parameters, data unknown"
+    (tmp_path / "log.txt").write_text("\n".join(LOG[1:]))
+    assert describe(tmp_path / "log.txt") == "model and data unknown"
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
@@ -72,9 +131,9 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
         folder.mkdir(parents=True)
         (folder / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "train_loss": 2.0, "seconds": 1}) + "\n")
     runs = [str(tmp_path / name / "default") for name in ("a", "b")]
-    assert list(curves(runs, "epoch", 1, str(tmp_path))) == ["a/default", "b/default"]
+    assert list(curves(runs, output=str(tmp_path))) == ["a/default", "b/default"]
     with pytest.raises(UserError, match="named twice"):
-        curves([runs[0], runs[0]], "epoch", 1, str(tmp_path))
+        curves([runs[0], runs[0]], output=str(tmp_path))
 
 
 def test_what_is_no_run_is_said(tmp_path):

@@ -32,7 +32,8 @@ def test_a_map_is_the_channels_weighted_by_their_mean_gradients():
 def test_the_door_writes_figure_and_maps(digits_run, tmp_path):
     pytest.importorskip("pytorch_grad_cam", reason="grad-cam is not installed; pip install -e '.[analysis]'")
     weights = str(digits_run / "best.pth")
-    maps = gradcam(None, "vmamba_digits", weights, 32, ["0.0", "1.1"], None, "cpu", str(tmp_path))
+    settings = dict(size=32, layers=["0.0", "1.1"], device="cpu", output=str(tmp_path))
+    maps = gradcam(model="vmamba_digits", weights=weights, **settings)
     assert maps.shape == (2, 32, 32)
     assert torch.equal(torch.load(tmp_path / "gradcam.pt"), maps)
     for kind in ("pdf", "png"):
@@ -41,7 +42,7 @@ def test_the_door_writes_figure_and_maps(digits_run, tmp_path):
 
 def test_a_class_that_is_not_there_is_named(digits_run, tmp_path):
     with pytest.raises(UserError, match="no class 10; this model has classes 0 to 9"):
-        gradcam(None, "vmamba_digits", str(digits_run / "best.pth"), 32, ["0.0"], 10, "cpu", str(tmp_path))
+        gradcam(model="vmamba_digits", weights=str(digits_run / "best.pth"), size=32, target=10, device="cpu")
 
 
 def test_without_the_package_one_sentence_says_how_to_get_it(monkeypatch):

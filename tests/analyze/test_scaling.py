@@ -14,14 +14,14 @@ from vmamba.runtime.records import read_metrics
 
 
 def test_costs_grow_with_the_pixels_and_accuracy_is_that_of_the_run(digits_run, tmp_path):
-    weights = [str(digits_run / "last.pth")]
-    cfg = "configs/vmamba_digits.yaml"
-    small, large = scale(["vmamba_digits"], [32, 64], weights, cfg, None, "cpu", str(tmp_path))
+    data = dict(weights=[str(digits_run / "last.pth")], cfg="configs/vmamba_digits.yaml")
+    small, large = scale(models=["vmamba_digits"], sizes=[32, 64], device="cpu", output=str(tmp_path), **data)
     head = 64 * 10 / 1e9
     assert large["multiply-adds (G)"] - head == pytest.approx(4 * (small["multiply-adds (G)"] - head), rel=1e-3)
-    assert large["parameters (M)"] == small["parameters (M)"]
+    assert large["parameters"] == small["parameters"] == 139_498
     assert small["top-1 (%)"] == pytest.approx(read_metrics(digits_run / "metrics.jsonl")[-1]["ema_acc1"])
-    assert small["weights"] == "trained on digits, not on ImageNet"
+    assert small["weights"] == "trained on digits (10 classes)"
+    assert small["data"] == "digits (10 classes)"
     assert json.loads((tmp_path / "scale.json").read_text()) == [small, large]
     for name in ("scale.pdf", "scale.png", "scale.md"):
         assert (tmp_path / name).stat().st_size > 100
@@ -29,20 +29,32 @@ def test_costs_grow_with_the_pixels_and_accuracy_is_that_of_the_run(digits_run, 
 
 def test_accuracy_needs_weights_and_data(tmp_path):
     with pytest.raises(UserError, match="needs both --weights"):
-        scale(["vmamba_digits"], [32], [], "configs/vmamba_digits.yaml", None, "cpu", str(tmp_path))
+        scale(models=["vmamba_digits"], cfg="configs/vmamba_digits.yaml", output=str(tmp_path))
 
 
-def test_the_stages_of_the_summary_are_the_whole_model():
-    model = create_model("vmamba_tiny_s1l8").eval()
-    rows = stages(model, 224)
-    cost = complexity(model, 224)
-    assert [row["blocks"] for row in rows] == [2, 2, 8, 2, None]
+def test_the_stages_of_the_summary_are_the_whole_model_and_what_the_modules_are():
+    subject = zoo.create("vmamba_tiny_s1l8", 64)
+    rows = stages(subject.model, 64)
+    cost = complexity(subject.model, 64)
+    assert [row["part"] for row in rows] == ["stem", *(f"stage {number}" for number in range(4)), "classifier"]
+    assert [row["blocks"] for row in rows] == [None, 2, 2, 8, 2, None]
     assert sum(row["parameters"] for row in rows) == cost.parameters == 30_249_064
     assert sum(row["multiply-adds (G)"] for row in rows) == pytest.approx(cost.macs / 1e9)
-    assert rows[-1]["parameters"] == 768 * 1000 + 1000 + 2 * 768
-    downsample = sum(parameter.numel() for parameter in model.layers[0].downsample.parameters())
-    blocks = sum(parameter.numel() for parameter in model.layers[1].blocks.parameters())
-    assert rows[1]["parameters"] == downsample + blocks
+    listed = {row["module"]: row["parameters"] for row in modules(subject, 64, 2)}
+    names = ["patch_embed", *(f"layers.{number}" for number in range(4)), "classifier"]
+    assert [row["parameters"] for row in rows] == [listed[name] for name in names]
+
+
+def test_the_multiply_adds_of_a_stage_are_those_of_its_blocks_and_of_the_downsampling_behind_it():
+    model = create_model("vmamba_digits", num_classes=10, in_chans=1)
+    stem, first, last, classifier = (row["multiply-adds (G)"] * 1e9 for row in stages(model, 32))
+    convolutions = 16 * 16 * 16 * 9 + 8 * 8 * 32 * 16 * 9
+    assert stem == pytest.approx(convolutions + 5 * 16 * 16 * 16 + 5 * 8 * 8 * 32)  # and their norms
+    assert classifier == pytest.approx(5 * 4 * 4 * 64 + 64 * 10)
+    assert first > 4 * 4 * 64 * 32 * 9 + 5 * 4 * 4 * 64  # of the downsampling alone
+    whole = create_model("vmamba_digits", num_classes=10, in_chans=1, depths=(0, 2))
+    assert stages(whole, 32)[1]["multiply-adds (G)"] * 1e9 == pytest.approx(4 * 4 * 64 * 32 * 9 + 5 * 4 * 4 * 64)
+    assert stages(whole, 32)[2]["multiply-adds (G)"] * 1e9 == pytest.approx(last)
 
 
 def test_the_summary_names_modules_with_their_parameters_and_shapes(tmp_path):
@@ -58,6 +70,6 @@ def test_the_summary_names_modules_with_their_parameters_and_shapes(tmp_path):
     }
     assert "layers.0.blocks" in rows
     assert "layers.0.blocks.0" not in rows  # four names
-    text = summary("resnet18", None, 64, 1, str(tmp_path / "summary.md"))
-    assert "11,689,512 parameters" in text
+    text = summary("resnet18", size=64, depth=1, output=str(tmp_path / "summary.md"))
+    assert text.startswith("resnet18, random weights; 64 x 64 pixels: 11,689,512 parameters")
     assert text == (tmp_path / "summary.md").read_text()

@@ -10,6 +10,7 @@ so that C, B and u stand where attention has queries, keys and values (VMamba, a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -22,46 +23,58 @@ from torch.nn import functional as F
 
 from vmamba.analysis import images, zoo
 from vmamba.analysis.plotting import STYLE, new_figure, save_figure
+from vmamba.analysis.tables import write_tensors
 from vmamba.errors import UserError
 from vmamba.models.ss2d import SS2D, Mixer2D
 from vmamba.models.vssm import VSSM
 from vmamba_kernels import cross_scan
 
 DECADES = 4  # of the weights' colour scale
+ROUTE_NAMES = {
+    "row": "along the rows",
+    "col": "down the columns",
+    "row_rev": "rows, backwards",
+    "col_rev": "columns, upwards",
+    "sum": "all routes",
+}
 
 
 def activation_map(
-    image: str | None,
-    model: str,
-    weights: str | None,
-    size: int,
-    layer: str,
-    at: tuple[float, float],
-    channels: Sequence[str],
-    matrix: bool,
-    device: str,
-    output: str,
+    image: str | None = None,
+    *,
+    model: str = "vmamba_tiny",
+    weights: str | None = None,
+    size: int = 224,
+    layer: str = "1.1",
+    at: tuple[float, float] = (0.5, 0.3),
+    channels: Sequence[int | None] = (None,),
+    matrix: bool = False,
+    device: str = "auto",
+    output: str = "output/activation_map",
 ) -> "Maps":
     """Draw which pixels of `image` (None: scikit-learn's flower) reach the one at `at` in the scan of a layer.
 
-    Writes activation_map.{pdf,png}, the numbers as activation_map.pt and, with `matrix`, the weights of all queries,
-    averaged over the channels in absolute value, as matrix.pt, (routes, length, length), into `output`.
+    `channels` are those of the scan, None being the mean of |w| over all.  Writes activation_map.{pdf,png}, the numbers
+    as activation_map.pt and, with `matrix`, the weights of all queries, averaged over those channels in absolute value,
+    as matrix.pt, (routes, length, length), into `output`.
     Raises UserError for an unknown model, layer, channel or place, and weights or an image that cannot be read.
     """
     place = zoo.choose_device(device)
-    chosen = _channels(channels)
+    chosen = None if None in channels else list(channels)
+    if chosen is None and len(channels) > 1:
+        raise UserError("--channels names mean and others; name mean alone, or numbers")
     subject = zoo.create(model, size, weights) if weights else zoo.create_untrained(model, size, None)
     mixer = find_mixer(subject.model, layer)
     photograph = images.square(image, size)
     x = scan_input(subject.model.to(place), mixer, images.tensor(photograph, subject).to(place))
     found = maps(mixer, x, at, chosen)
     folder = Path(output)
-    plot(found, photograph, f"{model}, layer {layer}: {subject.weights}", chosen, folder / "activation_map")
-    torch.save(
-        {"routes": found.names, "weights": found.weights, "similarity": found.similarity}, folder / "activation_map.pt"
-    )
+    title = f"{subject.title}, {subject.facts}\nthe scan of layer {layer}, {size} x {size} pixels"
+    plot(found, photograph, title, chosen, folder / "activation_map")
+    numbers = {"routes": found.names, "weights": found.weights, "similarity": found.similarity}
+    write_tensors(folder / "activation_map.pt", numbers)
     if matrix:
-        torch.save(torch.stack([mean_matrix(route, chosen) for route in routes(mixer, x)]), folder / "matrix.pt")
+        write_tensors(folder / "matrix.pt", torch.stack([mean_matrix(route, chosen) for route in routes(mixer, x)]))
     print(f"written to {folder}")
     return found
 
@@ -196,48 +209,39 @@ def mean_matrix(route: Route, channels: Sequence[int] | None = None) -> Tensor:
 def plot(found: Maps, photograph: Image.Image, title: str, channels: Sequence[int] | None, path: Path) -> None:
     """Rows: |w| averaged over all channels, or of each chosen one, on a log scale; then C . B.
 
-    Columns: the image with the query, the routes, and their sum.
+    Columns: the routes, and their sum; before them the image with the query.
     """
     weights = found.weights.abs().cpu()
     weights = weights.mean(-1, keepdim=True) if channels is None else weights
-    labels = (
-        ["mean |w| / maximum"] if channels is None else [f"channel {channel}: |w| / maximum" for channel in channels]
-    )
+    names = ["weight |w|\nmean of channels"] if channels is None else [f"weight |w|\nchannel {c}" for c in channels]
+    names.append("C · B alone")
     with rc_context(STYLE):
-        figure = new_figure(1.9 * (len(found.names) + 2) + 0.8, 2.1 * (len(labels) + 1) + 0.3)
-        grid = figure.subplots(len(labels) + 1, len(found.names) + 2, squeeze=False)
+        figure = new_figure(1.9 * (len(found.names) + 2) + 1.2, 1.9 * len(names) + 0.7)
         figure.suptitle(title, fontsize=9)
-        for axes in grid.flat:
+        cells = figure.add_gridspec(len(names), len(found.names) + 2)
+        image = figure.add_subplot(cells[:, 0])
+        grid = [[figure.add_subplot(cells[i, 1 + j]) for j in range(len(found.names) + 1)] for i in range(len(names))]
+        for axes in [image, *chain(*grid)]:
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
-        for axes in grid[1:, 0]:
-            axes.remove()
-        grid[0, 0].imshow(photograph)
+        image.imshow(photograph)
         height, width = weights.shape[1:3]
         row, column = found.query
-        grid[0, 0].plot((column + 0.5) / width * photograph.width, (row + 0.5) / height * photograph.height, **_QUERY)
-        grid[0, 0].set_title("image, query")
-        for axes, name in zip(grid[0, 1:], [*found.names, "sum"], strict=True):
-            axes.set_title(name)
-        for number, label in enumerate(labels):
+        image.plot((column + 0.5) / width * photograph.width, (row + 0.5) / height * photograph.height, **_QUERY)
+        image.set_title("image and query")
+        for axes, name in zip(grid[0], [*found.names, "sum"], strict=True):
+            axes.set_title(ROUTE_NAMES.get(name, name))
+        for axes, name in zip(grid, names, strict=True):
+            axes[0].set_ylabel(name)
+        for number, axes in enumerate(grid[:-1]):
             shown = torch.cat([weights[..., number], weights[..., number].sum(0, keepdim=True)])
             shown = shown / shown.max().clamp(min=torch.finfo(shown.dtype).tiny)
             norm = LogNorm(10.0**-DECADES, 1)
-            _draw_row(grid[number, 1:], shown.clamp(min=10.0**-DECADES), found, label, cmap="viridis", norm=norm)
+            _draw_row(axes, shown.clamp(min=10.0**-DECADES), found, "share of the largest", cmap="viridis", norm=norm)
         similarity = torch.cat([found.similarity, found.similarity.sum(0, keepdim=True)]).cpu()
         largest = similarity.abs().max().item()
-        _draw_row(grid[-1, 1:], similarity, found, "C · B", cmap="PuOr", vmin=-largest, vmax=largest)
+        _draw_row(grid[-1], similarity, found, "C · B", cmap="PuOr", vmin=-largest, vmax=largest)
         save_figure(figure, path)
-
-
-def _channels(names: Sequence[str]) -> list[int] | None:
-    """None for "mean"."""
-    if list(names) == ["mean"]:
-        return None
-    for name in names:
-        if not name.isdecimal():
-            raise UserError(f"--channels names '{name}'; give mean, or numbers counted from zero")
-    return [int(name) for name in names]
 
 
 _QUERY = dict(marker="o", markersize=6, markerfacecolor="#D55E00", markeredgecolor="white", markeredgewidth=1.2)

@@ -10,6 +10,32 @@ from vmamba.analysis.tables import markdown, write_json
 from vmamba.analysis.zoo import create
 from vmamba.files import write_text
 from vmamba.models.flops import complexity
+from vmamba.models.variants import list_models
+
+PEERS = (
+    "swin_tiny_patch4_window7_224",
+    "swin_small_patch4_window7_224",
+    "swin_base_patch4_window7_224",
+    "convnext_tiny",
+    "convnext_small",
+    "convnext_base",
+    "deit_small_patch16_224",
+    "deit_base_patch16_224",
+)
+MODELS = (*(name for name in list_models() if name != "vmamba_digits"), *PEERS)
+
+
+def flops(
+    *, models: Sequence[str] = MODELS, sizes: Sequence[int] = (224,), output: str | Path = "output/flops"
+) -> list[dict]:
+    """Print `table` and write it to `output`/flops.md and flops.json.  Raises UserError as that does."""
+    rows = table(models, sizes)
+    text = markdown([row | {"GFLOPs (multiply-adds)": f"{row['GFLOPs (multiply-adds)']:.3f}"} for row in rows])
+    write_text(Path(output, "flops.md"), text)
+    write_json(Path(output, "flops.json"), rows)
+    print(text)
+    print(f"written to {output}; {complexity.__module__} states the convention")
+    return rows
 
 
 def table(models: Sequence[str], sizes: Sequence[int]) -> list[dict]:
@@ -31,13 +57,3 @@ def table(models: Sequence[str], sizes: Sequence[int]) -> list[dict]:
                 }
             )
     return rows
-
-
-def count(models: Sequence[str], sizes: Sequence[int], output: str | Path) -> None:
-    """Print the table and write it to `output`/flops.md and flops.json."""
-    rows = table(models, sizes)
-    text = markdown([row | {"GFLOPs (multiply-adds)": f"{row['GFLOPs (multiply-adds)']:.3f}"} for row in rows])
-    write_text(Path(output, "flops.md"), text)
-    write_json(Path(output, "flops.json"), rows)
-    print(text)
-    print(f"written to {output}; {complexity.__module__} states the convention")

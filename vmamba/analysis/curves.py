@@ -3,32 +3,45 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
+from operator import itemgetter
 from pathlib import Path
 
+import torch
 from matplotlib import rc_context
+from matplotlib.lines import Line2D
 
+from vmamba.analysis import zoo
 from vmamba.analysis.plotting import STYLE, new_figure, save_figure
-from vmamba.analysis.tables import write_json
+from vmamba.analysis.tables import parameters, write_json
+from vmamba.config import get_config
 from vmamba.errors import UserError
 from vmamba.runtime.records import read_metrics
 
 Series = list[tuple[float, float, float]]  # (epochs, hours since the start, value)
-PANELS = {  # panel -> its series: key and label
-    "loss": {"train_loss": "training", "loss": "held out"},
-    "top-1 (%)": {"acc1": "plain", "ema_acc1": "EMA"},
-    "learning rate": {"lr": ""},
-    "gradient norm": {"grad_norm": ""},
+PANELS = {  # panel -> its series, each a key, a kind of line and what that line is
+    "loss": {
+        "train_loss": ("-", "training"),
+        "val_loss": ("--", "held out"),
+        "ema_val_loss": (":", "held out, EMA"),
+    },
+    "top-1 (%)": {"acc1": ("--", "held out"), "ema_acc1": (":", "held out, EMA")},
+    "learning rate": {"lr": ("-", "training")},
+    "gradient norm": {"grad_norm": ("-", "training")},
 }
-LINES = ("-", "--")
+OLDER = {"loss": "val_loss", "ema_loss": "ema_val_loss"}  # keys of metrics.jsonl until November 2026
+UNITS = (("seconds", 1), ("minutes", 60), ("hours", 3600), ("days", 86400))
 
 # What a step's line says, in our log.txt and in the logs of Swin and of the released VMamba.
 _MOMENT = re.compile(r"^\[?(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)")
 _STEP = re.compile(r"\b(train|Train:) \[(\d+)/\d+\]\[(\d+)/(\d+)\]")
 _VALUE = {key: re.compile(rf"\b{key} (\d\S*)(?: \((\S+)\))?") for key in ("lr", "loss", "grad_norm")}
+_PARAMETERS = re.compile(r"number of params: (\d+)")
 _ACCURACY = re.compile(r"\* Acc@1 (\d+\.?\d*)")
 
 
-def curves(runs: Sequence[str], by: str, smooth: int, output: str) -> dict[str, dict[str, Series]]:
+def curves(
+    runs: Sequence[str], *, by: str = "epoch", smooth: int = 10, output: str = "output/curves"
+) -> dict[str, dict[str, Series]]:
     """Draw the runs' loss, accuracy, learning rate and gradient norm over each other.
 
     Args:
@@ -40,15 +53,29 @@ def curves(runs: Sequence[str], by: str, smooth: int, output: str) -> dict[str, 
     Returns the series of each run.  Raises UserError for a run that is not there or has nothing to draw.
     """
     found = {_name(run, runs): read_run(Path(run)) for run in runs}
-    plot(found, by, smooth, Path(output) / "curves")
+    labels = {name: f"{name}: {describe(Path(run))}" for name, run in zip(found, runs, strict=True)}
+    plot(found, labels, by, smooth, Path(output) / "curves")
     write_json(Path(output) / "curves.json", found)
     print(f"written to {output}")
     return found
 
 
+def describe(path: Path) -> str:
+    """What was trained, and on what, as far as the run says it.  Raises UserError for a config that is not ours."""
+    config = _folder(path) / "config.yaml"
+    if not path.is_file() or path.name == "metrics.jsonl":
+        if not config.is_file():
+            return "model and data unknown, there is no config.yaml"
+        with torch.device("meta"):
+            subject = zoo.of_config(get_config(config))
+        return f"{subject.title}, {subject.facts}"
+    size = _PARAMETERS.search(path.read_text(encoding="utf-8", errors="replace"))
+    return f"{parameters(int(size[1]))}, data unknown" if size else "model and data unknown"
+
+
 def read_run(path: Path) -> dict[str, Series]:
     """The series of a run, by the keys in `PANELS`.  Raises UserError where there are none."""
-    folder = path.parent if path.name == "metrics.jsonl" else path
+    folder = _folder(path)
     if (folder / "metrics.jsonl").is_file():
         series = _ours(folder)
     elif path.is_file():
@@ -97,9 +124,10 @@ def _ours(folder: Path) -> dict[str, Series]:
     seconds = 0.0
     for entry in read_metrics(folder / "metrics.jsonl"):
         seconds += entry["seconds"]
-        for key in series:
-            if entry.get(key) is not None:
-                series[key].append((entry["epoch"], seconds / 3600, entry[key]))
+        for key, value in entry.items():
+            key = OLDER.get(key, key)
+            if key in series and value is not None:
+                series[key].append((entry["epoch"], seconds / 3600, value))
     log = folder / "log.txt"
     if log.is_file():
         lines = (line for line in log.read_text(encoding="utf-8").splitlines() if _STEP.search(line))
@@ -109,26 +137,34 @@ def _ours(folder: Path) -> dict[str, Series]:
     return series
 
 
-def plot(runs: dict[str, dict[str, Series]], by: str, smooth: int, path: Path) -> None:
-    """A panel for each of `PANELS`, a colour a run."""
+def plot(runs: dict[str, dict[str, Series]], labels: dict[str, str], by: str, smooth: int, path: Path) -> None:
+    """A panel for each of `PANELS`, a colour a run, which the legend calls by its label."""
+    unit, seconds = "epoch", 1
+    if by == "time":
+        latest = 3600 * max(hours for series in runs.values() for points in series.values() for _, hours, _ in points)
+        unit, seconds = max((unit for unit in UNITS if latest >= 2 * unit[1]), key=itemgetter(1), default=UNITS[0])
+    drawn = {}  # kinds of lines: what they are
     with rc_context(STYLE):
-        figure = new_figure(11, 3.2)
-        for axes, (title, keys) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
-            for number, (run, series) in enumerate(runs.items()):
-                for line, (key, label) in zip(LINES, keys.items(), strict=False):
+        figure = new_figure(11, 3.4 + 0.17 * len(runs))
+        for axes, (title, lines) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+            for number, series in enumerate(runs.values()):
+                for key, (line, what) in lines.items():
                     points = list(_medians(series[key], smooth)) if key == "grad_norm" else series[key]
                     if points:
                         epochs, hours, values = zip(*points, strict=True)
-                        text = ", ".join(filter(None, [run if len(runs) > 1 else "", label]))
+                        along = epochs if by == "epoch" else [3600 * moment / seconds for moment in hours]
                         marker = "." if len(points) < 3 else None
-                        along = epochs if by == "epoch" else hours
-                        axes.plot(along, values, line, color=f"C{number}", label=text or None, marker=marker)
-            axes.set(title=title, xlabel="epoch" if by == "epoch" else "hours")
+                        axes.plot(along, values, line, color=f"C{number}", marker=marker)
+                        drawn[line] = what
+            axes.set(title=title, xlabel=unit)
+            axes.ticklabel_format(axis="y", scilimits=(-3, 4))
             axes.grid(alpha=0.3)
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(fontsize=7)
             if not axes.lines:
                 axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center")
+        colours = [Line2D([], [], color=f"C{number}", label=label) for number, label in enumerate(labels.values())]
+        figure.legend(handles=colours, loc="outside lower left", fontsize=8)
+        kinds = [Line2D([], [], color="black", linestyle=line, label=what) for line, what in drawn.items()]
+        figure.legend(handles=kinds, loc="outside upper right", ncols=len(kinds), fontsize=8)
         save_figure(figure, path)
 
 
@@ -136,6 +172,10 @@ def _medians(series: Series, several: int) -> Iterator[tuple[float, float, float
     for start in range(0, len(series), several):
         part = series[start : start + several]
         yield (*part[len(part) // 2][:2], sorted(value for _, _, value in part)[len(part) // 2])
+
+
+def _folder(path: Path) -> Path:
+    return path.parent if path.name == "metrics.jsonl" else path
 
 
 def _name(run: str, runs: Sequence[str]) -> str:

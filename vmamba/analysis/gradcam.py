@@ -11,18 +11,20 @@ from torch import Tensor, nn
 from vmamba.analysis import images, zoo
 from vmamba.analysis.attention import find_mixer
 from vmamba.analysis.plotting import STYLE, new_figure, save_figure
+from vmamba.analysis.tables import write_tensors
 from vmamba.errors import UserError
 
 
 def gradcam(
-    image: str | None,
-    model: str,
-    weights: str | None,
-    size: int,
-    layers: Sequence[str],
-    target: int | None,
-    device: str,
-    output: str,
+    image: str | None = None,
+    *,
+    model: str = "vmamba_tiny",
+    weights: str | None = None,
+    size: int = 224,
+    layers: Sequence[str] = ("1.1", "3.1"),
+    target: int | None = None,
+    device: str = "auto",
+    output: str = "output/gradcam",
 ) -> Tensor:
     """Draw what in `image` (None: scikit-learn's flower) speaks for class `target` (None: the one predicted).
 
@@ -41,9 +43,9 @@ def gradcam(
     if not 0 <= target < len(logits):
         raise UserError(f"there is no class {target}; this model has classes 0 to {len(logits) - 1}")
     maps = torch.stack([class_map(subject.model, layer, inputs, target) for layer in layers])
-    title = f"{model}, class {target}: {subject.weights}"
+    title = f"{subject.title}, {subject.facts}\nfor class {target}, {size} x {size} pixels"
     plot(maps, photograph, layers, title, Path(output) / "gradcam")
-    torch.save(maps, Path(output) / "gradcam.pt")
+    write_tensors(Path(output) / "gradcam.pt", maps)
     print(f"written to {output}")
     return maps
 
@@ -65,7 +67,7 @@ def class_map(model: nn.Module, layer: str, inputs: Tensor, target: int) -> Tens
 def plot(maps: Tensor, photograph: Image.Image, layers: Sequence[str], title: str, path: Path) -> None:
     """The image, then each layer's map over it."""
     with rc_context(STYLE):
-        figure = new_figure(2.3 * (len(maps) + 1) + 0.6, 2.8)
+        figure = new_figure(2.3 * (len(maps) + 1) + 0.6, 3.0)
         grid = figure.subplots(1, len(maps) + 1)
         figure.suptitle(title, fontsize=9)
         for axes, name in zip(grid, ["image", *(f"layer {layer}" for layer in layers)], strict=True):
@@ -74,5 +76,5 @@ def plot(maps: Tensor, photograph: Image.Image, layers: Sequence[str], title: st
             axes.imshow(photograph)
         for axes, values in zip(grid[1:], maps, strict=True):
             mesh = axes.imshow(values.numpy(), cmap="viridis", vmin=0, vmax=1, alpha=0.6)
-        figure.colorbar(mesh, ax=grid, label="for the class / maximum", fraction=0.03)
+        figure.colorbar(mesh, ax=grid, label="share of the map's largest", fraction=0.03)
         save_figure(figure, path)

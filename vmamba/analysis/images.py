@@ -12,8 +12,8 @@ from torchvision.transforms.v2 import functional as transforms
 from vmamba.analysis.zoo import Subject
 from vmamba.data.folders import LeftOut, image_files
 from vmamba.data.images import UnreadableImage, decode
-from vmamba.data.text import printable
 from vmamba.errors import UserError
+from vmamba.text import counted, printable
 
 
 def squares(folder: str | None, count: int, size: int) -> list[Image.Image]:
@@ -30,7 +30,8 @@ def squares(folder: str | None, count: int, size: int) -> list[Image.Image]:
     if len(paths) < count:
         beside = f" (left out: {left_out})" if left_out else ""
         raise UserError(
-            f"'{printable(folder)}' holds {len(paths)} images of the {count} asked for{beside}; lower --num-images"
+            f"'{printable(folder)}' holds {counted(len(paths), 'image')} of the {count} asked for{beside}; lower "
+            f"--num-images"
         )
     return [_crop(read(path), size) for path in paths]
 

@@ -22,6 +22,12 @@ STYLE = {
 }
 
 
+def line_style(number: int) -> dict[str, object]:
+    """Colour and marker of one of several lines; a marker at the edge of the axes is drawn whole."""
+    marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]  # another one when the colours begin again
+    return dict(color=COLOURS[number % len(COLOURS)], marker=marker, clip_on=False)
+
+
 def new_figure(width: float, height: float) -> Figure:
     """A figure of so many inches whose labels make room for themselves."""
     figure = Figure(figsize=(width, height), layout="constrained")

@@ -7,25 +7,28 @@ from typing import Any
 from matplotlib import rc_context
 
 from vmamba.analysis import zoo
-from vmamba.analysis.plotting import MARKERS, STYLE, new_figure, save_figure
-from vmamba.analysis.tables import markdown, write_json
+from vmamba.analysis.plotting import STYLE, line_style, new_figure, save_figure
+from vmamba.analysis.tables import markdown, parameters, write_json
 from vmamba.config import get_config
 from vmamba.errors import UserError
 from vmamba.files import write_text
 from vmamba.models.flops import complexity
 from vmamba.runtime.evaluation import evaluate_alone
 
-COSTS = ("multiply-adds (G)", "activations (M)", "parameters (M)")
+MODELS = ("vmamba_tiny_s1l8", "swin_tiny_patch4_window7_224", "convnext_tiny", "deit_small_patch16_224")
+COSTS = ("multiply-adds (G)", "activations (M)", "parameters")
+ACCURACY = "top-1 (%)"
 
 
 def scale(
-    models: Sequence[str],
-    sizes: Sequence[int],
-    weights: Sequence[str],
-    cfg: str | None,
-    data_path: str | None,
-    device: str,
-    output: str,
+    *,
+    models: Sequence[str] = MODELS,
+    sizes: Sequence[int] = (224, 448, 672, 896),
+    weights: Sequence[str] = (),
+    cfg: str | None = None,
+    data_path: str | None = None,
+    device: str = "auto",
+    output: str = "output/scale",
 ) -> list[dict[str, Any]]:
     """Count each model at each size and, where `cfg` names a data set and `weights` the models', evaluate it there.
 
@@ -40,13 +43,14 @@ def scale(
         for size in sizes:
             subject = zoo.create(name, size, path)
             cost = complexity(subject.model, size)
-            row = {"model": name, "size": size}
-            row |= zip(COSTS, (cost.macs / 1e9, cost.activations / 1e6, cost.parameters / 1e6), strict=True)
+            row = {"model": subject.title, "size": size}
+            row |= zip(COSTS, (cost.macs / 1e9, cost.activations / 1e6, cost.parameters), strict=True)
             if cfg:
                 changes = ["DATA.IMG_SIZE", str(size), *(["DATA.DATA_PATH", data_path] if data_path else [])]
-                row |= {"weights": subject.weights, "top-1 (%)": None}
+                config = get_config(cfg, changes)
+                row |= {"weights": subject.weights, "file": path, "data": zoo.data_of(config), ACCURACY: None}
                 if path:
-                    row["top-1 (%)"] = evaluate_alone(get_config(cfg, changes), subject.model, place)["acc1"]
+                    row[ACCURACY] = evaluate_alone(config, subject.model, place)["acc1"]
             rows.append(row)
     folder = Path(output)
     write_json(folder / "scale.json", rows)
@@ -58,20 +62,24 @@ def scale(
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """A panel a quantity, a line a model."""
-    panels = [name for name in (*COSTS[:2], "top-1 (%)") if name in rows[0]]
+    """A panel a quantity, a line a model and its weights."""
+    panels = [name for name in (*COSTS[:2], ACCURACY) if name in rows[0]]
+    lines: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault((row["model"], row.get("weights"), row.get("file")), []).append(row)
     with rc_context(STYLE):
-        figure = new_figure(3.8 * len(panels), 3.2)
-        for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
-            for name, marker in zip(dict.fromkeys(row["model"] for row in rows), MARKERS * len(rows), strict=False):
-                points = [(row["size"], row[panel]) for row in rows if row["model"] == name and row[panel] is not None]
-                label = name
-                if panel == "top-1 (%)":
-                    label += "\n" + next(row["weights"] for row in rows if row["model"] == name)
+        figure = new_figure(3.8 * len(panels), 3.2 + 0.17 * len(lines))
+        grid = figure.subplots(1, len(panels))
+        for axes, panel in zip(grid, panels, strict=True):
+            for number, ((model, weights, _), own) in enumerate(lines.items()):
+                points = [(row["size"], row[panel]) for row in own if row[panel] is not None]
+                label = ", ".join(filter(None, [model, parameters(*(row["parameters"] for row in own)), weights]))
                 if points:
-                    axes.plot(*zip(*points, strict=True), marker=marker, label=label)
+                    axes.plot(*zip(*points, strict=True), label=label, **line_style(number))
             axes.set(xlabel="image side (pixels)", ylabel=panel, ylim=(0, None))
+            axes.set_xticks(sorted({row["size"] for row in rows}))
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=7)
-        figure.supxlabel("costs are those of the architecture, whatever its weights", fontsize=7)
+            if panel == ACCURACY:
+                axes.set_title(f"held-out images of {rows[0]['data']}")
+        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", fontsize=7)
         save_figure(figure, path)

@@ -6,9 +6,9 @@ a step each, and the median of a model's steps counts.
 
 import platform
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vmamba.analysis import zoo
-from vmamba.analysis.plotting import MARKERS, STYLE, new_figure, save_figure
+from vmamba.analysis.plotting import STYLE, line_style, new_figure, save_figure
 from vmamba.analysis.tables import markdown as markdown_table
-from vmamba.analysis.tables import write_json
-from vmamba.errors import UserError, unknown
+from vmamba.analysis.tables import parameters, write_json
+from vmamba.errors import unknown
 from vmamba.files import write_text
 from vmamba.models.compilation import COMPILE_MODES
 from vmamba.models.flops import complexity
 from vmamba.models.vssm import VSSM
+from vmamba.text import counted
+from vmamba.timing import elapsed
 
+MODELS = ("vmamba_tiny_s1l8", "swin_tiny_patch4_window7_224")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODES = ("forward", "train")
 CPU_BATCH = 8  # "auto" without a GPU's memory to fill
@@ -61,32 +64,41 @@ class Timing:
 
 
 def throughput(
-    models: Sequence[str],
-    sizes: Sequence[int],
-    batch_sizes: Sequence[str],
-    dtypes: Sequence[str],
-    modes: Sequence[str],
-    relative_to: str | None,
-    compile: str | None,
-    channels_last: bool,
-    backend: str,
-    warm_up: int,
-    repeats: int,
-    device: str,
-    output: str,
-    markdown: str | None,
+    *,
+    models: Sequence[str] = MODELS,
+    sizes: Sequence[int] = (224,),
+    batch_sizes: Sequence[int | None] = (None,),
+    dtypes: Sequence[str] = ("float32",),
+    modes: Sequence[str] = ("forward",),
+    relative_to: str | None = None,
+    compile: str | None = None,
+    channels_last: bool = False,
+    backend: str = "auto",
+    warm_up: int = 3,
+    repeats: int = 10,
+    device: str = "auto",
+    output: str = "output/throughput",
+    markdown: str | None = None,
 ) -> list[Timing]:
     """Time every model in every case, write throughput.{md,json,pdf,png} into `output`, and print the table.
 
-    The forward mode is also timed at batch 1, which is the latency.  `compile` is one of `COMPILE_MODES`, or None;
-    `markdown` names one more file for the table.
-    Raises UserError for unknown names, and batch sizes that are no numbers.
+    Args:
+        batch_sizes: None is the largest that fits; the forward mode is also timed at batch 1, which is the latency.
+        dtypes: of `DTYPES`.
+        modes: of `MODES`.
+        relative_to: the model that ratios are given to; None: the first.
+        compile: of `COMPILE_MODES`; None: not compiled.
+        channels_last: give convolutions channels-last weights.
+        backend: of our models' scans.
+        warm_up, repeats: steps before the timed ones, and these.
+        markdown: one more file for the table.
+
+    Raises UserError for a model that is unknown or does not take a size.
     """
     reference = relative_to or models[0]
     if reference not in models:
         raise unknown("model in --relative-to", reference, models)
     place = zoo.choose_device(device)
-    batches = [_batch(text) for text in batch_sizes]
     timings = []
     for size in sizes:
         subjects = {}
@@ -94,7 +106,7 @@ def throughput(
             model = zoo.create(name, size, backend=backend).model
             subjects[name] = model.to(memory_format=torch.channels_last) if channels_last else model
         gmacs = {name: complexity(model, size).macs / 1e9 for name, model in subjects.items()}
-        for case in _cases(size, dtypes, modes, batches):
+        for case in _cases(size, dtypes, modes, batch_sizes):
             new = compare(
                 subjects,
                 case,
@@ -110,6 +122,8 @@ def throughput(
     settings = {
         "device": _describe(place),
         "torch": torch.__version__,
+        "date": str(date.today()),
+        "optimizer": "fused AdamW" if place.type == "cuda" else "AdamW",
         "warm_up": warm_up,
         "repeats": repeats,
         "compile": compile,
@@ -122,7 +136,7 @@ def throughput(
     page = _page(timings, settings)
     for path in filter(None, (folder / "throughput.md", markdown)):
         write_text(Path(path), page)
-    plot(timings, folder / "throughput")
+    plot(timings, settings["device"], folder / "throughput")
     print(f"written to {folder}")
     return timings
 
@@ -231,46 +245,35 @@ def peak_memory_mb(work: Callable[[], object], model: nn.Module, device: torch.d
     return (torch.cuda.max_memory_allocated(device) - before + own) / 2**20
 
 
-def elapsed(step: Callable[[], object], device: torch.device) -> float:
-    """Seconds that a step takes, by the GPU's own clock where there is one."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        step()
-        return time.perf_counter() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    step()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
-
-
-def plot(timings: Sequence[Timing], path: Path) -> None:
+def plot(timings: Sequence[Timing], device: str, path: Path) -> None:
     """Against the size: images a second at the best batch, a panel a mode and dtype; then multiply-adds."""
     panels = list(dict.fromkeys((timing.mode, timing.dtype) for timing in timings))
-    sizes = sorted({timing.size for timing in timings})
+    models = dict.fromkeys(timing.model for timing in timings)
     with matplotlib.rc_context(STYLE):
-        figure = new_figure(3.6 * (len(panels) + 1), 3.2)
+        figure = new_figure(3.6 * (len(panels) + 1), 3.4 + 0.17 * len(models))
+        figure.suptitle(f"on {device}, random weights, which do not change the speed", fontsize=9)
         *grid, last = figure.subplots(1, len(panels) + 1)
-        for marker, name in zip(MARKERS * len(timings), dict.fromkeys(t.model for t in timings), strict=False):
+        for number, name in enumerate(models):
             own = [timing for timing in timings if timing.model == name]
+            counts = parameters(*(timing.parameters for timing in own))
+            line = line_style(number) | dict(label=f"{name}, {counts}")
             for axes, panel in zip(grid, panels, strict=True):
                 best: dict[int, float] = {}  # by size
                 for timing in own:
                     if (timing.mode, timing.dtype) == panel and timing.images_per_second:
                         best[timing.size] = max(best.get(timing.size, 0), timing.images_per_second)
-                axes.plot(list(best), list(best.values()), marker=marker, label=name)
+                if best:
+                    axes.plot(list(best), list(best.values()), **line)
             gmacs = {timing.size: timing.gmacs for timing in own}
-            last.plot(list(gmacs), list(gmacs.values()), marker=marker, label=name)
+            last.plot(list(gmacs), list(gmacs.values()), **line)
         for axes, (mode, dtype) in zip(grid, panels, strict=True):
             axes.set(title=f"{mode}, {dtype}", ylabel="images / s", ylim=(0, None))
         last.set(title="forward pass of an image", ylabel="multiply-adds (G)", ylim=(0, None))
-        last.legend(fontsize=7)
         for axes in (*grid, last):
             axes.set_xlabel("image side (pixels)")
-            axes.set_xticks(sizes)
+            axes.set_xticks(sorted({timing.size for timing in timings}))
             axes.grid(alpha=0.3)
-        figure.supxlabel("random weights, not trained on ImageNet; the speed is the same", fontsize=7)
+        figure.legend(*last.get_legend_handles_labels(), loc="outside lower center", fontsize=7)
         save_figure(figure, path)
 
 
@@ -281,14 +284,6 @@ def _cases(size: int, dtypes: Sequence[str], modes: Sequence[str], batches: Sequ
         for dtype in dtypes
         for batch in dict.fromkeys([1, *batches] if mode == "forward" else batches)
     ]
-
-
-def _batch(text: str) -> int | None:
-    if text == "auto":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"--batch-sizes names '{text}'; give positive numbers, or auto for the largest that fits")
-    return int(text)
 
 
 def _in_chans(model: nn.Module) -> int:
@@ -317,11 +312,12 @@ def _page(timings: Sequence[Timing], settings: dict[str, Any]) -> str:
     layout = "channels-last images" if settings["channels_last"] else "PyTorch's default layout"
     return (
         f"# Throughput\n\n"
-        f"{settings['device']}, PyTorch {settings['torch']}, {compiled}{layout}, backend {settings['backend']}; "
-        f"written by `analyze/throughput.py`.\n\n"
-        f"The models take turns, a step each; a row is the median of {settings['repeats']} steps after "
+        f"{settings['device']}, PyTorch {settings['torch']}, {compiled}{layout}, backend {settings['backend']}, "
+        f"{settings['date']}; written by `analyze/throughput.py`.\n\n"
+        f"The models take turns, a step each; a row is the median of {counted(settings['repeats'], 'step')} after "
         f"{settings['warm_up']} of warm-up. "
-        f"bfloat16 and float16 are autocast. Training is forward, cross-entropy, backward and AdamW. At batch 1 the "
+        f"bfloat16 and float16 are autocast. Training is forward, cross-entropy, backward and "
+        f"{settings['optimizer']}. At batch 1 the "
         f"time of a step is the latency. Peak memory is the model's own: weights, activations, gradients, optimiser. "
         f"Ratio is images a second over {settings['relative_to']}'s. Weights are random; they do not change the "
         f"speed.\n\n{markdown_table([_row(timing) for timing in timings])}"
@@ -331,4 +327,4 @@ def _page(timings: Sequence[Timing], settings: dict[str, Any]) -> str:
 def _describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} threads of a CPU ({platform.machine()})"
+    return f"{counted(torch.get_num_threads(), 'thread')} of a CPU ({platform.machine()})"

@@ -14,16 +14,24 @@ from vmamba.models.flops import complexity
 from vmamba.models.vssm import VSSM
 
 
-def summary(model: str, weights: str | None, size: int, depth: int, output: str | None) -> str:
+def summary(
+    model: str = "vmamba_tiny",
+    *,
+    weights: str | None = None,
+    size: int = 224,
+    depth: int = 2,
+    output: str | None = None,
+) -> str:
     """Print, return and, where `output` names a file, write the summary of a model of ours or of timm's.
 
-    Raises UserError for an unknown model, or weights that do not fit.
+    Its modules are listed down to `depth` names.  Raises UserError for an unknown model, or weights that do not fit.
     """
     subject = zoo.create(model, size, weights)
     cost = complexity(subject.model, size)
     parts = [
-        f"{model}, {size} x {size} pixels: {cost.parameters:,} parameters ({cost.parameters_without_head:,} without "
-        f"the head), {cost.macs / 1e9:.2f} G multiply-adds, {cost.activations / 1e6:.1f} M activations\n",
+        f"{subject.title}, {subject.weights}; {size} x {size} pixels: {cost.parameters:,} parameters "
+        f"({cost.parameters_without_head:,} without the head), {cost.macs / 1e9:.3g} G multiply-adds, "
+        f"{cost.activations / 1e6:.3g} M activations\n",
         markdown(modules(subject, size, depth)),
     ]
     if isinstance(subject.model, VSSM):
@@ -64,17 +72,29 @@ def modules(subject: zoo.Subject, size: int, depth: int) -> list[dict[str, Any]]
 
 
 def stages(model: VSSM, size: int) -> list[dict[str, Any]]:
-    """A row a stage, the downsampling to it (the stem before the first) included, and one for the classifier."""
+    """A row for the stem, for each stage with the downsampling behind it, as in `modules`, and for the classifier."""
+    wholes = [complexity(_start(model, number), size) for number in range(len(model.layers) + 1)]
+    wholes.append(complexity(model, size))
+    names = ["stem", *(f"stage {number}" for number in range(len(model.layers))), "classifier"]
+    blocks = [None, *(len(stage.blocks) for stage in model.layers), None]
     rows, parameters, macs = [], 0, 0
-    for number, stage in enumerate(model.layers):
-        start = copy.deepcopy(model)
-        start.prune_intermediate_layers([number], prune_norm=True)
-        cost = complexity(start, size)  # of everything up to this stage
-        rows.append(_stage(f"stage {number}", len(stage.blocks), cost.parameters - parameters, cost.macs - macs))
-        parameters, macs = cost.parameters, cost.macs
-    cost = complexity(model, size)
-    return [*rows, _stage("classifier", None, cost.parameters - parameters, cost.macs - macs)]
+    for name, count, whole in zip(names, blocks, wholes, strict=True):
+        rows.append(
+            {
+                "part": name,
+                "blocks": count,
+                "parameters": whole.parameters - parameters,
+                "multiply-adds (G)": (whole.macs - macs) / 1e9,
+            }
+        )
+        parameters, macs = whole.parameters, whole.macs
+    return rows
 
 
-def _stage(name: str, blocks: int | None, parameters: int, macs: int) -> dict[str, Any]:
-    return {"stage": name, "blocks": blocks, "parameters": parameters, "multiply-adds (G)": macs / 1e9}
+def _start(model: VSSM, stages: int) -> VSSM:
+    """The stem and so many stages of `model`, without a classifier."""
+    start = copy.deepcopy(model)
+    start.layers = start.layers[:stages]
+    start.classifier.norm = nn.Identity()
+    start.reset_classifier(0, "")
+    return start

@@ -1,11 +1,19 @@
-"""Numbers for people and for programs: Markdown tables and JSON files."""
+"""Numbers for people and for programs: in words, as Markdown tables, as files of JSON and of tensors."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vmamba.files import write_text
+import torch
+
+from vmamba.files import make_folder, write_atomically, write_text
+
+
+def parameters(*counts: int) -> str:
+    """ "30.2M parameters"; of one model whose number differs from case to case "22.1M to 23.2M parameters"."""
+    texts = (f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e6:.3g}M" for count in (min(counts), max(counts)))
+    return " to ".join(dict.fromkeys(texts)) + " parameters"
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -19,6 +27,12 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 def write_json(path: Path, content: Any) -> None:
     """Raises UserError where the file cannot be written."""
     write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_tensors(path: Path, content: Any) -> None:
+    """As `torch.save` does.  Raises UserError where the file cannot be written."""
+    make_folder(path.parent)
+    write_atomically(path, lambda file: torch.save(content, file))
 
 
 def _text(value: Any) -> str:

@@ -1,8 +1,16 @@
-"""The models that are analysed: ours or timm's, by name, with weights from a file or random ones."""
+"""The models that are analysed: ours or timm's, by name, with weights from a file or random ones.
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+What a picture or a table says of a model and of its weights is said here.  "ImageNet" is said of files that are known:
+the released ones, and timm's by their tags.  Of a run's weights its own config tells the data; of others nobody does.
+"""
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 import timm
 import torch
@@ -10,11 +18,15 @@ from timm.models import load_checkpoint as load_timm
 from torch import nn
 from yacs.config import CfgNode
 
+from vmamba.analysis.tables import parameters
 from vmamba.errors import UserError, unknown
+from vmamba.models.download import is_url
 from vmamba.models.pretrained import Checkpoint, load_checkpoint, load_pretrained
-from vmamba.models.variants import build_model, create_model, list_models
+from vmamba.models.variants import VARIANTS, build_model, create_model, list_models
+from vmamba.models.vssm import VSSM
+from vmamba.text import counted
 
-UNTRAINED = "random weights, not trained on ImageNet"
+UNTRAINED = "random weights"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of a channel
 
 
@@ -24,10 +36,26 @@ class Subject:
 
     name: str
     model: nn.Module
-    weights: str  # what they are, to be written on figures
+    weights: str  # what they are and what they were trained on
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the model, where they are not the variant's
     in_chans: int = 3
     mean: Sequence[float] = IMAGENET[0]  # of the images it was trained on, values in 0..1
     std: Sequence[float] = IMAGENET[1]
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def title(self) -> str:
+        """The name with the changed options: "vmamba_digits (d_state=8)"."""
+        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        return f"{self.name} ({options})" if options else self.name
+
+    @property
+    def facts(self) -> str:
+        """ "0.139M parameters, trained on digits (10 classes)"."""
+        return f"{parameters(self.parameters)}, {self.weights}"
 
 
 def create(name: str, size: int, weights: str | Path | None = None, backend: str = "auto") -> Subject:
@@ -39,33 +67,58 @@ def create(name: str, size: int, weights: str | Path | None = None, backend: str
             timm's models "pretrained" downloads timm's.
         backend: of the scans of our models.
 
-    Raises UserError for an unknown name, or for weights that do not belong to the model.
+    Raises UserError for an unknown name, a size that the model does not take, or weights that do not belong to it.
     """
-    if name in list_models():
-        subject = _ours(name, size, weights, backend)
-    elif timm.is_model(name):
-        subject = _timm(name, size, weights)
-    else:
-        raise unknown("model", name, [*list_models(), *timm.list_models()])
-    subject.model.eval()
-    return subject
+    return _create(name, size, weights, backend, load=True)
 
 
 def create_untrained(name: str, size: int, weights: str | Path | None) -> Subject:
     """The model that `weights` belongs to with random weights, always the same ones.  Raises UserError as `create`."""
     torch.manual_seed(0)
-    config = _config(load_checkpoint(weights)) if weights and name in list_models() else None
-    if config is None:
-        return create(name, size)
-    subject = _of_run(name, "auto", config, weights)
-    subject.model.eval()
-    return replace(subject, weights=UNTRAINED)
+    return replace(_create(name, size, weights, "auto", load=False), weights=UNTRAINED)
+
+
+def of_config(config: CfgNode) -> Subject:
+    """The model of a run, its weights not loaded.  Raises UserError as `build_model` does."""
+    channels = config.MODEL.IN_CHANS
+    start = config.MODEL.RESUME or config.MODEL.PRETRAINED  # whose own data is not told
+    mean, std = (list(value) * channels if len(value) == 1 else value for value in (config.DATA.MEAN, config.DATA.STD))
+    return Subject(
+        config.MODEL.NAME,
+        build_model(config),
+        f"trained on {data_of(config)}{f', from {Path(start).name}' if start else ''}",
+        changed_options(config.MODEL.NAME, config.MODEL.OPTIONS),
+        channels,
+        mean,
+        std,
+    )
+
+
+def data_of(config: CfgNode) -> str:
+    """The data of a config by its name and classes: "digits (10 classes)"; of images in a folder the folder's name."""
+    name, path = config.DATA.DATASET, config.DATA.DATA_PATH
+    folder = f"folder '{Path(path).name or path}'"
+    if name == "imagenet":  # the format, whatever the images show
+        name = folder
+    elif "/" in name and path:  # opened by timm
+        name = f"{name} in {folder}"
+    return f"{name} ({counted(config.MODEL.NUM_CLASSES, 'class', 'classes')})"
+
+
+def changed_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `options` whose values are not the ones that the variant `name` has."""
+    defaults = {option: parameter.default for option, parameter in inspect.signature(VSSM).parameters.items()}
+    own = defaults | VARIANTS[name].options
+    return {option: value for option, value in options.items() if _plain(value) != _plain(own.get(option))}
 
 
 def pair_weights(models: Sequence[str], weights: Sequence[str]) -> list[str | None]:
     """One checkpoint a model, in order; "-" stands for none.  Raises UserError when the numbers differ."""
     if weights and len(weights) != len(models):
-        raise UserError(f"--weights names {len(weights)} files for {len(models)} models; name one a model, - for none")
+        raise UserError(
+            f"--weights names {counted(len(weights), 'file')} for {counted(len(models), 'model')}; "
+            f"name one a model, - for none"
+        )
     return [None if path == "-" else path for path in weights] or [None] * len(models)
 
 
@@ -81,7 +134,18 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _ours(name: str, size: int, weights: str | Path | None, backend: str) -> Subject:
+def _create(name: str, size: int, weights: str | Path | None, backend: str, load: bool) -> Subject:
+    if name in list_models():
+        subject = _ours(name, size, weights, backend, load)
+    elif timm.is_model(name):
+        subject = _timm(name, size, weights if load else None)
+    else:
+        raise unknown("model", name, [*list_models(), *timm.list_models()])
+    subject.model.eval()
+    return subject
+
+
+def _ours(name: str, size: int, weights: str | Path | None, backend: str, load: bool) -> Subject:
     if weights is None:
         return Subject(name, create_model(name, img_size=size, backend=backend), UNTRAINED)
     checkpoint = load_checkpoint(weights)
@@ -89,11 +153,15 @@ def _ours(name: str, size: int, weights: str | Path | None, backend: str) -> Sub
     if config is None:
         head = checkpoint.state_dict.get("classifier.head.weight")
         options = {} if head is None else {"num_classes": len(head)}
-        model = create_model(name, img_size=size, backend=backend, **options)
-        subject = Subject(name, model, f"weights {checkpoint.path.name}")
+        subject = Subject(name, create_model(name, img_size=size, backend=backend, **options), "")
+        subject = replace(subject, weights=_released(subject, weights) or _unknown(weights, subject.model))
+    elif name != config.MODEL.NAME:
+        raise UserError(f"'{weights}' holds a {config.MODEL.NAME}, not a {name}; name that model")
     else:
-        subject = _of_run(name, backend, config, weights)
-    load_pretrained(subject.model, checkpoint)
+        subject = of_config(config)
+        subject.model.set_backend(backend)
+    if load:
+        load_pretrained(subject.model, checkpoint)
     return subject
 
 
@@ -103,26 +171,52 @@ def _config(checkpoint: Checkpoint) -> CfgNode | None:
     return CfgNode(checkpoint.config) if ours else None
 
 
-def _of_run(name: str, backend: str, config: CfgNode, weights: str | Path) -> Subject:
-    if name != config.MODEL.NAME:
-        raise UserError(f"'{weights}' holds a {config.MODEL.NAME}, not a {name}; name that model")
-    model = build_model(config)
-    model.set_backend(backend)
-    data, channels = config.DATA.DATASET, config.MODEL.IN_CHANS
-    label = "trained on ImageNet" if data == "imagenet" else f"trained on {data}, not on ImageNet"
-    mean, std = (list(value) * channels if len(value) == 1 else value for value in (config.DATA.MEAN, config.DATA.STD))
-    return Subject(name, model, label, channels, mean, std)
+def _released(subject: Subject, weights: str | Path) -> str | None:
+    """What a released file is, known by its address or its name; None of another file."""
+    variant = VARIANTS[subject.name]
+    if variant.weights is None or subject.parameters != variant.parameters:
+        return None
+    name = Path(unquote(variant.weights)).name
+    known = str(weights) == variant.weights if is_url(weights) else Path(weights).name == name
+    return "released weights, trained on ImageNet (1,000 classes)" if known else None
+
+
+def _unknown(weights: str | Path, model: nn.Module) -> str:
+    classes = counted(model.num_classes, "class", "classes")
+    return f"weights {Path(weights).name}, trained on unknown data ({classes})"
 
 
 def _timm(name: str, size: int, weights: str | Path | None) -> Subject:
     settings = timm.get_pretrained_cfg(name)
     options = {"img_size": size} if settings.fixed_input_size else {}  # position embeddings, windows of that size
     model = timm.create_model(name, pretrained=weights == "pretrained", **options)
-    label = {None: UNTRAINED, "pretrained": f"timm's weights {settings.tag}"}.get(weights)
-    if label is None:
-        label = f"weights {Path(weights).name}"
+    _check_size(name, model, size)
+    if weights is None:
+        label = UNTRAINED
+    elif weights == "pretrained":
+        label = f"timm's weights {settings.tag} ({counted(model.num_classes, 'class', 'classes')})"
+    else:
+        label = _unknown(weights, model)
         try:
             load_timm(model, str(weights))
         except (OSError, RuntimeError) as error:
             raise UserError(f"cannot load '{weights}' into {name}: {str(error).splitlines()[0]}") from error
     return Subject(name, model, label, mean=settings.mean, std=settings.std)
+
+
+def _check_size(name: str, model: nn.Module, size: int) -> None:
+    """Raises UserError where one of timm's models cannot be run at `size`.  Ours say so themselves."""
+    shapes = copy.deepcopy(model).to("meta").eval()
+    try:
+        shapes(torch.empty(1, 3, size, size, device="meta"))
+    except NotImplementedError:  # of shapes alone this model cannot be run
+        return
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"{name} does not take images of {size} x {size} pixels ({reason}); give another size"
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (list, tuple)) else value

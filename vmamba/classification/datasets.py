@@ -20,8 +20,9 @@ from yacs.config import CfgNode
 from vmamba.data.archives import Archive
 from vmamba.data.folders import LeftOut, contents, image_files, listing, what_is
 from vmamba.data.images import decode, reading, suffixes
-from vmamba.data.text import cannot_read, printable, read_text, some
 from vmamba.errors import UserError, unknown
+from vmamba.files import cannot_read, read_text
+from vmamba.text import printable, some
 
 logger = logging.getLogger("vmamba")
 

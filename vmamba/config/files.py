@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from vmamba.errors import UserError
+from vmamba.files import read_text
 
 Setting = tuple[str, Any, str]  # key, value, where it stands; a value may be a section of keys as a dict
 _ROOT = Path(__file__).resolve().parents[2]  # the repository, where configs/ lies
@@ -89,10 +90,10 @@ _Loader.add_implicit_resolver(
 
 def _read(path: Path) -> dict:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        tree = yaml.load(read_text(path), _Loader)
     except yaml.MarkedYAMLError as error:
         raise UserError(f"{path}, line {error.problem_mark.line + 1}: {error.problem}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except yaml.YAMLError as error:
         raise UserError(f"cannot read config file '{path}': {error}") from error
     if tree is not None and not isinstance(tree, dict):
         raise UserError(f"config file '{path}' holds {tree!r:.60}; expected sections of keys such as TRAIN")

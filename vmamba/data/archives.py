@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vmamba.data.text import cannot_read, printable
 from vmamba.errors import UserError
+from vmamba.files import cannot_read
+from vmamba.text import printable
 
 logger = logging.getLogger("vmamba")
 

@@ -6,7 +6,8 @@ from collections import Counter
 from pathlib import Path
 
 from vmamba.data.images import suffixes
-from vmamba.data.text import cannot_read, printable, some
+from vmamba.files import cannot_read
+from vmamba.text import printable, some
 
 # What systems put beside images: thumbnails, forks of files, bins.
 _SYSTEMS = {

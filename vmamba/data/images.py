@@ -21,7 +21,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from vmamba.data.text import printable
+from vmamba.text import printable
 
 logger = logging.getLogger("vmamba")
 

@@ -18,6 +18,7 @@ from vmamba.runtime.start import asked_for, newest
 from vmamba.runtime.state import TrainState
 from vmamba.runtime.step import parallelise, to_device
 from vmamba.runtime.task import Results, open_task
+from vmamba.text import counted
 from vmamba.timing import elapsed
 
 
@@ -85,9 +86,7 @@ def evaluate_file(run: Run, model: nn.Module) -> Results:
 
 def tell_skipped(run: Run, loader: Loader) -> None:
     if loader.skipped:
-        run.logger.warning(
-            f"rank {run.world.rank}: {report.counted(loader.skipped, 'unreadable image')} skipped in this pass"
-        )
+        run.logger.warning(f"rank {run.world.rank}: {counted(loader.skipped, 'unreadable image')} skipped in this pass")
 
 
 @torch.no_grad()
@@ -97,7 +96,7 @@ def throughput(run: Run, model: nn.Module) -> Results:
     warm_up, steps = (50, 30) if device.type == "cuda" else (2, 5)
     example = run.task.example(run.world)
     model = parallelise(model.eval(), config, World(0, 1, 0, device))
-    run.logger.info(f"timing {report.counted(steps, 'batch', 'batches')} of {batch} after {warm_up} to warm up")
+    run.logger.info(f"timing {counted(steps, 'batch', 'batches')} of {batch} after {warm_up} to warm up")
     with autocast(config, device):
         for _ in progress(range(warm_up), run.world, "warming up"):
             model(*example)

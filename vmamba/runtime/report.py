@@ -22,6 +22,7 @@ from vmamba.runtime.precision import compute_dtype, describe_precision
 from vmamba.runtime.state import TrainState
 from vmamba.runtime.step import StepReport
 from vmamba.runtime.task import Results, Task
+from vmamba.text import counted
 from vmamba_kernels.registry import Call, choose
 
 _PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy")
@@ -126,11 +127,6 @@ def summary(task: Task, results: Results) -> str:
 def best_so_far(task: Task, state: TrainState) -> str:
     """The headline's best; "" before there is one."""
     return f"; best {task.headline} {max(state.best.values()):.2f}" if state.best else ""
-
-
-def counted(number: int, noun: str, plural: str = "") -> str:
-    """ "1 step", "2 steps"."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def _installed(name: str) -> bool:

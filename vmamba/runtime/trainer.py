@@ -29,6 +29,7 @@ from vmamba.runtime.start import build_state, resume
 from vmamba.runtime.state import TrainState
 from vmamba.runtime.step import OptimizerStep, StepReport, parallelise
 from vmamba.runtime.task import Results, open_task
+from vmamba.text import counted
 
 
 def run(config: CfgNode) -> Results:
@@ -104,7 +105,7 @@ def train(run: Run, model: nn.Module) -> Results:
         results = rounds.results
     on_main(records.draw)
     best = report.best_so_far(task, state)
-    run.logger.info(f"{report.counted(state.step, 'step')} trained; {report.summary(task, results)}{best}")
+    run.logger.info(f"{counted(state.step, 'step')} trained; {report.summary(task, results)}{best}")
     return results
 
 

@@ -4,8 +4,9 @@ import os
 
 import pytest
 
-from vmamba.data.text import printable, read_text, some
 from vmamba.errors import UserError
+from vmamba.files import read_text
+from vmamba.text import printable, some
 
 
 def test_any_name_can_be_told_to_any_stream():
