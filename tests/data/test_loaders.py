@@ -5,6 +5,7 @@ import signal
 import time
 
 import pytest
+import torch
 from torch.utils.data import get_worker_info
 
 from vmamba.config import get_config
@@ -88,3 +89,11 @@ def test_of_a_batch_without_readable_samples_nothing_is_left():
     config = get_config(None, ["DATA.NUM_WORKERS", "0", "DATA.SKIP_BAD_IMAGES", "true", "DEVICE", "cpu"])
     loading = EvalLoader(config, Examples(config, Unreadable(), nothing, training=False), 0, 1)
     assert list(loading) == [] and loading.skipped == 60
+
+
+def test_batches_are_pinned_for_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for pin, device, pinned in (("true", "auto", True), ("false", "auto", False), ("true", "cpu", False)):
+        config = get_config(None, ["DATA.NUM_WORKERS", "0", "DATA.PIN_MEMORY", pin, "DEVICE", device])
+        loading = EvalLoader(config, Examples(config, Slow(), nothing, training=False), 0, 1)
+        assert loading._loader.pin_memory is pinned

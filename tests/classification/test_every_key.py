@@ -1,0 +1,192 @@
+"""Every key of the config has an effect that can be seen: something of a run differs where the key does."""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from vmamba.config import output_folder
+from vmamba.config.keys import keys_of
+from vmamba.errors import UserError
+from vmamba.models import vssm
+from vmamba.runtime.records import Records
+from vmamba.runtime.run import Run
+from vmamba.runtime.trainer import run
+from vmamba_kernels import BackendError
+
+from .tiny import ROOT, log, metrics, saved, tiny_config
+
+STEPS = ("TRAIN.LR_SCHEDULER.NAME", "step", "TRAIN.WARMUP_EPOCHS", 0, "TRAIN.EPOCHS", 2)
+KINDS = ("model", "model_ema")
+OF_TIMM = ("DATA.DATASET", "torch/image_folder", "DATA.VAL_SPLIT", "val")
+
+# key -> another value than TINY's, and what else has to be set for it to count
+CHANGED = {
+    "TASK": ("painting",),
+    "NAME": ("other",),
+    "OUTPUT": ("other",),
+    "TAG": ("other",),
+    "SEED": (4,),
+    "DEVICE": ("cuda",),
+    "TF32": (True,),
+    "SAVE_FREQ": (2, "TRAIN.EPOCHS", 3),
+    "PRINT_FREQ": (2,),
+    "EVAL_FREQ": (2, "TRAIN.EPOCHS", 2),
+    "EVAL_STEPS": (2,),
+    "EVAL_WEIGHTS": ("ema",),
+    "EVAL_MODE": (True,),
+    "THROUGHPUT_MODE": (True,),
+    "DATA.DATA_PATH": ("nowhere",),
+    "DATA.BATCH_SIZE": (6,),
+    "DATA.MEAN": (0.1,),
+    "DATA.STD": (0.1,),
+    "DATA.NUM_WORKERS": (1,),
+    "DATA.DATASET": ("cifar10",),
+    "DATA.IMG_SIZE": (20,),
+    "DATA.INTERPOLATION": ("bilinear",),
+    "DATA.ZIP_MODE": (True,),
+    "DATA.TRAIN_SPLIT": ("val", *OF_TIMM),
+    "DATA.VAL_SPLIT": ("train", *OF_TIMM),
+    "MODEL.NAME": ("vmamba_tiny",),
+    "MODEL.NUM_CLASSES": (7,),
+    "MODEL.IN_CHANS": (1, "DATA.MEAN", 0.5, "DATA.STD", 0.2),
+    "MODEL.DROP_PATH_RATE": (0.5,),
+    "MODEL.LABEL_SMOOTHING": (0.3,),
+    "MODEL.BACKEND": ("triton",),
+    "MODEL.PRETRAINED": ("nowhere.pth",),
+    "MODEL.DROP_HEAD": (True,),
+    "MODEL.RESUME": ("nowhere.pth",),
+    "TRAIN.EPOCHS": (2,),
+    "TRAIN.STEPS": (2,),
+    "TRAIN.START_EPOCH": (1, "TRAIN.EPOCHS", 2),
+    "TRAIN.WARMUP_EPOCHS": (0,),
+    "TRAIN.WARMUP_STEPS": (2,),
+    "TRAIN.BASE_LR": (0.2,),
+    "TRAIN.WARMUP_LR": (0.01,),
+    "TRAIN.MIN_LR": (0.05, "TRAIN.WARMUP_EPOCHS", 0),
+    "TRAIN.LR_REFERENCE_BATCH": (0,),
+    "TRAIN.WEIGHT_DECAY": (0.5,),
+    "TRAIN.DECAY_SSM": (False,),
+    "TRAIN.CLIP_GRAD": (0.01,),
+    "TRAIN.ACCUMULATION_STEPS": (3,),
+    "TRAIN.SAVE_STEPS": (1,),
+    "TRAIN.MAX_BAD_STEPS": (2, "TRAIN.WARMUP_LR", 1e38, "TRAIN.BASE_LR", 1e38),
+    "TRAIN.USE_CHECKPOINT": (True,),
+    "TRAIN.COMPILE": ("default",),
+    "TRAIN.OPTIMIZER.NAME": ("sgd",),
+    "TRAIN.OPTIMIZER.EPS": (0.1,),
+    "TRAIN.OPTIMIZER.BETAS": ([0.5, 0.5],),
+    "TRAIN.OPTIMIZER.MOMENTUM": (0.1, "TRAIN.OPTIMIZER.NAME", "sgd"),
+    "TRAIN.LR_SCHEDULER.NAME": ("linear", "TRAIN.WARMUP_EPOCHS", 0),
+    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": (1, *STEPS),
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": (0.5, *STEPS, "TRAIN.LR_SCHEDULER.DECAY_EPOCHS", 1),
+    "TRAIN.LR_SCHEDULER.MULTISTEPS": ([1], *STEPS, "TRAIN.LR_SCHEDULER.NAME", "multistep"),
+    "TRAIN.EMA.ENABLE": (False,),
+    "TRAIN.EMA.DECAY": (0.1,),
+    "TRAIN.EMA.WARMUP": (False,),
+    "AMP.ENABLE": (True,),
+    "AMP.DTYPE": ("float16", "AMP.ENABLE", True),
+    "AUG.HFLIP": (1.0,),
+    "AUG.COLOR_JITTER": (0.8,),
+    "AUG.AUTO_AUGMENT": ("rand-m9",),
+    "AUG.REPROB": (1.0,),
+    "AUG.REMODE": ("const", "AUG.REPROB", 1.0),
+    "AUG.RECOUNT": (3, "AUG.REPROB", 1.0),
+    "AUG.MIXUP": (5.0,),
+    "AUG.CUTMIX": (5.0,),
+    "AUG.CUTMIX_MINMAX": ([0.4, 0.5],),
+    "AUG.MIXUP_PROB": (0.0,),
+    "AUG.MIXUP_SWITCH_PROB": (1.0,),
+    "AUG.MIXUP_MODE": ("elem",),
+    "TEST.CROP": (False,),
+}
+ELSEWHERE = {  # keys whose effect another test shows
+    "BASE": "test_base_files_merge_in_order_and_the_file_itself_wins",
+    "DATA.CACHE_MODE": "test_read_ahead_by_all_processes_every_read_of_training_is_a_hit",
+    "DATA.PIN_MEMORY": "test_batches_are_pinned_for_a_gpu",
+    "DATA.SKIP_BAD_IMAGES": "test_unreadable_images_are_replaced_in_training_and_counted",
+    "MODEL.WEIGHTS": "test_training_starts_from_pretrained_weights",
+    "TRAIN.AUTO_RESUME": "test_starting_over_in_a_used_folder_is_refused",
+}
+
+
+def test_no_key_is_left_out():
+    keys = keys_of("classification").keys()
+    assert CHANGED.keys() | ELSEWHERE.keys() == keys and not CHANGED.keys() & ELSEWHERE.keys()
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name in ELSEWHERE.values() if f"def {name}(" not in tests] == []
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What a run does that leaves no number behind."""
+    seen = []
+
+    def watch(owner, name, told=(), call=True):
+        whole = getattr(owner, name)
+
+        def watching(*args, **options):
+            seen.append((name, *[options.get(key) for key in told]))
+            return whole(*args, **options) if call else None
+
+        monkeypatch.setattr(owner, name, watching)
+
+    watch(DataLoader, "__init__", ("num_workers",))
+    watch(nn.Module, "compile", call=False)
+    watch(vssm, "checkpoint")
+    watch(Records, "draw", call=False)  # which takes half a second
+    save = Run.save
+
+    def noted(self, state, name):
+        seen.append((name, state.step))
+        save(self, state, name)
+
+    monkeypatch.setattr(Run, "save", noted)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("keys")
+
+
+def traces(folder, output, seen, *opts):
+    """What can be seen of a run with `opts` in the folder `output`."""
+    seen.clear()
+    try:
+        config = tiny_config(folder, "TRAIN.EPOCHS", 1, "OUTPUT", folder / output, *opts)
+        results = run(config)
+    except (UserError, BackendError) as error:
+        return str(error).replace(output, "")
+    place = os.path.relpath(output_folder(config), folder / output)
+    flags = (torch.get_float32_matmul_precision(), place, [*seen])
+    if config.THROUGHPUT_MODE or config.EVAL_MODE:
+        return results.keys(), flags
+    weights = {key: [weight.sum().item() for weight in (saved(config)[key] or {}).values()] for key in KINDS}
+    return results, flags, metrics(config), log(config).count("train ["), weights
+
+
+@pytest.fixture(scope="module")
+def before(folder):
+    """The traces without the change, made once for all that share a start."""
+    known = {}
+
+    def look(seen, both):
+        if str(both) not in known:
+            known[str(both)] = traces(folder, f"before{len(known)}", seen, *both)
+        return known[str(both)]
+
+    return look
+
+
+@pytest.mark.parametrize("key", CHANGED)
+def test_a_key_has_an_effect(key, folder, before, seen):
+    value, *both = CHANGED[key]
+    unchanged = before(seen, both)
+    assert traces(folder, key, seen, *both, key, value) != unchanged
+
+
+def test_without_a_change_nothing_differs(folder, before, seen):
+    assert traces(folder, "again", seen) == before(seen, [])
