@@ -16,6 +16,7 @@ from torchvision.datasets import CIFAR10
 
 from vmamba.classification.datasets import open_dataset
 from vmamba.config import get_config
+from vmamba.data.archives import Archive
 from vmamba.data.images import UnreadableImage
 from vmamba.errors import UserError
 
@@ -106,6 +107,16 @@ def test_archives_read_the_same_in_every_cache_mode(tmp_path):
     assert source.name(3) == str(tmp_path / "train.zip" / "n1" / "a 3.png")
     (tmp_path / "train.zip").unlink()
     assert pixels(source, 4) == np.asarray(picture(4)).tolist()  # full: the archive is no longer needed
+
+
+def test_the_cache_mode_decides_what_becomes_of_an_archive(tmp_path, monkeypatch):
+    make_archives(tmp_path)
+    asked = []
+    monkeypatch.setattr(Archive, "read_ahead", lambda self, *part: asked.append(part))
+    monkeypatch.setattr(Archive, "hold", lambda self: asked.append("hold"))
+    for mode in ("no", "part", "full"):
+        opened(tmp_path, "DATA.ZIP_MODE", True, "DATA.CACHE_MODE", mode, rank=1, world_size=2)
+    assert asked == [(1, 2), "hold"]
 
 
 @pytest.mark.parametrize("mode", ["no", "part", "full"])
