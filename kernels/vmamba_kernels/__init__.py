@@ -6,7 +6,7 @@ specification; `registry.py` says who can serve a call.
 """
 
 from .operators import ROUTES, cross_merge, cross_scan, cross_selective_scan, cross_ssd, layer_norm, selective_scan
-from .reference import autocast_dtype, no_autocast
+from .reference import autocast_dtype, is_plain, no_autocast
 from .registry import BackendError, Call, backends, choose, explain
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "cross_selective_scan",
     "cross_ssd",
     "explain",
+    "is_plain",
     "layer_norm",
     "no_autocast",
     "selective_scan",

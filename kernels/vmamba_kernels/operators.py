@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import reference, registry
+from .private import is_transformed
 from .reference import ROUTES, autocast_dtype
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -80,7 +81,7 @@ def selective_scan(
     A, D, delta_bias = _to(_state_dtype(u), A, D, delta_bias)
     out_dtype = _out_dtype(u, out_dtype)
     scan = registry.implementation(
-        backend,
+        _that_can_be_seen_into(backend),
         operator="selective_scan",
         device=u.device,
         dtype=u.dtype,
@@ -148,7 +149,7 @@ def cross_selective_scan(
     dt_bias, A, D = _to(_state_dtype(x), dt_bias, A, D)
     out_dtype = _out_dtype(x, out_dtype)
     scan = registry.implementation(
-        backend,
+        _that_can_be_seen_into(backend),
         operator="cross_selective_scan",
         device=x.device,
         dtype=x.dtype,
@@ -216,7 +217,7 @@ def cross_ssd(
     dt_bias, A, D = _to(_state_dtype(x), dt_bias, A, D)
     out_dtype = _out_dtype(x, out_dtype)
     scan = registry.implementation(
-        backend,
+        _that_can_be_seen_into(backend),
         operator="cross_ssd",
         device=x.device,
         dtype=x.dtype,
@@ -262,7 +263,7 @@ def layer_norm(
     weight, bias = _to(_state_dtype(x), weight, bias)
     out_dtype = _out_dtype(x, x.dtype if out_dtype is None else out_dtype)
     norm = registry.implementation(
-        backend,
+        _that_can_be_seen_into(backend),
         operator="layer_norm",
         device=x.device,
         dtype=x.dtype,
@@ -288,6 +289,14 @@ def cross_merge(y: Tensor, height: int, width: int, routes: Sequence[str] = ROUT
         raise ValueError(f"y has shape {_shape(y)}; it must be (batch, routes, height*width, dim)")
     _check_shape("y", y, (y.shape[0], len(routes), height * width, y.shape[3]), f"{height} x {width} pixels", None)
     return reference.cross_merge(y, height, width, routes)
+
+
+def _that_can_be_seen_into(backend: str | None) -> str | None:
+    """`backend`; the reference, where none is asked for, under torch.func, forward-mode AD and the ONNX exporter, which
+    know the operators of PyTorch only."""
+    if backend in (None, "auto") and not torch.compiler.is_compiling():
+        return "reference" if is_transformed() or torch.onnx.is_in_onnx_export() else backend
+    return backend
 
 
 def _projection_dtype(x: Tensor) -> torch.dtype:

@@ -2,8 +2,9 @@
 against this file, so it says what the operators are; it is also what runs on a CPU.
 
 A scan is a few dozen steps, however long the route: chunks of 7 to 16 positions are scanned side by side, then chunks
-of their ends.  Without gradients memory is used again where it can be: on a CPU, fresh memory costs as much as
-arithmetic.
+of their ends.  Large images are scanned in pieces, and without gradients memory is used again where it can be: on a
+CPU, fresh memory costs as much as arithmetic.  Where a call is recorded or transformed (`is_plain`) no memory is used
+again, and the pieces do not depend on the number of images, which a recorded graph may take other values of.
 """
 
 import math
@@ -14,6 +15,8 @@ from functools import reduce
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .private import is_transformed
 
 ROUTES = ("row", "col", "row_rev", "col_rev")
 
@@ -28,6 +31,12 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 def no_autocast(device_type: str) -> AbstractContextManager:
     """Inside it, autocast changes nothing."""
     return nullcontext() if autocast_dtype(device_type) is None else torch.autocast(device_type, enabled=False)
+
+
+def is_plain() -> bool:
+    """Whether calls are run as they are: not recorded by a trace, an export or a compilation, and not changed by
+    torch.func or forward-mode AD."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed())
 
 
 def why_not(call: object) -> str | None:
@@ -77,7 +86,7 @@ def selective_scan(
     B, C = B.to(dtype).transpose(2, 3), C.to(dtype).transpose(2, 3)
     with no_autocast(u.device.type):
         delta = by_group(delta).clone(memory_format=torch.contiguous_format)
-        y = _scan(by_group(u) * delta, delta, A.unflatten(0, (groups, -1)), B, C)
+        y = _scan(by_group(u) * delta, delta, A.unflatten(0, (groups, -1)), B, C, is_plain())
     y = y.transpose(2, 3).flatten(1, 2)  # (batch, groups*dim, length)
     if D is not None:
         y = y + D[:, None] * u.to(dtype)
@@ -97,9 +106,10 @@ def cross_selective_scan(
     """`vmamba_kernels.cross_selective_scan`, already checked."""
     rank, states, dtype = dt_weight.shape[2], A.shape[2], A.dtype
     height, width = x.shape[1:3]
+    plain = is_plain()
     projected = _project(x, x_proj_weight, dtype)
     # Large routes are walked a few at a time, in memory that is used again.
-    several = max(1, min(len(routes), 2**21 // max(1, x.numel() * states)))
+    several = max(1, min(len(routes), 2**21 // max(1, _elements(x, plain) * states)))
     merged = []
     for start in range(0, len(routes), several):
         some = slice(start, start + several)
@@ -108,9 +118,9 @@ def cross_selective_scan(
         with no_autocast(x.device.type):
             delta = dt @ dt_weight[some].to(dtype).transpose(1, 2)
             if dt_bias is not None:
-                delta += dt_bias[some, None]
-            delta = F.softplus(delta, out=None if torch.is_grad_enabled() else delta)
-            y = _scan(_times(u, delta), delta, A[some], B, C)
+                delta = delta.add_(dt_bias[some, None]) if plain else delta + dt_bias[some, None]
+            delta = F.softplus(delta, out=delta) if _overwrites(plain) else F.softplus(delta)
+            y = _scan(_times(u, delta, plain), delta, A[some], B, C, plain)
         merged.append(cross_merge(y, height, width, routes[some]))
     return _skip(reduce(torch.add, merged), x, D, out_dtype)
 
@@ -172,8 +182,18 @@ def _skip(merged: Tensor, x: Tensor, D: Tensor | None, out_dtype: torch.dtype) -
     return merged.to(out_dtype)
 
 
-def _scan(inputs: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """The recurrence from a zero state.  Without gradients it overwrites `inputs` and `delta`.
+def _overwrites(plain: bool) -> bool:
+    """Whether memory may be used again: nothing needs what was in it."""
+    return plain and not torch.is_grad_enabled()
+
+
+def _elements(t: Tensor, plain: bool) -> int:
+    """Of t (batch, ...); of one image where the call is recorded or transformed."""
+    return t.numel() if plain else math.prod(t.shape[1:])
+
+
+def _scan(inputs: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, plain: bool) -> Tensor:
+    """The recurrence from a zero state.  Plain and without gradients it overwrites `inputs` and `delta`.
 
     Args:
         inputs: delta * u, (batch, groups, length, dim).
@@ -185,28 +205,35 @@ def _scan(inputs: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Ten
         (batch, groups, length, dim).
     """
     dim, states = A.shape[1:]
-    channels = max(1, 3 * 2**20 * dim // max(1, delta.numel() * states))
+    channels = max(1, 3 * 2**20 * dim // max(1, _elements(delta, plain) * states))
     if channels < dim and states > 1 and A.device.type == "cpu":
         # A few at a time: memory of 12 MB is used again, of more than 32 MB it is new in every call.
         pieces = -(-dim // channels)
         parts = zip(inputs.chunk(pieces, -1), delta.chunk(pieces, -1), A.chunk(pieces, 1), strict=True)
-        return torch.cat([_scan(*part, B, C) for part in parts], dim=-1)
+        return torch.cat([_scan(*part, B, C, plain) for part in parts], dim=-1)
     A = math.log2(math.e) * A.transpose(1, 2).unsqueeze(1)  # (groups, 1, states, dim); powers of 2 are faster
-    decay = _times(delta.unsqueeze(-2), A).exp2_()  # (batch, groups, length, states, dim)
-    h = _states(decay, _times(inputs.unsqueeze(-2), B.unsqueeze(-1)))
+    decay = _exp2(_times(delta.unsqueeze(-2), A, plain))  # (batch, groups, length, states, dim)
+    h = _states(decay, _times(inputs.unsqueeze(-2), B.unsqueeze(-1), plain), _overwrites(plain))
     if states == 1:
-        return _times(h.squeeze(-2), C)
+        return _times(h.squeeze(-2), C, plain)
     return (C.unsqueeze(-2) @ h).squeeze(-2)
 
 
-def _times(a: Tensor, b: Tensor) -> Tensor:
-    """a * b; without gradients in the memory of `a`, if it is as large as the product."""
+def _exp2(x: Tensor) -> Tensor:
+    """2 to the power of x, in its memory."""
+    return (math.log(2) * x).exp() if torch.onnx.is_in_onnx_export() else x.exp2_()  # ONNX has no exp2
+
+
+def _times(a: Tensor, b: Tensor, plain: bool) -> Tensor:
+    """a * b; plain and without gradients in the memory of `a`, if it is as large as the product."""
+    if not _overwrites(plain):
+        return a * b
     fits = b.dim() <= a.dim() and all(n in (1, m) for n, m in zip(reversed(b.shape), reversed(a.shape), strict=False))
-    return a * b if torch.is_grad_enabled() or not fits else a.mul_(b)
+    return a.mul_(b) if fits else a * b
 
 
-def _states(decay: Tensor, inputs: Tensor) -> Tensor:
-    """h[l] = decay[l] * h[l - 1] + inputs[l] from zero, over dimension 2.  Without gradients it overwrites both.
+def _states(decay: Tensor, inputs: Tensor, in_place: bool) -> Tensor:
+    """h[l] = decay[l] * h[l - 1] + inputs[l] from zero, over dimension 2.
 
     A long route is cut into chunks.  First every chunk is scanned from zero, all side by side; then the states at the
     ends of the chunks are found the same way; then each position adds what the state at its chunk's start still
@@ -214,20 +241,20 @@ def _states(decay: Tensor, inputs: Tensor) -> Tensor:
 
     Args:
         decay, inputs: (batch, groups, length, states, dim).
+        in_place: overwrite both.
 
     Returns:
         (batch, groups, length, states, dim).
     """
-    in_place = not torch.is_grad_enabled()
     addcmul, mul = (Tensor.addcmul_, Tensor.mul_) if in_place else (torch.addcmul, torch.mul)
     length = inputs.shape[2]
     if length <= 16:
-        states = [torch.zeros_like(inputs[:, :, 0])]
+        states = [inputs.new_zeros(())]
         for decay_of_step, input_of_step in zip(decay.unbind(2), inputs.unbind(2), strict=True):
             states.append(addcmul(input_of_step, decay_of_step, states[-1]))
         return inputs if in_place else torch.stack(states[1:], dim=2)
 
-    steps = next((divisor for divisor in range(16, 6, -1) if length % divisor == 0), 16)
+    steps = max([divisor for divisor in range(7, 17) if length % divisor == 0], default=16)
     if length % steps:  # what stands behind the end changes nothing before it
         decay, inputs = (F.pad(t, (0, 0, 0, 0, 0, -length % steps)) for t in (decay, inputs))
     decay, inputs = decay.unflatten(2, (-1, steps)), inputs.unflatten(2, (-1, steps))
@@ -236,9 +263,10 @@ def _states(decay: Tensor, inputs: Tensor) -> Tensor:
         states[step] = addcmul(states[step], since_start[step], states[step - 1])
         since_start[step] = mul(since_start[step], since_start[step - 1])
     h, decay = (inputs, decay) if in_place else (torch.stack(states, dim=3), torch.stack(since_start, dim=3))
-    ends = _states(since_start[-1].clone(), states[-1].clone())
-    h = addcmul(h, decay, F.pad(ends[:, :, :-1], (0, 0, 0, 0, 1, 0)).unsqueeze(3))
-    return h.flatten(2, 3)[:, :, :length]
+    ends = _states(since_start[-1].clone(), states[-1].clone(), in_place)
+    starts = F.pad(ends.narrow(2, 0, ends.shape[2] - 1), (0, 0, 0, 0, 1, 0))
+    h = addcmul(h, decay, starts.unsqueeze(3))
+    return h.flatten(2, 3).narrow(2, 0, length)
 
 
 def _ssd(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int) -> Tensor:
@@ -258,28 +286,30 @@ def _ssd(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: 
     chunks = math.ceil(length / size)
 
     def chunked(t: Tensor) -> Tensor:  # (batch, routes, length, *) -> (batch, routes, chunks, size, *), zeros behind
-        behind = t.new_zeros(*t.shape[:2], chunks * size - length, *t.shape[3:])
-        return torch.cat((t, behind), dim=2).unflatten(2, (chunks, size))
+        behind = (0, 0) * (t.dim() - 3) + (0, chunks * size - length)
+        return F.pad(t, behind).unflatten(2, (chunks, size))
 
     w, exponent = chunked(delta.unsqueeze(-1) * u), chunked(delta * A.unsqueeze(1))
     B, C = chunked(B), chunked(C)
-    exponent = exponent.movedim(-1, 3)  # (batch, routes, chunks, heads, size)
+    exponent = exponent.transpose(3, 4)  # (batch, routes, chunks, heads, size)
     # decay[i, j] = exp(exponent[j+1] + ... + exponent[i]), summed term by term: a difference of two running sums
     # would lose the digits of a short span behind a long one.
     lower = torch.ones(size, size, dtype=torch.bool, device=u.device).tril()
-    terms = exponent.unsqueeze(-1).expand(*exponent.shape, size).masked_fill(~lower.tril(-1), 0)
+    terms = exponent.unsqueeze(-1).expand(-1, -1, -1, -1, -1, size).masked_fill(~lower.tril(-1), 0)
     decay = terms.cumsum(-2).exp().masked_fill(~lower, 0)  # (batch, routes, chunks, heads, size, size)
     y = torch.einsum("bkcin,bkcjn,bkchij,bkcjhd->bkcihd", C, B, decay, w)
+    if chunks == 1:
+        return y.flatten(2, 3).narrow(2, 0, length)
 
     state_of_chunk = torch.einsum("bkcjn,bkchj,bkcjhd->bkchnd", B, decay[..., -1, :], w)
     decay_from_start = exponent.cumsum(-1).exp()  # (batch, routes, chunks, heads, size)
-    state = torch.zeros_like(state_of_chunk[:, :, 0])
-    starts = [state]
-    for c in range(chunks - 1):
-        state = decay_from_start[:, :, c, :, -1, None, None] * state + state_of_chunk[:, :, c]
-        starts.append(state)
-    y = y + torch.einsum("bkcin,bkchi,bkchnd->bkcihd", C, decay_from_start, torch.stack(starts, dim=2))
-    return y.flatten(2, 3)[:, :, :length]
+    ends = [state_of_chunk.select(2, 0)]
+    for c in range(1, chunks - 1):
+        decay_of_chunk = decay_from_start.select(2, c).select(-1, -1)  # (batch, routes, heads)
+        ends.append(decay_of_chunk[..., None, None] * ends[-1] + state_of_chunk.select(2, c))
+    starts = F.pad(torch.stack(ends, dim=2), (0, 0, 0, 0, 0, 0, 1, 0))
+    y = y + torch.einsum("bkcin,bkchi,bkchnd->bkcihd", C, decay_from_start, starts)
+    return y.flatten(2, 3).narrow(2, 0, length)
 
 
 OPERATORS: dict[str, Callable[..., Tensor]] = {

@@ -127,7 +127,8 @@ def _fastest_first(call: Call) -> list[str]:
 
 def implementation(backend: str | None, **call) -> Callable[..., torch.Tensor]:
     """The function of the backend that `choose` names for `Call(**call)`, with the errors of `choose`."""
-    return _FUNCTIONS[_choose_while_tracing(backend, **call), call["operator"]]
+    name = _choose_while_tracing(backend, **call)  # first, since it may import the backend
+    return _FUNCTIONS[name, call["operator"]]
 
 
 @torch.compiler.assume_constant_result  # torch.compile calls it instead of tracing it, and takes its answer as fixed

@@ -91,6 +91,17 @@ def test_classifier_can_be_reset_and_left_out():
     assert model(images).shape == (2, 2, 2, 32)
 
 
+def test_a_head_can_be_assigned():
+    model = build().eval()
+    model.head = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(32, 4))
+    assert model(torch.randn(2, 3, 16, 16)).shape == (2, 4) and model.num_classes == 4
+    assert model.head is model.get_classifier() and "classifier.head.1.weight" in model.state_dict()
+    model.head = torch.nn.Identity()
+    assert model(torch.randn(2, 3, 16, 16)).shape == (2, 32) and model.num_classes == 0
+    with pytest.raises(vmamba.UserError, match="a VSSM has no 'fc'; its last layer is 'head'"):
+        model.fc = torch.nn.Linear(32, 4)
+
+
 def test_intermediates_are_the_stages_before_their_downsampling():
     model = build().eval()
     images = torch.randn(2, 3, 32, 16)
@@ -163,6 +174,31 @@ def test_dtypes(scan_float32):
         assert (model(images) - expected).norm() / expected.norm() < 0.05
     assert model.bfloat16()(images.bfloat16()).dtype == torch.bfloat16
     assert model.half()(images.half()).isfinite().all()
+
+
+AUTOCAST = [("v1", torch.bfloat16), ("v2", torch.float32), ("v3", torch.float32)]
+
+
+@pytest.mark.parametrize("version, behind", AUTOCAST)
+def test_the_dtype_of_the_sums_under_autocast(version, behind):
+    """As in the original: stem and convolutions between stages end in a norm, PatchMerging in a linear layer."""
+    model, dtypes = build(downsample=version, depths=(1, 1, 1)).train(), []
+    for stage in model.layers:
+        stage.blocks[0].register_forward_hook(lambda block, args, out: dtypes.append(out.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(torch.randn(2, 3, 16, 16)).dtype == torch.bfloat16
+    assert dtypes == [torch.float32, behind, behind]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("version, behind", AUTOCAST)
+def test_the_dtype_of_the_originals_sums(version, behind):
+    """PyTorch's own layers in the original's order, on the device whose autocast it used."""
+    x = torch.randn(2, 4, 4, 16, device="cuda")
+    norm, linear = torch.nn.LayerNorm(16).cuda(), torch.nn.Linear(16, 16).cuda()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        between = norm(linear(x)) if version != "v1" else linear(norm(x))
+        assert between.dtype == (between + linear(norm(between))).dtype == behind
 
 
 def test_backend_reaches_every_scan():

@@ -13,11 +13,11 @@ from math import prod
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmamba.models.vssm import VSSM
 from vmamba_kernels import registry
+from vmamba_kernels.private import TorchDispatchMode
 
 _aten = torch.ops.aten
 

@@ -13,7 +13,7 @@ from timm.layers import GluMlp, Mlp, get_act_layer
 from torch import Tensor, nn
 
 from vmamba.errors import UserError
-from vmamba_kernels import autocast_dtype, layer_norm
+from vmamba_kernels import autocast_dtype, is_plain, layer_norm
 
 ACTIVATIONS = ("silu", "gelu", "relu", "sigmoid", "tanh", "softplus")
 NORMS = ("ln", "bn")
@@ -44,32 +44,47 @@ class LayerNorm(nn.LayerNorm):
         self.keep_float32 = keep_float32
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = autocast_dtype(x.device.type)
-        if dtype is not None and self.keep_float32:
-            dtype = torch.float32
-        return layer_norm(x, self.weight, self.bias, eps=self.eps, out_dtype=dtype)
+        return _layer_norm(x, self.weight, self.bias, self.eps, self.keep_float32)
 
 
-class BatchNorm(nn.BatchNorm2d):
-    """Batch norm of channels-last images.  Under autocast it gives what it reads, `keep_float32` or not."""
+@torch.fx.wrap  # torch.fx takes what is wrapped so whole: what it does depends on sizes or on autocast
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, keep_float32: bool) -> Tensor:
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None and keep_float32:
+        dtype = torch.float32
+    return layer_norm(x, weight, bias, eps=eps, out_dtype=dtype)
 
-    def __init__(self, dim: int, keep_float32: bool = False):
-        super().__init__(dim)
+
+def batch_norm(dim: int, keep_float32: bool = False) -> nn.BatchNorm2d:
+    """PyTorch's own, so that what converts, freezes or splits batch norms knows it; `on_channels_last` runs it.
+
+    Under autocast it gives what it reads, `keep_float32` or not.
+    """
+    return nn.BatchNorm2d(dim)
+
+
+def on_channels_last(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer on channels-last images.  A batch norm of any make (its statistics tell it) reads them channels first."""
+    if hasattr(layer, "running_mean"):
+        return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return layer(x)
+
+
+class ImageLayers(nn.Sequential):
+    """Layers one behind the other, each through `on_channels_last`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        for layer in self:
+            x = on_channels_last(layer, x)
+        return x
 
 
-class DepthwiseConv(nn.Conv2d):
-    """A convolution of each channel of channels-last images that keeps their size."""
-
-    def __init__(self, dim: int, side: int, bias: bool):
-        super().__init__(dim, dim, side, padding=side // 2, groups=dim, bias=bias)
-        # The same memory with its gradient's strides, which DistributedDataParallel compares.
-        self.weight.data = self.weight.data.as_strided(self.weight.shape, (side * side, 1, side, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+def depthwise_conv(dim: int, side: int, bias: bool) -> nn.Conv2d:
+    """A convolution of each channel of channels-first images that keeps their size."""
+    convolution = nn.Conv2d(dim, dim, side, padding=side // 2, groups=dim, bias=bias)
+    # The same memory with its gradient's strides, which DistributedDataParallel compares.
+    convolution.weight.data = convolution.weight.data.as_strided(convolution.weight.shape, (side * side, 1, side, 1))
+    return convolution
 
 
 class StridedConv(nn.Conv2d):
@@ -80,13 +95,17 @@ class StridedConv(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        small = self.weight.numel() > max(2**21, 8 * x.numel())
-        if x.device.type != "cpu" or not small or torch.compiler.is_compiling():
-            return super().forward(x)
-        patches = F.unfold(x, self.kernel_size, padding=self.padding, stride=self.stride)  # (B, C k k, H' W')
-        side, padding, stride = self.kernel_size[0], self.padding[0], self.stride[0]
-        size = [(pixels + 2 * padding - side) // stride + 1 for pixels in x.shape[2:]]
-        return F.linear(patches.mT, self.weight.flatten(1), self.bias).unflatten(1, size).permute(0, 3, 1, 2)
+        return _strided_conv(x, self.weight, self.bias, self.stride[0], self.padding[0])
+
+
+@torch.fx.wrap
+def _strided_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    if not (x.device.type == "cpu" and is_plain() and weight.numel() > max(2**21, 8 * x.numel())):
+        return F.conv2d(x, weight, bias, stride, padding)
+    side = weight.shape[2]
+    patches = F.unfold(x, side, padding=padding, stride=stride)  # (B, C k k, H' W')
+    size = [(pixels + 2 * padding - side) // stride + 1 for pixels in x.shape[2:]]
+    return F.linear(patches.mT, weight.flatten(1), bias).unflatten(1, size).permute(0, 3, 1, 2)
 
 
 class SpatialSoftmax(nn.Module):
@@ -101,9 +120,9 @@ def activation(name: str) -> Callable[[], nn.Module]:
     return nn.Softplus if name == "softplus" else get_act_layer(name)
 
 
-def norm_layer(name: str) -> type[LayerNorm] | type[BatchNorm]:
-    """The class of a norm by its name: "ln" over channels, "bn" over the batch."""
-    return LayerNorm if name == "ln" else BatchNorm
+def norm_layer(name: str) -> Callable[..., nn.Module]:
+    """What makes a norm, by its name: "ln" over channels, "bn" over the batch; see `on_channels_last`."""
+    return LayerNorm if name == "ln" else batch_norm
 
 
 def out_norm(name: str, dim: int) -> nn.Module:
@@ -116,10 +135,8 @@ def out_norm(name: str, dim: int) -> nn.Module:
         return SpatialSoftmax()
     if name == "sigmoid":
         return nn.Sigmoid()
-    convolution = DepthwiseConv(dim, 3, bias=False)
-    if name == "dwconv3":
-        return nn.Sequential(nn.Identity(), convolution)
-    return nn.Sequential(LayerNorm(dim), nn.Identity(), convolution)
+    convolution = (ToChannelsFirst(), depthwise_conv(dim, 3, bias=False), ToChannelsLast())
+    return nn.Sequential(*convolution) if name == "dwconv3" else nn.Sequential(LayerNorm(dim), *convolution)
 
 
 def mlp(dim: int, ratio: float, act: str, drop: float, gated: bool) -> nn.Module:
@@ -139,7 +156,7 @@ def patch_embed(version: str, in_chans: int, dim: int, patch_size: int, norm: Ca
     norm and GELU between them, so H' = ceil(H / patch_size) for patch_size 4.  Raises UserError where they cannot be.
     """
     if version == "v1":
-        return nn.Sequential(
+        return ImageLayers(
             nn.Conv2d(in_chans, dim, patch_size, patch_size), ToChannelsLast(), norm(dim, keep_float32=True)
         )
     if patch_size % 2:
@@ -147,7 +164,7 @@ def patch_embed(version: str, in_chans: int, dim: int, patch_size: int, norm: Ca
     if dim < 2:
         raise UserError(f"dims starts with {dim}; patch_embed 'v2' halves it, so choose a larger one or 'v1'")
     stride = patch_size // 2
-    return nn.Sequential(
+    return ImageLayers(
         nn.Conv2d(in_chans, dim // 2, stride + 1, stride, padding=1),
         ToChannelsLast(),
         norm(dim // 2),
@@ -160,7 +177,11 @@ def patch_embed(version: str, in_chans: int, dim: int, patch_size: int, norm: Ca
 
 
 class PatchMerging(nn.Module):
-    """Downsampling "v1" (Swin's): the channels of 2x2 pixels, norm, linear; an odd side is padded with zeros."""
+    """Downsampling "v1" (Swin's): the channels of 2x2 pixels, norm, linear; an odd side is padded with zeros.
+
+    Under autocast it ends in a linear layer, so the sums behind it are in autocast's dtype, as in the original; "v2"
+    and "v3" end in a norm, which gives float32.
+    """
 
     def __init__(self, dim: int, out_dim: int, norm: Callable[..., nn.Module]):
         super().__init__()
@@ -172,7 +193,7 @@ class PatchMerging(nn.Module):
         x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
         x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, H/2, row, W/2, column, C)
         x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)  # (B, H/2, W/2, 4C), pixels ordered (0,0), (1,0), (0,1), (1,1)
-        return self.reduction(self.norm(x))
+        return self.reduction(on_channels_last(self.norm, x))
 
 
 def downsample(version: str, dim: int, out_dim: int, norm: Callable[..., nn.Module]) -> nn.Module:
@@ -185,4 +206,4 @@ def downsample(version: str, dim: int, out_dim: int, norm: Callable[..., nn.Modu
         return PatchMerging(dim, out_dim, norm)
     kernel, padding = (2, 0) if version == "v2" else (3, 1)
     convolution = StridedConv(dim, out_dim, kernel, stride=2, padding=padding)
-    return nn.Sequential(ToChannelsFirst(), convolution, ToChannelsLast(), norm(out_dim, keep_float32=True))
+    return ImageLayers(ToChannelsFirst(), convolution, ToChannelsLast(), norm(out_dim, keep_float32=True))

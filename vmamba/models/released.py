@@ -167,11 +167,20 @@ def from_released(
 
 
 def backbone_weights(backbone: Backbone, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a whole model under our names, as a backbone's: without what it has no use for, with the norms of its
-    chosen stages, which stay as they are where `weights` has none at all."""
+    """Weights of a whole model under our names, as a backbone's: without what it dropped, with the norms of its chosen
+    stages, which stay as they are where `weights` has none at all."""
     norms = {name: weight for name, weight in backbone.state_dict().items() if name.startswith("outnorm")}
     given = {name: weight for name, weight in weights.items() if name.startswith("outnorm")}
-    kept = {name: weight for name, weight in given.items() if int(name[len("outnorm")]) in backbone.out_indices}
-    left_out = ("outnorm", "classifier.", *(("pos_embed",) if backbone.model.pos_embed is None else ()))
+    chosen = tuple(f"outnorm{stage}." for stage in backbone.out_indices)
+    kept = {name: weight for name, weight in given.items() if name.startswith(chosen)}
+    left_out = ("outnorm", "classifier.", *_pruned(backbone))
+    left_out += ("pos_embed",) if backbone.model.pos_embed is None else ()
     rest = {f"model.{name}": weight for name, weight in weights.items() if not name.startswith(left_out)}
     return rest | (kept if given else norms)
+
+
+def _pruned(backbone: Backbone) -> tuple[str, ...]:
+    """How the names begin of what a backbone dropped behind its last chosen stage."""
+    last = max(backbone.out_indices)
+    behind = tuple(f"layers.{stage}." for stage in range(last + 1, backbone.stages))
+    return (f"layers.{last}.downsample.", *behind) if behind else ()

@@ -4,20 +4,21 @@
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vmamba.errors import UserError
-from vmamba.models.layers import DepthwiseConv, activation
+from vmamba.models.layers import activation, depthwise_conv
 from vmamba.models.layers import out_norm as out_norm_layer
 from vmamba.models.options import ScanOptions, signed_by
 from vmamba_kernels import ROUTES, autocast_dtype, cross_selective_scan, cross_ssd, no_autocast
 
 
 class Mixer2D(nn.Module):
-    """What both scans share.  A subclass adds the scan's parameters and `_scan`.
+    """What both scans share.  A subclass adds the scan's parameters and `scan`.
 
     Args:
         dim: channels in and out.
@@ -47,7 +48,7 @@ class Mixer2D(nn.Module):
         if o.ssm_conv > 1 and o.ssm_conv % 2 == 0:
             raise UserError(f"ssm_conv is {o.ssm_conv}; the convolution keeps the image's size, so choose an odd side")
         self.in_proj = nn.Linear(dim, self.d_inner * (2 if o.gate else 1), bias=False)
-        self.conv2d = DepthwiseConv(self.d_inner, o.ssm_conv, o.ssm_conv_bias) if o.ssm_conv > 1 else nn.Identity()
+        self.conv2d = depthwise_conv(self.d_inner, o.ssm_conv, o.ssm_conv_bias) if o.ssm_conv > 1 else nn.Identity()
         if o.ssm_conv > 1 and self.conv_key:
             self.conv2d = nn.Sequential(nn.Identity(), self.conv2d)
         self.act = activation(o.ssm_act)()
@@ -63,7 +64,7 @@ class Mixer2D(nn.Module):
         x = self.in_proj(x)  # (B, H, W, d_inner), twice that with a gate
         if self.gate:
             x, z = x.chunk(2, dim=-1)
-        x = self.act(self.conv2d(x))
+        x = self.act(self.conv2d(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         x = self.out_act(self.out_norm(self.scan(x)))
         if self.gate:
             x = x * self.gate_act(z)
@@ -71,17 +72,9 @@ class Mixer2D(nn.Module):
 
     def scan(self, x: Tensor) -> Tensor:
         """The scan alone, (B, H, W, d_inner) -> (B, H, W, d_inner)."""
-        if autocast_dtype(x.device.type) is not None:
-            if not self.scan_float32:
-                return self._scan(x)
-            with no_autocast(x.device.type):
-                return self._scan(x.float())
-        return self._scan(x.float() if self.scan_float32 and x.dtype != torch.float64 else x).to(x.dtype)
-
-    def _make_scan_parameters(self, init: str) -> None:
         raise NotImplementedError
 
-    def _scan(self, x: Tensor) -> Tensor:
+    def _make_scan_parameters(self, init: str) -> None:
         raise NotImplementedError
 
     def _dt_init(self, init: str, *shape: int) -> Tensor:
@@ -110,18 +103,10 @@ class SS2D(Mixer2D):
         self.A_logs = nn.Parameter(self._A_log_init(init, routes * dim, states))
         self.Ds = nn.Parameter(torch.ones(routes * dim))
 
-    def _scan(self, x: Tensor) -> Tensor:
-        routes = len(self.routes)
-        return cross_selective_scan(
-            x,
-            self.x_proj_weight,
-            self.dt_projs_weight,
-            self.dt_projs_bias,
-            -self.A_logs.to(_at_least_float32(x)).exp().unflatten(0, (routes, -1)),
-            self.Ds.unflatten(0, (routes, -1)),
-            routes=self.routes,
-            backend=self.backend,
-        )
+    def scan(self, x: Tensor) -> Tensor:
+        weights = (self.x_proj_weight, self.dt_projs_weight, self.dt_projs_bias)
+        A_logs, D = (t.unflatten(0, (len(self.routes), -1)) for t in (self.A_logs, self.Ds))
+        return _selective_scan(x, *weights, A_logs, D, self.routes, self.backend, self.scan_float32)
 
     def _dt_weight_init(self, init: str, *shape: int) -> Tensor:
         if init == "v0":
@@ -151,21 +136,62 @@ class SSD2D(Mixer2D):
         self.A_logs = nn.Parameter(self._A_log_init(init, routes, heads))
         self.Ds = nn.Parameter(torch.ones(routes, heads, self.d_inner // heads))
 
-    def _scan(self, x: Tensor) -> Tensor:
-        return cross_ssd(
-            x,
-            self.x_proj_weight,
-            self.dt_projs_bias,
-            -self.A_logs.to(_at_least_float32(x)).exp(),
-            self.Ds,
-            routes=self.routes,
-            backend=self.backend,
-        )
+    def scan(self, x: Tensor) -> Tensor:
+        weights = (self.x_proj_weight, self.dt_projs_bias, self.A_logs, self.Ds)
+        return _ssd(x, *weights, self.routes, self.backend, self.scan_float32)
 
     def _A_log_init(self, init: str, *shape: int) -> Tensor:
         if init == "v0":  # Mamba-2's: A uniform in [1, 16]
             return torch.empty(shape).uniform_(1, 16).log()
         return torch.randn(shape) if init == "v1" else torch.zeros(shape)
+
+
+# torch.fx takes what is wrapped so whole: what it does depends on dtypes and on autocast.
+@torch.fx.wrap
+def _selective_scan(
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_logs: Tensor,
+    D: Tensor,
+    routes: tuple[str, ...],
+    backend: str,
+    in_float32: bool,
+) -> Tensor:
+    def scan(x: Tensor) -> Tensor:
+        A = -A_logs.to(_at_least_float32(x)).exp()
+        return cross_selective_scan(x, x_proj_weight, dt_weight, dt_bias, A, D, routes=routes, backend=backend)
+
+    return _in_its_dtype(scan, x, in_float32)
+
+
+@torch.fx.wrap
+def _ssd(
+    x: Tensor,
+    x_proj_weight: Tensor,
+    dt_bias: Tensor,
+    A_logs: Tensor,
+    D: Tensor,
+    routes: tuple[str, ...],
+    backend: str,
+    in_float32: bool,
+) -> Tensor:
+    def scan(x: Tensor) -> Tensor:
+        A = -A_logs.to(_at_least_float32(x)).exp()
+        return cross_ssd(x, x_proj_weight, dt_bias, A, D, routes=routes, backend=backend)
+
+    return _in_its_dtype(scan, x, in_float32)
+
+
+def _in_its_dtype(scan: Callable[[Tensor], Tensor], x: Tensor, in_float32: bool) -> Tensor:
+    """`scan` on x: in float32 if so asked, also under autocast; without autocast the result has the dtype of x."""
+    if autocast_dtype(x.device.type) is not None:
+        if not in_float32:
+            return scan(x)
+        with no_autocast(x.device.type):
+            return scan(x.float())
+    return scan(x.float() if in_float32 and x.dtype != torch.float64 else x).to(x.dtype)
 
 
 def _at_least_float32(x: Tensor) -> torch.dtype:

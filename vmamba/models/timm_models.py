@@ -15,20 +15,16 @@ from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
     register_model,
-    register_notrace_function,
-    register_notrace_module,
     resolve_pretrained_cfg,
 )
 from torch import Tensor
 
 from vmamba.errors import unknown
 from vmamba.models.download import download
-from vmamba.models.layers import LayerNorm, StridedConv
 from vmamba.models.pretrained import PICKLED
 from vmamba.models.released import keys_from_released
-from vmamba.models.ss2d import Mixer2D
 from vmamba.models.variants import VARIANTS, Variant, create_model
-from vmamba.models.vssm import VSSM, check_features, check_images, resize_pos_embed
+from vmamba.models.vssm import VSSM, resize_pos_embed
 from vmamba.models.weights import load_weights
 
 logger = logging.getLogger("vmamba")
@@ -39,12 +35,6 @@ TIMM_OPTIONS = {"features_only", "out_indices", "feature_cls"} | {
     for name, parameter in inspect.signature(build_model_with_cfg).parameters.items()
     if parameter.kind is not parameter.VAR_KEYWORD
 } - {"model_cls", "variant", "model_cfg", "feature_cfg", "pretrained_filter_fn"}
-
-# torch.fx takes these whole: what they do depends on sizes or on autocast.
-for module in (Mixer2D, LayerNorm, StridedConv):
-    register_notrace_module(module)
-for function in (check_images, check_features, resize_pos_embed):
-    register_notrace_function(function)
 
 
 def _cfg(variant: Variant) -> dict[str, Any]:

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, trunc_normal_
-from timm.models._features import feature_take_indices
-from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +17,7 @@ from vmamba.errors import UserError, unknown
 from vmamba.models import layers
 from vmamba.models.options import ModelOptions, ScanOptions, signed_by
 from vmamba.models.ss2d import SS2D, SSD2D, Mixer2D
+from vmamba_kernels.private import MATCH_PREV_GROUP, feature_take_indices
 
 SCANS = {"selective": SS2D, "ssd": SSD2D}
 
@@ -36,9 +35,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
-        x = x + self.drop_path(self.op(self.norm(x)))
+        x = x + self.drop_path(self.op(layers.on_channels_last(self.norm, x)))
         if self.mlp is not None:
-            x = x + self.drop_path(self.mlp(self.norm2(x)))
+            x = x + self.drop_path(self.mlp(layers.on_channels_last(self.norm2, x)))
         return x
 
 
@@ -79,7 +78,7 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, H, W, dim) -> (B, num_classes), or (B, dim) with `pre_logits`; unpooled with pool ''."""
-        x = self.norm(x)
+        x = layers.on_channels_last(self.norm, x)
         if self.pool == "avg":
             x = x.mean((1, 2))
         x = self.drop(x)
@@ -115,6 +114,7 @@ class VSSM(nn.Module):
             raise UserError(f"dims has {len(dims)} stages and depths {len(o.depths)}; give both one number a stage")
         norm = layers.norm_layer(o.norm_layer)
         self.num_classes, self.in_chans, self.dims, self.patch_size = o.num_classes, o.in_chans, dims, o.patch_size
+        self.norm_layer = o.norm_layer
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [
             dict(num_chs=dim, reduction=o.patch_size * 2**i, module=f"layers.{i}.blocks") for i, dim in enumerate(dims)
@@ -159,12 +159,15 @@ class VSSM(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, H', W', dims[-1]) -> (B, num_classes); with `pre_logits` the pooled features, (B, dims[-1])."""
+        if self.classifier is None:
+            raise UserError("this model has no classifier since a Backbone took it; create another for classification")
         return self.classifier(x, pre_logits)
 
     def _stem(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, H', W', dims[0])."""
-        check_images(x, self.in_chans, self.patch_embed[0])
-        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+        _check_images(x, self.in_chans, self.patch_embed[0].kernel_size[0], self.patch_embed[0].padding[0])
+        # The memory of a "channels_last" image, written so that torch.vmap takes it.
+        x = self.patch_embed(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
         if self.pos_embed is not None:
             x = x + resize_pos_embed(self.pos_embed, x.shape[1:3]).permute(0, 2, 3, 1)
         return x
@@ -174,7 +177,7 @@ class VSSM(nn.Module):
         if stage.downsample is None:
             return x
         if isinstance(stage.downsample, nn.Sequential) and stage.downsample[1].padding[0] == 0:
-            check_features(x)
+            _check_features(x)
         return stage.downsample(x)
 
     # ------------------------------------------------------------------------------------ what timm's models offer
@@ -194,7 +197,7 @@ class VSSM(nn.Module):
             x: (B, in_chans, H, W).
             indices: stages, negative ones from the end; a number n means the last n; None means all.
             norm: put the classifier's norm on the last stage's output.
-            stop_early: do not run the stages behind the last chosen one.
+            stop_early: stop behind the blocks of the last chosen stage.
             output_fmt: "NCHW" or "NHWC", of the intermediates.
             intermediates_only: return the list alone.
         """
@@ -206,9 +209,10 @@ class VSSM(nn.Module):
         for i, stage in enumerate(self.layers[: last + 1] if stop_early else self.layers):
             x = stage(x)
             if i in take:
-                y = self.classifier.norm(x) if norm and stage.downsample is None else x
+                y = layers.on_channels_last(self.classifier.norm, x) if norm and i == len(self.dims) - 1 else x
                 intermediates.append(y.permute(0, 3, 1, 2) if output_fmt == "NCHW" else y)
-            x = self._downsample(stage, x)
+            if not (stop_early and i == last):
+                x = self._downsample(stage, x)
         return intermediates if intermediates_only else (x, intermediates)
 
     def prune_intermediate_layers(
@@ -223,6 +227,20 @@ class VSSM(nn.Module):
         if prune_head:
             self.reset_classifier(0, "")
         return take
+
+    @property
+    def head(self) -> nn.Module:
+        """The classifier's last layer; `model.head = nn.Linear(768, 10)` replaces it."""
+        return self.classifier.head
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("fc", "heads"):  # of other libraries' models; here nothing would read them
+            raise UserError(f"a VSSM has no '{name}'; its last layer is 'head'")
+        if name != "head":
+            return super().__setattr__(name, value)
+        self.classifier.head = value
+        widths = [layer.out_features for layer in value.modules() if hasattr(layer, "out_features")]
+        self.num_classes = widths[-1] if widths else 0
 
     @property
     def global_pool(self) -> str:
@@ -277,18 +295,20 @@ def _position_map(img_size: int | tuple[int, int], patch_size: int, dim: int) ->
     return pos_embed
 
 
-def check_images(x: Tensor, in_chans: int, stem: nn.Conv2d) -> None:
-    """Raises UserError unless the images have `in_chans` channels and room for one patch."""
+# torch.fx takes what is wrapped so whole: what it does depends on sizes.
+@torch.fx.wrap
+def _check_images(x: Tensor, in_chans: int, side: int, padding: int) -> None:
+    """Raises UserError unless the images have `in_chans` channels and room for one patch of `side` pixels."""
     if x.dim() != 4 or x.shape[1] != in_chans:
         raise UserError(f"images have shape {tuple(x.shape)}; this model takes (batch, {in_chans}, height, width)")
-    if min(x.shape[2:]) + 2 * stem.padding[0] < stem.kernel_size[0]:
+    if min(x.shape[2:]) + 2 * padding < side:
         raise UserError(
-            f"images are {x.shape[2]} x {x.shape[3]} pixels; this model's patches need at least "
-            f"{stem.kernel_size[0]} x {stem.kernel_size[0]}"
+            f"images are {x.shape[2]} x {x.shape[3]} pixels; this model's patches need at least {side} x {side}"
         )
 
 
-def check_features(x: Tensor) -> None:
+@torch.fx.wrap
+def _check_features(x: Tensor) -> None:
     """Raises UserError when features (B, H, W, C) are too small for an unpadded 2x2 convolution."""
     if min(x.shape[1:3]) < 2:
         raise UserError(
@@ -297,6 +317,7 @@ def check_features(x: Tensor) -> None:
         )
 
 
+@torch.fx.wrap
 def resize_pos_embed(pos_embed: Tensor, size: Sequence[int]) -> Tensor:
     """(1, dim, H, W) -> (1, dim, *size), bicubic without antialiasing, as the released code resizes it on loading."""
     if tuple(pos_embed.shape[2:]) == tuple(size):
