@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: setup train test check figures
+.PHONY: setup train test check figures mutants graph
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml setup.py
@@ -17,6 +17,14 @@ train: setup
 
 test: setup
 	$(RUN) -m pytest
+
+# Deliberate mistakes, each of which the tests must catch (about ten minutes).
+mutants: setup
+	$(RUN) tests/mutants.py
+
+# Which room imports which.
+graph: setup
+	@$(RUN) tests/test_imports.py
 
 check: setup
 	$(RUN) -m ruff check .

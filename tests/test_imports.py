@@ -1,4 +1,7 @@
-"""The rooms of the house in their order: each imports only the ones before it, and no folder shadows a package."""
+"""The rooms of the house in their order: each imports only the ones before it, and no folder shadows a package.
+
+`python tests/test_imports.py` prints which room imports which.
+"""
 
 import ast
 from pathlib import Path
@@ -96,3 +99,25 @@ def test_no_folder_at_the_root_shadows_a_package():
 def test_the_rule_itself(room, statement, allowed):
     modules = imported_modules(statement, room.rpartition(".")[0])
     assert all(may_import(room_of(room), room_of(module)) for module in modules) == allowed
+
+
+def graph() -> str:
+    """A line a room, in the order of the rooms: its files, and the rooms that they import."""
+    imports = {room: set() for level in ROOMS for room in level}
+    files = dict.fromkeys(imports, 0)
+    for name, path in library_files():
+        room = room_of(name)
+        if room in imports:
+            files[room] += 1
+            package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+            imports[room] |= {room_of(module) for module in imported_modules(path.read_text(), package)}
+    lines = []
+    for room, used in imports.items():
+        others = [other for other in imports if other in used and other != room]
+        if files[room]:
+            lines.append(f"{room} ({files[room]} files) imports {', '.join(others) or 'none'}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(graph())

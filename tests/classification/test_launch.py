@@ -96,3 +96,12 @@ def test_a_local_job_warned_in_time_is_requeued_and_resumes(folder, one_process)
     assert f"job {job} is done" in out
     assert f"resumed {output_folder(config) / 'last.pth'}" in log(config)
     assert metrics(config) == metrics(one_process[0])
+
+
+def test_running_statistics_are_those_of_the_checkpoint_on_every_process(folder):
+    """Each process's differ in training; evaluation and checkpoint have rank 0's."""
+    options = ("TAG", "bn", "MODEL.OPTIONS.norm_layer", "bn", "TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 4)
+    launch("torchrun", command(folder, "--opts", *map(str, options))[1:], ROOT)
+    config = tiny_config(folder, *options)
+    results = run(tiny_config(folder, *options, "EVAL_MODE", True))
+    assert results == pytest.approx({key: metrics(config)[-1][key] for key in results}, rel=1e-5)

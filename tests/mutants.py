@@ -1,0 +1,217 @@
+"""Deliberate mistakes that the tests must catch: python tests/mutants.py [NAME ...]
+
+Each is put into a copy of the repository and the tests beside it are run there; a mistake that they pass is a survivor.
+Ends with status 1 where there are any.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = "tests/classification/test_by_hand.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str
+    right: str
+    wrong: str
+    tests: str  # arguments of pytest
+
+
+MUTANTS = (
+    Mutant(
+        "no autocast in training",
+        "vmamba/runtime/step.py",
+        "with autocast(self.config, self.world.device):",
+        "with nullcontext():",
+        RUNS,
+    ),
+    Mutant(
+        "no autocast in evaluation",
+        "vmamba/runtime/evaluation.py",
+        "with autocast(run.config, run.world.device):\n            meter",
+        "with torch.no_grad():\n            meter",
+        RUNS,
+    ),
+    Mutant(
+        "label smoothing twice on mixed targets",
+        "vmamba/classification/task.py",
+        "smoothing = 0.0  #",
+        "smoothing = smoothing  #",
+        RUNS,
+    ),
+    Mutant(
+        "no label smoothing without mixing",
+        "vmamba/classification/task.py",
+        "smoothing = self.config.MODEL.LABEL_SMOOTHING",
+        "smoothing = 0.0",
+        RUNS,
+    ),
+    Mutant(
+        "micro-batches share stochastic depth",
+        "vmamba/runtime/step.py",
+        "_mix(self.config.SEED, state.step, micro_step, self.world.rank)",
+        "_mix(self.config.SEED, state.step, 0, self.world.rank)",
+        RUNS,
+    ),
+    Mutant(
+        "buffers not shared before evaluation",
+        "vmamba/runtime/evaluation.py",
+        "    share_buffers(model)\n",
+        "",
+        "tests/classification/test_launch.py -k running_statistics",
+    ),
+    Mutant(
+        "no save before the evaluation",
+        "vmamba/runtime/trainer.py",
+        "self._save_last()  #",
+        "pass  #",
+        RUNS,
+    ),
+    Mutant(
+        "SAVE_FREQ ignored",
+        "vmamba/runtime/plan.py",
+        "rounds_per_save=config.SAVE_FREQ",
+        "rounds_per_save=1",
+        f"{RUNS} tests/runtime/test_plan.py",
+    ),
+    Mutant(
+        "the last epoch unsaved where SAVE_FREQ does not divide it",
+        "vmamba/runtime/plan.py",
+        "return step >= self.steps or self._rounds(step) % self.rounds_per_save == 0",
+        "return self._rounds(step) % self.rounds_per_save == 0",
+        f"{RUNS} tests/runtime/test_plan.py",
+    ),
+    Mutant(
+        "EMA.WARMUP ignored",
+        "vmamba/runtime/step.py",
+        "step=state.step if self.config.TRAIN.EMA.WARMUP else None",
+        "step=state.step",
+        f"{RUNS} tests/classification/test_every_key.py -k 'hand or WARMUP'",
+    ),
+    Mutant(
+        "USE_CHECKPOINT without effect",
+        "vmamba/models/variants.py",
+        "model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)",
+        "model.set_grad_checkpointing(False)",
+        RUNS,
+    ),
+    Mutant(
+        "TF32 always on",
+        "vmamba/runtime/precision.py",
+        '"high" if config.TF32 else "highest"',
+        '"high"',
+        RUNS,
+    ),
+    Mutant(
+        "TF32 of convolutions always on",
+        "vmamba/runtime/precision.py",
+        "torch.backends.cudnn.allow_tf32 = config.TF32",
+        "torch.backends.cudnn.allow_tf32 = True",
+        RUNS,
+    ),
+    Mutant(
+        "START_EPOCH leaves the step at 0",
+        "vmamba/runtime/start.py",
+        "        step=start,\n",
+        "        step=0,\n",
+        RUNS,
+    ),
+    Mutant(
+        "the best accuracy of the average forgotten",
+        "vmamba/runtime/trainer.py",
+        "for key in set(kinds.values()) & results.keys():",
+        "for key in {name} & results.keys():",
+        RUNS,
+    ),
+    Mutant(
+        "the epoch's loss carried over",
+        "vmamba/runtime/state.py",
+        "self.round_loss, self.round_grad_norm, self.round_good_steps = 0.0, 0.0, 0",
+        "pass",
+        RUNS,
+    ),
+    Mutant(
+        "mixing drawn once for all processes",
+        "vmamba/classification/transforms.py",
+        "seed_generators(config.SEED, MIXUP, step, part)",
+        "seed_generators(config.SEED, MIXUP, step)",
+        "tests/classification/test_data.py -k mixup",
+    ),
+    Mutant(
+        "the newest file resumed, not the furthest state",
+        "vmamba/runtime/checkpoint.py",
+        'states.append((content.get("step", 0), recorded, path.name == LAST, path))',
+        "states.append((path.stat().st_mtime_ns, recorded, path.name == LAST, path))",
+        "tests/runtime/test_checkpoint.py",
+    ),
+    Mutant(
+        "loading processes obey SIGTERM",
+        "vmamba/data/loaders.py",
+        "    leave_them_to_the_parent()\n",
+        "    pass\n",
+        "tests/data/test_loaders.py",
+    ),
+    Mutant(
+        "a stop signal waits for the end of the evaluation",
+        "vmamba/runtime/evaluation.py",
+        "        if run.request.noted:\n            break\n",
+        "",
+        "tests/classification/test_resume.py -k evaluation",
+    ),
+    Mutant(
+        "a changed optimiser without effect on resuming",
+        "vmamba/runtime/optim.py",
+        'CONFIGURED = ("initial_lr", "weight_decay", "betas", "eps", "momentum", "fused")',
+        'CONFIGURED = ("initial_lr", "weight_decay")',
+        "tests/runtime/test_state.py",
+    ),
+    Mutant(
+        "an evaluation of NaN may be the best",
+        "vmamba/runtime/trainer.py",
+        "if not math.isfinite(value)]",
+        "if False]",
+        "tests/classification/test_run.py -k finite",
+    ),
+)
+
+
+def survives(mutant: Mutant, copy: Path) -> bool:
+    path = copy / mutant.file
+    text = path.read_text()
+    assert text.count(mutant.right) == 1, f"{mutant.name}: {mutant.file} has not once: {mutant.right}"
+    path.write_text(text.replace(mutant.right, mutant.wrong))
+    command = f"exec {sys.executable} -m pytest -q -x {mutant.tests}"
+    path_of_packages = f"{copy}:{copy / 'kernels'}"
+    done = subprocess.run(
+        ["env", f"PYTHONPATH={path_of_packages}", "sh", "-c", command], cwd=copy, capture_output=True, text=True
+    )
+    path.write_text(text)
+    if done.returncode not in (0, 1):  # tests that could not run catch nothing
+        raise SystemExit(f"{mutant.name}: {done.stdout}{done.stderr}")
+    return done.returncode == 0
+
+
+def main(names: list[str]) -> int:
+    chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "repository")
+        left_out = shutil.ignore_patterns(".git", ".venv", "output", "__pycache__", ".pytest_cache")
+        shutil.copytree(ROOT, copy, ignore=left_out)
+        for mutant in chosen:
+            if survives(mutant, copy):
+                survivors.append(mutant.name)
+            print(f"{'SURVIVES' if mutant.name in survivors else 'caught':9} {mutant.name}", flush=True)
+    print(f"{len(chosen)} mistakes, {len(survivors)} survivors")
+    return bool(survivors)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
