@@ -63,8 +63,9 @@ def _only_writer(config: CfgNode, folder: Path | None) -> Iterator[None]:
 
 def _run(run: Run, folder: Path | None) -> Results:
     config, world = run.config, run.world
-    for line in report.describe_start(config, folder):
-        run.logger.info(line)
+    if world.main:
+        for line in report.describe_start(config, folder):
+            run.logger.info(line)
     set_up_precision(config, world.device)
     random_seed(config.SEED)
     model = run.task.build_model().to(world.device)
