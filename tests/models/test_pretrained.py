@@ -1,5 +1,7 @@
 """Files of weights of every origin, mismatches, and downloads from a loopback server that breaks off or lies."""
 
+import argparse
+import datetime
 import hashlib
 import logging
 import os
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from yacs.config import CfgNode
@@ -21,7 +24,8 @@ import vmamba
 from vmamba.errors import UserError
 from vmamba.models import variants
 from vmamba.models.download import download
-from vmamba.models.pretrained import load_pretrained, read_file
+from vmamba.models.formats import read_file
+from vmamba.models.pretrained import Checkpoint, load_pretrained
 from vmamba.models.released import to_released
 from vmamba.models.vssm import resize_pos_embed
 
@@ -130,7 +134,7 @@ def test_a_detectors_file_gives_its_backbone(tmp_path, plain, said):
     torch.save({"meta": {"epoch": 12, "CLASSES": ("a", "b")}, "state_dict": state_dict}, tmp_path / "det.pth")
     checkpoint = vmamba.load_checkpoint(tmp_path / "det.pth")
     assert checkpoint.source == "state_dict" and same(checkpoint.state_dict, backbone)
-    assert "taking the backbone, ignoring neck (1 keys), rpn_head (2 keys)" in said()
+    assert "taking what is under 'backbone', ignoring neck (1 keys), rpn_head (2 keys)" in said()
 
     target = model(2)
     with pytest.raises(UserError, match=r"4 missing: classifier.*; 4 unexpected: outnorm0\.bias"):
@@ -198,7 +202,204 @@ def test_damaged_files_are_named(tmp_path, released, plain, damage, name):
     assert "\n" not in str(error.value)
 
 
+def test_best_weights_are_those_that_the_file_names(tmp_path, plain, averaged, said):
+    content = {"model": plain, "model_ema": averaged, "best_weights": "model", "max_accuracy": 90.0}
+    torch.save(content, tmp_path / "run.pth")
+    checkpoint = vmamba.load_checkpoint(tmp_path / "run.pth")
+    assert same(checkpoint.state_dict, plain) and checkpoint.metadata["best_weights"] == "model"
+    assert "taking the weights 'model' (90.00% top-1), not 'model_ema'" in said()
+    assert same(vmamba.load_checkpoint(tmp_path / "run.pth", "ema").state_dict, averaged)
+    torch.save(content | {"best_weights": "ema"}, tmp_path / "run.pth")
+    assert same(vmamba.load_checkpoint(tmp_path / "run.pth").state_dict, averaged)
+    torch.save(content | {"best_weights": "ema", "model_ema": None}, tmp_path / "run.pth")
+    assert same(vmamba.load_checkpoint(tmp_path / "run.pth").state_dict, plain)
+
+
+def test_a_checkpoint_is_shown_in_a_line(released):
+    text = repr(vmamba.load_checkpoint(released))
+    assert "\n" not in text and len(text) < 400 and "source='model_ema', 50 tensors of 22,237 numbers" in text
+
+
+WRAPPED = ["module.", "module.module.", "_orig_mod.", "module._orig_mod.", "model.", "net.", "encoder.model."]
+
+
+@pytest.mark.parametrize("prefix", WRAPPED)
+def test_prefixes_of_wrappers_go(tmp_path, plain, said, prefix):
+    torch.save({"state_dict": {prefix + name: weight for name, weight in plain.items()}}, tmp_path / "w.pth")
+    assert same(vmamba.load_checkpoint(tmp_path / "w.pth").state_dict, plain)
+    without = prefix.replace("_orig_mod.", "")
+    assert (f"taking what is under '{without[:-1]}'\n" in said()) == bool(without)
+
+
+def test_names_inside_of_wrapped_parts_and_leftovers(tmp_path, plain, said):
+    weights = {name.replace("blocks.0.", "blocks.0._orig_mod.") for name in plain}
+    assert len(weights - plain.keys()) > 5
+    weights = {name.replace("blocks.0.", "blocks.0._orig_mod."): weight for name, weight in plain.items()}
+    leftovers = {
+        f"module.{part}total_{what}": torch.ones(1) for part in ("", "layers.0.") for what in ("ops", "params")
+    }
+    weights = {f"module.{name}": weight for name, weight in weights.items()} | leftovers
+    torch.save(weights | {"n_averaged": torch.tensor(3)}, tmp_path / "w.pth")
+    assert same(vmamba.load_checkpoint(tmp_path / "w.pth").state_dict, plain)
+    assert "ignoring 5 buffers of averaging or profiling" in said()
+
+
+def test_a_compiled_and_an_averaged_model(tmp_path, plain):
+    compiled = torch.compile(model(), backend="eager")
+    torch.save(compiled.state_dict(), tmp_path / "compiled.pth")
+    assert same(vmamba.load_checkpoint(tmp_path / "compiled.pth").state_dict, plain)
+    torch.save(torch.optim.swa_utils.AveragedModel(model()).state_dict(), tmp_path / "averaged.pth")
+    assert same(vmamba.load_checkpoint(tmp_path / "averaged.pth").state_dict, plain)
+
+
+def test_a_backbone_of_ours_and_a_container_of_any_name(tmp_path, plain):
+    backbone = vmamba.Backbone(model(), out_indices=(0, 1))
+    torch.save({"net": backbone.state_dict(), "step": 3}, tmp_path / "w.pth")
+    checkpoint = vmamba.load_checkpoint(tmp_path / "w.pth")
+    assert checkpoint.source == "net" and same(checkpoint.state_dict, to_released(backbone))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (lambda w: {"student." + n: t for n, t in w.items()} | {"teacher." + n: t for n, t in w.items()},
+         "holds several models, under 'student', 'teacher'; save one"),
+        (lambda w: {"net_g": w, "net_d": w}, "holds weights under 'net_g', 'net_d'; save those of one"),
+        (lambda w: dict(w) | {"epoch": 3}, "holds 'epoch', a int, among tensors"),
+    ],
+)  # fmt: skip
+def test_what_is_not_clear_is_said(tmp_path, plain, content, words):
+    torch.save(content(plain), tmp_path / "w.pth")
+    with pytest.raises(UserError, match=words):
+        vmamba.load_checkpoint(tmp_path / "w.pth")
+
+
+def test_empty_averaged_weights_are_none(tmp_path, plain):
+    torch.save({"model": plain, "model_ema": {}}, tmp_path / "w.pth")
+    assert same(vmamba.load_checkpoint(tmp_path / "w.pth").state_dict, plain)
+
+
+def test_arguments_of_other_trainers_are_read_as_mappings(tmp_path, plain):
+    args = argparse.Namespace(
+        lr=0.1, output=Path("/runs/one"), started=datetime.datetime.now(), more=argparse.Namespace()
+    )
+    for legacy in (False, True):
+        torch.save(
+            {"state_dict": plain, "args": args, "time": datetime.timedelta(1), "arch": "x"},
+            tmp_path / "timm.pth",
+            _use_new_zipfile_serialization=not legacy,
+        )
+        assert same(vmamba.load_checkpoint(tmp_path / "timm.pth").state_dict, plain)
+    read = read_file(tmp_path / "timm.pth")["args"]
+    assert (read["lr"], read["output"], read["more"]) == (0.1, "/runs/one", {})
+
+
+# ------------------------------------------------------------------------------------------- what a file is
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("w.pth", b"version https://git-lfs.github.com/spec/v1\noid", "is a pointer of Git LFS .* 'git lfs pull'"),
+        ("w.pth", b"\n<!DOCTYPE html><html>", "is a web page"),
+        ("w.safetensors", b"<?xml version='1.0'?><Error>", "is a web page"),
+        (
+            "w.bin",
+            b'{"weight_map": {"a": "w-1.bin", "b": "w-2.bin"}}',
+            r"is the index of weights in 2 files \(w-1.bin, ",
+        ),
+        ("w.json", b'{"lr": 1}', "is JSON text, which holds no weights"),
+        ("w.pth", b"", "is empty"),
+        ("w.pth", b"\x1f\x8b\x08\x00", "is compressed by gzip; unpack"),
+        ("w.pth", b"a note to myself", "is a text file"),
+        ("w.pth", pickle.dumps({"a": 1}, protocol=2), "was written by pickle and not by torch.save"),
+        ("w.pth", pickle.dumps({"a": 1}, protocol=5), "was written by pickle and not by torch.save"),
+        ("w.pth", bytes(range(128, 200)), "is truncated or not a checkpoint"),
+    ],
+)
+def test_what_a_file_is_instead(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}' {words}"):
+        read_file(tmp_path / name)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_else_torch_can_save(tmp_path, plain):
+    for protocol in (4, 5):
+        torch.save(plain, tmp_path / "w.pth", pickle_protocol=protocol)
+        with pytest.raises(UserError, match=f"was saved with pickle's protocol {protocol}, .*; save it again"):
+            read_file(tmp_path / "w.pth")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
+    with pytest.raises(UserError, match=r"holds pickled objects \(torch\.nn\.modules\.linear\.Linear\) besides"):
+        read_file(tmp_path / "module.pth")
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(2)), tmp_path / "program.pt")
+    with pytest.raises(UserError, match="is a program of TorchScript"):
+        read_file(tmp_path / "program.pt")
+    np.savez(tmp_path / "w.npz", a=np.ones(2))
+    with pytest.raises(UserError, match="is an archive without a checkpoint"):
+        read_file(tmp_path / "w.npz")
+    with pytest.raises(UserError, match="is a folder; give the path of a file"):
+        read_file(tmp_path)
+
+
+def test_the_name_does_not_tell_what_a_file_is(tmp_path, plain):
+    save_file(plain, tmp_path / "w.bin")
+    torch.save(plain, tmp_path / "w.safetensors")
+    assert same(read_file(tmp_path / "w.bin"), plain) and same(read_file(tmp_path / "w.safetensors"), plain)
+
+
 # ------------------------------------------------------------------------------------------- into a model
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: w.to_sparse(), r"file torch\.sparse_coo, model float32"),
+        (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "file quantized, model float32"),
+        (lambda w: w.to("meta"), "file on the meta device, model float32"),
+        (lambda w: w.mul(10).to(torch.int8), "file int8, model float32"),
+        (lambda w: w.to(torch.complex64), "file complex64, model float32"),
+    ],
+    ids=["sparse", "quantized", "meta", "integer", "complex"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_numbers_of_another_kind_are_refused(plain, change, words):
+    weights = dict(plain) | {name: change(plain[name]) for name in ("patch_embed.0.weight", "classifier.norm.bias")}
+    target = model(3, in_chans=1)
+    before = {name: weight.clone() for name, weight in target.state_dict().items()}
+    with pytest.raises(UserError, match=rf"w\.pth' .*of another kind: classifier\.norm\.bias: {words}"):
+        load_pretrained(target, Checkpoint(Path("w.pth"), "", weights, {}, {}))
+    assert same(target.state_dict(), before)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_widths_are_taken_and_a_model_without_numbers_is_not_filled(plain):
+    half = {name: weight.half() for name, weight in plain.items()}
+    target = model(3)
+    load_pretrained(target, Checkpoint(Path("w.pth"), "", half, {}, {}))
+    assert all(torch.equal(weight, half[name].float()) for name, weight in target.state_dict().items())
+    with pytest.raises(UserError, match="the model is on the meta device, which holds no numbers"):
+        load_pretrained(model(3).to("meta"), Checkpoint(Path("w.pth"), "", plain, {}, {}))
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_another_number_of_channels_is_adapted_as_timm_does(released, averaged, said, channels):
+    target = model(3, in_chans=channels)
+    load_pretrained(target, vmamba.load_checkpoint(released))
+    timms = timm.create_model(
+        "vmamba_tiny",
+        pretrained=True,
+        pretrained_cfg_overlay=dict(state_dict=averaged, num_classes=5),
+        **SMALL | dict(in_chans=channels),
+    )
+    assert same(target.state_dict(), timms.state_dict())
+    assert f"adapted the first convolution from 3 channels of the images to {channels}" in said()
+    backbone = vmamba.Backbone(model(3, in_chans=channels), (0, 1))
+    load_pretrained(backbone, vmamba.load_checkpoint(released))
+    assert torch.equal(backbone.model.patch_embed[0].weight, target.patch_embed[0].weight)
+    gray = Checkpoint(Path("gray.pth"), "", target.state_dict(), {}, {})
+    with pytest.raises(UserError, match=rf"patch_embed\.0\.weight: file \(8, {channels}, 4, 4\), model \(8, 2, 4, 4\)"):
+        load_pretrained(model(in_chans=2), gray)
 
 
 def test_a_mismatch_is_listed_in_groups_and_loads_nothing(released):

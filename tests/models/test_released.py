@@ -113,6 +113,19 @@ def test_unknown_options_are_named(options, words):
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "weights", "words"),
+    [
+        (SMALL, "weights.pth", r"state_dict is 'weights\.pth'; expected a mapping \(vmamba\.load_checkpoint\(path\)"),
+        (SMALL, {"model": {}}, "state_dict holds 'model', a dict and no tensor"),
+        ("tiny", {}, "options is 'tiny'; expected a mapping"),
+    ],
+)
+def test_what_is_no_state_dict_is_said(options, weights, words):
+    with pytest.raises(vmamba.UserError, match=words):
+        from_released(options, weights)
+
+
 def test_weights_that_do_not_fit_are_listed_in_groups_and_nothing_loads():
     options, weights = released(forward_type="v05_noz", depths=[2, 2])
     wrong = {name: weight for name, weight in weights.items() if "fc1" not in name} | {"neck.weight": torch.zeros(1)}

@@ -1,57 +1,36 @@
 """Files of weights: the released ones, those of mmdetection and mmsegmentation, our own, plain state dicts.
 
-Whatever a file is, `load_checkpoint` gives its weights under our names.  Nothing pickled is run: of what is not tensors
-and plain values only the config of the released files is read, as a plain mapping.
+Whatever a file is (`formats`), `load_checkpoint` gives its weights under our names.
 """
 
 import logging
-import pickle
-from collections import Counter, OrderedDict
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from vmamba.errors import UserError, unknown
 from vmamba.models.backbone import Backbone
 from vmamba.models.download import download, is_url
+from vmamba.models.formats import read_file
 from vmamba.models.released import backbone_weights, keys_from_released
 from vmamba.models.vssm import resize_pos_embed
-from vmamba.models.weights import load_weights
+from vmamba.models.weights import is_plain, load_weights
 
 logger = logging.getLogger("vmamba")
 _WHERE = {"ema": ("model_ema", "state_dict_ema"), "model": ("model", "state_dict")}  # in the order of "auto"
 _METADATA = {"epoch": "epoch", "max_accuracy": "max_accuracy", "max_accuracy_ema": "max_accuracy_ema"} | {
     "max_accuray_ema": "max_accuracy_ema"  # spelled so in the released files
 }
-
-
-class _Ignored:
-    """Stands in for a logged value: takes what is pickled of it and keeps nothing."""
-
-    def __init__(self, *args: object):
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-# What is pickled in such files beside tensors and plain values: the config of the released ones, read as a mapping, and
-# what the trainers of detectors and segmenters log, not read at all.
-PICKLED = [
-    (OrderedDict, "yacs.config.CfgNode"),
-    (_Ignored, "mmengine.logging.history_buffer.HistoryBuffer"),
-    (_Ignored, "numpy.ndarray"),
-    (_Ignored, "numpy.dtype"),
-    *(
-        (_Ignored, f"numpy.{core}.multiarray.{name}")
-        for core in ("core", "_core")
-        for name in ("_reconstruct", "scalar")
-    ),
-]
+# Parts of names that torch.compile and sharding put in, and buffers that averaging and profilers leave behind.
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_LEFTOVERS = ("n_averaged", "total_ops", "total_params")
+_STEM = re.compile(r"((?:.*\.)?)patch_embed\.(?:0|proj)\.weight")  # which every model of ours has, behind a prefix
 
 
 @dataclass(frozen=True)
@@ -61,8 +40,13 @@ class Checkpoint:
     path: Path
     source: str  # the key that held them: "model_ema", "model", "state_dict"; "" where the file is a state dict itself
     state_dict: dict[str, Tensor]
-    metadata: dict[str, Any]  # those there are of: epoch, max_accuracy and max_accuracy_ema in percent
+    metadata: dict[str, Any]  # those there are of: epoch, max_accuracy and max_accuracy_ema in percent, best_weights
     config: dict[str, Any]  # of the run that wrote it, as plain values; empty where the file has none
+
+    def __repr__(self) -> str:
+        numbers = sum(weight.numel() for weight in self.state_dict.values())
+        held = f"{len(self.state_dict)} tensors of {numbers:,} numbers"
+        return f"Checkpoint('{self.path}', source={self.source!r}, {held}, metadata={self.metadata})"
 
     @property
     def accuracy(self) -> float | None:
@@ -74,9 +58,10 @@ def load_checkpoint(path_or_url: str | Path, weights: str = "auto") -> Checkpoin
     """Read the weights of a file, or of an address (downloaded into torch hub's cache).
 
     Args:
-        path_or_url: a file of the original VMamba, of mmdetection or mmsegmentation (its backbone), of a run of ours, a
-            state dict, or safetensors.
-        weights: "ema" for the averaged weights, "model" for the plain ones, "auto" for the averaged where there are.
+        path_or_url: a file of the original VMamba, of mmdetection or mmsegmentation (its backbone), of timm, of a run
+            of ours, a state dict, or safetensors.
+        weights: "ema" for the averaged weights, "model" for the plain ones, "auto" for those that the file says are its
+            best ("best_weights", in files of our runs), else the averaged where there are.
 
     Raises UserError when the file is missing, damaged, or without such weights, or when it holds pickled objects.
     """
@@ -85,7 +70,7 @@ def load_checkpoint(path_or_url: str | Path, weights: str = "auto") -> Checkpoin
     found = read_weights(path_or_url)
     if weights != "auto" and weights not in found:
         raise UserError(f"'{path_or_url}' has no weights '{weights}', only '{next(iter(found))}'; ask for those")
-    kind = next(kind for kind in _WHERE if kind in found and weights in ("auto", kind))
+    kind = best_kind(found) if weights == "auto" else weights
     chosen = found[kind]
     others = [f"'{other.source}'" for name, other in found.items() if name != kind]
     facts = [f"epoch {chosen.metadata['epoch']}"] if "epoch" in chosen.metadata else []
@@ -98,31 +83,57 @@ def load_checkpoint(path_or_url: str | Path, weights: str = "auto") -> Checkpoin
     return chosen
 
 
+def best_kind(found: Mapping[str, Checkpoint]) -> str:
+    """Which of `read_weights`'s "auto" means: "ema" or "model"."""
+    best = next(iter(found.values())).metadata.get("best_weights")
+    return best if best in found else next(kind for kind in _WHERE if kind in found)
+
+
 def read_weights(path_or_url: str | Path) -> dict[str, Checkpoint]:
     """All the weights a file holds, as `load_checkpoint` gives them: "ema" where there are, "model"."""
     path = local_file(path_or_url)
     content = read_file(path)
+    held = weights_in(content, path_or_url)
+    metadata = {ours: content[name] for name, ours in _METADATA.items() if isinstance(content.get(name), (int, float))}
+    if content.get("best_weights") in _WHERE:
+        metadata["best_weights"] = content["best_weights"]
+    config = _plain(content["config"]) if isinstance(content.get("config"), Mapping) else {}
+    return {kind: Checkpoint(path, source, state_dict, metadata, config) for kind, (source, state_dict) in held.items()}
+
+
+def weights_in(content: Any, source: object) -> dict[str, tuple[str, dict[str, Tensor]]]:
+    """What a file's content holds: "ema" where there are averaged weights, "model": (their key, they under our names).
+
+    Raises UserError, naming `source`, where there are no weights or it is not clear which.
+    """
     if not isinstance(content, Mapping):
-        raise UserError(
-            f"'{path_or_url}' holds no weights but a {type(content).__name__}; give a file with a state dict"
-        )
+        kind = type(content).__name__
+        raise UserError(f"'{source}' holds no weights but a {kind}; give a file with a state dict")
+    if _is_state_dict(content):
+        return {"model": ("", _our_weights(content, source))}
     held = {
         kind: (name, content[name])
         for kind, names in _WHERE.items()
         for name in names
-        if isinstance(content.get(name), Mapping)
+        if _is_state_dict(content.get(name))
     }
-    held = held or {"model": ("", content)}
-    metadata = {ours: content[name] for name, ours in _METADATA.items() if isinstance(content.get(name), (int, float))}
-    config = _plain(content["config"]) if isinstance(content.get("config"), Mapping) else {}
-    return {
-        kind: Checkpoint(path, source, _our_weights(state_dict, path_or_url), metadata, config)
-        for kind, (source, state_dict) in held.items()
-    }
+    if not held:
+        others = [name for name, value in content.items() if _is_state_dict(value)]
+        if len(others) > 1:
+            raise UserError(f"'{source}' holds weights under {_listed(others)}; save those of one of them alone")
+        if any(isinstance(value, Tensor) for value in content.values()):
+            odd = next(name for name, value in content.items() if not isinstance(value, Tensor))
+            kind = type(content[odd]).__name__
+            raise UserError(f"'{source}' holds '{odd}', a {kind}, among tensors; save a state dict of tensors alone")
+        if not others:
+            raise UserError(f"'{source}' holds no weights: neither a state dict nor one under 'model' or 'state_dict'")
+        held = {"model": (others[0], content[others[0]])}
+    return {kind: (name, _our_weights(weights, source)) for kind, (name, weights) in held.items()}
 
 
 def load_pretrained(model: nn.Module, checkpoint: Checkpoint, drop_head: bool = False) -> None:
-    """Load the weights of a file into a model, a position map resized to the model's.
+    """Load the weights of a file into a model, a position map resized to the model's, and the first convolution of a
+    file of RGB images adapted to another number of channels as timm does.
 
     Args:
         model: a `VSSM`, or a `Backbone`, which takes no classifier.
@@ -131,11 +142,9 @@ def load_pretrained(model: nn.Module, checkpoint: Checkpoint, drop_head: bool = 
 
     Raises UserError, listing every difference, when anything else does not fit; nothing is loaded then.
     """
-    own, weights = model.state_dict(), dict(checkpoint.state_dict)
-    maps = [tensors["pos_embed"] for tensors in (own, weights) if "pos_embed" in tensors]
-    if len(maps) == 2 and maps[0].shape != maps[1].shape and maps[0].shape[:2] == maps[1].shape[:2]:
-        weights["pos_embed"] = resize_pos_embed(maps[1], maps[0].shape[2:])
-        logger.info(f"resized the position map from {tuple(maps[1].shape[2:])} to {tuple(maps[0].shape[2:])}")
+    own = model.state_dict()
+    ours = {name.removeprefix("model."): weight for name, weight in own.items()} if isinstance(model, Backbone) else own
+    weights = adapted(checkpoint.state_dict, ours)
     if isinstance(model, Backbone):
         weights = backbone_weights(model, weights)
     elif drop_head:
@@ -155,48 +164,68 @@ def local_file(path_or_url: str | Path) -> Path:
     return download(str(path_or_url)) if is_url(path_or_url) else Path(path_or_url).expanduser()
 
 
-def read_file(path: str | Path) -> Any:
-    """What the file holds, tensors on the CPU; nothing pickled but tensors and plain Python values is unpacked.
+def adapted(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`weights` with a position map and a first convolution of the sizes that a model's `own` weights have, as far as
+    that can be, which is logged."""
+    weights, stem = dict(weights), "patch_embed.0.weight"
+    theirs, ours = weights.get("pos_embed"), own.get("pos_embed")
+    if _differ(theirs, ours) and theirs.shape[:2] == ours.shape[:2]:
+        weights["pos_embed"] = resize_pos_embed(theirs, ours.shape[2:])
+        logger.info(f"resized the position map from {tuple(theirs.shape[2:])} to {tuple(ours.shape[2:])}")
+    theirs, ours = weights.get(stem), own.get(stem)
+    if _differ(theirs, ours) and theirs.shape[1] == 3:
+        weights[stem] = adapt_input_conv(ours.shape[1], theirs)
+        logger.info(f"adapted the first convolution from 3 channels of the images to {ours.shape[1]}")
+    return weights
 
-    A pickled yacs config, which the released files hold, becomes a mapping of plain values.
-    Raises UserError, naming the file, when it is missing, truncated or holds anything else.
+
+def _differ(theirs: Tensor | None, ours: Tensor | None) -> bool:
+    """Whether both are there, of four dimensions and numbers, but of other sizes."""
+    both = theirs is not None and ours is not None and theirs.dim() == ours.dim() == 4 and theirs.shape != ours.shape
+    return both and is_plain(theirs) and theirs.is_floating_point()
+
+
+def _is_state_dict(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(each, Tensor) for each in value.values())
+
+
+def _our_weights(state_dict: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
+    """A state dict of any origin under our names.
+
+    What wrappers put in front of the names and into them goes, and so does what is no part of our models: of a
+    detector's or segmenter's file the backbone is left.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no checkpoint '{path}'; check the path")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        with torch.serialization.safe_globals(PICKLED):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "unsupported" not in str(error).lower():  # a global, an opcode
-            raise UserError(f"'{path}' is not a checkpoint of PyTorch, or a damaged one") from error
-        raise UserError(
-            f"'{path}' holds pickled objects besides tensors and plain values, and loading those would run their code; "
-            f"save its weights alone (a state dict) and load that"
-        ) from error
-    except PermissionError as error:
-        raise UserError(f"cannot read '{path}': {error.strerror}") from error
-    except Exception as error:  # bytes that are not a checkpoint fail in as many ways as there are bytes
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"'{path}' is truncated or not a checkpoint ({reason})") from error
-
-
-def _our_weights(state_dict: Mapping[str, Any], source: object) -> dict[str, Tensor]:
-    """A state dict of any origin under our names; of a detector's or segmenter's, the backbone's."""
-    if not state_dict or not all(isinstance(value, Tensor) for value in state_dict.values()):
-        raise UserError(f"'{source}' holds no weights: neither a state dict nor one under 'model' or 'state_dict'")
-    if all(name.startswith("module.") for name in state_dict):  # saved from a wrapper for several processes
-        state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
-    backbone = {name.removeprefix("backbone."): state_dict[name] for name in state_dict if name.startswith("backbone.")}
-    if backbone:
-        rest = Counter(name.partition(".")[0] for name in state_dict if not name.startswith("backbone."))
+    weights = {_WRAPPERS.sub("", name): weight for name, weight in state_dict.items()}
+    leftovers = [name for name in weights if name.rpartition(".")[2] in _LEFTOVERS]
+    if leftovers:
+        logger.info(f"{source}: ignoring {len(leftovers)} buffers of averaging or profiling ({leftovers[0]}, ...)")
+        weights = {name: weight for name, weight in weights.items() if name not in leftovers}
+    prefix = _prefix(weights, source)
+    if prefix:
+        beside = prefix.removesuffix(f"{prefix.split('.')[-2]}.")  # where our own Backbone has its norms
+        kept = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+        norms = {name for name in weights if name.startswith(f"{beside}outnorm")}
+        kept |= {name.removeprefix(beside): weights[name] for name in norms}
+        rest = Counter(name.partition(".")[0] for name in weights if not name.startswith(prefix) and name not in norms)
         ignored = ", ".join(f"{name} ({count} keys)" for name, count in rest.items())
-        logger.info(f"{source}: taking the backbone" + (f", ignoring {ignored}" if rest else ""))
-    return keys_from_released(backbone or state_dict)
+        logger.info(f"{source}: taking what is under '{prefix[:-1]}'" + (f", ignoring {ignored}" if rest else ""))
+        weights = kept
+    return keys_from_released(weights)
+
+
+def _prefix(weights: Mapping[str, Tensor], source: object) -> str:
+    """What stands in front of the names of our models, "" or "backbone." or "module.model."."""
+    found = sorted({match[1] for match in map(_STEM.fullmatch, weights) if match})
+    if not found or "" in found:
+        return ""
+    if len(found) > 1 and "backbone." not in found:
+        places = _listed([prefix[:-1] for prefix in found])
+        raise UserError(f"'{source}' holds several models, under {places}; save one of them alone")
+    return "backbone." if "backbone." in found else found[0]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 def _without_head(weights: dict[str, Tensor], own: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:

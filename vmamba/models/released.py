@@ -146,13 +146,23 @@ def from_released(
 
     Args:
         options: of the released `VSSM`, under its names; absent ones have its defaults.
-        state_dict: released weights in either spelling; for a backbone a classifier may be there or not.
+        state_dict: released weights in either spelling, such as `vmamba.load_checkpoint(path).state_dict`; for a
+            backbone a classifier may be there or not.
         features: None for a classifier, `model(x)` -> logits; stages counted from 0 for a backbone, whose call gives
             the list of their normed outputs, (batch, channels, height, width).  The `outnorm*` weights of these
             stages are used where the state dict has any; else the norms are as initialised.
 
     Raises UserError for unknown options, and for weights that do not fit, listing how.
     """
+    for name, given in (("options", options), ("state_dict", state_dict)):
+        if not isinstance(given, Mapping):
+            raise UserError(f"{name} is {given!r:.60}; expected a mapping (vmamba.load_checkpoint(path) reads a file)")
+    for name, weight in state_dict.items():
+        if not isinstance(weight, Tensor):
+            kind = type(weight).__name__
+            raise UserError(
+                f"state_dict holds '{name}', a {kind} and no tensor; vmamba.load_checkpoint(path) reads a file"
+            )
     model = VSSM(**options_from_released(options))
     weights = keys_from_released(state_dict)
     if model.pos_embed is not None and "pos_embed" in weights:

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from vmamba.errors import unknown
 from vmamba.models.download import download
-from vmamba.models.pretrained import PICKLED
-from vmamba.models.released import keys_from_released
+from vmamba.models.formats import PICKLED
+from vmamba.models.pretrained import adapted, weights_in
 from vmamba.models.variants import VARIANTS, Variant, create_model
-from vmamba.models.vssm import VSSM, resize_pos_embed
+from vmamba.models.vssm import VSSM
 from vmamba.models.weights import load_weights
 
 logger = logging.getLogger("vmamba")
@@ -66,17 +66,13 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: VSSM) -> dict[str
     The averaged weights where there are any; a position map is resized.  The first convolution and the classifier may
     have other shapes: timm adapts them afterwards.  Raises UserError, listing how, if anything else does not fit.
     """
-    for key in ("model_ema", "state_dict_ema", "state_dict", "model"):
-        if isinstance(state_dict.get(key), Mapping):
-            logger.info(f"taking the weights '{key}'")
-            state_dict = state_dict[key]
-            break
-    weights = keys_from_released(state_dict)
-    if model.pos_embed is not None and "pos_embed" in weights:
-        weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], model.pos_embed.shape[2:])
-    adapted = {f"{FIRST_CONV}.weight", f"{CLASSIFIER}.weight", f"{CLASSIFIER}.bias"}
-    own = {name: weight for name, weight in model.state_dict().items() if name in adapted}
-    load_weights(model, {name: weight for name, weight in weights.items() if name not in adapted} | own, "checkpoint")
+    source, weights = next(iter(weights_in(state_dict, "checkpoint").values()))
+    if source:
+        logger.info(f"taking the weights '{source}'")
+    own, by_timm = model.state_dict(), {f"{FIRST_CONV}.weight", f"{CLASSIFIER}.weight", f"{CLASSIFIER}.bias"}
+    weights = adapted(weights, {name: weight for name, weight in own.items() if name not in by_timm})
+    fixed = {name: weight for name, weight in weights.items() if name not in by_timm}
+    load_weights(model, fixed | {name: weight for name, weight in own.items() if name in by_timm}, "checkpoint")
     return weights
 
 

@@ -4,30 +4,52 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from vmamba.errors import UserError
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: object) -> None:
-    """Load a state dict whose names and shapes are exactly the model's.
+    """Load a state dict whose names, shapes and kinds of numbers are exactly the model's.
 
-    Raises UserError, naming `source` and listing what is missing, unexpected or of another shape, and loads nothing.
+    Raises UserError, naming `source` and listing what is missing, unexpected, of another shape or no plain numbers of
+    the model's kind, and loads nothing.
     """
     own = model.state_dict()
+    both = sorted(own.keys() & weights.keys())
     shapes = {
         name: f"file {tuple(weights[name].shape)}, model {tuple(own[name].shape)}"
-        for name in own.keys() & weights.keys()
+        for name in both
         if weights[name].shape != own[name].shape
     }
+    kinds = {name: _difference(weights[name], own[name]) for name in both if name not in shapes}
     differences = [
         _grouped("missing", dict.fromkeys(own.keys() - weights.keys(), "")),
         _grouped("unexpected", dict.fromkeys(weights.keys() - own.keys(), "")),
         _grouped("of another shape", shapes),
+        _grouped("of another kind", {name: kind for name, kind in kinds.items() if kind}),
     ]
     if any(differences):
         raise UserError(f"'{source}' is of another architecture: {'; '.join(filter(None, differences))}")
     model.load_state_dict(weights)
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Whether it is a dense tensor that holds numbers."""
+    return weight.layout is torch.strided and not weight.is_quantized and not weight.is_meta
+
+
+def _difference(weight: Tensor, own: Tensor) -> str:
+    """Why `weight` cannot become `own` without loss; "" where it can.  Another width of the same numbers is none."""
+    if own.is_meta:  # of a model without numbers, as long as the file has none either
+        return "" if weight.is_meta else "the model is on the meta device, which holds no numbers"
+    if not is_plain(weight):
+        kind = "quantized" if weight.is_quantized else "on the meta device" if weight.is_meta else str(weight.layout)
+        return f"file {kind}, model {str(own.dtype).removeprefix('torch.')}"
+    if (weight.is_floating_point(), weight.is_complex()) != (own.is_floating_point(), own.is_complex()):
+        return f"file {weight.dtype}, model {own.dtype}".replace("torch.", "")
+    return ""
 
 
 def _grouped(kind: str, details: Mapping[str, str], most: int = 12) -> str:

@@ -1,0 +1,186 @@
+"""What a file of weights is, seen from its first bytes, and what it holds.  Nothing pickled is run."""
+
+import json
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from vmamba.errors import UserError
+
+_LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what files of torch.save begin with that are no zip archive
+_BEGINNINGS = {  # of what is taken for a checkpoint by mistake
+    b"version https://git-lfs": "is a pointer of Git LFS and not the file itself; fetch that with 'git lfs pull'",
+    b"\x1f\x8b": "is compressed by gzip; unpack it and give what is in it",
+    b"BZh": "is compressed by bzip2; unpack it and give what is in it",
+    b"\xfd7zXZ": "is compressed by xz; unpack it and give what is in it",
+    b"\x28\xb5\x2f\xfd": "is compressed by zstd; unpack it and give what is in it",
+    b"7z\xbc\xaf": "is a 7z archive; unpack it and give what is in it",
+    b"\x93NUMPY": "is an array of NumPy; save the weights with torch.save(state_dict, path)",
+    b"\x89HDF": "is an HDF5 file; save the weights with torch.save(state_dict, path)",
+}
+
+
+class Fields(dict):
+    """A pickled object whose attributes are read as a mapping."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.update(state)
+
+
+class Ignored:
+    """Stands in for a pickled object that says nothing here: takes what is pickled of it and keeps nothing."""
+
+    def __init__(self, *args: object):
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def path_in(*parts: str) -> str:
+    """A pickled path, as text."""
+    return str(PurePosixPath(*parts))
+
+
+# What is pickled in such files beside tensors and plain values: the config of the released ones and the arguments of
+# timm's and DeiT's, read as mappings, and what trainers log, not read at all.
+PICKLED = [
+    (OrderedDict, "yacs.config.CfgNode"),
+    (Fields, "argparse.Namespace"),
+    (Fields, "types.SimpleNamespace"),
+    *(
+        (path_in, f"{module}.{name}")
+        for module in ("pathlib", "pathlib._local")
+        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+    ),
+    *((Ignored, f"datetime.{name}") for name in ("datetime", "date", "time", "timedelta", "timezone")),
+    (Ignored, "mmengine.logging.history_buffer.HistoryBuffer"),
+    (Ignored, "numpy.ndarray"),
+    (Ignored, "numpy.dtype"),
+    *(
+        (Ignored, f"numpy.{core}.multiarray.{name}")
+        for core in ("core", "_core")
+        for name in ("_reconstruct", "scalar")
+    ),
+]
+
+
+def read_file(path: str | Path) -> Any:
+    """What the file holds, tensors on the CPU: a file of torch.save, or safetensors, whatever its name.
+
+    Nothing pickled but tensors, plain Python values and `PICKLED` is unpacked.
+    Raises UserError, naming the file and what it is, when it is missing, damaged or anything else.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"checkpoint '{path}' is a folder; give the path of a file")
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint '{path}'; check the path")
+    try:
+        with path.open("rb") as file:
+            start = file.read(1024)
+    except OSError as error:
+        raise UserError(f"cannot read '{path}': {error.strerror}") from error
+    other = _something_else(path, start)
+    if other:
+        raise UserError(f"'{path}' {other}")
+    try:
+        if _is_safetensors(start):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        with path.open("rb") as file, torch.serialization.safe_globals(PICKLED):  # by a name torch.load would guess
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"'{path}' {_why_not_unpickled(path, start, str(error))}") from error
+    except Exception as error:  # bytes that are not a checkpoint fail in as many ways as there are bytes
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"'{path}' is truncated or not a checkpoint ({reason})") from error
+
+
+def _is_safetensors(start: bytes) -> bool:
+    return start[8:9] == b"{" and 2 <= int.from_bytes(start[:8], "little") <= 100_000_000
+
+
+def _something_else(path: Path, start: bytes) -> str:
+    """What the file is and what to do, where it is nothing to load weights from; else ""."""
+    if not start:
+        return "is empty; fetch it again"
+    for beginning, sentence in _BEGINNINGS.items():
+        if start.startswith(beginning):
+            return sentence
+    text = start.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "is a web page, as servers send instead of a file; download the file itself"
+    if text.startswith((b"{", b"[")):
+        return _json(path)
+    if start.startswith(b"PK\x03\x04"):
+        return _archive(path)
+    if _protocol(start) and _LEGACY not in start[:32]:
+        return (
+            "was written by pickle and not by torch.save, and reading it would run its code; read it where you trust "
+            "it and save it with torch.save(state_dict, path)"
+        )
+    if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in start):
+        return f"is a text file ({start[:30].decode()!r}); give a file of weights"
+    return ""
+
+
+def _json(path: Path) -> str:
+    try:
+        parts = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return "is JSON text, which holds no weights; give the file of weights beside it"
+    return f"is the index of weights in {len(parts)} files ({parts[0]}, ...); save them as one file and give that"
+
+
+def _archive(path: Path) -> str:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name.rpartition("/")[2] for name in archive.namelist()]
+    except (zipfile.BadZipFile, OSError) as error:
+        return f"is truncated or damaged ({error})"
+    if "constants.pkl" in names:
+        return "is a program of TorchScript; save its weights with torch.save(program.state_dict(), path)"
+    if "data.pkl" not in names:
+        return "is an archive without a checkpoint of torch.save; if one lies in it, unpack it and give that"
+    return ""
+
+
+def _why_not_unpickled(path: Path, start: bytes, reason: str) -> str:
+    if not (start.startswith(b"PK\x03\x04") or _LEGACY in start[:32]):
+        return "is truncated or not a checkpoint"
+    protocol = _protocol(_head_of_pickle(path, start))
+    if protocol > 2:
+        return (
+            f"was saved with pickle's protocol {protocol}, which cannot be read without running code; save it again "
+            f"with torch.save(content, path)"
+        )
+    found = re.search(r"GLOBAL ([\w.]+)", reason)
+    if found or "unsupported" in reason.lower():
+        return (
+            f"holds pickled objects{f' ({found[1]})' if found else ''} besides tensors and plain values, and loading "
+            f"those would run their code; save its weights alone (a state dict) and load that"
+        )
+    return f"is damaged ({reason.strip().partition(chr(10))[0]})"
+
+
+def _head_of_pickle(path: Path, start: bytes) -> bytes:
+    """The first bytes of the pickle in a file of torch.save."""
+    if not start.startswith(b"PK\x03\x04"):
+        return start
+    with zipfile.ZipFile(path) as archive:
+        name = next(name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl")
+        with archive.open(name) as file:
+            return file.read(2)
+
+
+def _protocol(start: bytes) -> int:
+    """Of the pickle that begins so; 0 where none does."""
+    is_pickle = start[:1] == b"\x80" and len(start) > 1 and start[1] <= pickle.HIGHEST_PROTOCOL
+    return start[1] if is_pickle else 0
