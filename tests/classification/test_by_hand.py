@@ -16,7 +16,7 @@ from vmamba.models.variants import build_model
 from vmamba.runtime.run import Run
 from vmamba.runtime.trainer import run
 
-from .tiny import CLASSES, metrics, saved, tiny_config
+from .tiny import CLASSES, log, metrics, saved, tiny_config
 
 
 def smooth(labels, smoothing):
@@ -163,6 +163,7 @@ def test_start_epoch_counts_epochs_as_done(tmp_path):
     run(config)
     (line,) = metrics(config)
     assert (line["epoch"], line["step"]) == (2, 6)
+    assert log(config).count("train [") == 3
     assert line["lr"] == pytest.approx(0.1 * 10 / 512 * (5e-5 + (1 - 5e-5) * (1 + math.cos(math.pi * 2 / 3)) / 2))
 
 
