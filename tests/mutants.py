@@ -90,10 +90,17 @@ MUTANTS = (
     ),
     Mutant(
         "EMA.WARMUP ignored",
+        "vmamba/runtime/start.py",
+        "use_warmup=ema.WARMUP",
+        "use_warmup=False",
+        RUNS,
+    ),
+    Mutant(
+        "without EMA.WARMUP the first average is the first weights",
         "vmamba/runtime/step.py",
         "step=state.step if self.config.TRAIN.EMA.WARMUP else None",
         "step=state.step",
-        f"{RUNS} tests/classification/test_every_key.py -k 'hand or WARMUP'",
+        RUNS,
     ),
     Mutant(
         "USE_CHECKPOINT without effect",

@@ -79,7 +79,8 @@ class Hand:
 
     def factor(self, epoch):
         if epoch < 1:
-            return 5e-6 + (1 - 5e-6) * epoch
+            start = self.config.TRAIN.WARMUP_LR / 0.1
+            return start + (1 - start) * epoch
         return 5e-5 + (1 - 5e-5) * (1 + math.cos(math.pi * (epoch - 1))) / 2
 
     def mix(self, images, labels, step):
@@ -93,7 +94,7 @@ class Hand:
 
 @pytest.mark.parametrize(
     "opts",
-    [(), ("AUG.MIXUP", 0, "AUG.CUTMIX", 0, "TRAIN.EMA.WARMUP", False), ("AMP.ENABLE", True)],
+    [(), ("AUG.MIXUP", 0, "AUG.CUTMIX", 0, "TRAIN.EMA.WARMUP", False, "TRAIN.WARMUP_LR", 0.05), ("AMP.ENABLE", True)],
     ids=["mixed", "not mixed", "bfloat16"],
 )
 def test_two_epochs_by_hand(tmp_path, opts):
