@@ -20,14 +20,15 @@ fail() {
 
 # A line a model: name, published top-1 on ImageNet-1K (-: none), address of the released file (-: none).
 models() {
+    local remedy="make setup installs what it needs"
     PYTHONPATH=$PWD:$PWD/kernels python -c '
 from vmamba.models.variants import VARIANTS
 for name, variant in VARIANTS.items():
     if variant.released_as:
-        print(name, variant.accuracy or "-", variant.weights or "-")' 2>/dev/null || fail "cannot read vmamba/models/variants.py; make setup installs what it needs"
+        print(name, variant.accuracy or "-", variant.weights or "-")' 2>/dev/null || fail "cannot read vmamba/models/variants.py; $remedy"
 }
 
-# The command of model $1 with released file $2 (-: none), task $3, as the array COMMAND; further arguments go to main.py.
+# The command of model $1, whose released file is $2 (-: none), for task $3, as the array COMMAND; the rest is main.py's.
 compose() {
     local name=$1 released=$2 task=$3
     shift 3
