@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 import vmamba_kernels as vk
+from vmamba_kernels.private import keep_gpu_busy
 
 ROUTES = vk.ROUTES
 COLUMNS = (
@@ -321,7 +322,7 @@ def _median_ms(function: Callable[[], object], repeats: int, machine: Machine | 
     events = []
     for _ in range(repeats):
         flush.zero_()
-        torch.cuda._sleep(4_000_000)  # cycles, about 2 ms
+        keep_gpu_busy(4_000_000)  # cycles, about 2 ms
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         function()

@@ -1,10 +1,10 @@
-"""Files written wholly or not at all, and text in the encodings it comes in."""
+"""Files written wholly or not at all, or held by one process at a time; text in the encodings it comes in."""
 
 import codecs
 import os
 import secrets
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -18,6 +18,11 @@ _MARKS = {  # a text that begins with one says its encoding; UTF-16's is the beg
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+
+try:
+    import fcntl
+except ImportError:  # Windows, which has msvcrt
+    fcntl = None
 
 
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -55,6 +60,44 @@ def make_folder(path: str | Path) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+@contextmanager
+def held(path: str | Path) -> Iterator[None]:
+    """Hold `path`, a file that is made for it, against all other processes that do the same; waits for its turn.
+
+    A process that ends, in whatever way, holds nothing any more.  Raises OSError where the file cannot be made.
+    """
+    path = Path(path)
+    while True:
+        file = path.open("ab")
+        _lock(file)
+        if _lies_at(path, file):
+            break
+        file.close()  # who held it before has removed it
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows removes no open file; then it stays
+            path.unlink()
+        file.close()
+
+
+def _lies_at(path: Path, file: IO[bytes]) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
+
+
+def _lock(file: IO[bytes]) -> None:
+    if fcntl is not None:
+        return fcntl.flock(file, fcntl.LOCK_EX)
+    import msvcrt
+
+    while True:
+        with suppress(OSError):  # after ten seconds of waiting
+            return msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
 
 
 def remove_leftovers(folder: str | Path) -> None:

@@ -1,6 +1,7 @@
 """What is used here although PyTorch, timm or submitit call it private, in one place; a test names what moved.
 
-`from vmamba_kernels.private import NAME` imports it from where it is, when first asked for: the kernels need no timm.
+`from vmamba_kernels.private import NAME` takes a name of `WHERE` from where it is, when first asked for: the kernels
+need no timm.
 """
 
 from importlib import import_module
@@ -13,6 +14,11 @@ WHERE = {
     "feature_take_indices": "timm.models._features",
     "MATCH_PREV_GROUP": "timm.models._manipulate",
 }
+# Dispatch keys that a thread includes when nothing watches its calls.
+_UNWATCHED = (
+    torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+    | torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+).raw_repr()
 
 
 def __getattr__(name: str) -> Any:
@@ -24,3 +30,23 @@ def __getattr__(name: str) -> Any:
 def is_transformed() -> bool:
     """Whether a transform of torch.func (vmap, grad, jvp, ...) or forward-mode AD is in force."""
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def is_watched() -> bool:
+    """Whether a mode, a transform of torch.func or a trace gets to see what this thread's operators are called with."""
+    return bool(torch._C._dispatch_tls_local_include_set().raw_repr() & ~_UNWATCHED)
+
+
+def raw_stream(device: int) -> int:
+    """The current CUDA stream of a device, as a driver's handle."""
+    return torch._C._cuda_getCurrentRawStream(device)
+
+
+def keep_gpu_busy(cycles: int) -> None:
+    """A kernel that waits so many cycles."""
+    torch.cuda._sleep(cycles)
+
+
+def batch_file(executor: Any) -> str:
+    """The batch file that an executor of submitit would give to SLURM."""
+    return executor._make_submission_file_text(executor._submitit_command_str, uid="")

@@ -29,7 +29,7 @@ def test_without_what_only_unix_has(tmp_path):
     """As on Windows: modules that are not there, signals that have no name."""
     config = tiny_config(tmp_path)
     program = f"""
-import signal, sys
+import signal, sys, types
 for name in ("fcntl", "resource", "termios", "pwd", "grp", "syslog"):
     sys.modules[name] = None
 for name in ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGKILL", "pthread_sigmask", "sigwaitinfo"):
@@ -38,6 +38,7 @@ import torch, vmamba
 assert vmamba.create_model("vmamba_digits", num_classes=3)(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
 from vmamba.config import get_config
 from vmamba.runtime.trainer import run
+sys.modules["msvcrt"] = types.SimpleNamespace(LK_LOCK=1, LK_NBLCK=2, locking=lambda *args: None)  # Windows's own
 run(get_config({str(tmp_path / "tiny.yaml")!r}, ["OUTPUT", {str(tmp_path)!r}]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, **ALONE)

@@ -524,6 +524,13 @@ def test_a_name_with_its_weights(hub, server, variant, averaged, said):
 
 def test_names_with_weights():
     names = vmamba.list_models(pretrained=True)
+    assert vmamba.list_models("*tiny*") == ["vmamba_tiny", "vmamba_tiny_s2l5", "vmamba_tiny_s1l8", "vmamba_tiny_m2"]
+    assert vmamba.list_models("*tiny*", pretrained=True) == vmamba.list_models("*tiny*")[:3]
+    assert vmamba.list_models(["*_s1l8", "*digits"]) == ["vmamba_tiny_s1l8", "vmamba_digits"]
+    assert vmamba.list_models("nothing") == []
+    for wrong in (True, 3, [True]):
+        with pytest.raises(UserError, match="; give a pattern such as"):
+            vmamba.list_models(wrong)
     assert names == [name for name in vmamba.list_models() if not name.endswith(("_m2", "_digits"))]
     for name in names:
         assert variants.VARIANTS[name].weights.startswith("https://github.com/MzeroMiko/VMamba/releases/download/%23v")

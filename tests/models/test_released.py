@@ -79,6 +79,62 @@ def test_v0_ignores_what_the_released_v0_ignores():
     assert [ours[name] for name in ("ssm_conv", "ssm_conv_bias", "ssm_act", "ssm_init")] == [-1, False, "gelu", "v2"]
 
 
+@pytest.mark.parametrize(
+    ("old", "later"),
+    [
+        ("v3noz", "v3_noz"),
+        ("v05noz", "v05_noz"),
+        ("v2noz", "v2_noz"),
+        ("v2nozact", "v2_nozact"),
+        ("v05nozoact", "v05_noz_oact"),
+        ("v2softmaxnozactno32", "v2_onsoftmax_nozact_no32"),
+        ("v2dwconv3", "v2_ondwconv3"),
+        ("v31dnoz", "v051d_noz"),
+        ("v32d", "v052d"),
+        ("v4", "v05"),
+        ("v1", "v2"),
+    ],
+)
+def test_forward_types_until_spring_2024(old, later):
+    assert options_from_released({"forward_type": old}) == options_from_released({"forward_type": later})
+
+
+def test_which_forward_types_force_float32():
+    """As the original's table of them says."""
+    forced = {"v0", "v0seq", "v01", "v02", "v03", "v1", "v2"}
+    free = {"v04", "v05", "v3", "v4", "v051d", "v052d", "m0", "v2_no32", "v01_no32"}
+    for name in forced | free:
+        assert options_from_released({"forward_type": name})["scan_float32"] is (name in forced), name
+
+
+def test_what_constructors_of_other_times_take():
+    old = dict(d_state=4, dt_rank="3", attn_drop_rate=0.2, drop_rate=0.0, norm_layer=torch.nn.LayerNorm)
+    mmdetection = dict(type="MM_VSSM", pretrained="x.pth", init_cfg=None, out_indices=(0, 1), use_checkpoint=True)
+    later = dict(ssm_d_state=4, ssm_dt_rank=3, ssm_drop_rate=0.2, norm_layer="ln2d", ssm_rank_ratio=2.0)
+    assert options_from_released(old | mmdetection) == options_from_released(later)
+    assert (
+        options_from_released(dict(norm_layer=torch.nn.BatchNorm2d, ssm_act_layer=torch.nn.GELU))["norm_layer"] == "bn"
+    )
+    assert options_from_released(dict(ssm_simple_init=True))["ssm_init"] == "v1"
+    options, weights = released()
+    backbone = from_released(options | mmdetection, weights)
+    assert isinstance(backbone, vmamba.Backbone) and backbone.out_indices == (0, 1)
+    assert all(stage.grad_checkpointing for stage in backbone.model.layers)
+    assert isinstance(from_released(options | mmdetection, weights, features=(1,)).outnorm1, torch.nn.LayerNorm)
+    assert not from_released(options | {"use_checkpoint": False}, weights).layers[0].grad_checkpointing
+    with pytest.raises(vmamba.UserError, match="drop_rate is 0.1; dropout behind the stem is not here"):
+        options_from_released(dict(drop_rate=0.1))
+
+
+def test_weights_of_an_out_norm_of_spring_2024():
+    options, weights = released(forward_type="v2_ondwconv3")
+    old = {name.replace("out_norm.1.", "out_norm."): weight for name, weight in weights.items()}
+    assert old.keys() != weights.keys()
+    images = torch.randn(1, 3, 16, 16)
+    expected = from_released(options, weights)(images)
+    assert torch.equal(from_released(options | {"forward_type": "v2dwconv3"}, old)(images), expected)
+
+
 @pytest.mark.parametrize("forward_type", ["v01", "v02", "v03", "v04", "v05", "v2", "v3", "v0seq", "v051d", "v052d"])
 def test_forward_types_that_are_one_model(forward_type):
     options, weights = released(forward_type="v05", ssm_conv=3)
@@ -98,6 +154,10 @@ def test_forward_types_that_are_one_model(forward_type):
     [
         (dict(forward_type="v052dc"), "'v052dc' is an ablation of the original that is not supported"),
         (dict(forward_type="xv1a"), "'xv1a' is an ablation of the original that is not supported"),
+        (dict(forward_type="xv2noz"), "'xv2noz' is an ablation of the original that is not supported"),
+        (dict(forward_type="v32dc"), "'v32dc' is an ablation of the original that is not supported"),
+        (dict(forward_type=3), "forward_type is 3; expected a string such as 'v05_noz'"),
+        (dict(ssm_d_state=0), "ssm_d_state is 0; it must be at least 1"),
         (dict(forward_type="v9"), "unknown forward_type 'v9'"),
         (dict(forward_type="v05_noz_onsofmax"), "unknown postfix 'onsofmax'; did you mean 'onsoftmax'?"),
         (dict(forward_type="v05_onnone_onsigmoid"), "names 2 out-norms"),

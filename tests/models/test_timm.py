@@ -12,10 +12,8 @@ import timm
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
-from timm.models._features_fx import get_notrace_functions, get_notrace_modules
-from timm.models._manipulate import group_parameters
+from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
-from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 from yacs.config import CfgNode
 
 import vmamba
@@ -161,22 +159,6 @@ def test_features_only(name):
     for feature_cls in ("hook", "fx"):
         other = small(name, features_only=True, feature_cls=feature_cls).eval()
         torch.testing.assert_close([f.permute(0, 3, 1, 2) for f in other(x)], expected, rtol=0, atol=0)
-
-
-@kinds
-@pytest.mark.filterwarnings("ignore:NOTE. The nodes obtained by tracing")
-def test_torch_fx_traces_the_model(name):
-    model = small(name, num_classes=4, drop_path_rate=0.0)
-    options = dict(leaf_modules=get_notrace_modules(), autowrap_functions=get_notrace_functions())
-    nodes = [nodes[-1] for nodes in get_graph_node_names(model, tracer_kwargs=options)]
-    traced = create_feature_extractor(
-        model, train_return_nodes=nodes[:1], eval_return_nodes=nodes[1:], tracer_kwargs=options
-    )
-    for size in ((32, 64), (37, 45)):
-        (logits,) = traced.eval()(images(*size)).values()
-        torch.testing.assert_close(logits, model.eval()(images(*size)), rtol=0, atol=0)
-    sum(traced.train()(images(32, 32)).values()).mean().backward()
-    assert all(parameter.grad is not None for parameter in traced.parameters())
 
 
 @kinds

@@ -1,12 +1,9 @@
 """Weights from an address into torch hub's cache: resumed when they broke off, verified where a hash is known."""
 
-import fcntl
 import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
@@ -18,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from vmamba.errors import UserError
+from vmamba.files import held
 
 logger = logging.getLogger("vmamba")
 _TIMEOUT = 30  # seconds without an answer
@@ -35,12 +33,13 @@ def download(url: str, sha256: str | None = None) -> Path:
     its SHA-256 is not `sha256`.
     """
     path = Path(torch.hub.get_dir(), "checkpoints", Path(unquote(urlsplit(url).path)).name)
-    if path.exists():
-        logger.info(f"found {path}, downloaded earlier")
-        return _checked(path, url, sha256)
+    part = path.with_name(f"{path.name}.part")
     try:
+        if path.exists():
+            logger.info(f"found {path}, downloaded earlier")
+            return _checked(path, url, sha256)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(path.with_name(f"{path.name}.part")) as part:
+        with held(path.with_name(f"{path.name}.lock")):
             if not path.exists():  # another process may have been faster
                 _fetch(url, part, path)
                 _checked(part, url, sha256).rename(path)
@@ -49,21 +48,18 @@ def download(url: str, sha256: str | None = None) -> Path:
     return path
 
 
-@contextmanager
-def _alone(part: Path) -> Iterator[Path]:
-    """Hold `part` against other processes that download the same; it stays where it holds anything."""
-    with part.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield part
-        finally:
-            if part.exists() and not part.stat().st_size:
-                part.unlink()
-
-
 def _fetch(url: str, part: Path, path: Path) -> None:
-    """Complete `part`, as long as each try brings something."""
-    remedy = f"fetch it by other means and put it at '{path}'"
+    """Complete `part`, as long as each try brings something; it stays where it holds anything."""
+    part.touch()
+    try:
+        _complete(url, part, f"fetch it by other means and put it at '{path}'")
+    except BaseException:
+        if not part.stat().st_size:
+            part.unlink()
+        raise
+
+
+def _complete(url: str, part: Path, remedy: str) -> None:
     while True:
         before = part.stat().st_size
         try:

@@ -21,21 +21,30 @@ from vmamba_kernels import ROUTES
 
 # Released option -> ours.
 RELEASED = {each.metadata["released"]: each for each in fields(ModelOptions) if each.metadata["released"]}
-_NORM_LAYERS = {"ln": "ln", "ln2d": "ln", "bn": "bn"}  # channels-last and -first LayerNorm are one computation
+# Channels-last and -first LayerNorm are one computation; the first constructors took classes.
+_NORM_LAYERS = {"ln": "ln", "ln2d": "ln", "bn": "bn", "layernorm": "ln", "layernorm2d": "ln", "batchnorm2d": "bn"}
+_OLDER = {"d_state": "ssm_d_state", "dt_rank": "ssm_dt_rank", "attn_drop_rate": "ssm_drop_rate"}  # names of January
+# What the original's constructors take besides, mmdetection's among them, and what says nothing about the model.
+_ELSEWHERE = ("use_checkpoint", "ssm_rank_ratio", "type", "pretrained", "init_cfg", "out_indices")
 
-# forward_type: bases that are the selective scan along the four routes; those of v0's time force float32 on it.
-_FORCED_FLOAT32 = ("v0", "v0seq", "v01", "v2", "v3")
+# forward_type: bases that are the selective scan along the four routes; some force float32 on it.
+_FORCED_FLOAT32 = ("v0", "v0seq", "v01", "v02", "v03", "v1", "v2")
+_ONE_WAY, _TWO_WAYS = {"routes": ("row",) * 4}, {"routes": ("row", "row", "row_rev", "row_rev")}
 _BASES: dict[str, dict[str, Any]] = {
-    **{base: {} for base in (*_FORCED_FLOAT32, "v02", "v03", "v04", "v05")},
-    "v051d": {"routes": ("row",) * 4},
-    "v052d": {"routes": ("row", "row", "row_rev", "row_rev")},
+    **{base: {} for base in (*_FORCED_FLOAT32, "v04", "v05", "v3", "v4")},
+    **{"v051d": _ONE_WAY, "v31d": _ONE_WAY, "v052d": _TWO_WAYS, "v32d": _TWO_WAYS},
     "m0": {"scan": "ssd"},
 }
+_ABLATIONS = ("v052dc", "v052d3", "v32dc")
 _POSTFIXES = {
     postfix: {each.name: value}
     for each in fields(ModelOptions)
     for postfix, value in each.metadata["postfixes"].items()
 }
+# Until spring 2024 postfixes had no underscore, and those of the out-norm no "on" (v3noz, v2nozact, v05dwconv3).
+_OLD_POSTFIXES = {postfix.removeprefix("on"): postfix for postfix in _POSTFIXES}
+_OLD_POSTFIX = "|".join(sorted(_OLD_POSTFIXES, key=len, reverse=True))
+_GLUED = re.compile(f"({'|'.join(sorted(_BASES, key=len, reverse=True))})((?:{_OLD_POSTFIX})+)")
 _V0 = {"ssm_conv": 3, "ssm_conv_bias": True, "ssm_act": "silu", "ssm_init": "v0"}  # v0 ignores what is given for these
 
 
@@ -44,19 +53,24 @@ def options_from_released(options: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises UserError for an option or value that is unknown, or a forward type that is not supported.
     """
-    given = dict(options)
+    given = {_OLDER.get(name, name): value for name, value in options.items() if name not in _ELSEWHERE}
     forward_type = given.pop("forward_type", "v2")
+    if given.pop("drop_rate", 0):
+        raise UserError(f"released option drop_rate is {options['drop_rate']!r}; dropout behind the stem is not here")
+    if given.pop("ssm_simple_init", False):
+        given["ssm_init"] = "v1"
     for name in given:
         if name not in RELEASED:
             raise unknown("released option", name, [*RELEASED, "forward_type"])
-    if "norm_layer" in given:
-        norm = str(given["norm_layer"]).lower()
-        if norm not in _NORM_LAYERS:
-            raise unknown("released norm_layer", norm, _NORM_LAYERS)
-        given["norm_layer"] = _NORM_LAYERS[norm]
-    for name in ("ssm_act_layer", "mlp_act_layer"):
+    for name in ("norm_layer", "ssm_act_layer", "mlp_act_layer"):
         if name in given:
-            given[name] = str(given[name]).lower()
+            given[name] = getattr(given[name], "__name__", str(given[name])).lower()
+    if "norm_layer" in given:
+        if given["norm_layer"] not in _NORM_LAYERS:
+            raise unknown("released norm_layer", given["norm_layer"], _NORM_LAYERS)
+        given["norm_layer"] = _NORM_LAYERS[given["norm_layer"]]
+    if str(given.get("ssm_dt_rank", "")).isdigit():
+        given["ssm_dt_rank"] = int(given["ssm_dt_rank"])
     ours = {}
     for released, each in RELEASED.items():
         value = each.metadata["takes"].check(released, given.get(released, each.default))
@@ -68,8 +82,11 @@ def _options_of_forward_type(forward_type: str) -> dict[str, Any]:
     if not isinstance(forward_type, str):
         raise UserError(f"forward_type is {forward_type!r}; expected a string such as 'v05_noz'")
     base, *postfixes = forward_type.split("_")
-    if base == "v052dc" or base.startswith("xv"):
+    if base.startswith(("xv", *_ABLATIONS)):
         raise UserError(f"forward_type '{forward_type}' is an ablation of the original that is not supported here")
+    if base not in _BASES and (glued := _GLUED.fullmatch(base)):
+        base = glued[1]
+        postfixes += [_OLD_POSTFIXES[name] for name in re.findall(_OLD_POSTFIX, glued[2])]
     if base not in _BASES:
         raise unknown("forward_type", forward_type, _BASES)
     ours = {"scan_float32": base in _FORCED_FLOAT32, "routes": ROUTES} | _BASES[base]
@@ -96,6 +113,7 @@ _JANUARY = (
     (r"\.self_attention\.", ".op."),
     (r"^(norm|head)\.", r"classifier.\1."),
 )
+_OUT_NORM_CONV = re.compile(r"\.out_norm\.weight$")  # of v05_ondwconv3 until spring 2024
 _LATER = (
     (r"^patch_embed\.0\.", "patch_embed.proj."),
     (r"^patch_embed\.2\.", "patch_embed.norm."),
@@ -112,6 +130,8 @@ def keys_from_released(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, weight in state_dict.items():
         for pattern, replacement in _JANUARY:
             name = re.sub(pattern, replacement, name)
+        if weight.dim() == 4:
+            name = _OUT_NORM_CONV.sub(".out_norm.1.weight", name)
         linear = weight.dim() == 4 and _LINEAR.search(name)
         ours[name] = weight.flatten(1) if linear else weight
     return ours
@@ -145,12 +165,14 @@ def from_released(
     """A model with the released options and weights, in eval mode.
 
     Args:
-        options: of the released `VSSM`, under its names; absent ones have its defaults.
+        options: of the released `VSSM` or of its backbone for mmdetection, under its names of any time; absent ones
+            have its defaults.  What is no part of the model (`type`, `pretrained`, ...) says nothing.
         state_dict: released weights in either spelling, such as `vmamba.load_checkpoint(path).state_dict`; for a
             backbone a classifier may be there or not.
-        features: None for a classifier, `model(x)` -> logits; stages counted from 0 for a backbone, whose call gives
-            the list of their normed outputs, (batch, channels, height, width).  The `outnorm*` weights of these
-            stages are used where the state dict has any; else the norms are as initialised.
+        features: None for a classifier, `model(x)` -> logits, unless the options have `out_indices`; stages counted
+            from 0 for a backbone, whose call gives the list of their normed outputs, (batch, channels, height, width).
+            The `outnorm*` weights of these stages are used where the state dict has any; else the norms are as
+            initialised.
 
     Raises UserError for unknown options, and for weights that do not fit, listing how.
     """
@@ -164,7 +186,9 @@ def from_released(
                 f"state_dict holds '{name}', a {kind} and no tensor; vmamba.load_checkpoint(path) reads a file"
             )
     model = VSSM(**options_from_released(options))
+    model.set_grad_checkpointing(bool(options.get("use_checkpoint", False)))
     weights = keys_from_released(state_dict)
+    features = options.get("out_indices") if features is None else features
     if model.pos_embed is not None and "pos_embed" in weights:
         weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], model.pos_embed.shape[2:])
     if features is None:

@@ -1,11 +1,13 @@
 """The released YAML files: their keys in ours.
 
 Keys that both have mean the same and pass.  The architecture, MODEL.VSSM there, becomes MODEL.NAME where it is one of
-our variants, else the nearest variant's name and MODEL.OPTIONS.
+our variants, else the nearest variant's name and MODEL.OPTIONS.  What the keys of MODEL.VSSM leave out has the default
+of their time: the format grew twice, and its files tell by their keys how old they are (`_GENERATIONS`).
 """
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -24,13 +26,42 @@ _VSSM = {
     "SSM_FORWARDTYPE": "forward_type",
     "DOWNSAMPLE": "downsample_version",
     "PATCHEMBED": "patchembed_version",
+    "D_STATE": "ssm_d_state",
+    "DT_RANK": "ssm_dt_rank",
+    "SSM_SIMPLE_INIT": "ssm_simple_init",
 } | {
     name.upper(): name
     for name in RELEASED
     if name not in ("dims", "downsample_version", "patchembed_version", "num_classes", "drop_path_rate", "imgsize")
 }
+_OFF = ("SHARED_SSM", "SOFTMAX")  # ablations of January, taken where they are off
 _KINDS = {"SSM_FORWARDTYPE": str, "DEPTHS": list}  # those that are taken apart here; the model checks the others
-_DEFAULTS = {"dims": 96, "patchembed_version": "v2"}  # of the released config, where the constructor has others
+
+
+@dataclass(frozen=True)
+class _Generation:
+    """The format of a time: the keys it had, None for any, and its defaults where the constructor has others."""
+
+    time: str
+    keys: set[str] | None
+    defaults: dict[str, Any]
+    unread: tuple[str, ...] = ()
+
+
+# The first that has all keys of a file wrote it.  The first of all built the one model that there was: no MLP, whatever
+# its MLP_RATIO, and nothing else to choose.
+_FIRST_KEYS = {"PATCH_SIZE", "IN_CHANS", "EMBED_DIM", "DEPTHS", "PATCH_NORM", "MLP_RATIO"}
+_SECOND_KEYS = {"D_STATE", "DT_RANK", "SSM_D_STATE", "SSM_DT_RANK", "SSM_RATIO", "DOWNSAMPLE", *_OFF}
+_GENERATIONS = (
+    _Generation(
+        "of its first weeks, January 2024",
+        _FIRST_KEYS,
+        dict(dims=96, forward_type="v0", mlp_ratio=0.0, downsample_version="v1", patchembed_version="v1"),
+        unread=("MLP_RATIO",),
+    ),
+    _Generation("of late January 2024", _FIRST_KEYS | _SECOND_KEYS, dict(dims=96, patchembed_version="v1")),
+    _Generation("of February 2024 or later", None, dict(dims=96, patchembed_version="v2")),
+)
 _NOT_ARCHITECTURE = ("num_classes", "in_chans", "img_size", "drop_path_rate")  # keys of their own in our config
 _PRECISION = "scan_float32"  # not architecture either: a named variant has its own
 _RENAMED = {
@@ -38,6 +69,7 @@ _RENAMED = {
     "AMP_ENABLE": "AMP.ENABLE",
     "MODEL_EMA": "TRAIN.EMA.ENABLE",
     "MODEL_EMA_DECAY": "TRAIN.EMA.DECAY",
+    "MODEL.PRETRAIN_CKPT": "MODEL.PRETRAINED",  # Mamba-UNet's
 }
 _MEANINGLESS = (  # leftovers of Swin's and SimMIM's configs, which the original does not read
     *("AMP_OPT_LEVEL", "ENABLE_AMP", "FUSED_LAYERNORM", "TRAINCOST_MODE", "DATA.MASK_PATCH_SIZE", "DATA.MASK_RATIO"),
@@ -59,7 +91,7 @@ def from_released_config(settings: Iterable[Setting]) -> Iterator[Setting]:
 
 
 def _translate(settings: list[Setting]) -> list[Setting]:
-    vssm, ours, ignored = {}, {}, []
+    given, ours, ignored = {}, {}, []
     for key, value, source in settings:
         if key == "MODEL.TYPE":
             if value != "vssm":
@@ -70,23 +102,29 @@ def _translate(settings: list[Setting]) -> list[Setting]:
             for name, option in value.items():
                 if f"{key}.{name}" in _MEANINGLESS:
                     ignored.append(f"{key}.{name}")
+                elif name in _OFF:
+                    if option:
+                        raise UserError(f"{source}: {key}.{name} is an ablation of the original that is not here")
                 elif name not in _VSSM:
                     raise UserError(f"{source}: {unknown('key of MODEL.VSSM', str(name), _VSSM)}")
                 elif not isinstance(option, _KINDS.get(name, object)):
                     raise UserError(f"{source}: {key}.{name} is {option!r}; expected a {_KINDS[name].__name__}")
-                else:
-                    vssm[_VSSM[name]] = option
+                given[name] = option
         elif key in _MEANINGLESS:
             ignored.append(key)
         else:
             ours[_RENAMED.get(key, key)] = (value, source)
     source = settings[-1][2]
+    generation = next(each for each in _GENERATIONS if each.keys is None or given.keys() <= each.keys)
+    ignored += [f"MODEL.VSSM.{name}" for name in generation.unread if name in given]
+    vssm = {_VSSM[name]: value for name, value in given.items() if name in _VSSM and name not in generation.unread}
     try:
-        options = options_from_released(_DEFAULTS | vssm)
+        options = options_from_released(generation.defaults | vssm)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     name, changes = _nearest_variant(options)
     ours.setdefault("TRAIN.EMA.ENABLE", (name != "vmamba_tiny", source))  # the original's default, and that exception
+    ours.setdefault("MODEL.DROP_PATH_RATE", (0.1, source))
     architecture = {"MODEL.NAME": name} | {f"MODEL.OPTIONS.{option}": value for option, value in changes.items()}
     if "in_chans" in vssm:
         architecture["MODEL.IN_CHANS"] = options["in_chans"]
@@ -94,7 +132,7 @@ def _translate(settings: list[Setting]) -> list[Setting]:
     translated += [(key, value, source) for key, (value, source) in ours.items()]
     # A warning, because a config is read before there is a log, and only warnings show then.
     logger.warning(
-        f"{source} is a config of the original; in the keys of this program it is\n"
+        f"{source} is a config of the original {generation.time}; in the keys of this program it is\n"
         + yaml.safe_dump(_tree(translated), sort_keys=False, default_flow_style=None)
         + (f"and these of its keys say nothing here: {', '.join(ignored)}" if ignored else "").rstrip()
     )

@@ -6,7 +6,7 @@ complaint whatever it finds once the number of classes differs.
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -97,13 +97,80 @@ def _build(variant: str, pretrained: bool, **options: Any) -> VSSM:
         )
 
 
-def _register(name: str) -> Callable[..., VSSM]:
-    def entrypoint(pretrained: bool = False, **options: Any) -> VSSM:
-        return _build(name, pretrained, **options)
-
-    entrypoint.__name__ = entrypoint.__qualname__ = name
-    entrypoint.__doc__ = f"{VARIANTS[name].released_as or name}, built by timm; options of `VSSM` and of timm."
-    return register_model(entrypoint)
+# Each takes the options of `options.ModelOptions` and those of timm.
+@register_model
+def vmamba_tiny(pretrained: bool = False, **options: Any) -> VSSM:
+    """VMamba-T (Vanilla-VMamba-T)."""
+    return _build("vmamba_tiny", pretrained, **options)
 
 
-globals().update({name: _register(name) for name in VARIANTS})
+@register_model
+def vmamba_small(pretrained: bool = False, **options: Any) -> VSSM:
+    """VMamba-S (Vanilla-VMamba-S)."""
+    return _build("vmamba_small", pretrained, **options)
+
+
+@register_model
+def vmamba_base(pretrained: bool = False, **options: Any) -> VSSM:
+    """VMamba-B (Vanilla-VMamba-B)."""
+    return _build("vmamba_base", pretrained, **options)
+
+
+@register_model
+def vmamba_tiny_s2l5(pretrained: bool = False, **options: Any) -> VSSM:
+    """VMamba-T[s2l5]."""
+    return _build("vmamba_tiny_s2l5", pretrained, **options)
+
+
+@register_model
+def vmamba_small_s2l15(pretrained: bool = False, **options: Any) -> VSSM:
+    """VMamba-S[s2l15]."""
+    return _build("vmamba_small_s2l15", pretrained, **options)
+
+
+@register_model
+def vmamba_base_s2l15(pretrained: bool = False, **options: Any) -> VSSM:
+    """VMamba-B[s2l15]."""
+    return _build("vmamba_base_s2l15", pretrained, **options)
+
+
+@register_model
+def vmamba_tiny_s1l8(pretrained: bool = False, **options: Any) -> VSSM:
+    """VMamba-T[s1l8]."""
+    return _build("vmamba_tiny_s1l8", pretrained, **options)
+
+
+@register_model
+def vmamba_small_s1l20(pretrained: bool = False, **options: Any) -> VSSM:
+    """VMamba-S[s1l20]."""
+    return _build("vmamba_small_s1l20", pretrained, **options)
+
+
+@register_model
+def vmamba_base_s1l20(pretrained: bool = False, **options: Any) -> VSSM:
+    """VMamba-B[s1l20]."""
+    return _build("vmamba_base_s1l20", pretrained, **options)
+
+
+@register_model
+def vmamba_tiny_m2(pretrained: bool = False, **options: Any) -> VSSM:
+    """Mamba2 tiny, not trained by its authors."""
+    return _build("vmamba_tiny_m2", pretrained, **options)
+
+
+@register_model
+def vmamba_small_m2(pretrained: bool = False, **options: Any) -> VSSM:
+    """Mamba2 small, not trained by its authors."""
+    return _build("vmamba_small_m2", pretrained, **options)
+
+
+@register_model
+def vmamba_base_m2(pretrained: bool = False, **options: Any) -> VSSM:
+    """Mamba2 base, not trained by its authors."""
+    return _build("vmamba_base_m2", pretrained, **options)
+
+
+@register_model
+def vmamba_digits(pretrained: bool = False, **options: Any) -> VSSM:
+    """The small model of configs/vmamba_digits.yaml."""
+    return _build("vmamba_digits", pretrained, **options)

@@ -4,8 +4,9 @@ Names and numbers are those of the tables of VMamba (arXiv 2401.10166 and its la
 "VMamba-T" in papers means `vmamba_tiny_s1l8`; here `vmamba_tiny` is the model of January 2024.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from yacs.config import CfgNode
@@ -152,9 +153,20 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def list_models(pretrained: bool = False) -> list[str]:
-    """The names that `create_model` takes; with `pretrained` those that have released weights."""
-    return [name for name, variant in VARIANTS.items() if variant.weights or not pretrained]
+def list_models(filter: str | Sequence[str] = "", pretrained: bool = False) -> list[str]:
+    """The names that `create_model` takes, as `timm.list_models`.
+
+    Args:
+        filter: a pattern such as "*tiny*", or several, of which a name must match one; "" for all.
+        pretrained: only those that have released weights.
+
+    Raises UserError for a filter that is no text.
+    """
+    patterns = [filter] if isinstance(filter, str) else filter
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise UserError(f"filter is {filter!r}; give a pattern such as '*tiny*', or pretrained=True by its name")
+    names = [name for name, variant in VARIANTS.items() if variant.weights or not pretrained]
+    return [name for name in names if any(fnmatchcase(name, pattern or "*") for pattern in patterns)]
 
 
 def create_model(name: str, pretrained: bool = False, **options: Any) -> VSSM:

@@ -12,10 +12,11 @@ from vmamba.files import cannot_write, make_folder, remove_leftovers
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks
+except ImportError:  # Windows, which has msvcrt
     fcntl = None
 
 logger = logging.getLogger("vmamba")
+_FAR = 2**30  # the byte that is locked on Windows, where the locked part of a file cannot be read
 
 
 class FolderLock:
@@ -50,11 +51,9 @@ class FolderLock:
             self._file = None
 
     def _lock(self, file: IO[str]) -> None:
-        if fcntl is None:
-            return
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # this process's own: loading processes do not inherit it
-        except (BlockingIOError, PermissionError):  # by POSIX either says that it is held
+            _lock_for_this_process(file)
+        except (BlockingIOError, PermissionError):  # by POSIX either says that it is held, on Windows the second
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise UserError(
@@ -62,3 +61,13 @@ class FolderLock:
             ) from None
         except OSError as error:
             logger.warning(f"'{self.path}' cannot be locked ({error.strerror}): nothing keeps a second run out")
+
+
+def _lock_for_this_process(file: IO[str]) -> None:
+    """Without waiting; loading processes do not inherit it.  Raises OSError."""
+    if fcntl is not None:
+        return fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    import msvcrt
+
+    os.lseek(file.fileno(), _FAR, os.SEEK_SET)
+    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)

@@ -65,7 +65,7 @@ class Records:
         if self.events is None:  # what a killed run wrote of this step and later ones is superseded
             self.events = SummaryWriter(str(self.folder), purge_step=step)
         for name, value in events.items():
-            if value is not None:
+            if value is not None and math.isfinite(value):
                 self.events.add_scalar(name, value, step)
         self.events.flush()
 

@@ -17,6 +17,7 @@ from yacs.config import CfgNode
 
 from vmamba.errors import UserError
 from vmamba.runtime.stop import Stopped
+from vmamba_kernels.private import batch_file
 
 try:
     import submitit
@@ -98,7 +99,7 @@ def submit(job: Job, resources: Resources, folder: Path, local: bool = False) ->
 def sbatch_file(resources: Resources, folder: Path) -> str:
     """The batch file that `submit` would give to SLURM, without needing one."""
     executor = _executor(resources, folder, local=False, anywhere=True)
-    return executor._make_submission_file_text(executor._submitit_command_str, uid="")
+    return batch_file(executor)
 
 
 def gpus_of_a_node(asked: int | None, local: bool) -> int:

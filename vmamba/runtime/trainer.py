@@ -221,7 +221,7 @@ class Rounds:
             "grad_norm": state.mean_grad_norm,
             "bad_steps": state.bad_steps,
             "images_per_second": images_per_second and round(images_per_second, 1),
-            "memory_mb": round(memory_mb(run.world.device)),
+            "memory_mb": round(memory_mb(run.world.device), 1),
             "seconds": round(seconds, 2),
         }
         improved = self._rank(results)

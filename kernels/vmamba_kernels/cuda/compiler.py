@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from ..private import raw_stream
 from ..registry import BackendError
 
 SOURCES = Path(__file__).parent
@@ -150,7 +151,7 @@ class Kernel:
         if shared_bytes > self._shared:
             self._allow(shared_bytes)
         # What torch.cuda.current_stream answers, in a tenth of its time; PyTorch's own compiler asks it so.
-        stream = self._stream(torch._C._cuda_getCurrentRawStream(self._device.index))
+        stream = self._stream(raw_stream(self._device.index))
         config = _launch_config(blocks, threads, shared_bytes)
         values = [v if type(v) is int else 0 if v is None else v.data_ptr() for v in arguments]
         self._launch(stream, config, self._kernel, *values)

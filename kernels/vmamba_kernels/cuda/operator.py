@@ -5,18 +5,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..private import is_watched
 from .compiler import make_current
 
 _LIBRARY = torch.library.Library("vmamba", "FRAGMENT")
 
-# What a call holds when nothing watches it.  Other tensors (fake, distributed, functional) and other dispatch keys of
-# the thread (modes, transforms of torch.func, traces) must get to see the operator.
+# What a call holds when nothing watches it.  Other tensors (fake, distributed, functional) and what watches the thread
+# (modes, transforms of torch.func, traces) must get to see the operator.
 _TENSORS = {Tensor, torch.nn.Parameter}
 _VALUES = {type(None), bool, int, float, torch.dtype}
-_KEYS = (
-    torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-    | torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
-).raw_repr()
 
 
 class Operator:
@@ -49,7 +46,7 @@ class Operator:
     def __call__(self, *args):
         if torch.compiler.is_compiling():
             return self._operator(*args)
-        plain = not torch._C._dispatch_tls_local_include_set().raw_repr() & ~_KEYS
+        plain = not is_watched()
         gradient = False
         for value in args:
             if type(value) in _TENSORS:

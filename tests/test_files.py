@@ -1,0 +1,44 @@
+"""Files that one process holds at a time, on systems with and without POSIX's locks."""
+
+import sys
+import threading
+import time
+import types
+
+from vmamba import files
+
+
+def test_one_at_a_time_whoever_comes_and_goes(tmp_path):
+    """Each reads, waits and writes; without the lock most writes would be lost."""
+    count = tmp_path / "count"
+    count.write_text("0")
+
+    def add():
+        for _ in range(5):
+            with files.held(tmp_path / "lock"):
+                before = int(count.read_text())
+                time.sleep(0.002)
+                count.write_text(str(before + 1))
+
+    threads = [threading.Thread(target=add) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert count.read_text() == "30"
+    assert [path.name for path in tmp_path.iterdir()] == ["count"]
+
+
+def test_without_posix_windows_locks_are_waited_for(tmp_path, monkeypatch):
+    asked = []
+
+    def locking(descriptor, mode, size):
+        asked.append((mode, size))
+        if len(asked) < 3:
+            raise OSError(36, "Resource deadlock avoided")  # what it raises after ten seconds
+
+    monkeypatch.setattr(files, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(locking=locking, LK_LOCK=1))
+    with files.held(tmp_path / "lock"):
+        assert (tmp_path / "lock").exists()
+    assert asked == [(1, 1)] * 3
