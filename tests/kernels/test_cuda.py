@@ -19,7 +19,7 @@ from vmamba_kernels.cuda import compiler, why_not
 from vmamba_kernels.cuda import operator as operator_module
 from vmamba_kernels.cuda.cross_selective_scan import KINDS
 from vmamba_kernels.cuda.layout import MAX_RANK, MAX_STATES, Layout
-from vmamba_kernels.cuda.scan import Geometry
+from vmamba_kernels.cuda.scan import Geometry, Scan
 from vmamba_kernels.registry import Call
 
 from . import cuda_emulator
@@ -97,6 +97,12 @@ def test_division_by_the_height():
         for step in (0, 1, height - 1, height, near, near - 1, near + height - 1, 2**31 - 1, random.randrange(2**31)):
             if 0 <= step < 2**31:
                 assert (step * (division >> 6)) >> (division & 63) == step // height
+
+
+def test_routes_too_long_to_count_are_refused():
+    geometry = Geometry(1, 1, 2**31 - 1, 1, 0, 1, 0)
+    with pytest.raises(BackendError, match=r"up to 2,147,482,624 positions, not 2,147,483,647; cut it, or take"):
+        Scan(LAYOUTS[0], geometry, torch.device("cuda:0"))
 
 
 SMALL = ("pixels.cu", dict(LAYOUTS[0].pixel_macros), "sm_90")
