@@ -1,20 +1,24 @@
 """The cuda backend where there is no GPU: its kernels compile, its cache holds, its errors say what to do."""
 
+import contextlib
 import functools
 import math
 import multiprocessing
 import random
+import re
 import shutil
 import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vmamba_kernels import BackendError, cross_selective_scan, reference
+from vmamba_kernels import BackendError, choice, cross_selective_scan, reference
 from vmamba_kernels.cuda import compiler, why_not
 from vmamba_kernels.cuda import operator as operator_module
 from vmamba_kernels.cuda.cross_selective_scan import KINDS
@@ -160,10 +164,10 @@ def test_unwritable_cache_is_said_once(tmp_path, monkeypatch):
 
 
 def test_unknown_architecture(cache):
-    with pytest.raises(
-        BackendError, match=r"NVRTC \d+\.\d+ could not compile pixels\.cu for sm_10.*newer nvidia-cuda-nvrtc"
-    ):
+    with pytest.raises(BackendError, match=r"does not know sm_10, only sm_.*pip install --upgrade nvidia-cuda-nvrtc"):
         compiler.compile_cubin(SMALL[0], SMALL[1], "sm_10")
+    with pytest.raises(BackendError, match=r"(?s)could not compile pixels\.cu for sm_90: .*identifier"):
+        compiler.compile_cubin(SMALL[0], {}, "sm_90")
 
 
 def test_missing_cuda_core_names_the_packages():
@@ -179,11 +183,26 @@ def test_missing_cuda_core_names_the_packages():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A machine that says it has a GPU of capability `gpu[0]`."""
+    """A machine that says it has a GPU of capability `gpu[0]`, for which Triton works."""
     capability = [(9, 0)]
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability[0])
-    return capability
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(compiler, "make_current", lambda index: None)
+    monkeypatch.setattr("vmamba_kernels.triton.why_not_on", lambda index: None)
+    compiler.why_not_on.cache_clear()
+    compiler.load.cache_clear()
+    yield capability
+    compiler.why_not_on.cache_clear()
+    compiler.load.cache_clear()
+
+
+@pytest.fixture
+def working_gpu(gpu, monkeypatch):
+    monkeypatch.setattr("vmamba_kernels.cuda.why_not_on", lambda device: None)
+    return gpu
 
 
 def _call(**changes) -> Call:
@@ -194,7 +213,7 @@ def _call(**changes) -> Call:
     return Call(**{**values, **changes})
 
 
-def test_serves_what_it_can(gpu):
+def test_serves_what_it_can(working_gpu):
     assert why_not(_call()) is None
     assert why_not(_call(operator="selective_scan", rank=0, routes=())) is None
 
@@ -207,22 +226,88 @@ def test_serves_what_it_can(gpu):
     ({"rank": MAX_RANK + 1}, f"rank 1 to {MAX_RANK}, not {MAX_RANK + 1}"),
     ({"routes": ("row",) * 32}, "at most 31 routes, not 32"),
 ])  # fmt: skip
-def test_says_why_not(gpu, changes, reason):
+def test_says_why_not(working_gpu, changes, reason):
     assert reason in why_not(_call(**changes))
 
 
-def test_old_gpu(gpu):
-    gpu[0] = (7, 5)
+def test_old_gpu(working_gpu):
+    working_gpu[0] = (7, 5)
     assert "compute capability 8.0 or newer" in why_not(_call())
     assert "not 7.5" in why_not(_call())
+
+
+@pytest.mark.parametrize("operator", ["cross_selective_scan", "cross_ssd"])
+def test_a_new_route_is_a_reason(working_gpu, operator):
+    """Until a backend learns it, whoever knows it serves: routes are named in the reference."""
+    call = _call(operator=operator, routes=("row", "spiral"))
+    chosen = choice(call)
+    assert chosen.backend == "reference"
+    assert "it does not know the route spiral, only row, col, row_rev, col_rev" in chosen.declined["triton"]
+    assert operator == "cross_ssd" or "it does not know the route spiral" in chosen.declined["cuda"]
+    with pytest.raises(BackendError, match="cannot serve .* here: it does not know the route spiral"):
+        choice(call, "triton")
 
 
 def test_missing_nvrtc_is_a_reason(gpu, monkeypatch):
     def missing():
         raise BackendError(compiler.INSTALL)
 
-    monkeypatch.setattr("vmamba_kernels.cuda.nvrtc_version", missing)
+    monkeypatch.setattr(compiler, "nvrtc_version", missing)
     assert "pip install cuda-core nvidia-cuda-nvrtc" in why_not(_call())
+
+
+def test_an_architecture_that_nvrtc_does_not_know_is_a_reason(gpu, cache):
+    gpu[0] = (99, 0)
+    chosen = choice(_call())
+    assert chosen.backend == "triton"
+    assert re.fullmatch(
+        r"triton \(not cuda: NVRTC \d+\.\d+ does not know sm_990, only sm_\d+, .*; a newer one may: "
+        r"pip install --upgrade nvidia-cuda-nvrtc\)",
+        str(chosen),
+    )
+
+
+@pytest.mark.parametrize("where", ["library", "kernel", "function", "context"])
+def test_code_that_the_driver_does_not_load_is_a_reason(gpu, cache, monkeypatch, where):
+    """Wherever it refuses: the cubin, the kernel in it, its function on the device, or cuda.core itself."""
+    from cuda.bindings import driver
+
+    core, refusal = compiler.cuda_core(), RuntimeError("CUDA_ERROR_NO_BINARY_FOR_GPU")
+
+    def refuse(*_):
+        raise refusal
+
+    def code(_):
+        if where == "library":
+            raise refusal
+        return SimpleNamespace(get_kernel=refuse if where == "kernel" else lambda name: SimpleNamespace(handle=1))
+
+    fake = SimpleNamespace(Program=core.Program, ProgramOptions=core.ProgramOptions, launch=None, Stream=core.Stream)
+    fake.ObjectCode = SimpleNamespace(from_cubin=code)
+    monkeypatch.setattr(compiler, "cuda_core", lambda: fake)
+    if where == "context":
+        monkeypatch.setattr(compiler, "make_current", refuse)
+    refused = driver.CUresult.CUDA_ERROR_NO_BINARY_FOR_GPU
+    monkeypatch.setattr(driver, "cuKernelGetFunction", lambda kernel: (refused, None))
+    chosen = choice(_call())
+    assert chosen.backend == "triton"
+    assert "CUDA_ERROR_NO_BINARY_FOR_GPU" in chosen.declined["cuda"]
+    assert where == "context" or "take a newer driver" in chosen.declined["cuda"]
+
+
+def test_why_triton_serves_where_it_is_the_fastest(working_gpu):
+    """Nothing is declined: for few states without a gradient Triton stands first."""
+    call = _call(operator="selective_scan", rank=0, routes=(), states=1)
+    assert str(choice(call)) == "triton"
+    assert str(choice(replace(call, gradient=True))) == "cuda"
+    assert str(choice(replace(call, gradient=True), "reference")) == "reference"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_a_reason():
+    chosen = choice(_call())
+    assert chosen.backend == "reference" and set(chosen.declined) == {"cuda", "triton"}
+    assert all("sees no GPU" in reason for reason in chosen.declined.values())
 
 
 def test_asked_for_on_a_cpu():

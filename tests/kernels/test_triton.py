@@ -4,7 +4,9 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -85,6 +87,7 @@ def test_ssd_kernels_compile(architecture):
         N=64, NP=64, HEAD=16, HP=16, Q=ssd.MAX_CHUNK, HAS_BIAS=True, HAS_SKIP=True, WIDE=False, ADJOINT=True,
         PRECISION="tf32",
     )  # fmt: skip
+    assert compile_for(architecture, common.probe_kernel, "bf16", {}).asm["cubin"]
     for kernel in (ssd.ssd_state_kernel, ssd.ssd_fwd_kernel, ssd.ssd_bwd_kernel):
         compiled = compile_for(architecture, kernel, "bf16", constants, warps=ssd.WARPS)
         assert "mma.sync" in compiled.asm["ptx"] and "wgmma" not in compiled.asm["ptx"]
@@ -251,6 +254,25 @@ def test_says_why_it_cannot_serve():
     assert "device type 'cuda'" in reason(device="meta")
     with pytest.raises(vk.BackendError, match=r"backend 'triton' cannot serve cross_ssd here: Triton needs a GPU"):
         vk.cross_ssd(torch.ones(1, 2, 2, 4), torch.ones(4, 4, 4), None, -torch.ones(4, 2), None, backend="triton")
+
+
+def test_a_gpu_that_triton_cannot_compile_for_is_a_reason(monkeypatch):
+    """As where no C compiler is found, with which Triton makes what launches its kernels."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    call = vk.Call("cross_ssd", torch.device("cuda:0"), torch.float32, torch.float32, states=4, rank=1)
+    for error in (RuntimeError("Failed to find C compiler"), None):
+        kernel = Mock(warmup=Mock(side_effect=error))
+        monkeypatch.setattr(common, "probe_kernel", kernel)
+        common.why_not_on.cache_clear()
+        chosen = vk.choice(call)
+        if error is None:
+            assert chosen == vk.Choice("triton", {})
+        else:
+            assert chosen.backend == "reference"
+            assert re.search(r"Triton 3\.\d.* compile or load .*C compiler", chosen.declined["triton"])
+    common.why_not_on.cache_clear()
 
 
 def test_says_which_size_is_beyond_it(monkeypatch):

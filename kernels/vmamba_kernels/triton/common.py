@@ -1,6 +1,7 @@
 """What the scan and the SSD kernels share: routes as address arithmetic, the softplus, the pass over chunk states."""
 
 from contextlib import AbstractContextManager
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +16,13 @@ LARGEST_OFFSET = (1 << 31) - 1  # inside one image; beyond it its offsets take 6
 MAX_LENGTH = (1 << 30) - (1 << 10)  # positions that route_pixels counts in 32 bits
 MAX_HEIGHT = 1 << 22  # of a column that it divides by in float32
 
-_ROUTE_CODES = {"row": 0, "col": 1, "row_rev": 2, "col_rev": 3}  # bit 0: by columns, bit 1: backwards
+ROUTE_CODES = {"row": 0, "col": 1, "row_rev": 2, "col_rev": 3}  # bit 0: by columns, bit 1: backwards
 MAX_ROUTES = 31  # two bits each in one non-negative 64-bit number
 
 
 def encode_routes(routes: tuple[str, ...]) -> int:
     """Routes as one integer, the first in the lowest two bits."""
-    return sum(_ROUTE_CODES[route] << 2 * k for k, route in enumerate(routes))
+    return sum(ROUTE_CODES[route] << 2 * k for k, route in enumerate(routes))
 
 
 def passes_32_bits(*sizes: int) -> bool:
@@ -36,6 +37,23 @@ def check_size(height: int, width: int) -> None:
             f"backend 'triton' walks up to {MAX_LENGTH:,} positions in columns of up to {MAX_HEIGHT:,}, not {height:,} "
             f"x {width:,}; cut them, or take backend='reference'"
         )
+
+
+@triton.jit
+def probe_kernel():
+    pass
+
+
+@cache
+def why_not_on(index: int) -> str | None:
+    """One sentence why Triton cannot compile for GPU `index` or load what it compiled, or None: an empty kernel is
+    tried.  It needs a C compiler for what launches it, and a driver that takes its code."""
+    try:
+        with torch.cuda.device(index):
+            _ = probe_kernel.warmup(grid=(1,)).run
+    except Exception as error:  # of several classes, subprocess's and Triton's own among them
+        return f"Triton {triton.__version__} cannot compile or load a kernel here ({error})"
+    return None
 
 
 def on_device(x: Tensor) -> AbstractContextManager:
