@@ -4,11 +4,13 @@ import contextlib
 import functools
 import math
 import multiprocessing
+import os
 import random
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,7 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vmamba_kernels import BackendError, choice, cross_selective_scan, reference
-from vmamba_kernels.cuda import compiler, why_not
+from vmamba_kernels.cuda import compiler, cubins, why_not
 from vmamba_kernels.cuda import operator as operator_module
 from vmamba_kernels.cuda.cross_selective_scan import KINDS
 from vmamba_kernels.cuda.layout import MAX_RANK, MAX_STATES, Layout
@@ -112,55 +114,156 @@ def test_routes_too_long_to_count_are_refused():
 SMALL = ("pixels.cu", dict(LAYOUTS[0].pixel_macros), "sm_90")
 
 
-def test_cache_is_used_and_mends_itself(cache, monkeypatch):
-    cubin = compiler.compile_cubin(*SMALL)
+@pytest.fixture
+def compiled(monkeypatch):
+    """Nothing is compiled really; how often something is."""
+    compilations = []
+    monkeypatch.setattr(compiler, "_nvrtc", lambda *job: compilations.append(job) or b"cubin")
+    cubins._warn.cache_clear()
+    yield compilations
+    cubins._warn.cache_clear()
+
+
+def test_cache_is_used_and_mends_itself(cache, compiled):
+    compiler.compile_cubin(*SMALL)
     (entry,) = cache.iterdir()
     whole = entry.read_bytes()
-    with monkeypatch.context() as patch:
-        patch.setattr(compiler, "_nvrtc", None)  # calling it would fail
-        assert compiler.compile_cubin(*SMALL) == cubin
-    for damaged in (whole[:-40], whole[:100] + b"x" + whole[101:], b""):
+    assert compiler.compile_cubin(*SMALL) == b"cubin" and len(compiled) == 1
+    for damaged in (whole[:-1], b"x" + whole[1:], b""):
         entry.write_bytes(damaged)
-        assert compiler.compile_cubin(*SMALL) == cubin
+        assert compiler.compile_cubin(*SMALL) == b"cubin"
         assert entry.read_bytes() == whole
-    assert list(cache.iterdir()) == [entry]
+    assert len(compiled) == 4 and list(cache.iterdir()) == [entry]
 
 
-def test_cache_key_has_everything(cache, monkeypatch):
+def test_cache_key_has_everything(cache, compiled, monkeypatch):
     compiler.compile_cubin(*SMALL)
     compiler.compile_cubin(SMALL[0], SMALL[1], "sm_80")
     compiler.compile_cubin(SMALL[0], {**SMALL[1], "WIDE": 1}, "sm_90")
     monkeypatch.setattr(compiler, "nvrtc_version", lambda: (99, 0))
     compiler.compile_cubin(*SMALL)
-    assert len(list(cache.iterdir())) == 4
+    assert len(list(cache.iterdir())) == len(compiled) == 4
 
 
-def _compile(queue):
-    queue.put(compiler.compile_cubin(*SMALL))
+def _write_and_read(data, failures):
+    for _ in range(100):
+        cubins.write("entry", data)
+        if cubins.read("entry") not in (b"a" * 10**5, b"b" * 10**5):
+            failures.put(data[:1])
 
 
 def test_two_processes_at_once(cache):
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    workers = [context.Process(target=_compile, args=(queue,)) for _ in range(2)]
+    """Whatever they read is whole, and nothing else is left."""
+    context = multiprocessing.get_context("fork")
+    failures = context.Queue()
+    workers = [context.Process(target=_write_and_read, args=(letter * 10**5, failures)) for letter in (b"a", b"b")]
     for worker in workers:
         worker.start()
-    cubins = [queue.get(timeout=120) for _ in workers]
     for worker in workers:
         worker.join()
-    assert cubins[0] == cubins[1] == compiler.compile_cubin(*SMALL)
-    assert len(list(cache.iterdir())) == 1
+        assert worker.exitcode == 0
+    assert failures.empty()
+    assert [entry.name for entry in cache.iterdir()] == ["entry"]
 
 
-def test_unwritable_cache_is_said_once(tmp_path, monkeypatch):
+def _warns_once(match: str) -> None:
+    """The first call says why the kernel is compiled again, the next says nothing."""
+    with pytest.warns(UserWarning, match=match) as told:
+        assert compiler.compile_cubin(*SMALL) == b"cubin"
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compiler.compile_cubin(*SMALL) == b"cubin"
+
+
+def test_cache_that_cannot_be_made(tmp_path, monkeypatch, compiled):
     blocker = tmp_path / "file"
     blocker.write_text("not a folder")
     monkeypatch.setenv("VMAMBA_KERNELS_CACHE", str(blocker / "cache"))
-    with pytest.warns(UserWarning, match="cannot be written.*set VMAMBA_KERNELS_CACHE"):
-        cubin = compiler.compile_cubin(*SMALL)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert compiler.compile_cubin(*SMALL) == cubin
+    _warns_once(f"the cache folder {blocker}/cache cannot be made .*; set VMAMBA_KERNELS_CACHE to one that can")
+    assert len(compiled) == 2
+
+
+def test_no_home(monkeypatch, compiled):
+    """As in a container whose user has a number and no name."""
+    monkeypatch.delenv("VMAMBA_KERNELS_CACHE", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    _warns_once("no home folder is known to keep them in; set VMAMBA_KERNELS_CACHE to a folder of your own")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_failed_write_leaves_nothing(cache, monkeypatch, compiled, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("pathlib.Path.replace", fail)
+    if isinstance(error, OSError):
+        _warns_once("cannot be written .No space left on device.; set VMAMBA_KERNELS_CACHE to one that can")
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            compiler.compile_cubin(*SMALL)
+    assert not list(cache.iterdir())
+
+
+def test_others_may_read_a_cache_and_not_write_it(cache, compiled):
+    before = os.umask(0)  # the most that one can allow
+    try:
+        compiler.compile_cubin(*SMALL)
+    finally:
+        os.umask(before)
+    (entry,) = cache.iterdir()
+    assert entry.stat().st_mode & 0o777 == 0o644 and cache.stat().st_mode & 0o777 == 0o755
+
+
+def _give_to_another(path, monkeypatch):
+    """`path` then belongs to somebody else: root gives it away, another user becomes another one."""
+    if os.geteuid() == 0:
+        os.chown(path, 12345, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o775, 0o757])
+def test_a_folder_that_others_can_write_is_not_trusted(cache, compiled, mode):
+    compiler.compile_cubin(*SMALL)
+    cache.chmod(mode)
+    _warns_once(rf"the cache folder {cache} can be written by others \(mode {mode:04o}\); .*chmod go-w.*VMAMBA_KERNELS")
+    assert len(compiled) == 3 and len(list(cache.iterdir())) == 1
+
+
+def test_a_folder_of_somebody_else_is_not_trusted(cache, compiled, monkeypatch):
+    compiler.compile_cubin(*SMALL)
+    _give_to_another(cache, monkeypatch)
+    _warns_once(rf"the cache folder {cache} belongs to another user \(number \d+\); .*set VMAMBA_KERNELS_CACHE")
+    assert len(compiled) == 3 and len(list(cache.iterdir())) == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_an_entry_of_somebody_else_is_not_trusted(cache, compiled, monkeypatch):
+    compiler.compile_cubin(*SMALL)
+    (entry,) = cache.iterdir()
+    _give_to_another(entry, monkeypatch)
+    _warns_once(rf"an entry of the cache folder {cache} belongs to another user \(number 12345\)")
+    assert len(compiled) == 2 and entry.stat().st_uid == 0  # written again, and then read
+
+
+def test_an_entry_that_others_can_write_is_not_trusted(cache, compiled):
+    compiler.compile_cubin(*SMALL)
+    (entry,) = cache.iterdir()
+    entry.chmod(0o666)
+    _warns_once(rf"an entry of the cache folder {cache} can be written by others \(mode 0666\); remove such files")
+    assert len(compiled) == 2 and entry.stat().st_mode & 0o777 == 0o644
+
+
+def test_an_entry_under_another_name_is_not_taken(cache, compiled):
+    compiler.compile_cubin(*SMALL)
+    compiler.compile_cubin(SMALL[0], SMALL[1], "sm_80")
+    one, other = sorted(cache.iterdir())
+    one.replace(other)
+    compiler.compile_cubin(*SMALL)
+    compiler.compile_cubin(SMALL[0], SMALL[1], "sm_80")
+    assert len(compiled) == 4
 
 
 def test_unknown_architecture(cache):
@@ -170,14 +273,33 @@ def test_unknown_architecture(cache):
         compiler.compile_cubin(SMALL[0], {}, "sm_90")
 
 
-def test_missing_cuda_core_names_the_packages():
-    code = (
-        "import sys; sys.modules['cuda.core'] = None\n"
-        "from vmamba_kernels.cuda import compiler\n"
-        "try: compiler.nvrtc_version()\n"
-        "except ValueError as error: print(error)"
+def test_without_what_only_some_systems_have():
+    """Windows has no Triton, no cuda.core of ours and not Unix's modules: the reference serves, and says why."""
+    code = """
+import os, sys, torch
+for name in ("cuda.core", "triton", "fcntl", "grp", "posix", "pwd", "resource", "termios"):
+    sys.modules[name] = None
+del os.geteuid, os.getuid
+import vmamba_kernels as vk
+from vmamba_kernels.cuda import compiler, cubins
+u = torch.ones(1, 2, 3, requires_grad=True)
+B = torch.ones(1, 1, 2, 3)
+vk.selective_scan(u, u.detach(), -torch.ones(2, 2), B, B).sum().backward()
+assert u.grad.isfinite().all()
+cubins.write("entry", b"cubin")
+assert cubins.read("entry") == b"cubin"
+call = vk.Call("selective_scan", u.device, u.dtype, u.dtype)
+print(vk.choice(call))
+try: compiler.nvrtc_version()
+except vk.BackendError as error: print(error)
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "VMAMBA_KERNELS_CACHE": folder}
+        command = [sys.executable, "-W", "error", "-c", code]
+        out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    assert re.search(
+        r"reference \(not triton: it cannot be imported \(.*triton.*; not cuda: the tensors are on cpu", out
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "pip install cuda-core nvidia-cuda-nvrtc" in out
 
 

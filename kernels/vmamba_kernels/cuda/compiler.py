@@ -1,16 +1,8 @@
-"""CUDA C++ to kernels at run time: NVRTC through cuda.core, with a cache of cubins on disk.
-
-The cache is VMAMBA_KERNELS_CACHE, or else ~/.cache/vmamba_kernels.  An entry's name is the hash of everything its bytes
-depend on (source, macros, architecture, NVRTC), its last 32 bytes are the hash of the rest, and it appears by a
-rename: several processes may start at once, and a damaged entry is compiled again.
-"""
+"""CUDA C++ to kernels at run time: NVRTC through cuda.core, with a cache of cubins on disk (`cubins.py`)."""
 
 import hashlib
-import os
 import re
-import tempfile
 import threading
-import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
 from functools import cache, lru_cache
@@ -19,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ..registry import BackendError
+from . import cubins
 
 SOURCES = Path(__file__).parent
 OPTIONS = ("c++17",)  # of NVRTC, beside the architecture and the macros
@@ -69,13 +62,12 @@ def compile_cubin(name: str, macros: Mapping[str, object], arch: str) -> bytes:
     Raises BackendError when NVRTC is missing or does not know the architecture.
     """
     defines = sorted((key, str(value)) for key, value in macros.items())
-    key = hashlib.sha256(repr((source(name), defines, arch, OPTIONS, nvrtc_version())).encode()).hexdigest()
-    folder = Path(os.environ.get("VMAMBA_KERNELS_CACHE") or Path.home() / ".cache" / "vmamba_kernels")
-    path = folder / f"{Path(name).stem}-{arch}-{key[:32]}.cubin"
-    cubin = _read(path)
+    everything = repr((source(name), defines, arch, OPTIONS, nvrtc_version()))  # that the cubin's bytes depend on
+    entry = f"{Path(name).stem}-{arch}-{hashlib.sha256(everything.encode()).hexdigest()[:32]}.cubin"
+    cubin = cubins.read(entry)
     if cubin is None:
         cubin = _nvrtc(name, defines, arch)
-        _write(path, cubin)
+        cubins.write(entry, cubin)
     return cubin
 
 
@@ -105,34 +97,6 @@ def _architectures() -> list[int]:
 
 def _text(error: Exception) -> str:
     return str(error).strip("\0\n ")
-
-
-def _read(path: Path) -> bytes | None:
-    try:
-        data = path.read_bytes()
-    except OSError:  # not there, or the folder may not be read: compile
-        return None
-    cubin, digest = data[:-32], data[-32:]
-    return cubin if hashlib.sha256(cubin).digest() == digest else None
-
-
-def _write(path: Path, cubin: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(cubin + hashlib.sha256(cubin).digest())
-        os.replace(file.name, path)
-    except OSError as error:
-        _warn_unwritable(str(path.parent), str(error))
-
-
-@cache  # once a folder
-def _warn_unwritable(folder: str, error: str) -> None:
-    warnings.warn(
-        f"kernels are compiled again by every process: the cache folder {folder} cannot be written ({error}); "
-        "set VMAMBA_KERNELS_CACHE to one that can",
-        stacklevel=4,
-    )
 
 
 @lru_cache(4096)
