@@ -75,7 +75,7 @@ def test_backward_fits_the_shared_memory(states, dim):
             layout = Layout(states, 48, dim, dtype, dtype)
             warps = layout.bwd_warps(shared)
             assert layout.bwd_shared(warps) <= shared
-            assert layout.chunk % layout.sub == 0 and layout.chunk % layout.fwd_stage == 0
+            assert layout.chunk % layout.sub_chunk == 0 and layout.chunk % layout.fwd_stage == 0
 
 
 def test_saved_states_of_16_are_small():
@@ -139,7 +139,7 @@ def test_cache_is_used_and_mends_itself(cache, compiled):
 def test_cache_key_has_everything(cache, compiled, monkeypatch):
     compiler.compile_cubin(*SMALL)
     compiler.compile_cubin(SMALL[0], SMALL[1], "sm_80")
-    compiler.compile_cubin(SMALL[0], {**SMALL[1], "WIDE": 1}, "sm_90")
+    compiler.compile_cubin(SMALL[0], {**SMALL[1], "CHANNELS_A_THREAD": 1}, "sm_90")
     monkeypatch.setattr(compiler, "nvrtc_version", lambda: (99, 0))
     compiler.compile_cubin(*SMALL)
     assert len(list(cache.iterdir())) == len(compiled) == 4

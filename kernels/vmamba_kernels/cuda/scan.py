@@ -96,7 +96,7 @@ class Scan:
         self.layout, self.geometry, self._device = layout, geometry, device
         self._processors, self._shared_limit = _limits(device)
         self._sizes = geometry.arguments(layout.dim)
-        self._merge_sizes = geometry.pixels * layout.dim // layout.wide, layout.dim, geometry.routes
+        self._merge_sizes = geometry.pixels * layout.dim // layout.thread_channels, layout.dim, geometry.routes
         self._fwd_segment, self._fwd_segments = self._segments(layout.fwd_groups)
         self._fwd_launch = self._fwd_grid(self._fwd_segments), 32 * layout.fwd_warps, 0
 
