@@ -56,15 +56,24 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-@pytest.mark.parametrize("arch", SHARED)
-def test_every_kernel_compiles(cache, arch):
-    jobs = [job for layout in LAYOUTS for job in _files(layout, SHARED[arch])]
+def _compile(arch: str, jobs: list[tuple[str, dict, tuple[str, ...]]]) -> None:
     with ThreadPoolExecutor(2) as pool:
         cubins = list(pool.map(lambda job: compiler.compile_cubin(job[0], job[1], arch), jobs))
     for cubin, (_, _, names) in zip(cubins, jobs, strict=True):
         assert cubin[:4] == b"\x7fELF"
         assert all(name.encode() in cubin for name in names)
+
+
+def test_every_kernel_compiles(cache):
+    jobs = [job for layout in LAYOUTS for job in _files(layout, SHARED["sm_90"])]
+    _compile("sm_90", jobs)
     assert len(list(cache.iterdir())) == len(jobs)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100", "sm_120"])
+def test_every_instruction_compiles(cache, arch):
+    """The scans of 16 states in bfloat16 have all matrix instructions and asynchronous copies."""
+    _compile(arch, _files(LAYOUTS[1], SHARED[arch])[:2])
 
 
 @pytest.mark.parametrize("states", [1, 2, 3, 4, 5, 8, 16, 17, 33, 64])
@@ -478,6 +487,12 @@ def test_fake_implementations(save):
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to run the kernels on a CPU")
 
 
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """Where the kernels for an emulated GPU lie, which several tests share."""
+    return tmp_path_factory.mktemp("emulated")
+
+
 def _install(monkeypatch, folder, processors=1):
     cuda_emulator.install(monkeypatch, folder, processors)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
@@ -503,10 +518,10 @@ def _on_cpu_tensors(operator):
     (1, (3, 7), 64, 2, 9, F16, ("row", "col_rev"), True, 1),
 ])  # fmt: skip
 def test_numbers_on_an_emulated_gpu(
-    tmp_path, monkeypatch, batch, size, dim, states, rank, dtype, routes, extras, processors
+    emulated, monkeypatch, batch, size, dim, states, rank, dtype, routes, extras, processors
 ):
     """Output and every gradient against the float64 reference; with many `processors` the routes are cut up."""
-    _install(monkeypatch, tmp_path, processors)
+    _install(monkeypatch, emulated, processors)
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -538,9 +553,9 @@ def test_numbers_on_an_emulated_gpu(
 
 
 @pytest.fixture
-def on_a_cpu(tmp_path, monkeypatch):
+def on_a_cpu(emulated, monkeypatch):
     """The operators take CPU tensors, through the emulated GPU."""
-    _install(monkeypatch, tmp_path)
+    _install(monkeypatch, emulated)
 
 
 def _leaves(*shapes):

@@ -61,37 +61,10 @@ def source(kernel, dtype, constants, ones=("u_d", "B_n")):
     return ASTSource(kernel, signature, known)
 
 
-def compile_for(architecture, kernel, dtype, constants, warps=2):
+def compile_for(architecture, kernel, constants):
     """The compiled kernel, made where no GPU is."""
     target = GPUTarget("cuda", architecture, 32)
-    return triton.compile(source(kernel, dtype, constants), target, options={"num_warps": warps})
-
-
-@pytest.mark.parametrize("architecture, dtype, states", [(80, "fp32", 1), (120, "bf16", 16)])
-def test_scan_kernels_compile_without_tf32(architecture, dtype, states):
-    """Triton turns some sums of products into TF32 matrix products by itself; then float32 loses digits."""
-    constants = dict(
-        N=states, NP=states, RANK=12, C_AT=states, DT_AT=2 * states, STEPS=16 if states == 1 else 2, BLOCK=64,
-        HAS_BIAS=True, HAS_SKIP=True, SOFTPLUS=True, WIDE=False, MODE="save", SPLIT=False,
-    )  # fmt: skip
-    for kernel in (scan_kernels.scan_fwd_kernel, scan_kernels.scan_bwd_kernel):
-        compiled = compile_for(architecture, kernel, dtype, constants)
-        assert "tt.dot" not in compiled.asm["ttir"]
-        assert compiled.asm["cubin"]
-
-
-@pytest.mark.parametrize("architecture", [80, 90])
-def test_ssd_kernels_compile(architecture):
-    """Into plain matrix instructions: of Hopper's own (wgmma) some are wrong at a model's 64 states and 16 channels."""
-    constants = dict(
-        N=64, NP=64, HEAD=16, HP=16, Q=ssd.MAX_CHUNK, HAS_BIAS=True, HAS_SKIP=True, WIDE=False, ADJOINT=True,
-        PRECISION="tf32",
-    )  # fmt: skip
-    assert compile_for(architecture, common.probe_kernel, "bf16", {}).asm["cubin"]
-    for kernel in (ssd.ssd_state_kernel, ssd.ssd_fwd_kernel, ssd.ssd_bwd_kernel):
-        compiled = compile_for(architecture, kernel, "bf16", constants, warps=ssd.WARPS)
-        assert "mma.sync" in compiled.asm["ptx"] and "wgmma" not in compiled.asm["ptx"]
-        assert compiled.asm["cubin"]
+    return triton.compile(source(kernel, "bf16", constants), target, options={"num_warps": 2})
 
 
 class Ttir(Exception):
@@ -108,10 +81,10 @@ def ttir(monkeypatch, tmp_path):
     monkeypatch.setattr(CUDABackend, "make_ttgir", staticmethod(leave))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
-    def translate(kernel, constants):
+    def translate(kernel, constants, dtype="bf16"):
         given = {name: value for name, value in constants.items() if name in kernel.arg_names}
         with pytest.raises(Ttir) as left:
-            triton.compile(source(kernel, "bf16", given, ones=()), GPUTarget("cuda", 90, 32))
+            triton.compile(source(kernel, dtype, given, ones=()), GPUTarget("cuda", 90, 32))
         return str(left.value)
 
     return translate
@@ -170,9 +143,9 @@ def narrow_products(ttir: str, by: set[str] = frozenset()) -> list[str]:
     return sorted(found)
 
 
-SCAN = dict(
-    N=16, NP=16, STEPS=2, BLOCK=64, HAS_BIAS=True, HAS_SKIP=True, SOFTPLUS=True, MODE="save", SPLIT=False,
-    HEAD=16, HP=16, Q=16, ADJOINT=False, PRECISION="ieee", REVERSE=False,
+CONSTANTS = dict(
+    N=16, NP=16, STEPS=2, BLOCK=64, HAS_BIAS=True, HAS_SKIP=True, SOFTPLUS=True, MODE="save", SPLIT=False, WIDE=False,
+    HEAD=16, HP=16, Q=16, ADJOINT=True, PRECISION="tf32", REVERSE=False,
 )  # fmt: skip
 IMAGE = dict(RANK=12, C_AT=16, DT_AT=32)
 SEQUENCE = dict(RANK=0, C_AT=0, DT_AT=0)
@@ -188,19 +161,39 @@ KERNELS = [
 ]
 
 
-def test_no_product_of_32_bits_makes_an_address(ttir):
+def test_products_of_32_bits_do_not_make_addresses_that_may_be_larger(ttir):
+    """Inside an image none does if WIDE; between images, routes and blocks none ever does."""
+    seen = {}
     for kernel, constants in KERNELS:
-        assert not narrow_products(ttir(kernel, {**SCAN, **constants, "WIDE": True})), kernel.__name__
-
-
-def test_offsets_between_images_routes_and_blocks_are_never_of_32_bits(ttir):
-    found = {}
-    for kernel, constants in KERNELS:
-        code = ttir(kernel, {**SCAN, **constants, "WIDE": False})
+        assert not narrow_products(ttir(kernel, {**CONSTANTS, **constants, "WIDE": True})), kernel.__name__
+        narrow = ttir(kernel, {**CONSTANTS, **constants})
         outer = {name for name in kernel.arg_names if re.search("_b$|_k$|_block$|^row$", name)}
-        assert not narrow_products(code, outer), kernel.__name__
-        found[kernel.__name__] = len(narrow_products(code))
-    assert found["scan_bwd_kernel"] >= 4 and found["ssd_fwd_kernel"] >= 4  # which the search sees inside an image
+        assert not narrow_products(narrow, outer), kernel.__name__
+        seen[kernel.__name__] = len(narrow_products(narrow))
+    assert seen["scan_bwd_kernel"] >= 4 and seen["ssd_fwd_kernel"] >= 4  # the search sees those inside an image
+
+
+@pytest.mark.parametrize("dtype, states", [("fp32", 1), ("fp32", 16), ("bf16", 1), ("bf16", 16)])
+def test_scan_kernels_have_no_tf32(ttir, dtype, states):
+    """Triton turns some sums of products into TF32 matrix products by itself; then float32 loses digits."""
+    sizes = dict(N=states, NP=states, RANK=12, C_AT=states, DT_AT=2 * states, STEPS=16 if states == 1 else 2)
+    for kernel in (scan_kernels.scan_fwd_kernel, scan_kernels.scan_adjoint_kernel, scan_kernels.scan_bwd_kernel):
+        assert "tt.dot" not in ttir(kernel, {**CONSTANTS, **sizes}, dtype)
+
+
+def test_kernels_compile():
+    """Those of SSD into plain matrix instructions: of Hopper's own (wgmma) some are wrong at a model's 64 states and 16
+    channels."""
+    constants = {**CONSTANTS, "N": 64, "NP": 64, "Q": ssd.MAX_CHUNK}
+    assert ssd.WARPS == 2
+    for kernel in (ssd.ssd_state_kernel, ssd.ssd_fwd_kernel, ssd.ssd_bwd_kernel):
+        compiled = compile_for(90, kernel, {n: v for n, v in constants.items() if n in kernel.arg_names})
+        assert "mma.sync" in compiled.asm["ptx"] and "wgmma" not in compiled.asm["ptx"]
+        assert compiled.asm["cubin"]
+    constants = {**CONSTANTS, **IMAGE}
+    kernel = scan_kernels.scan_bwd_kernel
+    assert compile_for(120, kernel, {n: v for n, v in constants.items() if n in kernel.arg_names}).asm["cubin"]
+    assert compile_for(80, common.probe_kernel, {}).asm["cubin"]
 
 
 @pytest.mark.parametrize("operator, shape, states, rank, wide", [

@@ -1,7 +1,7 @@
 """How a call is laid out on the GPU: what its kernels are compiled with, and the sizes that follow.
 
-The kernels get every size from here, as a macro in capitals; the C++ files count none of them again.  The words of
-both, from a position to a route and from a number to a block:
+The kernels get their sizes from here, as macros in capitals, and the offsets of the backward kernel's shared memory;
+the C++ files count none of them again.  The words of both:
 
     step          a position of a route; also a channel's number there, s = delta / ln 2
     stage         steps whose pixels and rows are read ahead together, 8 or 16; backward, 16
@@ -131,8 +131,17 @@ class Layout:
         return 16 if self.states == 1 else 8
 
     @cached_property
+    def _fwd_widths(self) -> dict[str, int]:
+        """Of the rows of a warp's shared memory, in floats."""
+        both = 2 if self.padded_states == 1 else _round_up(2 * self.padded_states, 4)
+        return dict(
+            STEPS_WIDTH=32 // self.fwd_lanes * self.fwd_channels + 8,  # spreads the rows over the banks
+            FLOATS_WIDTH=both if self.row_dtype == torch.bfloat16 else self.row_width,  # B and C as float32
+        )
+
+    @cached_property
     def fwd_warps(self) -> int:
-        warp = self.fwd_stage * (self.row_width * 8 + (32 // self.fwd_lanes * self.fwd_channels + 8) * 4)
+        warp = self.fwd_stage * (self.row_width * 8 + self._fwd_widths["STEPS_WIDTH"] * 4)  # bytes, at most
         most = min(4, 40960 // warp)  # of the 48 KB that a block has without asking
         return -(-self.fwd_groups // -(-self.fwd_groups // most))
 
@@ -142,6 +151,7 @@ class Layout:
         return self._macros(
             self.fwd_lanes, CHANNELS_A_LANE=self.fwd_channels, STAGE=self.fwd_stage, WARPS_A_BLOCK=self.fwd_warps,
             MIN_BLOCKS=max(1, warps // self.fwd_warps),  # a multiprocessor
+            **self._fwd_widths,
         )  # fmt: skip
 
     # Backward: with few states a lane has a channel, otherwise eight lanes share one or two.

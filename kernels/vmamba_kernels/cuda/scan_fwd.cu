@@ -2,12 +2,10 @@
 #include "scan.cuh"
 
 constexpr int CHANNELS_A_WARP = CHANNEL_LANES * CHANNELS_A_LANE;
-constexpr int STEPS_WIDTH = CHANNELS_A_WARP + 8;   // of a row of steps in shared memory: spreads rows over the banks
 
 // The rows' B and C as float32: where they lie in the copied rows, or in a converted copy of FLOATS_WIDTH a row.
 constexpr int B_AT = HALF_ROWS ? 0 : B_COLUMN, C_AT = B_AT + PADDED_STATES;
 constexpr bool ALIGNED = STATES_A_LANE % 4 == 0 && PADDED_STATES % 4 == 0 && B_COLUMN % 4 == 0;
-constexpr int FLOATS_WIDTH = HALF_ROWS ? (PADDED_STATES == 1 ? 2 : (2 * PADDED_STATES + 3) / 4 * 4) : ROW_WIDTH;
 
 // A lane's values of B (COLUMN = B_AT) or C (C_AT).
 template <int COLUMN> __device__ __forceinline__ void read_states(float *dst, const float *row, int state_lane) {
