@@ -1,7 +1,16 @@
 """What marked tests need; without it they are skipped and say why."""
 
+import signal
+
 import pytest
 import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def as_without_nohup():
+    """Under nohup a process ignores SIGHUP, and a run leaves it so."""
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items):

@@ -7,14 +7,16 @@ specification; `registry.py` says who can serve a call.
 
 from .operators import ROUTES, cross_merge, cross_scan, cross_selective_scan, cross_ssd, layer_norm, selective_scan
 from .reference import autocast_dtype, is_plain, no_autocast
-from .registry import BackendError, Call, backends, choose, explain
+from .registry import BackendError, Call, Choice, backends, choice, choose, explain
 
 __all__ = [
     "ROUTES",
     "BackendError",
     "Call",
+    "Choice",
     "autocast_dtype",
     "backends",
+    "choice",
     "choose",
     "cross_merge",
     "cross_scan",

@@ -4,7 +4,7 @@ A backend is a module with two names: `OPERATORS`, a dict from operator to funct
 why it cannot serve a call, or None.  It is imported when first asked for, so that an absent package costs nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache, lru_cache
@@ -57,6 +57,19 @@ class Call:
     gradient: bool = False  # whether a backward pass will follow
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Who serves a call, and why nobody faster does."""
+
+    backend: str
+    declined: dict[str, str]  # the faster backends, fastest first, and why each cannot; empty if asked for by name
+
+    def __str__(self) -> str:
+        """As "triton (not cuda: NVRTC 12.4 does not know sm_120 ...)"."""
+        reasons = "; ".join(f"not {name}: {reason}" for name, reason in self.declined.items())
+        return f"{self.backend} ({reasons})" if reasons else self.backend
+
+
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:
     """Whether a backward pass will follow a call on these tensors, and what it needs must be kept."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -103,8 +116,14 @@ def explain(call: Call) -> dict[str, str | None]:
     return {name: why_not(name, call) for name in MODULES}
 
 
-def choose(call: Call, backend: str | None = None) -> str:
-    """The name of the backend that serves `call`: `backend` itself, or the fastest that can for None and 'auto'.
+def unknown_routes(call: Call, known: Iterable[str]) -> str | None:
+    """One sentence, for a backend's `why_not`, if `call` has routes that the backend does not know."""
+    unknown = [route for route in dict.fromkeys(call.routes) if route not in known]
+    return f"it does not know the route {' or '.join(unknown)}, only {', '.join(known)}" if unknown else None
+
+
+def choice(call: Call, backend: str | None = None) -> Choice:
+    """Who serves `call`: `backend` itself, or the fastest that can for None and "auto"; and why not the faster ones.
 
     Raises BackendError when `backend` is unknown or cannot serve the call; there is no silent fallback.
     """
@@ -112,8 +131,19 @@ def choose(call: Call, backend: str | None = None) -> str:
         reason = why_not(backend, call)
         if reason is not None:
             raise BackendError(f"backend '{backend}' cannot serve {call.operator} here: {reason}")
-        return backend
-    return next(name for name in _fastest_first(call) if why_not(name, call) is None)
+        return Choice(backend, {})
+    declined = {}
+    for name in _fastest_first(call):
+        reason = why_not(name, call)
+        if reason is None:
+            return Choice(name, declined)
+        declined[name] = reason
+    raise AssertionError(f"the reference serves every call, but here: {declined}")
+
+
+def choose(call: Call, backend: str | None = None) -> str:
+    """The name of the backend that serves `call`, with the errors of `choice`."""
+    return choice(call, backend).backend
 
 
 def _fastest_first(call: Call) -> list[str]:

@@ -265,19 +265,39 @@ def test_long_route_of_one_image(backend):
     check(make(1, (100, 77), 32, 1, 6, BF16), backend)
 
 
-def test_past_2_to_31_elements(backend):
-    """The last of many images is as it is alone: route outputs hold more than 2^31 numbers."""
-    batch, size, dim = 86, (256, 256), 96
+@pytest.mark.parametrize("batch, dim, states", [(86, 96, 1), (129, 192, 16)])
+def test_past_2_to_31_elements(backend, batch, dim, states):
+    """The last of many images is as it is alone: route outputs hold more than 2^31 numbers, with 16 states the
+    gradients of B and C too, by blocks of channels."""
+    size = 256, 256
     assert batch * size[0] * size[1] * dim * 4 > 2**31
-    if torch.cuda.get_device_properties(0).total_memory < 60e9:
-        pytest.skip("needs a GPU of 60 GB")
-    tensors = make(1, size, dim, 1, 6, BF16)
+    if torch.cuda.get_device_properties(0).total_memory < 75e9:
+        pytest.skip("needs a GPU of 75 GB")
+    tensors = make(1, size, dim, states, 6, BF16)
     few = run(tensors, backend)
     grad = torch.randn((1, *size, dim), generator=torch.Generator("cuda").manual_seed(1), device="cuda")
     x = tensors[0].detach().expand(batch, *size, dim)
     many = run([x, *tensors[1:]], backend, grad=grad.expand(batch, *size, dim))
     last = [many[0][-1:], many[1][-1:]] + [None if t is None else t.double() / batch for t in many[2:]]
     assert all(value < 5e-3 for value in errors(last, few).values()), errors(last, few)
+
+
+def test_sequences_past_2_to_31_elements(backend):
+    """The end of many long channels, where what came long before is forgotten, is as it is alone."""
+    channels, length, alone = 1024, (1 << 21) + 128, 1024
+    if torch.cuda.get_device_properties(0).total_memory < 75e9:
+        pytest.skip("needs a GPU of 75 GB")
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, device="cuda", dtype=BF16)
+
+    A = -1 - torch.rand(channels, 1, generator=generator, device="cuda")
+    u, delta, B, C = (normal(1, *shape, length) for shape in ((channels,), (channels,), (1, 1), (1, 1)))
+    out = selective_scan(u, delta, A, B, C, backend=backend)[..., -128:]
+    u, delta, B, C = (t[..., -alone:].contiguous() for t in (u, delta, B, C))
+    want = selective_scan(u, delta, A, B, C, backend="reference")[..., -128:]
+    assert (out - want).norm() < 1e-2 * want.norm()
 
 
 def test_second_device(backend):

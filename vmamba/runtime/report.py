@@ -23,7 +23,7 @@ from vmamba.runtime.state import TrainState
 from vmamba.runtime.step import StepReport
 from vmamba.runtime.task import Results, Task
 from vmamba.text import counted
-from vmamba_kernels.registry import Call, choose
+from vmamba_kernels import Call, choice
 
 _PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy")
 _REPOSITORY = Path(__file__).resolve().parents[2]
@@ -71,13 +71,13 @@ def describe_training(config: CfgNode, world: World, plan: Plan, state: TrainSta
 
 
 def scan_backends(config: CfgNode, model: nn.Module, device: torch.device) -> list[str]:
-    """What serves the model's scans; more than one name only where its stages differ, none where there is no scan."""
+    """What serves the model's scans and why nothing faster does; more than one only where its stages differ."""
     names = []
     for mixer in filter(lambda module: isinstance(module, Mixer2D), model.modules()):
         operator = "cross_ssd" if isinstance(mixer, SSD2D) else "cross_selective_scan"
         dtype = torch.float32 if mixer.scan_float32 else compute_dtype(config)
         call = Call(operator, device, dtype, dtype, mixer.d_inner, mixer.d_state, mixer.dt_rank, mixer.routes)
-        names.append(choose(call, mixer.backend))
+        names.append(str(choice(call, mixer.backend)))
     return list(dict.fromkeys(names))
 
 

@@ -1,17 +1,10 @@
-"""CUDA C++ to kernels at run time: NVRTC through cuda.core, with a cache of cubins on disk.
-
-The cache is VMAMBA_KERNELS_CACHE, or else ~/.cache/vmamba_kernels.  An entry's name is the hash of everything its bytes
-depend on (source, macros, architecture, NVRTC), its last 32 bytes are the hash of the rest, and it appears by a
-rename: several processes may start at once, and a damaged entry is compiled again.
-"""
+"""CUDA C++ to kernels at run time: NVRTC through cuda.core, with a cache of cubins on disk (`cubins.py`)."""
 
 import hashlib
-import os
 import re
-import tempfile
 import threading
-import warnings
 from collections.abc import Mapping
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -19,6 +12,7 @@ import torch
 
 from ..private import raw_stream
 from ..registry import BackendError
+from . import cubins
 
 SOURCES = Path(__file__).parent
 OPTIONS = ("c++17",)  # of NVRTC, beside the architecture and the macros
@@ -69,54 +63,41 @@ def compile_cubin(name: str, macros: Mapping[str, object], arch: str) -> bytes:
     Raises BackendError when NVRTC is missing or does not know the architecture.
     """
     defines = sorted((key, str(value)) for key, value in macros.items())
-    key = hashlib.sha256(repr((source(name), defines, arch, OPTIONS, nvrtc_version())).encode()).hexdigest()
-    folder = Path(os.environ.get("VMAMBA_KERNELS_CACHE") or Path.home() / ".cache" / "vmamba_kernels")
-    path = folder / f"{Path(name).stem}-{arch}-{key[:32]}.cubin"
-    cubin = _read(path)
+    everything = repr((source(name), defines, arch, OPTIONS, nvrtc_version()))  # that the cubin's bytes depend on
+    entry = f"{Path(name).stem}-{arch}-{hashlib.sha256(everything.encode()).hexdigest()[:32]}.cubin"
+    cubin = cubins.read(entry)
     if cubin is None:
         cubin = _nvrtc(name, defines, arch)
-        _write(path, cubin)
+        cubins.write(entry, cubin)
     return cubin
 
 
 def _nvrtc(name: str, defines: list[tuple[str, str]], arch: str) -> bytes:
     core = cuda_core()
     try:
-        options = core.ProgramOptions(std=OPTIONS[0], arch=arch, define_macro=defines)
+        options = core.ProgramOptions(std=OPTIONS[0], arch=arch, define_macro=defines or None)
         return bytes(core.Program(source(name), "c++", options).compile("cubin").code)
     except Exception as error:  # cuda.core raises its own classes
-        major, minor = nvrtc_version()
-        raise BackendError(
-            f"NVRTC {major}.{minor} could not compile {name} for {arch} (a newer nvidia-cuda-nvrtc may): {error}"
-        ) from error
+        version = ".".join(map(str, nvrtc_version()))
+        known = [f"sm_{number}" for number in _architectures()]
+        if arch not in known:
+            raise BackendError(
+                f"NVRTC {version} does not know {arch}, only {', '.join(known)}; a newer one may: "
+                "pip install --upgrade nvidia-cuda-nvrtc"
+            ) from error
+        raise BackendError(f"NVRTC {version} could not compile {name} for {arch}: {_text(error)}") from error
 
 
-def _read(path: Path) -> bytes | None:
-    try:
-        data = path.read_bytes()
-    except OSError:  # not there, or the folder may not be read: compile
-        return None
-    cubin, digest = data[:-32], data[-32:]
-    return cubin if hashlib.sha256(cubin).digest() == digest else None
+def _architectures() -> list[int]:
+    from cuda.bindings import nvrtc
+
+    status, known = nvrtc.nvrtcGetSupportedArchs()
+    assert int(status) == 0, status
+    return known
 
 
-def _write(path: Path, cubin: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(cubin + hashlib.sha256(cubin).digest())
-        os.replace(file.name, path)
-    except OSError as error:
-        _warn_unwritable(str(path.parent), str(error))
-
-
-@cache  # once a folder
-def _warn_unwritable(folder: str, error: str) -> None:
-    warnings.warn(
-        f"kernels are compiled again by every process: the cache folder {folder} cannot be written ({error}); "
-        "set VMAMBA_KERNELS_CACHE to one that can",
-        stacklevel=4,
-    )
+def _text(error: Exception) -> str:
+    return str(error).strip("\0\n ")
 
 
 @lru_cache(4096)
@@ -134,18 +115,34 @@ def make_current(index: int) -> None:
         _thread.device = index
 
 
+@contextmanager
+def _loading():
+    """What goes wrong inside is the driver's refusal, a BackendError."""
+    try:
+        yield
+    except Exception as error:  # cuda.core raises its own classes
+        version = ".".join(map(str, nvrtc_version()))
+        raise BackendError(
+            f"the driver does not load what NVRTC {version} compiles ({_text(error)}); take a newer driver, or an "
+            "nvidia-cuda-nvrtc no newer than the driver's CUDA"
+        ) from error
+
+
 class Kernel:
     """One kernel on one device; calling it with (blocks, threads, shared bytes, *arguments) launches it on PyTorch's
     current stream; the device's context is the thread's (`make_current`).
 
-    Arguments are tensors (passed by address), None (a null pointer) or integers (64 bits).
+    Arguments are tensors (passed by address), None (a null pointer) or integers (64 bits).  Raises BackendError when
+    the driver does not take the code.
     """
 
     def __init__(self, code, name: str, device: torch.device):
         core = cuda_core()
         self._launch, self._stream = core.launch, cache(core.Stream.from_handle)
         self._device, self._shared = device, 48 * 1024
-        self._code, self._kernel = code, code.get_kernel(name)
+        with _loading():
+            self._code, self._kernel = code, code.get_kernel(name)
+            self._load()
 
     def __call__(self, blocks: int, threads: int, shared_bytes: int, *arguments: torch.Tensor | int | None) -> None:
         if shared_bytes > self._shared:
@@ -156,15 +153,39 @@ class Kernel:
         values = [v if type(v) is int else 0 if v is None else v.data_ptr() for v in arguments]
         self._launch(stream, config, self._kernel, *values)
 
+    def _load(self) -> None:
+        """Now and not when first launched, which the driver would otherwise wait for."""
+        from cuda.bindings import driver
+
+        kernel = self._kernel
+        self._handle = driver.CUkernel(int(kernel.handle if hasattr(kernel, "handle") else kernel._handle))
+        status, _ = driver.cuKernelGetFunction(self._handle)
+        if int(status):
+            raise RuntimeError(status.name)
+
     def _allow(self, shared_bytes: int) -> None:
         """More dynamic shared memory than every launch may have must be asked for."""
         from cuda.bindings import driver
 
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        handle = driver.CUkernel(int(self._kernel.handle if hasattr(self._kernel, "handle") else self._kernel._handle))
-        (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, handle, driver.CUdevice(self._device.index))
+        device = driver.CUdevice(self._device.index)
+        (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, self._handle, device)
         assert int(status) == 0, f"{shared_bytes} bytes of shared memory: {status}"
         self._shared = shared_bytes
+
+
+@cache
+def why_not_on(device: torch.device) -> str | None:
+    """One sentence why kernels cannot be compiled for this GPU or loaded on it, or None: an empty one is tried."""
+    try:
+        with torch.cuda.device(device):
+            make_current(device.index)
+            _ = load("probe.cu", (), device).probe_kernel
+    except BackendError as error:
+        return str(error)
+    except Exception as error:  # cuda.core's own, of a driver that it cannot work with
+        return f"cuda.core cannot use this GPU ({_text(error)})"
+    return None
 
 
 @cache
@@ -179,7 +200,8 @@ class Module:
     def __init__(self, name: str, macros: tuple[tuple[str, object], ...], device: torch.device):
         major, minor = torch.cuda.get_device_capability(device)
         cubin = compile_cubin(name, dict(macros), f"sm_{major}{minor}")
-        self._code, self._device = cuda_core().ObjectCode.from_cubin(cubin), device
+        with _loading():
+            self._code, self._device = cuda_core().ObjectCode.from_cubin(cubin), device
 
     def __getattr__(self, kernel: str) -> Kernel:
         value = Kernel(self._code, kernel, self._device)

@@ -97,7 +97,7 @@ def _backward(
 
 def _unpacked(layout: Layout, packed: Tensor) -> Tensor:
     """(routes, row width, dim) -> (routes, rank + 2*states, dim), without the zeros between and behind."""
-    if layout.b0 + layout.padded_states == layout.rank + layout.states:  # none between
+    if layout.b_column + layout.padded_states == layout.rank + layout.states:  # none between
         return packed.narrow(1, 0, layout.rank + 2 * layout.states).contiguous()
     return torch.cat(layout.sections(packed, 1), 1)
 

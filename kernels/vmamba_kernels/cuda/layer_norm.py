@@ -23,7 +23,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: t
 def macros(dim: int, x: torch.dtype, out: torch.dtype) -> tuple[tuple[str, object], ...]:
     """What layer_norm.cu is compiled with."""
     vec = next(v for v in (4, 2, 1) if dim % v == 0)
-    return ("X", TYPES[x]), ("G", TYPES[out]), ("DIM", dim), ("VEC", vec), ("WARPS", _WARPS)
+    return ("PixelT", TYPES[x]), ("OutT", TYPES[out]), ("DIM", dim), ("CHANNELS_A_READ", vec), ("WARPS_A_BLOCK", _WARPS)
 
 
 @cache

@@ -1,24 +1,20 @@
-// Shared by the kernels of the scans. A compilation defines these macros (see layout.py):
-//   N, R          states and rank of the step projection (R = 0: the steps themselves are given)
-//   S             lanes of a warp that share a channel, each holding NS = ceil(N / S) of its states
-//   NP, B0, ROW   of a projected row: states with padding, the column where B starts (C follows), columns in all
-//   X, P, Y, G    types of pixels, of projected rows and inner gradients, of a route's output, of the output's gradient
-//   BORDER        type of the states kept between chunks for the backward pass
-//   SOFTPLUS      whether the step goes through softplus
+// Shared by the kernels of the scans. What they are compiled with, in capitals or as a type, and the words they use are
+// explained in layout.py, which makes it.
 // The steps are kept as s = delta / ln 2, so that exp(delta A) = 2^(s A); a state is then h / ln 2, and whoever reads a
 // route's output multiplies it by ln 2 once.
 #include "common.cuh"
 
-constexpr int NS = (N + S - 1) / S;          // states a lane
-constexpr int LANES = 32 / S;                // lanes of a warp that hold different channels
-constexpr bool CONVERT = sizeof(P) == 2;     // rows are half types, B and C are turned into float32
+constexpr int STATES_A_LANE = (STATES + STATE_LANES - 1) / STATE_LANES;
+constexpr int CHANNEL_LANES = 32 / STATE_LANES;     // lanes of a warp that hold different channels
+constexpr int C_COLUMN = B_COLUMN + PADDED_STATES;   // of a row, where C starts
+constexpr bool HALF_ROWS = sizeof(RowT) == 2;        // rows are bfloat16: B and C are turned into float32
 
 // log2(1 + 2^w), accurate to float32's relative precision for float32 pixels and to 6e-5 for the half types: one
 // exponential of -|w|, then a polynomial of log2(1 + z) / z on [0, 1] (fitted for relative error).
 __device__ __forceinline__ float softplus2(float w) {
     float z = exp2_fast(-fabsf(w));
     float p;
-    if constexpr (sizeof(X) == 4) {
+    if constexpr (sizeof(PixelT) == 4) {
         p = 0.00754917785525322f;
         p = fmaf(p, z, -0.042567044496536255f);
         p = fmaf(p, z, 0.11285616457462311f);
@@ -42,7 +38,7 @@ __device__ __forceinline__ float softplus2(float w) {
 // digits (relative error 2e-7 for float32 pixels, 4e-4 for the half types).
 __device__ __forceinline__ float softplus_derivative(float s) {
     const float t = s * LN2, direct = 1.f - exp2_fast(-s);
-    if constexpr (sizeof(X) == 4) {
+    if constexpr (sizeof(PixelT) == 4) {
         float p = 1.f / 3628800;
         p = fmaf(p, -t, 1.f / 362880);
         p = fmaf(p, -t, 1.f / 40320);
@@ -86,61 +82,61 @@ template <int OFFSET, int COUNT> __device__ __forceinline__ void read_row(float 
     }
 }
 
-// The steps of a warp's CH channels at STEPS positions, w = (dt + bias) / ln 2 before the softplus, dt = rows *
+// The steps of a warp's CHANNELS at STEPS positions, w = (dt + bias) / ln 2 before the softplus, dt = rows *
 // dt_weight. A lane holds w[o][t][e]: position o * 8 + lane / 4, channel t * 8 + lane % 4 * 2 + e: the layout of a
 // matrix instruction's result, which bfloat16 rows are multiplied with (its products are exact, its sums float32).
-template <int STEPS, int CH> struct StepProjection {
-    static constexpr int TILES = (CH + 7) / 8, DEPTH = R ? (R + 7) / 8 : 1, OCTETS = STEPS / 8;
+template <int STEPS, int CHANNELS> struct StepProjection {
+    static constexpr int TILES = (CHANNELS + 7) / 8, RANK_OCTETS = RANK ? (RANK + 7) / 8 : 1, OCTETS = STEPS / 8;
     float bias[TILES][2];
-    unsigned weight[TILES][DEPTH];
-    const X *weights[CONVERT ? 1 : TILES][2];
+    unsigned weight[TILES][RANK_OCTETS];
+    const PixelT *weights[HALF_ROWS ? 1 : TILES][2];
 
     // first: of the warp's channels in (routes * dim); last: the largest that exists.
-    __device__ __forceinline__ void init(const X *dt_weight, const float *dt_bias, i64 first, i64 last, int lane) {
+    __device__ __forceinline__ void init(const PixelT *dt_weight, const float *dt_bias, i64 first, i64 last, int lane) {
 #pragma unroll
         for (int t = 0; t < TILES; ++t) {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 const i64 channel = min(first + t * 8 + lane % 4 * 2 + e, last);
                 bias[t][e] = dt_bias ? dt_bias[channel] * LOG2E : 0.f;
-                if constexpr (R && !CONVERT) weights[t][e] = dt_weight + channel * R;
+                if constexpr (RANK && !HALF_ROWS) weights[t][e] = dt_weight + channel * RANK;
             }
-            if constexpr (R && CONVERT) {
-                const X *own = dt_weight + min(first + t * 8 + lane / 4, last) * R;
+            if constexpr (RANK && HALF_ROWS) {
+                const PixelT *own = dt_weight + min(first + t * 8 + lane / 4, last) * RANK;
 #pragma unroll
-                for (int k = 0; k < DEPTH; ++k) {
+                for (int k = 0; k < RANK_OCTETS; ++k) {
                     const int r = k * 8 + lane % 4 * 2;
-                    unsigned low = r < R ? bits(own[r]) : 0, high = r + 1 < R ? bits(own[r + 1]) : 0;
+                    unsigned low = r < RANK ? bits(own[r]) : 0, high = r + 1 < RANK ? bits(own[r + 1]) : 0;
                     weight[t][k] = low | high << 16;
                 }
             }
         }
     }
 
-    // given: the steps themselves (R = 0), in the same layout as w.
-    __device__ __forceinline__ void project(float (*w)[TILES][2], const P *raw, const float (*given)[TILES][2],
+    // given: the steps themselves (RANK = 0), in the same layout as w.
+    __device__ __forceinline__ void project(float (*w)[TILES][2], const RowT *raw, const float (*given)[TILES][2],
                                             int lane) {
         static_assert(OCTETS <= 2, "one matrix instruction has 16 positions");
-        if constexpr (R == 0) {
+        if constexpr (RANK == 0) {
 #pragma unroll
             for (int o = 0; o < OCTETS; ++o)
 #pragma unroll
                 for (int t = 0; t < TILES; ++t)
 #pragma unroll
                     for (int e = 0; e < 2; ++e) w[o][t][e] = fmaf(given[o][t][e], LOG2E, bias[t][e]);
-        } else if constexpr (CONVERT) {
-            unsigned a[DEPTH][2];
+        } else if constexpr (HALF_ROWS) {
+            unsigned a[RANK_OCTETS][2];
 #pragma unroll
-            for (int k = 0; k < DEPTH; ++k)
+            for (int k = 0; k < RANK_OCTETS; ++k)
 #pragma unroll
                 for (int o = 0; o < 2; ++o)
                     a[k][o] = o < OCTETS ? *reinterpret_cast<const unsigned *>(
-                                               raw + (o * 8 + lane / 4) * ROW + k * 8 + lane % 4 * 2) : 0;
+                                               raw + (o * 8 + lane / 4) * ROW_WIDTH + k * 8 + lane % 4 * 2) : 0;
 #pragma unroll
             for (int t = 0; t < TILES; ++t) {
                 float d[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-                for (int k = 0; k < DEPTH; ++k) matrix_multiply_add(d, a[k][0], a[k][1], weight[t][k]);
+                for (int k = 0; k < RANK_OCTETS; ++k) matrix_multiply_add(d, a[k][0], a[k][1], weight[t][k]);
 #pragma unroll
                 for (int o = 0; o < OCTETS; ++o)
 #pragma unroll
@@ -153,11 +149,11 @@ template <int STEPS, int CH> struct StepProjection {
                 for (int e = 0; e < 2; ++e) {
                     float d[OCTETS] = {};
 #pragma unroll 8
-                    for (int r = 0; r < R; ++r) {
+                    for (int r = 0; r < RANK; ++r) {
                         const float weight = to_float(weights[t][e][r]);
 #pragma unroll
                         for (int o = 0; o < OCTETS; ++o)
-                            d[o] = fmaf(to_float(raw[(o * 8 + lane / 4) * ROW + r]), weight, d[o]);
+                            d[o] = fmaf(to_float(raw[(o * 8 + lane / 4) * ROW_WIDTH + r]), weight, d[o]);
                     }
 #pragma unroll
                     for (int o = 0; o < OCTETS; ++o) w[o][t][e] = fmaf(d[o], LOG2E, bias[t][e]);

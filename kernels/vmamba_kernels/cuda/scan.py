@@ -11,8 +11,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from ..registry import BackendError
 from .compiler import Module, load
 from .layout import Layout
+
+MAX_LENGTH = (1 << 31) - (1 << 10)  # positions of a route, which the kernels count in 32 bits
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,19 @@ class Gradients:
 
 class Scan:
     """The scans of one layout and geometry.  What their launches take beside tensors is worked out once, so that a call
-    is little more than allocations and launches: a small model waits for the host."""
+    is little more than allocations and launches: a small model waits for the host.  Raises BackendError for a route
+    longer than the kernels count."""
 
     def __init__(self, layout: Layout, geometry: Geometry, device: torch.device):
+        if geometry.length > MAX_LENGTH:
+            raise BackendError(
+                f"backend 'cuda' walks routes of up to {MAX_LENGTH:,} positions, not {geometry.length:,}; cut it, or "
+                "take backend='reference'"
+            )
         self.layout, self.geometry, self._device = layout, geometry, device
         self._processors, self._shared_limit = _limits(device)
         self._sizes = geometry.arguments(layout.dim)
-        self._merge_sizes = geometry.pixels * layout.dim // layout.wide, layout.dim, geometry.routes
+        self._merge_sizes = geometry.pixels * layout.dim // layout.thread_channels, layout.dim, geometry.routes
         self._fwd_segment, self._fwd_segments = self._segments(layout.fwd_groups)
         self._fwd_launch = self._fwd_grid(self._fwd_segments), 32 * layout.fwd_warps, 0
 

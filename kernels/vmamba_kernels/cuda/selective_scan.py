@@ -30,7 +30,7 @@ class SequenceScan(Scan):
     def __init__(self, layout, geometry, device):
         super().__init__(layout, geometry, device)
         channels, length = geometry.pixel_stride, geometry.width
-        tiles = -(-channels // (16 * layout.wide)) * -(-length // 64)
+        tiles = -(-channels // (16 * layout.thread_channels)) * -(-length // 64)
         self._turn, self._turn_sizes = (geometry.batch * tiles, 256, 0), (channels, length)
         columns = geometry.sequences * layout.row_width // 8 * length  # eight of them a thread
         self._row_launch, self._row_sizes = (-(-columns // 256), 256, 0), (columns, geometry.routes, length)

@@ -3,8 +3,8 @@
 import torch
 from triton.runtime import JITFunction
 
-from ..registry import Call
-from .common import MAX_ROUTES, chunk_pass_kernel
+from ..registry import Call, unknown_routes
+from .common import MAX_ROUTES, ROUTE_CODES, chunk_pass_kernel, why_not_on
 from .scan import cross_selective_scan, selective_scan
 from .ssd import cross_ssd
 
@@ -26,6 +26,8 @@ def why_not(call: Call) -> str | None:
         return "Triton needs a GPU and the tensors are on the CPU (TRITON_INTERPRET=1 runs it there, slowly)"
     if call.device.type not in ("cpu", "cuda"):
         return f"Triton runs on GPUs of device type 'cuda', and the tensors are on '{call.device}'"
+    if call.device.type == "cuda" and not torch.cuda.is_available():
+        return "PyTorch sees no GPU here"
     if call.device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(call.device)
         if capability < OLDEST_GPU:
@@ -38,6 +40,10 @@ def why_not(call: Call) -> str | None:
         return f"it handles up to {MAX_STATES} states, and there are {call.states}"
     if call.rank > MAX_RANK:
         return f"it handles ranks up to {MAX_RANK}, and this one is {call.rank}"
+    if unknown := unknown_routes(call, ROUTE_CODES):
+        return unknown
     if len(call.routes) > MAX_ROUTES:
         return f"it handles up to {MAX_ROUTES} routes, and there are {len(call.routes)}"
+    if call.device.type == "cuda" and not INTERPRETED:
+        return why_not_on(torch.cuda.current_device() if call.device.index is None else call.device.index)
     return None

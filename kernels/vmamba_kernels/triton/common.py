@@ -1,6 +1,7 @@
 """What the scan and the SSD kernels share: routes as address arithmetic, the softplus, the pass over chunk states."""
 
 from contextlib import AbstractContextManager
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -8,16 +9,51 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2E = 1.4426950408889634
-LARGEST_OFFSET = (1 << 31) - 1  # inside one image; beyond it pixel offsets take 64 bits, as batch and route offsets do
+from ..registry import BackendError
 
-_ROUTE_CODES = {"row": 0, "col": 1, "row_rev": 2, "col_rev": 3}  # bit 0: by columns, bit 1: backwards
+LOG2E = 1.4426950408889634
+LARGEST_OFFSET = (1 << 31) - 1  # inside one image; beyond it its offsets take 64 bits, as batch and route offsets do
+MAX_LENGTH = (1 << 30) - (1 << 10)  # positions that route_pixels counts in 32 bits
+MAX_HEIGHT = 1 << 22  # of a column that it divides by in float32
+
+ROUTE_CODES = {"row": 0, "col": 1, "row_rev": 2, "col_rev": 3}  # bit 0: by columns, bit 1: backwards
 MAX_ROUTES = 31  # two bits each in one non-negative 64-bit number
 
 
 def encode_routes(routes: tuple[str, ...]) -> int:
     """Routes as one integer, the first in the lowest two bits."""
-    return sum(_ROUTE_CODES[route] << 2 * k for k, route in enumerate(routes))
+    return sum(ROUTE_CODES[route] << 2 * k for k, route in enumerate(routes))
+
+
+def passes_32_bits(*sizes: int) -> bool:
+    """Whether kernels must be told to be WIDE; sizes: an index's largest value times its stride, for each."""
+    return max(sizes) > LARGEST_OFFSET
+
+
+def check_size(height: int, width: int) -> None:
+    """Raises BackendError for an image, or a sequence as an image of one row, that `route_pixels` would misnumber."""
+    if height * width > MAX_LENGTH or height > MAX_HEIGHT:
+        raise BackendError(
+            f"backend 'triton' walks up to {MAX_LENGTH:,} positions in columns of up to {MAX_HEIGHT:,}, not {height:,} "
+            f"x {width:,}; cut them, or take backend='reference'"
+        )
+
+
+@triton.jit
+def probe_kernel():
+    pass
+
+
+@cache
+def why_not_on(index: int) -> str | None:
+    """One sentence why Triton cannot compile for GPU `index` or load what it compiled, or None: an empty kernel is
+    tried.  It needs a C compiler for what launches it, and a driver that takes its code."""
+    try:
+        with torch.cuda.device(index):
+            _ = probe_kernel.warmup(grid=(1,)).run
+    except Exception as error:  # of several classes, subprocess's and Triton's own among them
+        return f"Triton {triton.__version__} cannot compile or load a kernel here ({error})"
+    return None
 
 
 def on_device(x: Tensor) -> AbstractContextManager:
@@ -86,7 +122,13 @@ def route_dtype(out_dtype: torch.dtype) -> torch.dtype:
 
 
 @triton.jit
-def route_pixels(start, steps: tl.constexpr, length, height, width, code):
+def wide(index, WIDE: tl.constexpr):
+    """An index that strides will multiply: of 64 bits if offsets inside an image are (LARGEST_OFFSET)."""
+    return index.to(tl.int64) if WIDE else index
+
+
+@triton.jit
+def route_pixels(start, steps: tl.constexpr, length, height, width, code, WIDE: tl.constexpr):
     """Pixel indices (row-major) of `steps` positions of a route from `start` on, and which of them are in the image."""
     position = tl.arange(0, steps)
     valid = start + position < length
@@ -100,7 +142,7 @@ def route_pixels(start, steps: tl.constexpr, length, height, width, code):
     within = first - column * run + tl.where(backwards, -position, position)
     # Floor division by a product: exact, since |within| < height + steps is small where the quotient is not 0 or -1.
     over = tl.floor((within.to(tl.float32) + 0.5) * (1.0 / run.to(tl.float32))).to(tl.int32)
-    return (within - over * run) * stride + column + over, valid
+    return wide((within - over * run) * stride + column + over, WIDE), valid
 
 
 @triton.jit
@@ -137,23 +179,22 @@ def pick(tile, index, i: tl.constexpr):
 
 
 @triton.jit
-def chunk_pass_kernel(
-    states, sums, A2, routes, chunks, dim, N: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr
-):
+def chunk_pass_kernel(states, sums, A2, routes, chunks, dim, size, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
     """Turn the state that each chunk leaves when entered with zero into the state that enters it, in place.
 
-    states (batch, routes, chunks, N, dim); sums (batch, routes, chunks, dim), of the step sizes; A2 (routes, N, dim).
+    states (batch, routes, chunks, N, dim); sums (batch, routes, chunks, dim), of the step sizes; A2 (routes, N, dim);
+    size: N * dim.
     """
-    blocks = tl.cdiv(N * dim, BLOCK)
+    blocks = tl.cdiv(size, BLOCK)
     pid = tl.program_id(0)
     sequence = (pid // blocks).to(tl.int64)
     i = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < N * dim
-    a2 = tl.load(A2 + (sequence % routes) * N * dim + i, mask, other=0.0)
+    mask = i < size
+    a2 = tl.load(A2 + (sequence % routes) * size + i, mask, other=0.0)
     carry = tl.zeros([BLOCK], tl.float32)
     for step in range(chunks):
         c = chunks - 1 - step if REVERSE else step
-        state = states + (sequence * chunks + c) * N * dim + i
+        state = states + (sequence * chunks + c) * size + i
         local = tl.load(state, mask, other=0.0)
         total = tl.load(sums + (sequence * chunks + c) * dim + i % dim, mask, other=0.0)
         tl.store(state, carry, mask)
@@ -164,4 +205,4 @@ def chunk_pass(states: Tensor, sums: Tensor, A2: Tensor, reverse: bool = False) 
     batch, routes, chunks, N, dim = states.shape
     block = min(256, triton.next_power_of_2(N * dim))
     grid = (batch * routes * triton.cdiv(N * dim, block),)
-    chunk_pass_kernel[grid](states, sums, A2, routes, chunks, dim, N=N, BLOCK=block, REVERSE=reverse)
+    chunk_pass_kernel[grid](states, sums, A2, routes, chunks, dim, N * dim, BLOCK=block, REVERSE=reverse)

@@ -8,13 +8,14 @@ import triton
 from torch import Tensor
 
 from ..registry import wants_gradient
-from . import common
 from .common import (
     LOG2E,
+    check_size,
     chunk_pass,
     encode_routes,
     gradients_like,
     on_device,
+    passes_32_bits,
     present,
     project,
     project_backward,
@@ -109,14 +110,19 @@ class Plan:
     def sizes(self) -> tuple[int, ...]:
         return self.routes, self.codes, self.segments, CHUNK, self.length, self.height, self.width, self.dim
 
+    @property
+    def wide(self) -> bool:
+        """Whether an offset inside an image, of any tensor, may need more than 32 bits."""
+        return passes_32_bits(
+            self.length * self.u_strides[2], self.dim * self.u_strides[3],
+            self.length * self.B_strides[2], self.N * self.B_strides[3],
+            self.length * 2 * self.routes * self.N,  # the gradients of B and C
+            max(self.N, self.rank) * self.dim,  # a route's A, states and dt_weight
+        )  # fmt: skip
+
     def constants(self, steps_times_states: int) -> dict:
         """Compile-time parameters; a tile holds about `steps_times_states` numbers a thread."""
         padded = triton.next_power_of_2(self.N)
-        span = max(
-            self.length * max(self.u_strides[2], self.B_strides[2], 2 * self.routes * self.N),
-            self.dim * self.u_strides[3],
-            self.N * self.B_strides[3],
-        )
         return {
             "N": self.N,
             "NP": padded,
@@ -127,7 +133,7 @@ class Plan:
             "BLOCK": self.block,
             "HAS_BIAS": self.has_bias,
             "SOFTPLUS": self.softplus,
-            "WIDE": span > common.LARGEST_OFFSET,
+            "WIDE": self.wide,
             "num_warps": self.block // 32,
         }
 
@@ -211,6 +217,7 @@ def _image(x, x_proj_weight, dt_weight, dt_bias, A, D, codes: int) -> tuple[Plan
     rank = dt_weight.shape[2]
     x = x.contiguous()
     projected = project(x, x_proj_weight, rank)
+    check_size(height, width)
     length = height * width
     strides = (projected.stride(0), projected.stride(2), projected.stride(1), 1)
     plan = Plan(
@@ -304,6 +311,7 @@ def _sequence(u, delta, A, B, C, D, delta_bias, softplus: bool) -> tuple[Plan, t
     batch, channels, length = u.shape
     groups, N = B.shape[1], A.shape[1]
     dim = channels // groups
+    check_size(1, length)
     strides = (channels * length, dim * length, 1, length)
     plan = Plan(
         batch, groups, 0, 1, length, dim, N, 0, u_strides=strides, out_strides=strides[:2],

@@ -9,25 +9,28 @@ Layouts, with their strides as arguments: u, y, du, dy and step sizes of every c
 B, C (batch, route, pixel, state).  With RANK, B, C and the step numbers are parts of one row of the projection, C_AT
 and DT_AT behind its begin; otherwise they are three tensors.  Always contiguous: A2 = A * log2(e) (routes, N, dim),
 w (routes, rank, dim), bias and skip (routes, dim), states (batch, routes, chunks, N, dim).
+
+Offsets between images, routes and blocks are of 64 bits; those inside an image only if WIDE, which whoever launches
+sets (`Plan.constants`): then every index that a stride multiplies is.
 """
 
 import triton
 import triton.language as tl
 
-from .common import pick, route_pixels, sigmoid, softplus
+from .common import pick, route_pixels, sigmoid, softplus, wide
 
 
 @triton.jit
-def program(routes, segments, dim, BLOCK: tl.constexpr):
-    """Batch, route, segment and channels of this program; neighbours share the projections of their pixels."""
+def program(routes, segments, dim, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """Batch, route, segment, channels and block of this program; neighbours share the projections of their pixels."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(dim, BLOCK)
     block = pid % blocks
     pid = pid // blocks
     segment = pid % segments
     pid = pid // segments
-    channel = block * BLOCK + tl.arange(0, BLOCK)
-    return (pid // routes).to(tl.int64), (pid % routes).to(tl.int64), segment, channel, block
+    channel = wide(block * BLOCK + tl.arange(0, BLOCK), WIDE)
+    return (pid // routes).to(tl.int64), (pid % routes).to(tl.int64), segment, channel, block.to(tl.int64)
 
 
 @triton.jit
@@ -59,7 +62,7 @@ def load_step(
     else:
         v = tl.zeros([STEPS, BLOCK], tl.float32)
         for first in tl.static_range(0, RANK, 8):
-            r = first + tl.arange(0, 8)
+            r = (first + tl.arange(0, 8)).to(pixel.dtype)
             part_mask = valid[:, None] & (r < RANK)[None, :]
             part = tl.load(dt + pixel[:, None] * B_l + r[None, :], part_mask, other=0.0).to(tl.float32)
             weight_mask = (r < RANK)[:, None] & inside[None, :]
@@ -99,10 +102,10 @@ def scan_fwd_kernel(
     "local": walk one chunk from a zero state, writing only the state it leaves and its sum of step sizes.
     "chunk": walk one chunk from the state that enters it, writing y.
     """
-    b, k, segment, channel, block = program(routes, segments, dim, BLOCK)
+    b, k, segment, channel, block = program(routes, segments, dim, BLOCK, WIDE)
     code = (codes >> (2 * (k & 31))) & 3
     inside = channel < dim
-    state = tl.arange(0, NP)
+    state = wide(tl.arange(0, NP), WIDE)
     index = tl.arange(0, STEPS)[:, None, None]
     u += b * u_b + k * u_k
     y += b * y_b + k * y_k
@@ -132,9 +135,7 @@ def scan_fwd_kernel(
     for start in range(begin, end, STEPS):
         if MODE == "save" and start % chunk == 0:
             tl.store(states + (sequence + start // chunk) * N * dim + entry, h, kept)
-        pixel, valid = route_pixels(start, STEPS, length, height, width, code)
-        if WIDE:
-            pixel = pixel.to(tl.int64)
+        pixel, valid = route_pixels(start, STEPS, length, height, width, code, WIDE)
         mask = valid[:, None] & inside[None, :]
         x = load_tile(u, pixel, channel, mask, u_l, u_d)
         b_tile = load_states(B, pixel, valid, state, B_l, B_n, N)
@@ -171,10 +172,10 @@ def scan_adjoint_kernel(
 ):  # fmt: skip
     """What one chunk, walked back from zero, passes to the chunk before it: the gradient of the state entering it.
     Also its sum of step sizes."""
-    b, k, segment, channel, block = program(routes, segments, dim, BLOCK)
+    b, k, segment, channel, block = program(routes, segments, dim, BLOCK, WIDE)
     code = (codes >> (2 * (k & 31))) & 3
     inside = channel < dim
-    state = tl.arange(0, NP)
+    state = wide(tl.arange(0, NP), WIDE)
     index = tl.arange(0, STEPS)[:, None, None]
     dy += b * dy_b + k * dy_k
     row = first_row(b, k, B_b, B_k, RANK)
@@ -190,9 +191,7 @@ def scan_adjoint_kernel(
     begin = segment * chunk
     tiles = tl.cdiv(tl.minimum(chunk, length - begin), STEPS)
     for tile in range(tiles):
-        pixel, valid = route_pixels(begin + (tiles - 1 - tile) * STEPS, STEPS, length, height, width, code)
-        if WIDE:
-            pixel = pixel.to(tl.int64)
+        pixel, valid = route_pixels(begin + (tiles - 1 - tile) * STEPS, STEPS, length, height, width, code, WIDE)
         mask = valid[:, None] & inside[None, :]
         dout = load_tile(dy, pixel, channel, mask, u_l, u_d)
         c_tile = load_states(C, pixel, valid, state, B_l, B_n, N)
@@ -227,10 +226,10 @@ def scan_bwd_kernel(
     scratch; then its tiles backwards.  du and ddt are as u; dB and dC (blocks, batch, routes, pixels, N) are sums over
     the channels of a block; dA (batch, segments, routes, N, dim), dbias and dskip over the positions of a segment.
     """
-    b, k, segment, channel, block = program(routes, segments, dim, BLOCK)
+    b, k, segment, channel, block = program(routes, segments, dim, BLOCK, WIDE)
     code = (codes >> (2 * (k & 31))) & 3
     inside = channel < dim
-    state = tl.arange(0, NP)
+    state = wide(tl.arange(0, NP), WIDE)
     index = tl.arange(0, STEPS)[:, None, None]
     u += b * u_b + k * u_k
     dy += b * dy_b + k * dy_k
@@ -270,9 +269,7 @@ def scan_bwd_kernel(
         h = tl.load(states + (sequence + c) * N * dim + entry, kept, other=0.0)
         for tile in range(tiles):
             tl.store(scratch + tile * NP * BLOCK + local, h)
-            pixel, valid = route_pixels(begin + tile * STEPS, STEPS, length, height, width, code)
-            if WIDE:
-                pixel = pixel.to(tl.int64)
+            pixel, valid = route_pixels(begin + tile * STEPS, STEPS, length, height, width, code, WIDE)
             x = load_tile(u, pixel, channel, valid[:, None] & inside[None, :], u_l, u_d)
             b_tile = load_states(B, pixel, valid, state, B_l, B_n, N)
             delta, _ = load_step(
@@ -287,9 +284,7 @@ def scan_bwd_kernel(
         for back in range(tiles):
             tile = tiles - 1 - back
             h = tl.load(scratch + tile * NP * BLOCK + local)
-            pixel, valid = route_pixels(begin + tile * STEPS, STEPS, length, height, width, code)
-            if WIDE:
-                pixel = pixel.to(tl.int64)
+            pixel, valid = route_pixels(begin + tile * STEPS, STEPS, length, height, width, code, WIDE)
             mask = valid[:, None] & inside[None, :]
             x = load_tile(u, pixel, channel, mask, u_l, u_d)
             dout = load_tile(dy, pixel, channel, mask, u_l, u_d)

@@ -15,13 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import common
 from .common import (
     LOG2E,
+    check_size,
     chunk_pass,
     encode_routes,
     gradients_like,
     on_device,
+    passes_32_bits,
     present,
     project,
     project_backward,
@@ -31,6 +32,7 @@ from .common import (
     sigmoid,
     softplus,
     stand_in,
+    wide,
 )
 
 # Measured best (docs/log.md).  With more of either Triton makes wgmma instructions on Hopper, some of them wrong (its
@@ -60,10 +62,8 @@ def load_chunk(
     N: tl.constexpr, NP: tl.constexpr, Q: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Pixels of a chunk, which of them are in the image, and B and C [Q, NP]."""
-    pixel, valid = route_pixels(c * Q, Q, length, height, width, code)
-    if WIDE:
-        pixel = pixel.to(tl.int64)
-    state = tl.arange(0, NP)
+    pixel, valid = route_pixels(c * Q, Q, length, height, width, code, WIDE)
+    state = wide(tl.arange(0, NP), WIDE)
     at = P + pixel[:, None] * P_l + state[None, :]
     mask = valid[:, None] & (state < N)[None, :]
     return pixel, valid, tl.load(at, mask, other=0.0).to(tl.float32), tl.load(at + N, mask, other=0.0).to(tl.float32)
@@ -107,7 +107,7 @@ def ssd_state_kernel(
     states += ((b * routes + k) * chunks + c) * N * dim
     code = (codes >> (2 * k)) & 3
     pixel, valid, b_tile, c_tile = load_chunk(P, code, c, length, height, width, P_l, N, NP, Q, WIDE)
-    state = tl.arange(0, NP)
+    state = wide(tl.arange(0, NP), WIDE)
     inner = tl.arange(0, HP)
     for head in range(heads):
         delta, _, _, from_start, to_end, _ = load_head(
@@ -140,7 +140,7 @@ def ssd_fwd_kernel(
     code = (codes >> (2 * k)) & 3
     pixel, valid, b_tile, c_tile = load_chunk(P, code, c, length, height, width, P_l, N, NP, Q, WIDE)
     products = tl.dot(c_tile, tl.trans(b_tile), input_precision=PRECISION)  # [Q, Q]
-    state = tl.arange(0, NP)
+    state = wide(tl.arange(0, NP), WIDE)
     inner = tl.arange(0, HP)
     for head in range(heads):
         delta, _, decay, from_start, _, _ = load_head(
@@ -182,7 +182,7 @@ def ssd_bwd_kernel(
     code = (codes >> (2 * k)) & 3
     pixel, valid, b_tile, c_tile = load_chunk(P, code, c, length, height, width, P_l, N, NP, Q, WIDE)
     products = tl.dot(c_tile, tl.trans(b_tile), input_precision=PRECISION)  # [Q, Q]
-    state = tl.arange(0, NP)
+    state = wide(tl.arange(0, NP), WIDE)
     inner = tl.arange(0, HP)
     i = tl.arange(0, Q)[:, None]
     j = tl.arange(0, Q)[None, :]
@@ -242,6 +242,7 @@ class _Launch:
     def __init__(self, x, x_proj_weight, dt_bias, A, D, codes: int, chunk: int):
         batch, height, width, dim = x.shape
         routes, heads = A.shape
+        check_size(height, width)
         length = height * width
         self.x = x.contiguous()
         self.projected = project(self.x, x_proj_weight, heads)  # (batch, pixels, routes, row)
@@ -260,7 +261,7 @@ class _Launch:
             "Q": chunk,
             "HAS_BIAS": dt_bias is not None,
             "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
-            "WIDE": length * max(dim, P_l) > common.LARGEST_OFFSET,
+            "WIDE": passes_32_bits(length * dim, length * P_l, self.N * dim),
             "num_warps": WARPS,
         }
 
