@@ -597,6 +597,14 @@ def test_a_missing_file_and_no_network_say_what_to_put_where(hub, server):
     assert [path.name for path in Path(hub).iterdir()] == []
 
 
+def test_a_cache_that_is_no_folder_is_said(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"cannot write '.*w\.pth': Not a directory; set TORCH_HOME to another folder"):
+        download("http://127.0.0.1:9/w.pth")
+
+
 def test_two_addresses_do_not_share_a_file(hub, server):
     download(server.url)
     with pytest.raises(UserError, match="was downloaded from"):
