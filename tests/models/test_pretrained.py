@@ -316,7 +316,9 @@ def test_arguments_of_other_trainers_are_read_as_mappings(tmp_path, plain):
         ("w.pth", pickle.dumps({"a": 1}, protocol=5), "was written by pickle and not by torch.save"),
         ("w.pth", bytes(range(128, 200)), "is truncated or not a checkpoint"),
     ],
+    ids=lambda value: value[:20].decode(errors="replace") if isinstance(value, bytes) else None,
 )
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_what_a_file_is_instead(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"{name}' {words}"):
