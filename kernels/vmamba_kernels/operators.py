@@ -294,9 +294,10 @@ def cross_merge(y: Tensor, height: int, width: int, routes: Sequence[str] = ROUT
 def _that_can_be_seen_into(backend: str | None) -> str | None:
     """`backend`; the reference, where none is asked for, under torch.func, forward-mode AD and the ONNX exporter, which
     know the operators of PyTorch only."""
-    if backend in (None, "auto") and not torch.compiler.is_compiling():
-        return "reference" if is_transformed() or torch.onnx.is_in_onnx_export() else backend
-    return backend
+    if backend not in (None, "auto") or torch.compiler.is_compiling():
+        return backend
+    seen_into = is_transformed() or (torch.jit.is_tracing() and torch.onnx.is_in_onnx_export())
+    return "reference" if seen_into else backend
 
 
 def _projection_dtype(x: Tensor) -> torch.dtype:

@@ -71,8 +71,12 @@ class Choice:
 
 
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:
-    """Whether a backward pass will follow a call on these tensors, and what it needs must be kept."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether a backward pass will follow a call on these tensors, and what it needs must be kept.
+
+    A trace keeps the answer for calls with and without gradients, so there they count as enabled.
+    """
+    enabled = torch.is_grad_enabled() or torch.jit.is_tracing()
+    return enabled and any(t is not None and t.requires_grad for t in tensors)
 
 
 def backends(operator: str | None = None) -> tuple[str, ...]:

@@ -316,7 +316,9 @@ def test_arguments_of_other_trainers_are_read_as_mappings(tmp_path, plain):
         ("w.pth", pickle.dumps({"a": 1}, protocol=5), "was written by pickle and not by torch.save"),
         ("w.pth", bytes(range(128, 200)), "is truncated or not a checkpoint"),
     ],
+    ids=lambda value: value[:20].decode(errors="replace") if isinstance(value, bytes) else None,
 )
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_what_a_file_is_instead(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"{name}' {words}"):
@@ -595,6 +597,14 @@ def test_a_missing_file_and_no_network_say_what_to_put_where(hub, server):
     with pytest.raises(UserError, match=rf"cannot be downloaded \(.*refused.*{place}w\.pth'"):
         download(closed.url)
     assert [path.name for path in Path(hub).iterdir()] == []
+
+
+def test_a_cache_that_is_no_folder_is_said(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"cannot write '.*w\.pth': Not a directory; set TORCH_HOME to another folder"):
+        download("http://127.0.0.1:9/w.pth")
 
 
 def test_two_addresses_do_not_share_a_file(hub, server):

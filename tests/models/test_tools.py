@@ -14,7 +14,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 import vmamba
 import vmamba_kernels
-from vmamba_kernels import operators
+from vmamba_kernels import operators, registry
 
 kinds = pytest.mark.parametrize("name", ["vmamba_tiny", "vmamba_tiny_s1l8", "vmamba_tiny_m2"])
 more = pytest.mark.parametrize(  # what the kinds leave out: other norms, a weight of megabytes, a position map
@@ -64,6 +64,25 @@ def test_a_trace_with_and_without_gradients(name):
         with torch.set_grad_enabled(enabled):
             traced = torch.jit.trace(model, images())
         close(traced(images(3)), model(images(3)))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_trace_asks_the_kernels_for_what_gradients_need():
+    """Whatever the mode it is made in: PyTorch checks a trace by another one without gradients."""
+    asked = []
+
+    class Asks(nn.Linear):
+        def forward(self, x):
+            if torch.jit.is_tracing():  # it also runs the module itself, to compare
+                asked.append(registry.wants_gradient(x, self.weight))
+            return super().forward(x)
+
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            torch.jit.trace(Asks(1, 1), torch.ones(1))
+    assert len(asked) >= 3 and all(asked)
+    with torch.no_grad():
+        assert not registry.wants_gradient(torch.ones(1, requires_grad=True))
 
 
 def symbolic(model):

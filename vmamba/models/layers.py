@@ -65,7 +65,7 @@ def batch_norm(dim: int, keep_float32: bool = False) -> nn.BatchNorm2d:
 
 def on_channels_last(layer: nn.Module, x: Tensor) -> Tensor:
     """A layer on channels-last images.  A batch norm of any make (its statistics tell it) reads them channels first."""
-    if hasattr(layer, "running_mean"):
+    if not isinstance(layer, LayerNorm) and hasattr(layer, "running_mean"):  # the second takes a microsecond
         return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     return layer(x)
 
