@@ -184,6 +184,7 @@ def before(folder):
 @pytest.mark.parametrize("key", CHANGED)
 def test_a_key_has_an_effect(key, folder, before, seen):
     value, *both = CHANGED[key]
+    value = folder / value if key == "OUTPUT" else value
     unchanged = before(seen, both)
     assert traces(folder, key, seen, *both, key, value) != unchanged
 
