@@ -16,6 +16,11 @@ class Plan:
     rounds_per_evaluation: int
     rounds_per_save: int
 
+    @property
+    def epochs(self) -> int:
+        """Passes over the images, the last one perhaps in part."""
+        return -(-self.steps // self.steps_per_epoch)
+
     def round_end(self, step: int) -> int:
         """Where the round ends that the step after `step` completed ones belongs to."""
         return min((step // self.round_steps + 1) * self.round_steps, self.steps)

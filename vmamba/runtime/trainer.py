@@ -156,9 +156,7 @@ class Rounds:
             return
         state.model.train()
         batches = Pace(self._batches(end), state.step)
-        title = (
-            f"epoch {state.step // self.plan.steps_per_epoch + 1}/{-(-self.plan.steps // self.plan.steps_per_epoch)}"
-        )
+        title = f"epoch {state.step // self.plan.steps_per_epoch + 1}/{self.plan.epochs}"
         with progress(range(state.step, end), run.world, title) as bar:
             for _ in bar:
                 outcome = self.step(state, islice(batches, config.TRAIN.ACCUMULATION_STEPS), stop=run.request.noted)
@@ -246,7 +244,7 @@ class Rounds:
         if infinite:
             self.run.logger.warning(f"this evaluation does not count: {', '.join(infinite)}")
             return False
-        kinds = {"model": name, "ema": f"ema_{name}"}
+        kinds = {"ema": f"ema_{name}", "model": name}  # of two that are equally good the average is taken
         state.best_weights = max(
             (kind for kind in kinds if kinds[kind] in results), key=lambda kind: results[kinds[kind]]
         )
