@@ -36,7 +36,8 @@ def loader(workers=2, source=None):
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
-def test_stop_signals_do_not_end_a_loading_process_and_its_parent_does(method):
+def test_stop_signals_do_not_end_a_loading_process_and_its_parent_does(method, monkeypatch):
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)  # how long a hanging one is waited for
     loading = loader()
     loading._loader.multiprocessing_context = method
     batches = iter(loading)
@@ -45,8 +46,11 @@ def test_stop_signals_do_not_end_a_loading_process_and_its_parent_does(method):
         for signum in STOP_SIGNALS:
             os.kill(pid, signum)
     assert sum(len(batch) for batch in batches) == 56
-    for process in loading._loader._iterator._workers:
-        process.terminate()
+    iterator = loading._loader._iterator
+    for pid in processes:
+        os.kill(pid, signal.SIGSTOP)  # it hangs
+    iterator._shutdown_workers()
+    for process in iterator._workers:
         process.join(10)
         assert not process.is_alive()
 
