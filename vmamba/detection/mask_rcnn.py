@@ -1,0 +1,104 @@
+"""Mask R-CNN (arXiv 1703.06870) with a feature pyramid (arXiv 1612.03144) on any backbone, as mmdetection defines it.
+
+The pyramid, RoIAlign and the suppression are torchvision's; the rules around them are not its own (its box losses,
+anchors, matches, mask targets and aligning differ), so they are written here.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from vmamba.detection.boxes import check_targets
+from vmamba.detection.roi_heads import PredictionSettings, RoIHead, paste_masks
+from vmamba.detection.rpn import ProposalSettings, RPNHead
+
+TRAINING_PROPOSALS, PROPOSALS, PREDICTIONS = ProposalSettings(nms_pre=2000), ProposalSettings(), PredictionSettings()
+Target = dict[str, Tensor]  # boxes (N, 4) in pixels, labels (N,) from 0, masks (N, H, W) of the padded image
+
+
+class MaskRCNN(nn.Module):
+    """A detector.
+
+    Args:
+        backbone: (B, 3, H, W) -> four maps, the finest first, of `backbone.channels`.
+        channels, hidden: of the pyramid and the heads, and of the box head's two layers.
+        training_proposals, proposals, predictions: what is kept, see there.
+        rpn_samples, samples: boxes an image that a step of training reads in each stage.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        channels: int = 256,
+        hidden: int = 1024,
+        training_proposals: ProposalSettings = TRAINING_PROPOSALS,
+        proposals: ProposalSettings = PROPOSALS,
+        predictions: PredictionSettings = PREDICTIONS,
+        rpn_samples: int = 256,
+        samples: int = 512,
+    ):
+        super().__init__()
+        self.num_classes = num_classes
+        self.training_proposals, self.proposals, self.predictions = training_proposals, proposals, predictions
+        self.backbone = backbone
+        self.neck = FeaturePyramidNetwork(backbone.channels, channels, LastLevelMaxPool())
+        for layer in self.neck.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.xavier_uniform_(layer.weight)
+        self.rpn_head = RPNHead(channels, rpn_samples)
+        self.roi_head = RoIHead(channels, hidden, num_classes, samples)
+
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> five maps (B, channels, H / stride, W / stride), strides 4 to 64."""
+        maps = self.backbone(images)
+        return list(self.neck(OrderedDict((str(level), each) for level, each in enumerate(maps))).values())
+
+    def forward(
+        self,
+        images: Tensor,
+        image_sizes: Sequence[Sequence[int]] | None = None,
+        targets: Sequence[Target] | None = None,
+        padded_sizes: Sequence[Sequence[int]] | None = None,
+    ) -> list[dict[str, Tensor]] | dict[str, Tensor]:
+        """Predictions of each image, or with `targets` the losses by name.
+
+        Args:
+            images: (B, 3, H, W), normalised, padded at the right and below.
+            image_sizes: (h, w) of each without its padding; None: none is padded.
+            targets: of each image `boxes` (N, 4) in pixels, `labels` (N,) from 0 and `masks` (N, H, W).
+            padded_sizes: (h, w) of each with the padding that it would have alone; anchors beyond it do not count in
+                training, as in mmdetection.  None: that of the batch.
+
+        Returns for each image `boxes` (n, 4), `scores` (n,), `labels` (n,), the best first, and `masks` (n, h, w); or
+        `loss_rpn_cls`, `loss_rpn_bbox`, `loss_cls`, `loss_bbox` and `loss_mask`, to be added up, and `acc`, the box
+        head's share of right classes in percent.
+        """
+        if image_sizes is None:
+            image_sizes = [images.shape[2:]] * len(images)
+        maps = self.pyramid(images)
+        scores, offsets = self.rpn_head(maps)
+        if targets is None:
+            return self._predict(maps, scores, offsets, image_sizes)
+        check_targets(targets, self.num_classes)
+        if padded_sizes is None:
+            padded_sizes = [images.shape[2:]] * len(images)
+        losses = self.rpn_head.losses(scores, offsets, padded_sizes, [each["boxes"] for each in targets])
+        proposed = self.rpn_head.proposals(scores, offsets, image_sizes, self.training_proposals)
+        return losses | self.roi_head.losses(maps, [boxes for boxes, _ in proposed], targets)
+
+    def _predict(
+        self,
+        maps: Sequence[Tensor],
+        scores: Sequence[Tensor],
+        offsets: Sequence[Tensor],
+        image_sizes: Sequence[Sequence[int]],
+    ) -> list[dict[str, Tensor]]:
+        proposed = self.rpn_head.proposals(scores, offsets, image_sizes, self.proposals)
+        predictions = self.roi_head.predict(maps, [boxes for boxes, _ in proposed], image_sizes, self.predictions)
+        for each, size in zip(predictions, image_sizes, strict=True):
+            each["masks"] = paste_masks(each.pop("mask_logits"), each["boxes"], size, self.predictions.mask_thr)
+        return predictions

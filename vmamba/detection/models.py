@@ -1,0 +1,84 @@
+"""Detectors by name, by config, and from released files."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from vmamba.detection.mask_rcnn import MaskRCNN
+from vmamba.detection.roi_heads import PredictionSettings
+from vmamba.detection.rpn import ProposalSettings
+from vmamba.errors import unknown
+from vmamba.models.backbones import create_backbone
+from vmamba.models.whole import build_whole, load_whole, released_backbone
+
+DETECTORS = {"mask_rcnn": MaskRCNN}
+_NECK = (
+    (r"^neck\.lateral_convs\.(\d)\.conv\.", r"neck.inner_blocks.\1.0."),
+    (r"^neck\.fpn_convs\.(\d)\.conv\.", r"neck.layer_blocks.\1.0."),
+)
+_EVERY = 1 << 40  # more boxes than there are
+
+
+def create_detector(
+    name: str,
+    backbone: str = "vmamba_tiny",
+    num_classes: int = 80,
+    pretrained_backbone: bool = False,
+    backbone_options: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> MaskRCNN:
+    """A detector: see `MaskRCNN`, which says how it is called.
+
+    Args:
+        name: "mask_rcnn".
+        backbone: of our models or timm's; see `vmamba.models.backbones.create_backbone`.
+        pretrained_backbone: with the weights that its authors trained on ImageNet.
+        backbone_options: of the backbone, such as drop_path_rate.
+        options: of `MaskRCNN`.
+
+    Raises UserError for a name or option that is unknown, and for weights that cannot be had.
+    """
+    if name not in DETECTORS:
+        raise unknown("detector", name, DETECTORS)
+    stages = create_backbone(backbone, pretrained_backbone, **(backbone_options or {}))
+    return build_whole(DETECTORS[name], stages, num_classes, options)
+
+
+def detector_from_released(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> MaskRCNN:
+    """A detector with released weights, in eval mode.
+
+    Args:
+        config: `backbone`, the released backbone's options; `num_classes`; `fpn_channels` and `fc_channels` of neck
+            and heads; `train` and `test`, fields of `ProposalSettings` and `PredictionSettings`.  In training
+            `rpn_samples` and `samples` boxes an image are drawn; where `train` has none of them, all count.
+        state_dict: in either spelling, as mmdetection names it.
+
+    Raises UserError for unknown options, and for weights that do not fit, listing how.
+    """
+    train, test = config.get("train", {}), config.get("test", {})
+    model = MaskRCNN(
+        released_backbone(config["backbone"], state_dict),
+        config["num_classes"],
+        config.get("fpn_channels", 256),
+        config.get("fc_channels", 1024),
+        _settings(ProposalSettings, train),
+        _settings(ProposalSettings, test),
+        _settings(PredictionSettings, test),
+        train.get("rpn_samples", _EVERY),
+        train.get("samples", _EVERY),
+    )
+    load_whole(model, state_dict, "the state dict", name_of_head)
+    return model.eval()
+
+
+def name_of_head(released: str) -> str:
+    """Our name of a weight of neck or heads, whose names are the released ones but for torchvision's pyramid."""
+    for pattern, ours in _NECK:
+        released = re.sub(pattern, ours, released)
+    return released
+
+
+def _settings(kind: type, given: Mapping[str, Any]) -> Any:
+    return kind(**{name: given[name] for name in kind.__dataclass_fields__ if name in given})

@@ -1,0 +1,202 @@
+"""The second stage of Mask R-CNN: what each proposal is, its box and its mask (arXiv 1703.06870)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import batched_nms, roi_align
+
+from vmamba.detection.boxes import BOX_STDS, assign, decode, encode, sample
+
+STRIDES = (4, 8, 16, 32)
+_FINEST = 56  # sides from which a box is read one level up
+_PASTED = 1 << 28  # numbers of masks of the image's size that are made at a time
+
+
+@dataclass(frozen=True)
+class PredictionSettings:
+    """The least score of a prediction, its suppression's IoU, most predictions an image, threshold of its mask."""
+
+    score_thr: float = 0.05
+    nms: float = 0.5
+    max_dets: int = 100
+    mask_thr: float = 0.5
+
+
+def read_regions(maps: Sequence[Tensor], boxes: Sequence[Tensor], side: int) -> Tensor:
+    """Of each image's boxes (N, 4) the maps' part, (all N, C, side, side), from the level that suits a box."""
+    rois = torch.cat([F.pad(each, (1, 0), value=image) for image, each in enumerate(boxes)])
+    areas = (rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])
+    levels = (areas.sqrt() / _FINEST + 1e-6).log2().floor().clamp(0, len(STRIDES) - 1)
+    regions = maps[0].new_zeros(len(rois), maps[0].shape[1], side, side)
+    for level, stride in enumerate(STRIDES):
+        mine = (levels == level).nonzero()[:, 0]
+        part = roi_align(
+            maps[level], rois[mine].to(maps[level].dtype), side, 1 / stride, sampling_ratio=0, aligned=True
+        )
+        regions = regions.index_copy(0, mine, part)
+    return regions
+
+
+class BoxHead(nn.Module):
+    """Two fully connected layers, the class and a box for each class."""
+
+    side = 7
+
+    def __init__(self, channels: int, hidden: int, num_classes: int):
+        super().__init__()
+        self.fc_cls = nn.Linear(hidden, num_classes + 1)
+        self.fc_reg = nn.Linear(hidden, 4 * num_classes)
+        self.shared_fcs = nn.ModuleList([nn.Linear(channels * self.side**2, hidden), nn.Linear(hidden, hidden)])
+        nn.init.normal_(self.fc_cls.weight, std=0.01)
+        nn.init.normal_(self.fc_reg.weight, std=0.001)
+        for layer in self.shared_fcs:
+            nn.init.xavier_uniform_(layer.weight)
+        for layer in (self.fc_cls, self.fc_reg, *self.shared_fcs):
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, regions: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, C, 7, 7) -> scores (N, classes + 1), the background last, and offsets (N, classes, 4)."""
+        hidden = regions.flatten(1)
+        for layer in self.shared_fcs:
+            hidden = F.relu(layer(hidden))
+        return self.fc_cls(hidden), self.fc_reg(hidden).unflatten(1, (-1, 4))
+
+
+class ConvReLU(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv(x))
+
+
+class MaskHead(nn.Module):
+    """Four convolutions, twice the side, a mask for each class."""
+
+    side = 14
+
+    def __init__(self, channels: int, num_classes: int):
+        super().__init__()
+        self.convs = nn.ModuleList(ConvReLU(channels) for _ in range(4))
+        self.upsample = nn.ConvTranspose2d(channels, channels, 2, stride=2)
+        self.conv_logits = nn.Conv2d(channels, num_classes, 1)
+        for layer in (self.upsample, self.conv_logits):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, regions: Tensor) -> Tensor:
+        """(N, C, 14, 14) -> logits (N, classes, 28, 28)."""
+        for layer in self.convs:
+            regions = layer(regions)
+        return self.conv_logits(F.relu(self.upsample(regions)))
+
+
+class RoIHead(nn.Module):
+    """Both heads.  Where `samples` boxes an image are drawn for training, a quarter at most stands for truths."""
+
+    def __init__(self, channels: int, hidden: int, num_classes: int, samples: int = 512):
+        super().__init__()
+        self.bbox_head = BoxHead(channels, hidden, num_classes)
+        self.mask_head = MaskHead(channels, num_classes)
+        self.num_classes, self.samples = num_classes, samples
+
+    def losses(
+        self, maps: Sequence[Tensor], proposals: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """`proposals`: of each image boxes (N, 4), to which its true ones are added."""
+        positives, boxes, labels, truths, masks = [], [], [], [], []
+        for proposed, target in zip(proposals, targets, strict=True):
+            count = len(target["boxes"])
+            assigned = assign(proposed, target["boxes"], above=0.5, below=0.5, least=0.5)
+            assigned = torch.cat([torch.arange(count, device=assigned.device), assigned])
+            candidates = torch.cat([target["boxes"], proposed])
+            positive, negative = sample(assigned, self.samples, 0.25)
+            stands_for = assigned[positive]
+            positives.append(candidates[positive])
+            boxes.append(candidates[torch.cat([positive, negative])])
+            background = torch.full_like(negative, self.num_classes)
+            labels.append(torch.cat([target["labels"][stands_for], background]))
+            truths.append(target["boxes"][stands_for])
+            masks.append(_mask_targets(target["masks"], candidates[positive], stands_for, 2 * MaskHead.side))
+        scores, offsets = self.bbox_head(read_regions(maps, boxes, BoxHead.side))
+        losses = _box_losses(scores.float(), offsets.float(), torch.cat(labels), torch.cat(boxes), torch.cat(truths))
+        logits = self.mask_head(read_regions(maps, positives, MaskHead.side)).float()
+        classes = torch.cat(labels)[torch.cat(labels) < self.num_classes]
+        chosen = logits[torch.arange(len(classes), device=logits.device), classes]
+        mask_loss = F.binary_cross_entropy_with_logits(chosen, torch.cat(masks), reduction="sum")
+        losses["loss_mask"] = mask_loss / max(chosen.numel(), 1)
+        return losses
+
+    def predict(
+        self,
+        maps: Sequence[Tensor],
+        proposals: Sequence[Tensor],
+        image_sizes: Sequence[Sequence[int]],
+        settings: PredictionSettings,
+    ) -> list[dict[str, Tensor]]:
+        """Of each image `boxes` (N, 4), `scores` (N,), `labels` (N,), the best first, and `mask_logits` (N, 28, 28)."""
+        scores, offsets = self.bbox_head(read_regions(maps, proposals, BoxHead.side))
+        counts = [len(each) for each in proposals]
+        predictions = []
+        for boxes, size, score, offset in zip(
+            proposals, image_sizes, scores.float().split(counts), offsets.float().split(counts), strict=True
+        ):
+            predictions.append(_choose(decode(boxes, offset, BOX_STDS, size), score.softmax(1)[:, :-1], settings))
+        logits = self.mask_head(read_regions(maps, [each["boxes"] for each in predictions], MaskHead.side)).float()
+        for each, its_logits in zip(predictions, logits.split([len(p["boxes"]) for p in predictions]), strict=True):
+            each["mask_logits"] = its_logits[torch.arange(len(its_logits), device=logits.device), each["labels"]]
+        return predictions
+
+
+def _box_losses(scores: Tensor, offsets: Tensor, labels: Tensor, boxes: Tensor, truths: Tensor) -> dict[str, Tensor]:
+    positive = (labels < scores.shape[1] - 1).nonzero()[:, 0]
+    target = encode(boxes[positive], truths, BOX_STDS)
+    count = max(len(labels), 1)
+    return {
+        "loss_cls": F.cross_entropy(scores, labels, reduction="sum") / count,
+        "loss_bbox": (offsets[positive, labels[positive]] - target).abs().sum() / count,
+        "acc": 100 * (scores.detach().argmax(1) == labels).sum() / count,
+    }
+
+
+def _mask_targets(masks: Tensor, boxes: Tensor, stands_for: Tensor, side: int) -> Tensor:
+    """Masks (truths, H, W) and boxes (N, 4) -> (N, side, side) of 0 and 1: what of its truth's mask lies in each."""
+    height, width = masks.shape[1:]
+    limits = boxes.new_tensor([width, height, width, height])
+    rois = torch.cat([stands_for[:, None].to(boxes.dtype), torch.minimum(boxes.clamp(min=0), limits)], 1)
+    part = roi_align(masks[:, None].to(boxes.dtype), rois, side, 1.0, sampling_ratio=0, aligned=True)
+    return (part[:, 0] >= 0.5).to(boxes.dtype)
+
+
+def _choose(boxes: Tensor, scores: Tensor, settings: PredictionSettings) -> dict[str, Tensor]:
+    """Boxes (N, classes, 4) and scores (N, classes) -> the predictions."""
+    rows, labels = (scores > settings.score_thr).nonzero(as_tuple=True)
+    boxes, scores = boxes[rows, labels], scores[rows, labels]
+    kept = batched_nms(boxes, scores, labels, settings.nms)[: settings.max_dets]
+    return {"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]}
+
+
+def paste_masks(logits: Tensor, boxes: Tensor, size: Sequence[int], threshold: float) -> Tensor:
+    """Logits (N, 28, 28) of what lies in boxes (N, 4) -> masks (N, H, W), True where the object is."""
+    height, width = size
+    pasted = torch.zeros(len(boxes), height, width, dtype=torch.bool, device=boxes.device)
+    many = max(1, _PASTED // (height * width))
+    x = torch.arange(width, device=boxes.device) + 0.5
+    y = torch.arange(height, device=boxes.device) + 0.5
+    for first in range(0, len(boxes), many):
+        part = slice(first, first + many)
+        x1, y1, x2, y2 = boxes[part, :, None].unbind(1)  # (n, 1) each
+        columns = (x - x1) / (x2 - x1) * 2 - 1  # (n, W)
+        rows = (y - y1) / (y2 - y1) * 2 - 1
+        grid = torch.stack(
+            [columns[:, None].expand(-1, height, -1), rows[:, :, None].expand(-1, -1, width)], -1
+        )  # (n, H, W, 2)
+        chance = F.grid_sample(logits[part, None].sigmoid(), grid, align_corners=False)[:, 0]
+        pasted[part] = chance >= threshold
+    return pasted

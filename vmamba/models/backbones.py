@@ -1,0 +1,70 @@
+"""Backbones by name, for detectors and segmenters: our models, and any of timm's that have feature maps."""
+
+from typing import Any
+
+import timm
+from timm.layers import Format
+from torch import Tensor, nn
+
+from vmamba.errors import UserError, unknown
+from vmamba.models.backbone import Backbone
+from vmamba.models.layers import LayerNorm
+from vmamba.models.variants import VARIANTS, create_model
+
+STRIDES = (4, 8, 16, 32)
+_TIMM = "timm/"
+
+
+def create_backbone(name: str, pretrained: bool = False, **options: Any) -> nn.Module:
+    """A model whose call gives (B, 3, H, W) -> four maps (B, channels, H / stride, W / stride), strides 4, 8, 16, 32.
+
+    Its `channels` are theirs.
+
+    Args:
+        name: of our models (`vmamba.list_models()`), or of timm's, with or without "timm/" in front.
+        pretrained: with the weights that its authors trained on ImageNet.
+        options: of the model; `drop_path_rate` is of both kinds.
+
+    Raises UserError for a name or option that is unknown, for weights that cannot be had, and for a model without four
+    such maps.
+    """
+    if name in VARIANTS:
+        return Backbone(create_model(name, pretrained, **options))
+    return TimmBackbone(name.removeprefix(_TIMM), pretrained, **options)
+
+
+class TimmBackbone(nn.Module):
+    """Feature maps of a model of timm.
+
+    A model whose stages end without a norm (its stream is normed by the next block alone: Swin, ConvNeXt, ...) gets a
+    LayerNorm behind each, as in the detectors of their papers; a model with batch norms needs none.
+    """
+
+    def __init__(self, name: str, pretrained: bool = False, **options: Any):
+        super().__init__()
+        if not timm.is_model(name):
+            raise unknown("model", name, [*VARIANTS, *timm.list_models()])
+        # Swin's of timm are of one size of image unless told otherwise; the other models do not know the option.
+        sizes = {"strict_img_size": False} if name.startswith("swin") else {}
+        try:
+            every = timm.create_model(name, features_only=True, **sizes, **options).feature_info.reduction()
+            stages = [len(every) - 1 - every[::-1].index(stride) for stride in STRIDES]
+            self.model = timm.create_model(
+                name, pretrained=pretrained, features_only=True, out_indices=stages, **sizes, **options
+            )
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"timm's '{name}' gives no feature maps of strides {', '.join(map(str, STRIDES))}: {error}"
+            ) from error
+        self.channels: list[int] = self.model.feature_info.channels()
+        self.channels_last = getattr(self.model, "output_fmt", None) == Format.NHWC
+        batch_norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules())
+        for stage, dim in enumerate(self.channels):
+            self.add_module(f"outnorm{stage}", nn.Identity() if batch_norms else LayerNorm(dim, keep_float32=True))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> four maps (B, channels, H', W')."""
+        maps = self.model(images)
+        if not self.channels_last:
+            maps = [each.permute(0, 2, 3, 1) for each in maps]
+        return [self.get_submodule(f"outnorm{stage}")(each).permute(0, 3, 1, 2) for stage, each in enumerate(maps)]

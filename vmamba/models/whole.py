@@ -1,0 +1,82 @@
+"""Whole models that stand on a backbone, a detector or a segmenter: released files, and which model a file is of."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vmamba.errors import UserError, unknown
+from vmamba.models.backbone import Backbone
+from vmamba.models.released import backbone_weights, from_released, keys_from_released
+from vmamba.models.variants import VARIANTS, create_model
+from vmamba.models.weights import load_weights
+
+_BACKBONE = "backbone."
+
+
+def build_whole(kind: type[nn.Module], backbone: nn.Module, num_classes: int, options: Mapping[str, Any]) -> nn.Module:
+    """`kind(backbone, num_classes, **options)`.  Raises UserError for an option that it does not have."""
+    known = list(inspect.signature(kind).parameters)[2:]
+    for name in options:
+        if name not in known:
+            raise unknown(f"option of {kind.__name__}", name, known)
+    return kind(backbone, num_classes, **options)
+
+
+def released_backbone(options: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Backbone:
+    """The backbone of a released file's `options` and weights."""
+    weights = {
+        name.removeprefix(_BACKBONE): weight for name, weight in state_dict.items() if name.startswith(_BACKBONE)
+    }
+    return from_released(options, weights, features=(0, 1, 2, 3))
+
+
+def load_whole(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    source: object,
+    rename: Callable[[str], str] = str,
+) -> None:
+    """Load the weights of backbone and heads, under our names or the released ones, in either of their spellings.
+
+    `rename` gives our name of a head's weight.  Raises UserError, naming `source` and listing every difference.
+    """
+    own, theirs = {}, {}
+    for name, weight in state_dict.items():
+        if name.startswith(_BACKBONE):
+            theirs[name.removeprefix(_BACKBONE)] = weight
+        else:
+            own[rename(name)] = weight
+    if isinstance(model.backbone, Backbone):
+        theirs = {name.removeprefix("model."): weight for name, weight in theirs.items()}
+        theirs = backbone_weights(model.backbone, keys_from_released(theirs))
+    load_weights(model, own | {f"{_BACKBONE}{name}": weight for name, weight in theirs.items()}, source)
+
+
+def variant_of(state_dict: Mapping[str, Tensor], source: str | Path) -> str:
+    """Which of our models, by name, the backbone in a released file is, told from its weights' names and shapes.
+
+    Raises UserError, naming `source`, when it is none of them.
+    """
+    weights = {name: weight for name, weight in state_dict.items() if name.startswith(_BACKBONE)}
+    weights = keys_from_released(
+        {name.removeprefix(_BACKBONE).removeprefix("model."): w for name, w in weights.items()}
+    )
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items() if name.startswith(("layers", "patch"))}
+    for name in VARIANTS:
+        if _shapes(name) == shapes:
+            return name
+    raise UserError(f"the backbone in '{source}' is none of the models by name; say what it is in a config")
+
+
+@cache
+def _shapes(name: str) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        model = create_model(name)
+    return {
+        name: tuple(weight.shape) for name, weight in model.state_dict().items() if name.startswith(("layers", "patch"))
+    }

@@ -1,0 +1,143 @@
+"""UperNet (arXiv 1807.10221) on any backbone, with the auxiliary FCN head: mmsegmentation's, under its names.
+
+The parts have the names of the released files, so that those need no mapping but the backbone's.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, C, H, W) -> (B, C, *size), bilinear between the centres of pixels."""
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+class ConvModule(nn.Module):
+    """Convolution, batch norm, ReLU."""
+
+    def __init__(self, in_channels: int, channels: int, side: int):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, channels, side, padding=side // 2, bias=False)
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+class UperHead(nn.Module):
+    """Pyramid pooling over the last map, a top-down pyramid over all, and one prediction from them together.
+
+    Args:
+        in_channels: of the maps, the finest first.
+        pool_scales: sides of the pyramid's pooled maps.
+        dropout: of whole channels before the prediction.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        num_classes: int,
+        channels: int = 512,
+        pool_scales: Sequence[int] = (1, 2, 3, 6),
+        dropout: float = 0.1,
+    ):
+        super().__init__()
+        *finer, last = in_channels
+        self.psp_modules = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(scale), ConvModule(last, channels, 1)) for scale in pool_scales
+        )
+        self.bottleneck = ConvModule(last + len(pool_scales) * channels, channels, 3)
+        self.lateral_convs = nn.ModuleList(ConvModule(dim, channels, 1) for dim in finer)
+        self.fpn_convs = nn.ModuleList(ConvModule(channels, channels, 3) for _ in finer)
+        self.fpn_bottleneck = ConvModule(len(in_channels) * channels, channels, 3)
+        self.dropout = nn.Dropout2d(dropout)
+        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps (B, C, H, W), the finest first -> logits (B, classes, H, W) of the finest's size."""
+        *finer, last = maps
+        pooled = [resize(pool(last), last.shape[2:]) for pool in self.psp_modules]
+        coarsest = self.bottleneck(torch.cat([last, *pooled], 1))
+        laterals = [conv(x) for conv, x in zip(self.lateral_convs, finer, strict=True)] + [coarsest]
+        for level in range(len(finer) - 1, -1, -1):
+            laterals[level] = laterals[level] + resize(laterals[level + 1], laterals[level].shape[2:])
+        levels = [conv(x) for conv, x in zip(self.fpn_convs, laterals[:-1], strict=True)] + [coarsest]
+        together = torch.cat([resize(x, levels[0].shape[2:]) for x in levels], 1)
+        return self.conv_seg(self.dropout(self.fpn_bottleneck(together)))
+
+
+class FCNHead(nn.Module):
+    """One convolution and a prediction from one map: helps training, and is not used after it."""
+
+    def __init__(self, in_channels: int, num_classes: int, channels: int = 256, dropout: float = 0.1):
+        super().__init__()
+        self.convs = nn.ModuleList([ConvModule(in_channels, channels, 3)])
+        self.dropout = nn.Dropout2d(dropout)
+        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> logits (B, classes, H, W)."""
+        return self.conv_seg(self.dropout(self.convs[0](x)))
+
+
+class UperNet(nn.Module):
+    """A segmenter.
+
+    Args:
+        backbone: (B, 3, H, W) -> four maps, the finest first, of `backbone.channels`.
+        channels, aux_channels: of the heads.
+        ignore_index: label of pixels that do not count.
+        aux_weight: of the auxiliary head's loss; it reads the third map.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        channels: int = 512,
+        aux_channels: int = 256,
+        pool_scales: Sequence[int] = (1, 2, 3, 6),
+        ignore_index: int = 255,
+        aux_weight: float = 0.4,
+        dropout: float = 0.1,
+    ):
+        super().__init__()
+        self.num_classes, self.ignore_index, self.aux_weight = num_classes, ignore_index, aux_weight
+        self.decode_head = UperHead(backbone.channels, num_classes, channels, pool_scales, dropout)
+        self.auxiliary_head = FCNHead(backbone.channels[2], num_classes, aux_channels, dropout)
+        self.apply(_initialise)  # the heads; the backbone, which is not yet a part, has its own way
+        self.backbone = backbone
+
+    def forward(self, images: Tensor, targets: Tensor | None = None) -> Tensor | dict[str, Tensor]:
+        """(B, 3, H, W) -> logits (B, classes, H, W); with `targets` (B, H, W), integers, the losses by name.
+
+        `decode.loss_ce` and `aux.loss_ce` are to be added up; `decode.acc_seg` and `aux.acc_seg` are percent of the
+        pixels that count.
+        """
+        maps = self.backbone(images)
+        logits = self.decode_head(maps)
+        if targets is None:
+            return resize(logits, images.shape[2:])
+        auxiliary = self.auxiliary_head(maps[2])
+        return self._losses("decode", logits, targets, 1.0) | self._losses("aux", auxiliary, targets, self.aux_weight)
+
+    def _losses(self, name: str, logits: Tensor, targets: Tensor, weight: float) -> dict[str, Tensor]:
+        logits, targets = resize(logits.float(), targets.shape[1:]), targets.long()
+        # The mean is over all pixels, those that do not count included, as in mmsegmentation.
+        losses = F.cross_entropy(logits, targets, ignore_index=self.ignore_index, reduction="none")
+        counts = targets != self.ignore_index
+        right = (logits.detach().argmax(1) == targets) & counts
+        accuracy = 100 * right.sum() / counts.sum().clamp(min=1)
+        return {f"{name}.loss_ce": weight * losses.mean(), f"{name}.acc_seg": accuracy}
+
+
+def _initialise(module: nn.Module) -> None:
+    """As mmsegmentation: convolutions by He's normal rule, predictions with a deviation of 0.01."""
+    if isinstance(module, ConvModule):
+        nn.init.kaiming_normal_(module.conv.weight, nonlinearity="relu")
+    elif isinstance(module, (UperHead, FCNHead)):
+        nn.init.normal_(module.conv_seg.weight, std=0.01)
+        nn.init.zeros_(module.conv_seg.bias)
