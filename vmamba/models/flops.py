@@ -36,11 +36,11 @@ def complexity(model: nn.Module, size: int | tuple[int, int]) -> Complexity:
     """Count `model`, which is left alone, for images of `size` pixels (a side, or (height, width))."""
     height, width = (size, size) if isinstance(size, int) else size
     shapes = copy.deepcopy(model).to("meta").eval()
-    if isinstance(shapes, VSSM):
-        registry.load("shapes")
-        shapes.set_backend("shapes")
-    in_chans = getattr(shapes, "in_chans", None) or next(shapes.parameters()).shape[1]
-    image = torch.empty(1, in_chans, height, width, device="meta", dtype=next(shapes.parameters()).dtype)
+    for module in shapes.modules():
+        if isinstance(module, VSSM):
+            registry.load("shapes")
+            module.set_backend("shapes")
+    image = torch.empty(1, _in_chans(shapes), height, width, device="meta", dtype=next(shapes.parameters()).dtype)
     with torch.no_grad(), _Activations() as activations:
         flops = FlopCounterMode(display=False, custom_mapping=_NORMS)
         with flops:
@@ -53,6 +53,12 @@ def complexity(model: nn.Module, size: int | tuple[int, int]) -> Complexity:
         flops.get_total_flops() // 2,
         activations.total,
     )
+
+
+def _in_chans(model: nn.Module) -> int:
+    """Channels of the images that `model`, or the backbone in it, takes."""
+    said = [module.in_chans for module in model.modules() if getattr(module, "in_chans", None)]
+    return said[0] if said else next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
 
 
 def _norm(operations: int):

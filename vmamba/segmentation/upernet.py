@@ -106,10 +106,11 @@ class UperNet(nn.Module):
     ):
         super().__init__()
         self.num_classes, self.ignore_index, self.aux_weight = num_classes, ignore_index, aux_weight
+        self.backbone = backbone
         self.decode_head = UperHead(backbone.channels, num_classes, channels, pool_scales, dropout)
         self.auxiliary_head = FCNHead(backbone.channels[2], num_classes, aux_channels, dropout)
-        self.apply(_initialise)  # the heads; the backbone, which is not yet a part, has its own way
-        self.backbone = backbone
+        for head in (self.decode_head, self.auxiliary_head):
+            head.apply(_initialise)
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Tensor | dict[str, Tensor]:
         """(B, 3, H, W) -> logits (B, classes, H, W); with `targets` (B, H, W), integers, the losses by name.
