@@ -18,7 +18,7 @@ from torchvision.datasets.utils import check_integrity
 from yacs.config import CfgNode
 
 from vmamba.data.archives import Archive
-from vmamba.data.folders import LeftOut, contents, image_files, listing, what_is
+from vmamba.data.folders import LeftOut, contents, data_path, image_files, listing, what_is
 from vmamba.data.images import decode, reading, suffixes
 from vmamba.errors import UserError, unknown
 from vmamba.files import cannot_read, read_text
@@ -93,7 +93,7 @@ def _digits(config: CfgNode, training: bool) -> Source:
 
 
 def _cifar(config: CfgNode, training: bool) -> Source:
-    root, name = _data_path(config), config.DATA.DATASET
+    root, name = data_path(config), config.DATA.DATASET
     try:
         dataset = _CIFAR[name](str(root), train=training)
     except OSError as error:
@@ -120,7 +120,7 @@ def _incomplete_cifar(root: Path, name: str) -> UserError:
 def _from_timm(config: CfgNode, training: bool) -> Source:
     name = config.DATA.DATASET
     split = config.DATA.TRAIN_SPLIT if training else config.DATA.VAL_SPLIT
-    root = config.DATA.DATA_PATH and str(_data_path(config))
+    root = config.DATA.DATA_PATH and str(data_path(config))
     try:
         dataset = create_dataset(name, root=root or None, split=split, is_training=training)
     except Exception as error:  # each of its libraries has its own
@@ -140,7 +140,7 @@ def _from_timm(config: CfgNode, training: bool) -> Source:
 
 
 def _folders(config: CfgNode, training: bool, tell: bool) -> Source:
-    root, split = _data_path(config), "train" if training else "val"
+    root, split = data_path(config), "train" if training else "val"
     names_from = "val" if config.EVAL_MODE and what_is(root / "train") != "folder" else "train"
     left_out = LeftOut()
     classes = _classes(root, split, left_out)
@@ -202,7 +202,7 @@ def _check_same_classes(root: Path, split: str, classes: list[str], names_from: 
 
 
 def _archive(config: CfgNode, training: bool, rank: int, world_size: int) -> Source:
-    root, classes, split = _data_path(config), config.MODEL.NUM_CLASSES, "train" if training else "val"
+    root, classes, split = data_path(config), config.MODEL.NUM_CLASSES, "train" if training else "val"
     path, map_path = root / f"{split}.zip", root / f"{split}_map.txt"
     for file in (path, map_path):
         if what_is(file) != "file":
@@ -241,17 +241,6 @@ def _read_map(path: Path, classes: int) -> list[tuple[str, int]]:
 
 
 # ------------------------------------------------------------------------------------------------ checks
-
-
-def _data_path(config: CfgNode) -> Path:
-    path, name = Path(config.DATA.DATA_PATH), config.DATA.DATASET
-    if not config.DATA.DATA_PATH:
-        raise UserError(f"DATA.DATASET '{name}' is read from a folder; name it with --data-path")
-    found = what_is(path)
-    if found != "folder":
-        what = "does not exist" if found is None else "is not a folder"
-        raise UserError(f"data path '{printable(path)}' {what}; name the folder of {name} with --data-path")
-    return path
 
 
 def _check_class_count(what: str, classes: int, config: CfgNode, training: bool) -> None:

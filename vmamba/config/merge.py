@@ -65,7 +65,11 @@ def output_folder(config: CfgNode) -> Path:
 
 def image_size(config: CfgNode) -> tuple[int, int]:
     """DATA.IMG_SIZE as (height, width)."""
-    size = config.DATA.IMG_SIZE
+    return sides(config.DATA.IMG_SIZE)
+
+
+def sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """A key's side in pixels, or [height, width], as (height, width)."""
     return (size, size) if isinstance(size, int) else tuple(size)
 
 

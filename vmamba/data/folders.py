@@ -5,7 +5,10 @@ import stat
 from collections import Counter
 from pathlib import Path
 
+from yacs.config import CfgNode
+
 from vmamba.data.images import suffixes
+from vmamba.errors import UserError
 from vmamba.files import cannot_read
 from vmamba.text import printable, some
 
@@ -83,6 +86,18 @@ def contents(folder: str | Path) -> str:
         return f"it holds {some(sorted(os.listdir(folder)))}"
     except OSError as error:
         raise cannot_read(folder, error) from error
+
+
+def data_path(config: CfgNode) -> Path:
+    """DATA.DATA_PATH.  Raises UserError where it is not a folder."""
+    path, name = Path(config.DATA.DATA_PATH), config.DATA.DATASET
+    if not config.DATA.DATA_PATH:
+        raise UserError(f"DATA.DATASET '{name}' is read from a folder; name it with --data-path")
+    found = what_is(path)
+    if found != "folder":
+        what = "does not exist" if found is None else "is not a folder"
+        raise UserError(f"data path '{printable(path)}' {what}; name the folder of {name} with --data-path")
+    return path
 
 
 def image_files(folder: str | Path, left_out: LeftOut | None = None) -> list[str]:

@@ -1,0 +1,121 @@
+"""Images with maps of their pixels' classes, by index: ADE20K, any two folders, and scenes made here."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from yacs.config import CfgNode
+
+from vmamba.config import sides
+from vmamba.data.folders import contents, data_path, image_files, what_is
+from vmamba.data.images import decode, reading
+from vmamba.data.scenes import scene
+from vmamba.errors import UserError
+from vmamba.text import printable, some
+
+_ADE20K = {
+    "TRAIN_IMAGES": "images/training",
+    "TRAIN_MAPS": "annotations/training",
+    "VAL_IMAGES": "images/validation",
+    "VAL_MAPS": "annotations/validation",
+}
+_INDICES = ("L", "P", "1")  # Pillow's modes whose values are indices
+_WIDE = ("I", "I;16", "I;16L", "I;16B")
+
+
+@dataclass(frozen=True)
+class Sample:
+    image: Image.Image  # RGB
+    classes: np.ndarray  # (H, W) uint8, what does not count being `ignore_index`
+    name: str
+
+
+class Folders:
+    """Pairs of an image and a map of the same name, from two folders.
+
+    Raises UserError where a folder is missing or empty, or an image has no map.
+    """
+
+    def __init__(self, config: CfgNode, training: bool):
+        data, split = config.DATA, "TRAIN" if training else "VAL"
+        places = _ADE20K if data.DATASET == "ade20k" else data
+        root = data_path(config)
+        images, maps = (_folder(root, places[f"{split}_{kind}"]) for kind in ("IMAGES", "MAPS"))
+        self.classes, self.ignored = config.MODEL.NUM_CLASSES, data.IGNORE_INDEX
+        self.from_one = data.ZERO_IS_IGNORED or data.DATASET == "ade20k"
+        maps_of = {os.path.splitext(os.path.relpath(path, maps))[0]: path for path in image_files(maps)}
+        found = {os.path.splitext(os.path.relpath(path, images))[0]: path for path in image_files(images)}
+        if not found:
+            raise UserError(f"'{printable(images)}' has no image: {contents(images)}")
+        lacking = [name for name in found if name not in maps_of]
+        if lacking:
+            raise UserError(
+                f"'{printable(maps)}' has no map of {some(lacking)}, images in '{printable(images)}'; a map has its "
+                f"image's name with another suffix"
+            )
+        self.pairs = [(path, maps_of[name]) for name, path in found.items()]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def load(self, index: int) -> Sample:
+        path, map_path = self.pairs[index]
+        image, classes = decode(path, 3, path), self._read_map(map_path)
+        if classes.shape != (image.height, image.width):
+            raise UserError(
+                f"the map '{printable(map_path)}' is {classes.shape[1]} x {classes.shape[0]} pixels and its image "
+                f"{image.width} x {image.height}; make it again for that image"
+            )
+        return Sample(image, classes, path)
+
+    def _read_map(self, path: str) -> np.ndarray:
+        with reading(path), Image.open(path) as file:
+            file.load()
+            mode, values = file.mode, np.array(file)
+        if mode not in (*_INDICES, *_WIDE):
+            raise UserError(
+                f"the map '{printable(path)}' is a picture of mode {mode}; expected one number a pixel, the index of "
+                f"its class (a PNG of mode L or P)"
+            )
+        values = values.astype(np.int64)
+        if self.from_one:
+            values = np.where(values == 0, self.ignored, values - 1)
+            values[values == 254] = self.ignored  # 255 in the file
+        wrong = values[(values != self.ignored) & ((values < 0) | (values >= self.classes))]
+        if wrong.size:
+            raise UserError(
+                f"the map '{printable(path)}' holds label {wrong.max() + self.from_one}; MODEL.NUM_CLASSES is "
+                f"{self.classes}" + (", labels counting from 1" if self.from_one else f", and {self.ignored} ignored")
+            )
+        return values.astype(np.uint8)
+
+
+class Scenes:
+    """Scenes of digits, `DATA.CROP_SIZE` pixels wide: the background and ten digits."""
+
+    def __init__(self, config: CfgNode, training: bool):
+        self.training, self.count = training, config.DATA.SCENES[not training]
+        self.side = max(sides(config.DATA.CROP_SIZE))
+        if config.MODEL.NUM_CLASSES != 11:
+            raise UserError(f"scenes have 11 classes, and MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def load(self, index: int) -> Sample:
+        made = scene(index, self.training, self.side)
+        return Sample(made.image, made.classes(), f"scene {index}")
+
+
+def open_dataset(config: CfgNode, training: bool) -> Folders | Scenes:
+    kind = Scenes if config.DATA.DATASET == "scenes" else Folders
+    return kind(config, training)
+
+
+def _folder(root: Path, name: str) -> Path:
+    folder = root / name
+    if what_is(folder) != "folder":
+        raise UserError(f"data path '{printable(root)}' has no folder {name}: {contents(root)}")
+    return folder

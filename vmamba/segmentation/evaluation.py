@@ -1,0 +1,113 @@
+"""What a segmenter makes of whole images, and how good that is: intersection over union by class."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from vmamba.config import sides
+from vmamba.errors import UserError
+from vmamba.runtime.distributed import sum_over_processes
+from vmamba.runtime.task import Results
+from vmamba.segmentation.upernet import resize
+
+
+class Inference:
+    """Class probabilities of images of any size, as TEST says: whole or by windows, at several scales, mirrored too."""
+
+    def __init__(self, config: CfgNode):
+        self.test, self.window, self.stride = config.TEST, sides(config.DATA.CROP_SIZE), sides(config.TEST.STRIDE)
+
+    def __call__(self, model: nn.Module, images: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+        """`images`, (3, h, w) each, are one at several scales -> classes (H, W) uint8 of `size`."""
+        flips = (False, True) if self.test.FLIP else (False,)
+        total: Tensor | float = 0.0
+        for image in images:
+            for flip in flips:
+                logits = self._logits(model, image.flip(-1) if flip else image)
+                logits = resize(logits.flip(-1) if flip else logits, size)[0]
+                # One prediction alone needs no probabilities: its largest logit is the most probable.
+                total = total + (logits if len(images) * len(flips) == 1 else logits.softmax(0))
+        return total.argmax(0).to(torch.uint8)
+
+    def _logits(self, model: nn.Module, image: Tensor) -> Tensor:
+        """(3, h, w) -> (1, classes, h, w)."""
+        if self.test.MODE == "whole":
+            return model(image[None]).float()
+        total, count = 0.0, image.new_zeros(1, 1, *image.shape[1:])
+        for place in windows(image.shape[1:], self.window, self.stride):
+            part = torch.zeros_like(count)
+            part[..., place[0], place[1]] = 1
+            count += part
+            logits = model(image[None, :, place[0], place[1]]).float()
+            if isinstance(total, float):
+                total = image.new_zeros(1, logits.shape[1], *image.shape[1:])
+            total[..., place[0], place[1]] += logits
+        return total / count
+
+
+def windows(size: Sequence[int], window: Sequence[int], stride: Sequence[int]) -> list[tuple[slice, slice]]:
+    """Windows that cover an image of `size`, a stride apart, the last ones ending with it."""
+    starts = []
+    for side, wide, step in zip(size, window, stride, strict=True):
+        number = max(0, -(-(side - wide) // step)) + 1
+        starts.append([max(0, min(index * step, side - wide)) for index in range(number)])
+    return [(slice(y, y + window[0]), slice(x, x + window[1])) for y in starts[0] for x in starts[1]]
+
+
+class IoU:
+    """Mean intersection over union, mean accuracy of the classes and accuracy of the pixels, in percent.
+
+    A class that neither the maps nor the predictions hold counts in none of the means, as in mmsegmentation.
+    """
+
+    def __init__(self, config: CfgNode, device: torch.device):
+        self.classes, self.ignored, self.place = config.MODEL.NUM_CLASSES, config.DATA.IGNORE_INDEX, config.DATA.DATA_PATH
+        self.inference = Inference(config)
+        self.confusion = torch.zeros(self.classes, self.classes, dtype=torch.int64, device=device)  # truth x prediction
+        self.predicted: dict[str, Tensor] = {}
+
+    def add(self, model: nn.Module, batch: Sequence[tuple[list[Tensor], Tensor, str]]) -> None:
+        self.predicted = {}
+        for images, truth, name in batch:
+            predicted = self.predicted[name] = self.inference(model, images, truth.shape)
+            counts = truth != self.ignored
+            pairs = torch.where(counts, truth.long() * self.classes + predicted, self.classes**2)
+            self.confusion += torch.bincount(pairs.flatten(), minlength=self.classes**2 + 1)[:-1].view_as(self.confusion)
+
+    def results(self) -> Results:
+        confusion = sum_over_processes(self.confusion).cpu().numpy()
+        if not confusion.sum():
+            raise UserError(f"no pixel of the validation images counts; check DATA.DATA_PATH '{self.place}'")
+        by_class = per_class(confusion)
+        means = {name: float(np.nanmean(values)) for name, values in by_class.items()}
+        return {"mIoU": means["IoU"], "mAcc": means["Acc"], "aAcc": 100 * float(confusion.trace() / confusion.sum())}
+
+    def details(self) -> dict[str, Any]:
+        """By class, null where there is none of it."""
+        found = per_class(self.confusion.cpu().numpy())
+        return {name: [None if np.isnan(value) else value for value in values] for name, values in found.items()}
+
+    def files(self) -> dict[str, bytes]:
+        """The maps of the batch just added, as PNG."""
+        return {f"{Path(name).stem}.png": _png(classes) for name, classes in self.predicted.items()}
+
+
+def per_class(confusion: np.ndarray) -> dict[str, list[float]]:
+    """(classes, classes), truth x prediction -> intersection over union and accuracy in percent, NaN for a class that
+    is nowhere, or in no truth."""
+    right, truths, predictions = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    with np.errstate(invalid="ignore"):
+        return {"IoU": (100 * right / (truths + predictions - right)).tolist(), "Acc": (100 * right / truths).tolist()}
+
+
+def _png(classes: Tensor) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(classes.cpu().numpy()).save(file, "png")
+    return file.getvalue()

@@ -1,0 +1,79 @@
+"""Segmentation as a task: the heads' losses, intersection over union."""
+
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from vmamba.config import sides
+from vmamba.data.loaders import EvalLoader, TrainLoader
+from vmamba.models.backbones import build_backbone
+from vmamba.models.flops import complexity
+from vmamba.models.pretrained import Checkpoint
+from vmamba.models.whole import load_checkpoint_into
+from vmamba.runtime.distributed import World
+from vmamba.runtime.task import Results
+from vmamba.segmentation.data import build_eval_loader, build_train_loader
+from vmamba.segmentation.evaluation import IoU
+from vmamba.segmentation.models import SEGMENTERS
+
+
+class Task:
+    """See `vmamba.runtime.task.Task`."""
+
+    headline = "mIoU"
+    panels = MappingProxyType({"mIoU (%)": "mIoU"})
+
+    def __init__(self, config: CfgNode):
+        self.config = config
+
+    def build_model(self) -> nn.Module:
+        options = self.config.MODEL
+        model = SEGMENTERS[options.SEGMENTER](
+            build_backbone(self.config),
+            options.NUM_CLASSES,
+            channels=options.CHANNELS,
+            aux_channels=options.AUX_CHANNELS,
+            aux_weight=options.AUX_WEIGHT,
+            ignore_index=self.config.DATA.IGNORE_INDEX,
+            dropout=options.DROPOUT,
+        )
+        several = torch.distributed.is_initialized() and torch.cuda.is_available()
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model) if options.SYNC_BN and several else model
+
+    def start_from(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+        load_checkpoint_into(model, checkpoint, drop_head=self.config.MODEL.DROP_HEAD)
+
+    def train_loader(self, world: World) -> TrainLoader:
+        return build_train_loader(self.config, rank=world.rank, world_size=world.size)
+
+    def eval_loader(self, world: World) -> EvalLoader:
+        return build_eval_loader(self.config, rank=world.rank, world_size=world.size)
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor], *, step: int, part: int) -> dict[str, Tensor]:
+        losses = model(*batch)
+        return {name: value for name, value in losses.items() if "loss" in name}
+
+    def meter(self, world: World) -> IoU:
+        return IoU(self.config, world.device)
+
+    def describe(self, results: Results) -> str:
+        return f"mIoU {results['mIoU']:.2f}%, mean accuracy {results['mAcc']:.2f}%, pixels {results['aAcc']:.2f}%"
+
+    def describe_data(self, train: TrainLoader, held_out: EvalLoader) -> str:
+        data = self.config.DATA
+        place = f" in {data.DATA_PATH}" if data.DATA_PATH else ""
+        return (
+            f"{data.DATASET}{place}: {train.images:,} images to train on, {held_out.images:,} held out, "
+            f"{self.config.MODEL.NUM_CLASSES:,} classes"
+        )
+
+    def cost(self, model: nn.Module) -> str:
+        size = tuple(self.config.DATA.SCALE)
+        return f"{complexity(model, size).macs / 1e9:.3g} GFLOPs (multiply-adds) at {size[0]} x {size[1]} pixels"
+
+    def example(self, world: World) -> tuple[Any, ...]:
+        shape = (self.config.DATA.BATCH_SIZE, self.config.MODEL.IN_CHANS, *sides(self.config.DATA.CROP_SIZE))
+        return (torch.randn(shape, device=world.device),)
