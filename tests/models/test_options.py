@@ -77,7 +77,8 @@ def test_every_option_is_checked(each):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (dict(patch_embed="v2", patch_size=3), "patch_size is 3; patch_embed 'v2' halves it"),
+        (dict(patch_embed="v2", patch_size=8), "patch_size is 8; patch_embed 'v2' has stride 4, so choose that or"),
+        (dict(patch_embed="v2", patch_size=2), "patch_size is 2; patch_embed 'v2' has stride 4, so choose that or"),
         (dict(patch_embed="v2", dims=1), "dims starts with 1; patch_embed 'v2' halves it"),
         (dict(pos_embed=True, img_size=3), "img_size is 3; pos_embed needs at least one patch of 4 x 4"),
         (dict(img_size=(3, 4, 5)), "img_size is [3, 4, 5]; expected 2 values"),

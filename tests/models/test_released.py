@@ -44,7 +44,7 @@ def test_every_key_of_the_released_variants_maps_both_ways(name):
 
 
 def test_linear_weights_stored_as_convolutions():
-    options, weights = released(forward_type="v05", patch_size=2, downsample_version="v1")
+    options, weights = released(forward_type="v05", downsample_version="v1")
     linear = ("in_proj.weight", "out_proj.weight", "fc1.weight", "fc2.weight", "reduction.weight")
     stored = {name: w[:, :, None, None] if name.endswith(linear) else w for name, w in weights.items()}
     assert any(stored[name].dim() != weights[name].dim() for name in weights)

@@ -152,25 +152,24 @@ def mlp(dim: int, ratio: float, act: str, drop: float, gated: bool) -> nn.Module
 def patch_embed(version: str, in_chans: int, dim: int, patch_size: int, norm: Callable[..., nn.Module]) -> nn.Module:
     """(B, in_chans, H, W) -> (B, H', W', dim).
 
-    "v1": one convolution over patches, so H' = H // patch_size; "v2": two 3x3 convolutions of half the stride each, a
-    norm and GELU between them, so H' = ceil(H / patch_size) for patch_size 4.  Raises UserError where they cannot be.
+    "v1": one convolution over patches, so H' = H // patch_size; "v2": two 3x3 convolutions of stride 2, a norm and GELU
+    between them, so H' = ceil(H / 4), for patch_size 4 alone as in the original.  Raises UserError where it cannot be.
     """
     if version == "v1":
         return ImageLayers(
             nn.Conv2d(in_chans, dim, patch_size, patch_size), ToChannelsLast(), norm(dim, keep_float32=True)
         )
-    if patch_size % 2:
-        raise UserError(f"patch_size is {patch_size}; patch_embed 'v2' halves it, so choose an even one or 'v1'")
+    if patch_size != 4:
+        raise UserError(f"patch_size is {patch_size}; patch_embed 'v2' has stride 4, so choose that or patch_embed 'v1'")
     if dim < 2:
         raise UserError(f"dims starts with {dim}; patch_embed 'v2' halves it, so choose a larger one or 'v1'")
-    stride = patch_size // 2
     return ImageLayers(
-        nn.Conv2d(in_chans, dim // 2, stride + 1, stride, padding=1),
+        nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1),
         ToChannelsLast(),
         norm(dim // 2),
         ToChannelsFirst(),
         nn.GELU(),
-        nn.Conv2d(dim // 2, dim, stride + 1, stride, padding=1),
+        nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1),
         ToChannelsLast(),
         norm(dim, keep_float32=True),
     )
