@@ -7,6 +7,7 @@ same memory as a "channels_last" image.  The indices inside the `nn.Sequential`s
 
 from collections.abc import Callable
 
+import timm.layers
 import torch
 import torch.nn.functional as F
 from timm.layers import GluMlp, Mlp, get_act_layer
@@ -63,9 +64,21 @@ def batch_norm(dim: int, keep_float32: bool = False) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(dim)
 
 
+# Norms of channels-first images beside batch norms: PyTorch's, and those that timm calls so (LayerNorm2d, ...).
+_IMAGE_NORMS = (nn.GroupNorm, nn.LocalResponseNorm) + tuple(
+    each for name, each in vars(timm.layers).items() if "Norm" in name and "2d" in name and isinstance(each, type)
+)
+
+
 def on_channels_last(layer: nn.Module, x: Tensor) -> Tensor:
-    """A layer on channels-last images.  A batch norm of any make (its statistics tell it) reads them channels first."""
-    if not isinstance(layer, LayerNorm) and hasattr(layer, "running_mean"):  # the second takes a microsecond
+    """A layer on channels-last images.
+
+    A norm of images of any make, which may have come in the place of ours, reads them channels first: a batch norm
+    (its statistics tell it) and `_IMAGE_NORMS`.
+    """
+    if isinstance(layer, LayerNorm):  # what follows takes a microsecond
+        return layer(x)
+    if hasattr(layer, "running_mean") or isinstance(layer, _IMAGE_NORMS):
         return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     return layer(x)
 
@@ -136,7 +149,7 @@ def out_norm(name: str, dim: int) -> nn.Module:
     if name == "sigmoid":
         return nn.Sigmoid()
     convolution = (ToChannelsFirst(), depthwise_conv(dim, 3, bias=False), ToChannelsLast())
-    return nn.Sequential(*convolution) if name == "dwconv3" else nn.Sequential(LayerNorm(dim), *convolution)
+    return ImageLayers(*convolution) if name == "dwconv3" else ImageLayers(LayerNorm(dim), *convolution)
 
 
 def mlp(dim: int, ratio: float, act: str, drop: float, gated: bool) -> nn.Module:
