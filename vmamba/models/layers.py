@@ -65,8 +65,10 @@ def batch_norm(dim: int, keep_float32: bool = False) -> nn.BatchNorm2d:
 
 
 # Norms of channels-first images beside batch norms: PyTorch's, and those that timm calls so (LayerNorm2d, ...).
-_IMAGE_NORMS = (nn.GroupNorm, nn.LocalResponseNorm) + tuple(
-    each for name, each in vars(timm.layers).items() if "Norm" in name and "2d" in name and isinstance(each, type)
+_IMAGE_NORMS = (
+    nn.GroupNorm,
+    nn.LocalResponseNorm,
+    *(each for name, each in vars(timm.layers).items() if "Norm" in name and "2d" in name and isinstance(each, type)),
 )
 
 
@@ -173,7 +175,9 @@ def patch_embed(version: str, in_chans: int, dim: int, patch_size: int, norm: Ca
             nn.Conv2d(in_chans, dim, patch_size, patch_size), ToChannelsLast(), norm(dim, keep_float32=True)
         )
     if patch_size != 4:
-        raise UserError(f"patch_size is {patch_size}; patch_embed 'v2' has stride 4, so choose that or patch_embed 'v1'")
+        raise UserError(
+            f"patch_size is {patch_size}; patch_embed 'v2' has stride 4, so choose that or patch_embed 'v1'"
+        )
     if dim < 2:
         raise UserError(f"dims starts with {dim}; patch_embed 'v2' halves it, so choose a larger one or 'v1'")
     return ImageLayers(
