@@ -77,10 +77,12 @@ def test_every_option_is_checked(each):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (dict(patch_embed="v2", patch_size=3), "patch_size is 3; patch_embed 'v2' halves it"),
+        (dict(patch_embed="v2", patch_size=8), "patch_size is 8; patch_embed 'v2' has stride 4, so choose that or"),
+        (dict(patch_embed="v2", patch_size=2), "patch_size is 2; patch_embed 'v2' has stride 4, so choose that or"),
         (dict(patch_embed="v2", dims=1), "dims starts with 1; patch_embed 'v2' halves it"),
         (dict(pos_embed=True, img_size=3), "img_size is 3; pos_embed needs at least one patch of 4 x 4"),
         (dict(img_size=(3, 4, 5)), "img_size is [3, 4, 5]; expected 2 values"),
+        (dict(dt_rank="4"), "dt_rank is '4' (str); expected an integer, so write it without quotes"),
         (dict(scan="ssd", dt_rank=5), "do not divide among 5 heads"),
         (dict(backend="cudda"), "unknown backend 'cudda'; did you mean 'cuda'?"),
         (dict(drop_path_rate=None), "drop_path_rate is None"),
@@ -94,7 +96,14 @@ def test_options_that_do_not_go_together(options, words):
 
 def test_numbers_and_lists_of_any_kind_are_taken():
     model = vmamba.VSSM(
-        dims=[np.int64(16), 32], depths=(1, 1), ssm_ratio=1, d_state=np.int32(4), routes="row", mlp_ratio=0
+        dims=[np.int64(16), 32],
+        depths=(1, 1),
+        ssm_ratio=1,
+        gate=np.bool_(False),
+        ssm_act=np.str_("gelu"),
+        d_state=np.int32(4),
+        routes="row",
+        mlp_ratio=0,
     )
     mixer = model.layers[0].blocks[0].op
     assert (mixer.d_inner, mixer.d_state, mixer.routes, model.dims) == (16, 4, ("row",), [16, 32])

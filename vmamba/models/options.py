@@ -104,7 +104,7 @@ class ModelOptions(ScanOptions):
     global_pool: str = option("avg", "in front of the head; '': none", choices=("avg", ""))
     depths: tuple[int, ...] = option((2, 2, 9, 2), "blocks of each stage", at_least=0, released="depths")
     dims: int | tuple[int, ...] = option(96, "channels of each stage; d: d, 2d, 4d, ...", released="dims", **_SIZE)
-    patch_size: int = option(4, "stride of the stem", at_least=1, released="patch_size")
+    patch_size: int = option(4, "stride of the stem; 4 with v2", at_least=1, released="patch_size")
     scan: str = option("selective", "SS2D, or ssd, Mamba-2's (forward_type m0)", choices=("selective", "ssd"))
     mlp_ratio: float = option(4.0, "width of the MLP in units of dims; 0: none", at_least=0, released="mlp_ratio")
     mlp_act: str = option("gelu", "activation of the MLP", choices=ACTIVATIONS, released="mlp_act_layer")

@@ -25,7 +25,7 @@ from vmamba.models.formats import PICKLED
 from vmamba.models.pretrained import adapted, weights_in
 from vmamba.models.variants import VARIANTS, Variant, create_model
 from vmamba.models.vssm import VSSM
-from vmamba.models.weights import load_weights
+from vmamba.models.weights import difference, load_weights
 
 logger = logging.getLogger("vmamba")
 FIRST_CONV, CLASSIFIER = "patch_embed.0", "classifier.head"
@@ -72,7 +72,9 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: VSSM) -> dict[str
     own, by_timm = model.state_dict(), {f"{FIRST_CONV}.weight", f"{CLASSIFIER}.weight", f"{CLASSIFIER}.bias"}
     weights = adapted(weights, {name: weight for name, weight in own.items() if name not in by_timm})
     fixed = {name: weight for name, weight in weights.items() if name not in by_timm}
-    load_weights(model, fixed | {name: weight for name, weight in own.items() if name in by_timm}, "checkpoint")
+    left = {name: weight for name, weight in own.items() if name in by_timm}
+    wrong = {name: weights[name] for name in left.keys() & weights.keys() if difference(weights[name], left[name])}
+    load_weights(model, fixed | left | wrong, "checkpoint")
     return weights
 
 
