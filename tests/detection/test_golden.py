@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vmamba.detection.models import detector_from_released, name_of_head
+from vmamba.detection.models import detector_from_released
 
 CASES = sorted((Path(__file__).parents[1] / "data" / "golden_downstream").glob("mask_rcnn*.pt"))
 
@@ -54,6 +54,6 @@ def test_losses_and_gradients(golden, model):
     sum(value for name, value in losses.items() if "loss" in name).backward()
     errors = {}
     for name, gradient in golden["grads"].items():
-        ours = name_of_head(name).replace("backbone.", "backbone.model.")
+        ours = model.name_of_head(name).replace("backbone.", "backbone.model.")
         errors[name] = relative(model.get_parameter(ours).grad, gradient)
     assert len(errors) > 10 and max(errors.values()) < 1e-4, errors

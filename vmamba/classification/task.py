@@ -37,6 +37,9 @@ class Task:
     def build_model(self) -> nn.Module:
         return build_model(self.config)
 
+    def load(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+        load_pretrained(model, checkpoint)
+
     def start_from(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         load_pretrained(model, checkpoint, drop_head=self.config.MODEL.DROP_HEAD)
 

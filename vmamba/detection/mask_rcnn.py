@@ -4,6 +4,7 @@ The pyramid, RoIAlign and the suppression are torchvision's; the rules around th
 anchors, matches, mask targets and aligning differ), so they are written here.
 """
 
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -18,6 +19,11 @@ from vmamba.detection.rpn import ProposalSettings, RPNHead
 TRAINING_PROPOSALS, PROPOSALS, PREDICTIONS = ProposalSettings(nms_pre=2000), ProposalSettings(), PredictionSettings()
 Target = dict[str, Tensor]  # boxes (N, 4) in pixels, labels (N,) from 0, masks (N, H, W) of the padded image
 
+_NECK = (
+    (r"^neck\.lateral_convs\.(\d)\.conv\.", r"neck.inner_blocks.\1.0."),
+    (r"^neck\.fpn_convs\.(\d)\.conv\.", r"neck.layer_blocks.\1.0."),
+)
+
 
 class MaskRCNN(nn.Module):
     """A detector.
@@ -28,6 +34,8 @@ class MaskRCNN(nn.Module):
         training_proposals, proposals, predictions: what is kept, see there.
         rpn_samples, samples: boxes an image that a step of training reads in each stage.
     """
+
+    class_layers = ("roi_head.bbox_head.fc_cls", "roi_head.bbox_head.fc_reg", "roi_head.mask_head.conv_logits")
 
     def __init__(
         self,
@@ -51,6 +59,13 @@ class MaskRCNN(nn.Module):
                 nn.init.xavier_uniform_(layer.weight)
         self.rpn_head = RPNHead(channels, rpn_samples)
         self.roi_head = RoIHead(channels, hidden, num_classes, samples)
+
+    @staticmethod
+    def name_of_head(released: str) -> str:
+        """Our name of a weight of neck or heads, whose names are the released ones but for torchvision's pyramid."""
+        for pattern, ours in _NECK:
+            released = re.sub(pattern, ours, released)
+        return released
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> five maps (B, channels, H / stride, W / stride), strides 4 to 64."""

@@ -1,6 +1,5 @@
 """Detectors by name, by config, and from released files."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,10 +13,6 @@ from vmamba.models.backbones import create_backbone
 from vmamba.models.whole import build_whole, load_whole, released_backbone
 
 DETECTORS = {"mask_rcnn": MaskRCNN}
-_NECK = (
-    (r"^neck\.lateral_convs\.(\d)\.conv\.", r"neck.inner_blocks.\1.0."),
-    (r"^neck\.fpn_convs\.(\d)\.conv\.", r"neck.layer_blocks.\1.0."),
-)
 _EVERY = 1 << 40  # more boxes than there are
 
 
@@ -69,15 +64,8 @@ def detector_from_released(config: Mapping[str, Any], state_dict: Mapping[str, T
         train.get("rpn_samples", _EVERY),
         train.get("samples", _EVERY),
     )
-    load_whole(model, state_dict, "the state dict", name_of_head)
+    load_whole(model, state_dict, "the state dict")
     return model.eval()
-
-
-def name_of_head(released: str) -> str:
-    """Our name of a weight of neck or heads, whose names are the released ones but for torchvision's pyramid."""
-    for pattern, ours in _NECK:
-        released = re.sub(pattern, ours, released)
-    return released
 
 
 def _settings(kind: type, given: Mapping[str, Any]) -> Any:

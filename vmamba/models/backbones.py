@@ -5,10 +5,12 @@ from typing import Any
 import timm
 from timm.layers import Format
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
 from vmamba.errors import UserError, unknown
 from vmamba.models.backbone import Backbone
 from vmamba.models.layers import LayerNorm
+from vmamba.models.options import check_configured
 from vmamba.models.variants import VARIANTS, create_model
 
 STRIDES = (4, 8, 16, 32)
@@ -31,6 +33,25 @@ def create_backbone(name: str, pretrained: bool = False, **options: Any) -> nn.M
     if name in VARIANTS:
         return Backbone(create_model(name, pretrained, **options))
     return TimmBackbone(name.removeprefix(_TIMM), pretrained, **options)
+
+
+def build_backbone(config: CfgNode) -> nn.Module:
+    """The backbone of a config: MODEL.NAME with its options, random weights.
+
+    Raises UserError as `create_backbone` does, and for options of our models where the model is timm's.
+    """
+    settings = config.MODEL
+    drop_path = {} if settings.DROP_PATH_RATE is None else {"drop_path_rate": settings.DROP_PATH_RATE}
+    if settings.NAME in VARIANTS:
+        options = {name: check_configured(name, value) for name, value in settings.OPTIONS.items()}
+        given = {"in_chans": settings.IN_CHANS, "backend": settings.BACKEND}
+        backbone = create_backbone(settings.NAME, **given, **options, **drop_path)
+    elif settings.OPTIONS:
+        raise UserError(f"MODEL.OPTIONS are of our models, and MODEL.NAME is {settings.NAME}; leave them out")
+    else:
+        backbone = create_backbone(settings.NAME, in_chans=settings.IN_CHANS, **drop_path)
+    backbone.model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
+    return backbone
 
 
 class TimmBackbone(nn.Module):

@@ -8,7 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Checkpoint:
     state_dict: dict[str, Tensor]
     metadata: dict[str, Any]  # those there are of: epoch, max_accuracy and max_accuracy_ema in percent, best_weights
     config: dict[str, Any]  # of the run that wrote it, as plain values; empty where the file has none
+    whole: dict[str, Tensor] = field(default_factory=dict)  # all the file's, under its names without those of wrappers
 
     def __repr__(self) -> str:
         numbers = sum(weight.numel() for weight in self.state_dict.values())
@@ -99,11 +100,14 @@ def read_weights(path_or_url: str | Path) -> dict[str, Checkpoint]:
     if content.get("best_weights") in list(_WHERE):
         metadata["best_weights"] = content["best_weights"]
     config = _plain(content["config"]) if isinstance(content.get("config"), Mapping) else {}
-    return {kind: Checkpoint(path, source, state_dict, metadata, config) for kind, (source, state_dict) in held.items()}
+    return {
+        kind: Checkpoint(path, source, our_weights(weights, path_or_url), metadata, config, weights)
+        for kind, (source, weights) in held.items()
+    }
 
 
 def weights_in(content: Any, source: object) -> dict[str, tuple[str, dict[str, Tensor]]]:
-    """What a file's content holds: "ema" where there are averaged weights, "model": (their key, they under our names).
+    """What a file's content holds: "ema" where there are averaged weights, "model": (their key, they without wrappers).
 
     Raises UserError, naming `source`, where there are no weights or it is not clear which.
     """
@@ -111,7 +115,7 @@ def weights_in(content: Any, source: object) -> dict[str, tuple[str, dict[str, T
         kind = type(content).__name__
         raise UserError(f"'{source}' holds no weights but a {kind}; give a file with a state dict")
     if _is_state_dict(content):
-        return {"model": ("", _our_weights(content, source))}
+        return {"model": ("", _unwrapped(content, source))}
     found = {name: weights for name, value in content.items() if (weights := _weights_of(value)) is not None}
     held = {}
     for kind, names in _WHERE.items():
@@ -129,7 +133,7 @@ def weights_in(content: Any, source: object) -> dict[str, tuple[str, dict[str, T
     more = [name for name, weights in found.items() if name not in held.values() and any(map(_STEM.fullmatch, weights))]
     if more:
         logger.info(f"{source}: passing over the weights under {_listed(more)}")
-    return {kind: (name, _our_weights(found[name], source)) for kind, name in held.items()}
+    return {kind: (name, _unwrapped(found[name], source)) for kind, name in held.items()}
 
 
 def load_pretrained(model: nn.Module, checkpoint: Checkpoint, drop_head: bool = False) -> None:
@@ -218,17 +222,18 @@ def _number(value: Any) -> int | float | None:
     return value if isinstance(value, (int, float)) else None
 
 
-def _our_weights(state_dict: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
-    """A state dict of any origin under our names.
-
-    What wrappers put in front of the names and into them goes, and so does what is no part of our models: of a
-    detector's or segmenter's file the backbone is left.
-    """
+def _unwrapped(state_dict: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
+    """Without what wrappers put in front of the names and into them, and what averaging leaves."""
     weights = without_wrappers(state_dict)
     leftovers = [name for name in weights if name.rpartition(".")[2] in _LEFTOVERS]
     if leftovers:
         logger.info(f"{source}: ignoring {len(leftovers)} buffers of averaging or profiling ({leftovers[0]}, ...)")
         weights = {name: weight for name, weight in weights.items() if name not in leftovers}
+    return weights
+
+
+def our_weights(weights: dict[str, Tensor], source: object) -> dict[str, Tensor]:
+    """A state dict of any origin under our names: of a detector's or segmenter's the backbone is left."""
     prefix = _prefix(weights, source)
     if prefix:
         beside = prefix.removesuffix(f"{prefix.split('.')[-2]}.")  # where our own Backbone has its norms

@@ -22,7 +22,7 @@ from torch import Tensor
 from vmamba.errors import unknown
 from vmamba.models.download import download
 from vmamba.models.formats import PICKLED
-from vmamba.models.pretrained import adapted, weights_in
+from vmamba.models.pretrained import adapted, our_weights, weights_in
 from vmamba.models.variants import VARIANTS, Variant, create_model
 from vmamba.models.vssm import VSSM
 from vmamba.models.weights import difference, load_weights
@@ -67,6 +67,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: VSSM) -> dict[str
     have other shapes: timm adapts them afterwards.  Raises UserError, listing how, if anything else does not fit.
     """
     source, weights = next(iter(weights_in(state_dict, "checkpoint").values()))
+    weights = our_weights(weights, "checkpoint")
     if source:
         logger.info(f"taking the weights '{source}'")
     own, by_timm = model.state_dict(), {f"{FIRST_CONV}.weight", f"{CLASSIFIER}.weight", f"{CLASSIFIER}.bias"}

@@ -150,6 +150,7 @@ VARIANTS: dict[str, Variant] = {
     "vmamba_base_m2": Variant(
         _mamba2(12, 128, 0.3), "mamba2 base, not trained by its authors", None, 67_527_528, 13.885
     ),
+    "vmamba_nano": Variant(_one_state(2, 32, 1.0, 0.1) | dict(depths=(1, 1, 2, 1))),
     "vmamba_digits": Variant(_one_state(2, 32, 1.0, 0.1) | dict(depths=(2, 2))),
 }
 

@@ -1,7 +1,8 @@
 """Whole models that stand on a backbone, a detector or a segmenter: released files, and which model a file is of."""
 
 import inspect
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 
 from vmamba.errors import UserError, unknown
 from vmamba.models.backbone import Backbone
+from vmamba.models.pretrained import Checkpoint, load_pretrained
 from vmamba.models.released import backbone_weights, from_released, keys_from_released
 from vmamba.models.variants import VARIANTS, create_model
 from vmamba.models.weights import load_weights
 
+logger = logging.getLogger("vmamba")
 _BACKBONE = "backbone."
 
 
@@ -39,12 +42,36 @@ def load_whole(
     model: nn.Module,
     state_dict: Mapping[str, Tensor],
     source: object,
-    rename: Callable[[str], str] = str,
 ) -> None:
     """Load the weights of backbone and heads, under our names or the released ones, in either of their spellings.
 
-    `rename` gives our name of a head's weight.  Raises UserError, naming `source` and listing every difference.
+    A model whose names of heads are not the released ones has `name_of_head`.  Raises UserError, naming `source` and
+    listing every difference.
     """
+    load_weights(model, _our_names(model, state_dict), source)
+
+
+def start_whole(model: nn.Module, checkpoint: Checkpoint, drop_head: bool) -> None:
+    """Start from a file of the whole model, with `drop_head` without the layers whose size is that of the classes
+    (`class_layers` of the model), or from one of the backbone, such as a classifier's.
+
+    Raises UserError, listing every difference, when anything else does not fit; nothing is loaded then.
+    """
+    heads = {name.partition(".")[0] for name in model.state_dict()} - {_BACKBONE[:-1]}
+    if not any(name.partition(".")[0] in heads for name in checkpoint.whole):
+        load_pretrained(model.backbone, checkpoint)
+        return
+    weights = _our_names(model, checkpoint.whole)
+    if drop_head:
+        own = {name: weight for name, weight in model.state_dict().items() if name.startswith(model.class_layers)}
+        weights = {name: weight for name, weight in weights.items() if not name.startswith(model.class_layers)} | own
+        logger.info(f"{checkpoint.path}: dropped the layers of its classes, which start at random")
+    load_weights(model, weights, checkpoint.path)
+
+
+def _our_names(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a whole model's weights; see `load_whole`."""
+    rename = getattr(model, "name_of_head", str)
     own, theirs = {}, {}
     for name, weight in state_dict.items():
         if name.startswith(_BACKBONE):
@@ -54,7 +81,7 @@ def load_whole(
     if isinstance(model.backbone, Backbone):
         theirs = {name.removeprefix("model."): weight for name, weight in theirs.items()}
         theirs = backbone_weights(model.backbone, keys_from_released(theirs))
-    load_weights(model, own | {f"{_BACKBONE}{name}": weight for name, weight in theirs.items()}, source)
+    return own | {f"{_BACKBONE}{name}": weight for name, weight in theirs.items()}
 
 
 def variant_of(state_dict: Mapping[str, Tensor], source: str | Path) -> str:

@@ -8,7 +8,7 @@ from yacs.config import CfgNode
 
 from vmamba.data.loaders import Loader
 from vmamba.errors import UserError
-from vmamba.models.pretrained import load_checkpoint, load_pretrained, read_weights
+from vmamba.models.pretrained import load_checkpoint, read_weights
 from vmamba.runtime import report
 from vmamba.runtime.distributed import World, share_buffers, sum_over_processes
 from vmamba.runtime.logging import memory_mb, progress
@@ -77,7 +77,7 @@ def evaluate_file(run: Run, model: nn.Module) -> Results:
     wanted = read_weights(path) if chosen == "auto" else {chosen: load_checkpoint(path, chosen)}
     results = {}
     for kind, checkpoint in wanted.items():
-        load_pretrained(model, checkpoint)
+        run.task.load(model, checkpoint)
         prefix = "ema_" if kind == "ema" and len(wanted) > 1 else ""
         results |= {f"{prefix}{name}": value for name, value in evaluate(run, model, loader).items()}
     run.logger.info(f"{path}: {report.summary(run.task, results)}")

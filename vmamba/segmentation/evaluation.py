@@ -68,7 +68,8 @@ class IoU:
     """
 
     def __init__(self, config: CfgNode, device: torch.device):
-        self.classes, self.ignored, self.place = config.MODEL.NUM_CLASSES, config.DATA.IGNORE_INDEX, config.DATA.DATA_PATH
+        self.classes, self.ignored = config.MODEL.NUM_CLASSES, config.DATA.IGNORE_INDEX
+        self.place = config.DATA.DATA_PATH
         self.inference = Inference(config)
         self.confusion = torch.zeros(self.classes, self.classes, dtype=torch.int64, device=device)  # truth x prediction
         self.predicted: dict[str, Tensor] = {}
@@ -79,7 +80,8 @@ class IoU:
             predicted = self.predicted[name] = self.inference(model, images, truth.shape)
             counts = truth != self.ignored
             pairs = torch.where(counts, truth.long() * self.classes + predicted, self.classes**2)
-            self.confusion += torch.bincount(pairs.flatten(), minlength=self.classes**2 + 1)[:-1].view_as(self.confusion)
+            counted = torch.bincount(pairs.flatten(), minlength=self.classes**2 + 1)[:-1]
+            self.confusion += counted.view_as(self.confusion)
 
     def results(self) -> Results:
         confusion = sum_over_processes(self.confusion).cpu().numpy()

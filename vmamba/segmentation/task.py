@@ -12,7 +12,7 @@ from vmamba.data.loaders import EvalLoader, TrainLoader
 from vmamba.models.backbones import build_backbone
 from vmamba.models.flops import complexity
 from vmamba.models.pretrained import Checkpoint
-from vmamba.models.whole import load_checkpoint_into
+from vmamba.models.whole import load_whole, start_whole
 from vmamba.runtime.distributed import World
 from vmamba.runtime.task import Results
 from vmamba.segmentation.data import build_eval_loader, build_train_loader
@@ -43,8 +43,11 @@ class Task:
         several = torch.distributed.is_initialized() and torch.cuda.is_available()
         return nn.SyncBatchNorm.convert_sync_batchnorm(model) if options.SYNC_BN and several else model
 
+    def load(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+        load_whole(model, checkpoint.whole, checkpoint.path)
+
     def start_from(self, model: nn.Module, checkpoint: Checkpoint) -> None:
-        load_checkpoint_into(model, checkpoint, drop_head=self.config.MODEL.DROP_HEAD)
+        start_whole(model, checkpoint, drop_head=self.config.MODEL.DROP_HEAD)
 
     def train_loader(self, world: World) -> TrainLoader:
         return build_train_loader(self.config, rank=world.rank, world_size=world.size)

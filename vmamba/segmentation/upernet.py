@@ -93,6 +93,8 @@ class UperNet(nn.Module):
         aux_weight: of the auxiliary head's loss; it reads the third map.
     """
 
+    class_layers = ("decode_head.conv_seg", "auxiliary_head.conv_seg")
+
     def __init__(
         self,
         backbone: nn.Module,
