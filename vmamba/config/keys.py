@@ -12,7 +12,7 @@ from typing import Any
 from vmamba.models.compilation import COMPILE_MODES
 from vmamba.values import Takes, kinds_of
 
-TASKS = ("classification", "segmentation")  # each a room vmamba/<name>/ with keys.py and task.py
+TASKS = ("classification", "detection", "segmentation")  # each a room vmamba/<name>/ with keys.py and task.py
 LARGEST_SEED = 2**32 - 1  # what NumPy's generators take
 
 

@@ -29,6 +29,8 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
+    # And may have `groups`, a number for each sample: those of a micro-batch for training are of one group.
+
     def load(self, index: int) -> Any:
         """Raises UnreadableImage where the run may go on without it, UserError where not."""
 
@@ -144,7 +146,8 @@ class TrainLoader(Loader):
         collate: Callable[[list[Any]], Any] = default_collate,
     ):
         self.images = len(examples.source)
-        self._batches = TrainingBatches(config, self.images, rank, world_size)
+        groups = getattr(examples.source, "groups", None)
+        self._batches = TrainingBatches(config, self.images, rank, world_size, groups)
         self.steps_per_epoch: int = self._batches.steps
         super().__init__(config, examples, self._batches, collate)
 
@@ -172,9 +175,10 @@ class EvalLoader(Loader):
 
 
 class TrainingBatches:
-    """The keys of one process's micro-batches."""
+    """The keys of one process's micro-batches, each of images of one of `groups` where there are such."""
 
-    def __init__(self, config: CfgNode, images: int, rank: int, world_size: int):
+    def __init__(self, config: CfgNode, images: int, rank: int, world_size: int, groups: Sequence[int] | None = None):
+        self.groups = groups
         self.seed, self.images, self.rank, self.world_size = config.SEED, images, rank, world_size
         self.micro, self.accumulation = config.DATA.BATCH_SIZE, config.TRAIN.ACCUMULATION_STEPS
         total = self.micro * world_size * self.accumulation
@@ -191,9 +195,24 @@ class TrainingBatches:
 
     def __iter__(self) -> Iterator[list[Key]]:
         order = permutation(self.seed, self.epoch, self.images).tolist()
+        if self.groups is not None:
+            order = in_groups(order, self.groups, self.micro)
         for number in range(self.start * self.accumulation, self.end * self.accumulation):
             first = (number * self.world_size + self.rank) * self.micro
             yield [(self.epoch, index) for index in order[first : first + self.micro]]
+
+
+def in_groups(order: Sequence[int], groups: Sequence[int], size: int) -> list[int]:
+    """`order` so that of each run of `size` images all are of one group, as long as a group has as many left."""
+    waiting: dict[int, list[int]] = {}
+    found = []
+    for index in order:
+        mine = waiting.setdefault(groups[index], [])
+        mine.append(index)
+        if len(mine) == size:
+            found += mine
+            waiting[groups[index]] = []
+    return found + [index for group in sorted(waiting) for index in waiting[group]]
 
 
 class _Collate:

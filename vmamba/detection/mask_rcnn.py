@@ -67,6 +67,15 @@ class MaskRCNN(nn.Module):
             released = re.sub(pattern, ours, released)
         return released
 
+    def everywhere(self, images: Tensor) -> tuple[Tensor, ...]:
+        """What an image costs, whatever it shows: all of the network, the heads on 1000 empty regions and 100 masks, as
+        mmdetection counts multiply-adds.  The outputs say nothing."""
+        maps = self.pyramid(images)
+        scores, offsets = self.rpn_head(maps)
+        regions = [maps[0].new_zeros(count, maps[0].shape[1], side, side) for count, side in ((1000, 7), (100, 14))]
+        boxes = self.roi_head.bbox_head(regions[0])
+        return *scores, *offsets, *boxes, self.roi_head.mask_head(regions[1])
+
     def pyramid(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> five maps (B, channels, H / stride, W / stride), strides 4 to 64."""
         maps = self.backbone(images)
@@ -78,6 +87,7 @@ class MaskRCNN(nn.Module):
         image_sizes: Sequence[Sequence[int]] | None = None,
         targets: Sequence[Target] | None = None,
         padded_sizes: Sequence[Sequence[int]] | None = None,
+        output_sizes: Sequence[Sequence[int]] | None = None,
     ) -> list[dict[str, Tensor]] | dict[str, Tensor]:
         """Predictions of each image, or with `targets` the losses by name.
 
@@ -87,6 +97,7 @@ class MaskRCNN(nn.Module):
             targets: of each image `boxes` (N, 4) in pixels, `labels` (N,) from 0 and `masks` (N, H, W).
             padded_sizes: (h, w) of each with the padding that it would have alone; anchors beyond it do not count in
                 training, as in mmdetection.  None: that of the batch.
+            output_sizes: (H, W) of each that predictions are in, such as its file's; None: `image_sizes`.
 
         Returns for each image `boxes` (n, 4), `scores` (n,), `labels` (n,), the best first, and `masks` (n, h, w); or
         `loss_rpn_cls`, `loss_rpn_bbox`, `loss_cls`, `loss_bbox` and `loss_mask`, to be added up, and `acc`, the box
@@ -97,7 +108,7 @@ class MaskRCNN(nn.Module):
         maps = self.pyramid(images)
         scores, offsets = self.rpn_head(maps)
         if targets is None:
-            return self._predict(maps, scores, offsets, image_sizes)
+            return self._predict(maps, scores, offsets, image_sizes, output_sizes or image_sizes)
         check_targets(targets, self.num_classes)
         if padded_sizes is None:
             padded_sizes = [images.shape[2:]] * len(images)
@@ -111,9 +122,12 @@ class MaskRCNN(nn.Module):
         scores: Sequence[Tensor],
         offsets: Sequence[Tensor],
         image_sizes: Sequence[Sequence[int]],
+        output_sizes: Sequence[Sequence[int]],
     ) -> list[dict[str, Tensor]]:
         proposed = self.rpn_head.proposals(scores, offsets, image_sizes, self.proposals)
         predictions = self.roi_head.predict(maps, [boxes for boxes, _ in proposed], image_sizes, self.predictions)
-        for each, size in zip(predictions, image_sizes, strict=True):
-            each["masks"] = paste_masks(each.pop("mask_logits"), each["boxes"], size, self.predictions.mask_thr)
+        for each, size, wanted in zip(predictions, image_sizes, output_sizes, strict=True):
+            scale = [wanted[1] / size[1], wanted[0] / size[0]] * 2
+            each["boxes"] = each["boxes"] * each["boxes"].new_tensor(scale)
+            each["masks"] = paste_masks(each.pop("mask_logits"), each["boxes"], wanted, self.predictions.mask_thr)
         return predictions

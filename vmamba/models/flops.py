@@ -44,7 +44,7 @@ def complexity(model: nn.Module, size: int | tuple[int, int]) -> Complexity:
     with torch.no_grad(), _Activations() as activations:
         flops = FlopCounterMode(display=False, custom_mapping=_NORMS)
         with flops:
-            shapes(image)
+            getattr(shapes, "everywhere", shapes)(image)  # of a detector, whose work depends on what it sees
     parameters = sum(parameter.numel() for parameter in model.parameters())
     head = model.get_classifier() if hasattr(model, "get_classifier") else nn.Identity()
     return Complexity(

@@ -37,7 +37,7 @@ class Task(Protocol):
         """Take over the weights of the whole model.  Raises UserError, loading nothing, where they do not fit."""
 
     def start_from(self, model: nn.Module, checkpoint: Checkpoint) -> None:
-        """Take over the weights to start from, which may be of a part.  Raises UserError, loading nothing, as `load`."""
+        """Take over weights to start from, which may be of a part.  Raises UserError, loading nothing, as `load`."""
 
     def train_loader(self, world: World) -> TrainLoader:
         """Raises UserError when the data is not there or does not fit the config."""

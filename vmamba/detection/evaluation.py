@@ -1,0 +1,106 @@
+"""How good detections are: COCO's average precision of boxes and masks, by faster-coco-eval."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from faster_coco_eval import COCO, COCOeval_faster
+from faster_coco_eval.core import mask as run_lengths
+from torch import Tensor, nn
+
+from vmamba.detection.datasets import Dataset
+from vmamba.errors import UserError
+from vmamba.runtime.distributed import gather, on_main
+from vmamba.runtime.task import Results
+
+KINDS = ("bbox", "segm")
+# COCO's twelve numbers in its order: average precision, over all thresholds, at two, by size; recall likewise.
+NUMBERS = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l", "AR_1", "AR_10", "AR_100", "AR_s", "AR_m", "AR_l")
+
+
+class Detections:
+    """COCO's numbers over the predictions of all processes, in percent; -100 where there is nothing to find."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+        self.found: list[dict[str, Any]] = []  # in COCO's form of results
+        self.seen: list[int] = []
+        self.all: list[dict[str, Any]] = []  # of all processes, once they are gathered
+        self.by_class: dict[str, Any] = {}
+
+    def add(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+        predictions = model(batch["images"], batch["image_sizes"], output_sizes=batch["original_sizes"])
+        numbers = [number for number, _ in self.dataset.categories]
+        for image_id, each in zip(batch["image_ids"], predictions, strict=True):
+            self.seen.append(image_id)
+            self.found += as_results(image_id, each, numbers)
+
+    def results(self) -> Results:
+        self.all = [each for part in gather(self.found) for each in part]
+        seen = [image for part in gather(self.seen) for image in part]
+        results, self.by_class = on_main(lambda: evaluate(self.dataset.truth(), self.all, seen))
+        return results
+
+    def details(self) -> dict[str, Any]:
+        """Average precision by class, in percent, null where there is none of it."""
+        return self.by_class
+
+    def files(self) -> dict[str, bytes]:
+        return {"results.json": json.dumps(self.all).encode()} if self.all else {}
+
+
+def as_results(image_id: int, prediction: Mapping[str, Tensor], numbers: Sequence[int]) -> list[dict[str, Any]]:
+    """A prediction of `MaskRCNN` in COCO's form of results; `numbers` are the categories' of label 0, 1, ..."""
+    boxes = prediction["boxes"].double().cpu()
+    boxes[:, 2:] -= boxes[:, :2]
+    masks = np.asfortranarray(prediction["masks"].permute(1, 2, 0).to(torch.uint8).cpu().numpy())
+    lengths = run_lengths.encode(masks) if len(boxes) else []
+    scores, labels = prediction["scores"].tolist(), prediction["labels"].tolist()
+    return [
+        {
+            "image_id": image_id,
+            "category_id": numbers[label],
+            "bbox": box,
+            "score": score,
+            "segmentation": {"size": list(masks.shape[:2]), "counts": _text(length["counts"])},
+        }
+        for box, score, label, length in zip(boxes.tolist(), scores, labels, lengths, strict=True)
+    ]
+
+
+def evaluate(
+    truth: Mapping[str, Any], found: Sequence[Mapping[str, Any]], images: Sequence[int]
+) -> tuple[Results, dict[str, Any]]:
+    """COCO's twelve numbers for boxes and for masks over `images`, and average precision by class; in percent."""
+    if not images:
+        raise UserError("none of the validation images could be read; check DATA.DATA_PATH")
+    results: Results = {}
+    by_class: dict[str, Any] = {}
+    reference = COCO(dict(truth))
+    for kind in KINDS:
+        numbers, precision = [0.0] * len(NUMBERS), {}
+        if found:
+            evaluation = COCOeval_faster(reference, reference.loadRes([dict(each) for each in found]), kind)
+            evaluation.params.imgIds = sorted(images)
+            evaluation.run()
+            numbers = [float(number) for number in evaluation.stats[: len(NUMBERS)]]
+            precision = _by_class(evaluation, truth)
+        results |= {f"{kind}_{name}": 100 * number for name, number in zip(NUMBERS, numbers, strict=True)}
+        by_class[f"{kind}_mAP"] = precision
+    return results, by_class
+
+
+def _by_class(evaluation: COCOeval_faster, truth: Mapping[str, Any]) -> dict[str, float | None]:
+    names = {each["id"]: each.get("name", "") for each in truth["categories"]}
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (thresholds, recalls, classes): all sizes, most boxes
+    found = {}
+    for number, values in zip(evaluation.params.catIds, np.moveaxis(precision, 2, 0), strict=True):
+        valid = values[values > -1]
+        found[f"{number} {names[number]}"] = float(100 * valid.mean()) if valid.size else None
+    return found
+
+
+def _text(counts: bytes | str) -> str:
+    return counts.decode() if isinstance(counts, bytes) else counts
