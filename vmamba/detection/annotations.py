@@ -134,9 +134,8 @@ class _Reader:
         """An annotation as an instance, or the reason why it is left out."""
         category = self.number(entry, "category_id", f"annotation {which}")
         if category not in label_of:
-            raise self.wrong(
-                f"annotation {which} has category {category}, which is not listed; there are {some(list(map(str, label_of)))}"
-            )
+            known = some(list(label_of))
+            raise self.wrong(f"annotation {which} has category {category}, which is not listed; there are {known}")
         box = entry.get("bbox")
         if not _is_numbers(box, 4):
             raise self.wrong(
@@ -172,13 +171,17 @@ class _Reader:
         elif isinstance(mask, list) and mask and all(map(_is_polygon, mask)):
             return
         raise self.wrong(
-            f"annotation {which} has segmentation {mask!r:.60}; expected polygons of three points or more, or run lengths"
+            f"annotation {which} has segmentation {mask!r:.60}; expected polygons of three points or more, or run "
+            f"lengths"
         )
 
 
 def _is_numbers(values: Any, count: int | None = None) -> bool:
     if not isinstance(values, list) or (count is not None and len(values) != count):
         return False
-    return all(
-        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) for value in values
-    )
+    numbers = (isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    return all(numbers) and all(map(math.isfinite, values))
+
+
+def _is_polygon(values: Any) -> bool:
+    return _is_numbers(values) and len(values) >= 6 and len(values) % 2 == 0
