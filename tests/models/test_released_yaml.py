@@ -41,9 +41,9 @@ def parameters(config):
 )
 def test_a_file_of_each_time_is_its_model(tmp_path, caplog, vssm, name, time):
     config = read(tmp_path, vssm, "DROP_PATH_RATE: 0.3,")
-    assert config.MODEL.NAME == name and config.MODEL.DROP_PATH_RATE == 0.3
+    assert name == config.MODEL.NAME and config.MODEL.DROP_PATH_RATE == 0.3
     in_float32 = {} if "SSM_FORWARDTYPE" in vssm else {"scan_float32": True}  # v0, then v2, where none is named
-    assert config.MODEL.OPTIONS == in_float32
+    assert in_float32 == config.MODEL.OPTIONS
     assert ("scan_float32: true" in caplog.text) == bool(in_float32)
     assert parameters(config) == VARIANTS[name].parameters
     assert f"is a config of the original {time}" in caplog.text
