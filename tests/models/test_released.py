@@ -190,7 +190,7 @@ def test_forward_types_that_are_one_model(forward_type):
         (dict(forward_type="xv2noz"), "'xv2noz' is an ablation of the original that is not supported"),
         (dict(forward_type="v32dc"), "'v32dc' is an ablation of the original that is not supported"),
         (dict(forward_type=3), "forward_type is 3; expected a string such as 'v05_noz'"),
-        (dict(ssm_d_state=0), "ssm_d_state is 0; it must be at least 1"),
+        (dict(ssm_d_state=0), "ssm_d_state is 0; it must be between 1 and 4096"),
         (dict(forward_type="v9"), "unknown forward_type 'v9'"),
         (dict(forward_type="v05_noz_onsofmax"), "unknown postfix 'onsofmax'; did you mean 'onsoftmax'?"),
         (dict(forward_type="v05_onnone_onsigmoid"), "names 2 out-norms"),

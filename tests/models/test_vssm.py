@@ -114,7 +114,7 @@ def test_a_head_can_be_assigned():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ((-1,), "num_classes is -1; it must be at least 0"),
+        ((-1,), "num_classes is -1; it must be between 0 and 1000000"),
         ((2.5,), "num_classes is 2.5 .float.; expected an integer"),
         ((5, "max"), "unknown global_pool 'max'"),
         ((None,), "num_classes is None"),
