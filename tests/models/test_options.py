@@ -18,14 +18,14 @@ from vmamba.models.variants import VARIANTS, build_model
 WRONG = [
     ("gate", "maybe", "gate is 'maybe' (str); expected true or false"),
     ("gate", 1, "gate is 1 (int); expected true or false"),
-    ("d_state", 0, "d_state is 0; it must be at least 1"),
-    ("d_state", -1, "d_state is -1; it must be at least 1"),
+    ("d_state", 0, "d_state is 0; it must be between 1 and 4096"),
+    ("d_state", -1, "d_state is -1; it must be between 1 and 4096"),
     ("d_state", 1.5, "d_state is 1.5 (float); expected an integer"),
     ("ssm_ratio", "x", "ssm_ratio is 'x' (str); expected a number"),
     ("ssm_ratio", 0, "ssm_ratio is 0.0; it must be above 0"),
     ("ssm_ratio", 0.001, "ssm_ratio is 0.001, which of 16 channels leaves none"),
     ("dt_rank", "autom", "unknown dt_rank 'autom'; did you mean 'auto'?"),
-    ("dt_rank", 0, "dt_rank is 0; it must be at least 1"),
+    ("dt_rank", 0, "dt_rank is 0; it must be between 1 and 4096"),
     ("routes", ["row", "cols"], "unknown routes 'cols'; did you mean 'col'?"),
     ("routes", [], "routes is empty; give at least one of row, col"),
     ("ssm_conv", 4, "ssm_conv is 4; the convolution keeps the image's size, so choose an odd side"),
@@ -33,10 +33,10 @@ WRONG = [
     ("out_norm", "softmx", "unknown out_norm 'softmx'; did you mean 'softmax'?"),
     ("mlp_ratio", None, "mlp_ratio is None (NoneType); expected a number"),
     ("mlp_ratio", 0.001, "mlp_ratio is 0.001, which of 16 channels leaves none"),
-    ("patch_size", 0, "patch_size is 0; it must be at least 1"),
+    ("patch_size", 0, "patch_size is 0; it must be between 1 and 1024"),
     ("depths", 3, "depths is 3 (int); expected a list of integers"),
     ("depths", [2], "dims has 2 stages and depths 1"),
-    ("dims", [16, 0], "dims is [16, 0]; it must be at least 1"),
+    ("dims", [16, 0], "dims is [16, 0]; it must be between 1 and 16384"),
     ("norm_layer", True, "norm_layer is True (bool); expected a string"),
     ("d_sate", 3, "unknown model option 'd_sate'; did you mean 'd_state'?"),
     ("act", "gelu", "unknown model option 'act'; did you mean"),
@@ -69,6 +69,15 @@ def test_what_a_mistake_says_wherever_it_is_made(name, value, words):
 
 
 @pytest.mark.parametrize("each", fields(ModelOptions), ids=lambda each: each.name)
+def test_every_number_has_an_upper_bound(each):
+    """Far below what would ask for all memory there is."""
+    takes = each.metadata["takes"]
+    if {int, float} & {kind[0] if isinstance(kind, list) else kind for kind in takes.kinds}:
+        huge = [99999999999] if takes.kinds == ([int],) else 99999999999
+        assert takes.at_most <= 10**6 and f" {takes.at_most}" in sentence(vmamba.VSSM, **{each.name: huge})
+
+
+@pytest.mark.parametrize("each", fields(ModelOptions), ids=lambda each: each.name)
 def test_every_option_is_checked(each):
     assert sentence(vmamba.VSSM, **{each.name: object()}).startswith(f"{each.name} is <object")
     assert each.metadata["takes"].check(each.name, each.default) is not None and each.metadata["meaning"]
@@ -82,6 +91,7 @@ def test_every_option_is_checked(each):
         (dict(patch_embed="v2", dims=1), "dims starts with 1; patch_embed 'v2' halves it"),
         (dict(pos_embed=True, img_size=3), "img_size is 3; pos_embed needs at least one patch of 4 x 4"),
         (dict(img_size=(3, 4, 5)), "img_size is [3, 4, 5]; expected 2 values"),
+        (dict(dims=96, depths=(1,) * 40), "it must be between 1 and 16384"),
         (dict(dt_rank="4"), "dt_rank is '4' (str); expected an integer, so write it without quotes"),
         (dict(scan="ssd", dt_rank=5), "do not divide among 5 heads"),
         (dict(backend="cudda"), "unknown backend 'cudda'; did you mean 'cuda'?"),

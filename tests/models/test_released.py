@@ -83,16 +83,18 @@ def test_wrappers_go(wrap):
             to_released(other)
 
 
-def test_weights_of_january_with_what_their_constructor_took():
+def test_weights_of_january_with_what_their_constructor_took(caplog):
     """It had no option for the MLP and the downsampling, and two that it did not read."""
     options, weights = released(mlp_ratio=0.0, patchembed_version="v1", downsample_version="v1", ssm_d_state=16)
     model = from_released(options, weights)
     old = dict(dims=16, depths=[1, 1], num_classes=5, d_state=16, depths_decoder=[1, 1], dims_decoder=[32, 16])
     images = torch.randn(1, 3, 16, 16)
+    caplog.set_level("INFO", logger="vmamba")
     for spelling in (weights, to_released(model, january=True)):
         assert torch.equal(from_released(old, spelling)(images), model(images))
         backbone = from_released(old | dict(type="MM_VSSM", out_indices=(0, 1)), spelling)
         assert backbone.model.layers[0].blocks[0].mlp is None
+    assert "as in January 2024: {'mlp_ratio': 0.0, 'downsample_version': 'v1'}" in caplog.text
     with pytest.raises(vmamba.UserError, match="missing: layers.*.blocks.*.mlp.fc1"):  # what is given holds
         from_released(old | dict(mlp_ratio=4.0), weights)
 
@@ -190,7 +192,7 @@ def test_forward_types_that_are_one_model(forward_type):
         (dict(forward_type="xv2noz"), "'xv2noz' is an ablation of the original that is not supported"),
         (dict(forward_type="v32dc"), "'v32dc' is an ablation of the original that is not supported"),
         (dict(forward_type=3), "forward_type is 3; expected a string such as 'v05_noz'"),
-        (dict(ssm_d_state=0), "ssm_d_state is 0; it must be at least 1"),
+        (dict(ssm_d_state=0), "ssm_d_state is 0; it must be between 1 and 4096"),
         (dict(forward_type="v9"), "unknown forward_type 'v9'"),
         (dict(forward_type="v05_noz_onsofmax"), "unknown postfix 'onsofmax'; did you mean 'onsoftmax'?"),
         (dict(forward_type="v05_onnone_onsigmoid"), "names 2 out-norms"),

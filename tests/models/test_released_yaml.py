@@ -101,7 +101,7 @@ def test_mamba_unets_file_and_the_originals_drop_path(tmp_path):
     ("vssm", "words"),
     [
         ("D_STATE: 16, SHARED_SSM: true", "x.yaml: MODEL.VSSM.SHARED_SSM is an ablation of the original"),
-        ("D_STATE: 0", "x.yaml: ssm_d_state is 0; it must be at least 1"),
+        ("D_STATE: 0", "x.yaml: ssm_d_state is 0; it must be between 1 and 4096"),
         ("SSM_DT_RANK: many", "x.yaml: unknown ssm_dt_rank 'many'"),
         ("SSM_FORWARDTYPE: xv2noz", "x.yaml: forward_type 'xv2noz' is an ablation"),
     ],

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import cached_property
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,3 +103,9 @@ class Accuracy:
         if not images:
             raise UserError(f"none of the validation images could be read; check DATA.DATA_PATH '{self.place}'")
         return {"val_loss": loss / images, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images}
+
+    def details(self) -> dict[str, Any]:
+        return {}
+
+    def files(self) -> dict[str, bytes]:
+        return {}

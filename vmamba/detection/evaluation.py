@@ -23,8 +23,8 @@ NUMBERS = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l", "AR_1", "AR_10"
 class Detections:
     """COCO's numbers over the predictions of all processes, in percent; -100 where there is nothing to find."""
 
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
+    def __init__(self, dataset: Dataset, keep: bool):
+        self.dataset, self.keep = dataset, keep
         self.found: list[dict[str, Any]] = []  # in COCO's form of results
         self.seen: list[int] = []
         self.all: list[dict[str, Any]] = []  # of all processes, once they are gathered
@@ -48,7 +48,7 @@ class Detections:
         return self.by_class
 
     def files(self) -> dict[str, bytes]:
-        return {"results.json": json.dumps(self.all).encode()} if self.all else {}
+        return {"results.json": json.dumps(self.all).encode()} if self.keep and self.all else {}
 
 
 def as_results(image_id: int, prediction: Mapping[str, Tensor], numbers: Sequence[int]) -> list[dict[str, Any]]:

@@ -32,6 +32,9 @@ KEYS = (
     key("AUG.CROP_SHORT_SIDES", [400, 500, 600], "see CROP", **_SIDES),
     key("AUG.CROP_SIDES", [384, 600], "least and most of a side of the crop", at_least=1, length=2),
     #
+    switch(
+        "TEST.SAVE_PREDICTIONS", "keep those of --eval in the run's folder, below predictions/", flag="save-predictions"
+    ),
     share("TEST.SCORE", 0.05, "predictions have more than it"),
     share("TEST.NMS", 0.5, "of two boxes of a class that overlap more, the better is kept"),
     key("TEST.MOST", 100, "predictions an image", at_least=1),

@@ -69,7 +69,7 @@ class Task:
         return {name: value for name, value in losses.items() if "loss" in name}
 
     def meter(self, world: World) -> Detections:
-        return Detections(self.held_out)
+        return Detections(self.held_out, self.config.TEST.SAVE_PREDICTIONS)
 
     def describe(self, results: Results) -> str:
         return f"box AP {results['bbox_mAP']:.2f}%, mask AP {results['segm_mAP']:.2f}%"

@@ -5,6 +5,7 @@ here are separate options of `vmamba.VSSM`.  Its files spell their keys in two w
 are the later ones.
 """
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -19,6 +20,8 @@ from vmamba.models.vssm import VSSM, resize_pos_embed
 from vmamba.models.weights import is_image, is_plain, load_weights, unwrapped, without_wrappers
 from vmamba.values import Takes
 from vmamba_kernels import ROUTES
+
+logger = logging.getLogger("vmamba")
 
 # Released option -> ours.
 RELEASED = {each.metadata["released"]: each for each in fields(ModelOptions) if each.metadata["released"]}
@@ -206,7 +209,10 @@ def from_released(
             )
     recompute = Takes((bool,)).check("use_checkpoint", options.get("use_checkpoint", False))
     weights = keys_from_released(state_dict)
-    model = VSSM(**options_from_released(_januarys(weights) | options))
+    shown = {name: value for name, value in _januarys(weights).items() if name not in options}
+    if shown:
+        logger.info(f"the options leave out what the weights show to be as in January 2024: {shown}")
+    model = VSSM(**options_from_released(shown | dict(options)))
     model.set_grad_checkpointing(recompute)
     features = options.get("out_indices") if features is None else features
     if model.pos_embed is not None and "pos_embed" in weights and is_image(weights["pos_embed"]):

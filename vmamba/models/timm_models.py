@@ -19,9 +19,10 @@ from timm.models import (
 )
 from torch import Tensor
 
-from vmamba.errors import unknown
+from vmamba.errors import UserError, unknown
 from vmamba.models.download import download
 from vmamba.models.formats import PICKLED
+from vmamba.models.options import ModelOptions
 from vmamba.models.pretrained import adapted, our_weights, weights_in
 from vmamba.models.variants import VARIANTS, Variant, create_model
 from vmamba.models.vssm import VSSM
@@ -79,7 +80,15 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: VSSM) -> dict[str
     return weights
 
 
-def _build(variant: str, pretrained: bool, **options: Any) -> VSSM:
+def _build(variant: str, pretrained: bool, output_stride: int | None = None, **options: Any) -> VSSM:
+    if output_stride is not None:  # which decoders such as DeepLab's ask of an encoder
+        given = VARIANTS[variant].options | options
+        o = ModelOptions(**{name: given[name] for name in ("depths", "patch_size") if name in given})
+        stride = o.patch_size * 2 ** (len(o.depths) - 1)
+        if output_stride != stride:
+            raise UserError(
+                f"output_stride is {output_stride!r}; {variant} has no dilated stages, so its stride is {stride}"
+            )
     known = inspect.signature(VSSM).parameters.keys() | TIMM_OPTIONS
     for option in options:
         if option not in known:

@@ -1,6 +1,10 @@
 """Evaluating and timing a model, in the middle of a run or by itself."""
 
+import json
 import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,16 +12,17 @@ from yacs.config import CfgNode
 
 from vmamba.data.loaders import Loader
 from vmamba.errors import UserError
+from vmamba.files import make_folder, write_atomically, write_text
 from vmamba.models.pretrained import load_checkpoint, read_weights
 from vmamba.runtime import report
-from vmamba.runtime.distributed import World, share_buffers, sum_over_processes
-from vmamba.runtime.logging import memory_mb, progress
+from vmamba.runtime.distributed import World, on_main, share_buffers, sum_over_processes
+from vmamba.runtime.logging import megabytes, memory_mb, progress
 from vmamba.runtime.precision import autocast
 from vmamba.runtime.run import Run
 from vmamba.runtime.start import asked_for, newest
 from vmamba.runtime.state import TrainState
 from vmamba.runtime.step import parallelise, to_device
-from vmamba.runtime.task import Results, open_task
+from vmamba.runtime.task import Meter, Results, open_task
 from vmamba.text import counted
 from vmamba.timing import elapsed
 
@@ -33,16 +38,19 @@ def evaluate_state(run: Run, state: TrainState, loader: Loader) -> Results:
     for prefix, model in kinds.items():
         if only is not None and prefix != only and only in kinds:
             continue
-        found = evaluate(run, model, loader)
-        if found is None:
+        meter = evaluate(run, model, loader)
+        if meter is None:
             run.stop(state)
-        results |= {f"{prefix}{name}": value for name, value in found.items()}
+        results |= {f"{prefix}{name}": value for name, value in meter.results().items()}
     return results
 
 
 @torch.no_grad()
-def evaluate(run: Run, model: nn.Module, loader: Loader) -> Results | None:
-    """The task's numbers over all processes' shares of the data; None when a signal asked any of them to stop."""
+def evaluate(run: Run, model: nn.Module, loader: Loader, folder: Path | None = None) -> Meter | None:
+    """What the task measures on all processes' shares of the data; None when a signal asked any of them to stop.
+
+    `folder`: where the files go that the task makes of its predictions.
+    """
     share_buffers(model)
     model.eval()
     meter = run.task.meter(run.world)
@@ -51,16 +59,18 @@ def evaluate(run: Run, model: nn.Module, loader: Loader) -> Results | None:
             break
         with autocast(run.config, run.world.device):
             meter.add(model, to_device(batch, run.world.device))
+        if folder:
+            save_files(meter, folder)
     if run.request.noted_by_any(run.world):
         return None
     tell_skipped(run, loader)
-    return meter.results()
+    return meter
 
 
 def evaluate_alone(config: CfgNode, model: nn.Module, device: torch.device) -> Results:
     """`model` on the held-out data of `config`, outside of any run."""
     run = Run(config, open_task(config), World(0, 1, 0, device), logging.getLogger("vmamba"))
-    return evaluate(run, model.to(device), run.task.eval_loader(run.world))
+    return evaluate(run, model.to(device), run.task.eval_loader(run.world)).results()
 
 
 def evaluate_file(run: Run, model: nn.Module) -> Results:
@@ -75,13 +85,27 @@ def evaluate_file(run: Run, model: nn.Module) -> Results:
     loader = run.task.eval_loader(run.world)
     chosen = settings.WEIGHTS
     wanted = read_weights(path) if chosen == "auto" else {chosen: load_checkpoint(path, chosen)}
-    results = {}
+    results: Results = {}
+    details: dict[str, Any] = {}
     for kind, checkpoint in wanted.items():
         run.task.load(model, checkpoint)
         prefix = "ema_" if kind == "ema" and len(wanted) > 1 else ""
-        results |= {f"{prefix}{name}": value for name, value in evaluate(run, model, loader).items()}
+        folder = run.folder / f"{prefix}predictions"
+        meter = evaluate(run, model, loader, folder)
+        found = meter.results()
+        on_main(partial(save_files, meter, folder))
+        results |= {f"{prefix}{name}": value for name, value in found.items()}
+        details |= {f"{prefix}{name}": value for name, value in meter.details().items()}
+    told = {"checkpoint": str(path), "results": results, "details": details}
+    on_main(lambda: write_text(run.folder / "evaluation.json", json.dumps(told, indent=1)))
     run.logger.info(f"{path}: {report.summary(run.task, results)}")
     return results
+
+
+def save_files(meter: Meter, folder: Path) -> None:
+    for name, content in meter.files().items():
+        make_folder(folder)
+        write_atomically(folder / name, lambda file, content=content: file.write(content))
 
 
 def tell_skipped(run: Run, loader: Loader) -> None:
@@ -103,5 +127,5 @@ def throughput(run: Run, model: nn.Module) -> Results:
         seconds = elapsed(lambda: [model(*example) for _ in range(steps)], device) / steps
     rate = sum_over_processes(torch.tensor(batch / seconds, device=device)).item()
     memory = memory_mb(device)
-    run.logger.info(f"throughput {rate:.1f} images/s, batch {batch} a process, peak memory {memory:.0f} MB")
+    run.logger.info(f"throughput {rate:.1f} images/s, batch {batch} a process, peak memory {megabytes(memory)}")
     return {"images_per_second": rate, "peak_memory_mb": memory}

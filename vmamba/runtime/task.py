@@ -23,6 +23,12 @@ class Meter(Protocol):
     def results(self) -> Results:
         """Over the batches of all processes; each calls it once, at the end.  Raises UserError without any image."""
 
+    def details(self) -> dict[str, Any]:
+        """What else the results tell, such as each class's, for a JSON file."""
+
+    def files(self) -> dict[str, bytes]:
+        """Predictions to keep, by the name of their file: of the batch just added, or after `results` of all."""
+
 
 class Task(Protocol):
     """Made of a config.  The trainer calls what follows and saves, logs and measures around it."""

@@ -72,7 +72,7 @@ class IoU:
         self.place = config.DATA.DATA_PATH
         self.inference = Inference(config)
         self.confusion = torch.zeros(self.classes, self.classes, dtype=torch.int64, device=device)  # truth x prediction
-        self.predicted: dict[str, Tensor] = {}
+        self.keep, self.predicted = config.TEST.SAVE_PREDICTIONS, {}
 
     def add(self, model: nn.Module, batch: Sequence[tuple[list[Tensor], Tensor, str]]) -> None:
         self.predicted = {}
@@ -98,7 +98,7 @@ class IoU:
 
     def files(self) -> dict[str, bytes]:
         """The maps of the batch just added, as PNG."""
-        return {f"{Path(name).stem}.png": _png(classes) for name, classes in self.predicted.items()}
+        return {f"{Path(name).stem}.png": _png(classes) for name, classes in self.predicted.items() if self.keep}
 
 
 def per_class(confusion: np.ndarray) -> dict[str, list[float]]:

@@ -37,5 +37,8 @@ KEYS = (
     key("TEST.MODE", "whole", "of inference: the whole image, or windows of CROP_SIZE", choices=("whole", "slide")),
     key("TEST.STRIDE", 341, "of windows, a side in pixels, or [height, width]", **_SIDES),
     key("TEST.SCALES", [1.0], "of SCALE, whose predictions are averaged", above=0),
+    switch(
+        "TEST.SAVE_PREDICTIONS", "keep those of --eval in the run's folder, below predictions/", flag="save-predictions"
+    ),
     switch("TEST.FLIP", "average with the mirrored image's predictions"),
 )
