@@ -8,7 +8,8 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,15 @@ class Checkpoint:
 
     path: Path
     source: str  # the key that held them: "model_ema", "model", "state_dict"; "" where the file is a state dict itself
-    state_dict: dict[str, Tensor]
+    whole: dict[str, Tensor]  # all the weights, under the file's names without those of wrappers
     metadata: dict[str, Any]  # those there are of: epoch, max_accuracy and max_accuracy_ema in percent, best_weights
     config: dict[str, Any]  # of the run that wrote it, as plain values; empty where the file has none
-    whole: dict[str, Tensor] = field(default_factory=dict)  # all the file's, under its names without those of wrappers
+
+    @cached_property
+    def state_dict(self) -> dict[str, Tensor]:
+        """Under our names; of a detector's or segmenter's file the backbone.  Raises UserError where it is not clear
+        which of several models is meant."""
+        return our_weights(self.whole, self.path)
 
     def __repr__(self) -> str:
         numbers = sum(weight.numel() for weight in self.state_dict.values())
@@ -66,6 +72,13 @@ def load_checkpoint(path_or_url: str | Path, weights: str = "auto") -> Checkpoin
 
     Raises UserError when the file is missing, damaged, or without such weights, or when it holds pickled objects.
     """
+    found = open_checkpoint(path_or_url, weights)
+    _ = found.state_dict  # which may not be clear
+    return found
+
+
+def open_checkpoint(path_or_url: str | Path, weights: str = "auto") -> Checkpoint:
+    """As `load_checkpoint`, of files of whatever model."""
     if not isinstance(weights, str) or weights not in ("auto", *_WHERE):
         raise unknown("weights", weights, ("auto", *_WHERE))
     found = read_weights(path_or_url)
@@ -100,10 +113,7 @@ def read_weights(path_or_url: str | Path) -> dict[str, Checkpoint]:
     if content.get("best_weights") in list(_WHERE):
         metadata["best_weights"] = content["best_weights"]
     config = _plain(content["config"]) if isinstance(content.get("config"), Mapping) else {}
-    return {
-        kind: Checkpoint(path, source, our_weights(weights, path_or_url), metadata, config, weights)
-        for kind, (source, weights) in held.items()
-    }
+    return {kind: Checkpoint(path, source, weights, metadata, config) for kind, (source, weights) in held.items()}
 
 
 def weights_in(content: Any, source: object) -> dict[str, tuple[str, dict[str, Tensor]]]:

@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 from vmamba.data.loaders import Loader
 from vmamba.errors import UserError
 from vmamba.files import make_folder, write_atomically, write_text
-from vmamba.models.pretrained import load_checkpoint, read_weights
+from vmamba.models.pretrained import open_checkpoint, read_weights
 from vmamba.runtime import report
 from vmamba.runtime.distributed import World, on_main, share_buffers, sum_over_processes
 from vmamba.runtime.logging import megabytes, memory_mb, progress
@@ -84,7 +84,7 @@ def evaluate_file(run: Run, model: nn.Module) -> Results:
         raise UserError(f"nothing to evaluate: '{run.folder}' holds no checkpoint; name one with --resume")
     loader = run.task.eval_loader(run.world)
     chosen = settings.WEIGHTS
-    wanted = read_weights(path) if chosen == "auto" else {chosen: load_checkpoint(path, chosen)}
+    wanted = read_weights(path) if chosen == "auto" else {chosen: open_checkpoint(path, chosen)}
     results: Results = {}
     details: dict[str, Any] = {}
     for kind, checkpoint in wanted.items():

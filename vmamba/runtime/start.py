@@ -7,7 +7,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from vmamba.errors import UserError
-from vmamba.models.pretrained import load_checkpoint
+from vmamba.models.pretrained import open_checkpoint
 from vmamba.runtime import report
 from vmamba.runtime.checkpoint import BEST, newest_checkpoint, read_training_state
 from vmamba.runtime.distributed import on_main
@@ -85,7 +85,7 @@ def asked_for(run: Run) -> str:
 
 
 def start_from_weights(run: Run, state: TrainState, path: str | Path) -> None:
-    run.task.start_from(state.model, load_checkpoint(path, run.config.MODEL.WEIGHTS))
+    run.task.start_from(state.model, open_checkpoint(path, run.config.MODEL.WEIGHTS))
     if state.ema:
         state.ema.set(state.model)
     run.logger.info(f"starting from the weights in {path}")
