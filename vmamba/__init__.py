@@ -4,20 +4,28 @@ model = vmamba.create_model("vmamba_tiny", num_classes=10)
 """
 
 import vmamba.models.timm_models  # noqa: F401  (registers every variant with timm)
+from vmamba.detection.models import create_detector, detector_from_released, load_detector
 from vmamba.errors import UserError
 from vmamba.models.backbone import Backbone
 from vmamba.models.pretrained import load_checkpoint
 from vmamba.models.released import from_released, to_released
 from vmamba.models.variants import create_model, list_models
 from vmamba.models.vssm import VSSM
+from vmamba.segmentation.models import create_segmenter, load_segmenter, segmenter_from_released
 
 __all__ = [
     "VSSM",
     "Backbone",
     "UserError",
+    "create_detector",
     "create_model",
+    "create_segmenter",
+    "detector_from_released",
     "from_released",
     "list_models",
     "load_checkpoint",
+    "load_detector",
+    "load_segmenter",
+    "segmenter_from_released",
     "to_released",
 ]

@@ -1,16 +1,19 @@
 """Detectors by name, by config, and from released files."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from yacs.config import CfgNode
 
 from vmamba.detection.mask_rcnn import MaskRCNN
 from vmamba.detection.roi_heads import PredictionSettings
 from vmamba.detection.rpn import ProposalSettings
-from vmamba.errors import unknown
-from vmamba.models.backbones import create_backbone
-from vmamba.models.whole import build_whole, load_whole, released_backbone
+from vmamba.errors import UserError, unknown
+from vmamba.models.backbones import build_backbone, create_backbone
+from vmamba.models.pretrained import open_checkpoint
+from vmamba.models.whole import build_whole, load_whole, released_backbone, variant_of
 
 DETECTORS = {"mask_rcnn": MaskRCNN}
 _EVERY = 1 << 40  # more boxes than there are
@@ -39,6 +42,48 @@ def create_detector(
         raise unknown("detector", name, DETECTORS)
     stages = create_backbone(backbone, pretrained_backbone, **(backbone_options or {}))
     return build_whole(DETECTORS[name], stages, num_classes, options)
+
+
+def build_model(config: CfgNode) -> MaskRCNN:
+    """The detector of a config, random weights."""
+    options, test = config.MODEL, config.TEST
+    training, testing = options.PROPOSALS
+    return DETECTORS[options.DETECTOR](
+        build_backbone(config),
+        options.NUM_CLASSES,
+        channels=options.CHANNELS,
+        hidden=options.HIDDEN,
+        training_proposals=ProposalSettings(nms_pre=2 * training, max_per_img=training),
+        proposals=ProposalSettings(nms_pre=testing, max_per_img=testing),
+        predictions=PredictionSettings(test.SCORE, test.NMS, test.MOST),
+        rpn_samples=options.RPN_SAMPLES,
+        samples=options.SAMPLES,
+    )
+
+
+def load_detector(path_or_url: str | Path, weights: str = "auto") -> MaskRCNN:
+    """The detector of a file, or of an address, with its weights, in eval mode.
+
+    Args:
+        path_or_url: of a run of ours, which says what it is; or of mmdetection with one of our models by name as the
+            backbone, such as the released ones.
+        weights: as of `vmamba.load_checkpoint`.
+
+    Raises UserError when the file cannot be read or is of another model.
+    """
+    checkpoint = open_checkpoint(path_or_url, weights)
+    held = checkpoint.whole
+    if checkpoint.config.get("TASK") == "detection":
+        model = build_model(CfgNode(checkpoint.config))
+    elif "roi_head.bbox_head.fc_cls.weight" not in held:
+        raise UserError(f"'{path_or_url}' holds no detector: it has no roi_head.bbox_head.fc_cls.weight")
+    else:
+        classes, hidden = held["roi_head.bbox_head.fc_cls.weight"].shape
+        channels = len(held["rpn_head.rpn_conv.weight"])
+        backbone = create_backbone(variant_of(held, path_or_url))
+        model = MaskRCNN(backbone, classes - 1, channels=channels, hidden=hidden)
+    load_whole(model, held, checkpoint.path)
+    return model.eval()
 
 
 def detector_from_released(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> MaskRCNN:

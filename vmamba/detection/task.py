@@ -13,10 +13,7 @@ from vmamba.data.loaders import EvalLoader, TrainLoader
 from vmamba.detection.data import build_eval_loader, build_train_loader
 from vmamba.detection.datasets import Dataset, open_dataset
 from vmamba.detection.evaluation import Detections
-from vmamba.detection.models import DETECTORS
-from vmamba.detection.roi_heads import PredictionSettings
-from vmamba.detection.rpn import ProposalSettings
-from vmamba.models.backbones import build_backbone
+from vmamba.detection.models import build_model
 from vmamba.models.flops import complexity
 from vmamba.models.pretrained import Checkpoint
 from vmamba.models.whole import load_whole, start_whole
@@ -38,19 +35,7 @@ class Task:
         return open_dataset(self.config, training=False)
 
     def build_model(self) -> nn.Module:
-        options, test = self.config.MODEL, self.config.TEST
-        training, testing = options.PROPOSALS
-        return DETECTORS[options.DETECTOR](
-            build_backbone(self.config),
-            options.NUM_CLASSES,
-            channels=options.CHANNELS,
-            hidden=options.HIDDEN,
-            training_proposals=ProposalSettings(nms_pre=2 * training, max_per_img=training),
-            proposals=ProposalSettings(nms_pre=testing, max_per_img=testing),
-            predictions=PredictionSettings(test.SCORE, test.NMS, test.MOST),
-            rpn_samples=options.RPN_SAMPLES,
-            samples=options.SAMPLES,
-        )
+        return build_model(self.config)
 
     def load(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         load_whole(model, checkpoint.whole, checkpoint.path)

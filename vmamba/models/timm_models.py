@@ -186,3 +186,9 @@ def vmamba_base_m2(pretrained: bool = False, **options: Any) -> VSSM:
 def vmamba_digits(pretrained: bool = False, **options: Any) -> VSSM:
     """The small model of configs/vmamba_digits.yaml."""
     return _build("vmamba_digits", pretrained, **options)
+
+
+@register_model
+def vmamba_nano(pretrained: bool = False, **options: Any) -> VSSM:
+    """The small backbone of configs/scenes_detection.yaml and configs/scenes_segmentation.yaml."""
+    return _build("vmamba_nano", pretrained, **options)

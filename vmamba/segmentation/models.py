@@ -1,13 +1,16 @@
 """Segmenters by name, by config, and from released files."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from yacs.config import CfgNode
 
-from vmamba.errors import unknown
-from vmamba.models.backbones import create_backbone
-from vmamba.models.whole import build_whole, load_whole, released_backbone
+from vmamba.errors import UserError, unknown
+from vmamba.models.backbones import build_backbone, create_backbone
+from vmamba.models.pretrained import open_checkpoint
+from vmamba.models.whole import build_whole, load_whole, released_backbone, variant_of
 from vmamba.segmentation.upernet import UperNet
 
 SEGMENTERS = {"upernet": UperNet}
@@ -36,6 +39,49 @@ def create_segmenter(
         raise unknown("segmenter", name, SEGMENTERS)
     stages = create_backbone(backbone, pretrained_backbone, **(backbone_options or {}))
     return build_whole(SEGMENTERS[name], stages, num_classes, options)
+
+
+def build_model(config: CfgNode) -> UperNet:
+    """The segmenter of a config, random weights."""
+    options = config.MODEL
+    return SEGMENTERS[options.SEGMENTER](
+        build_backbone(config),
+        options.NUM_CLASSES,
+        channels=options.CHANNELS,
+        aux_channels=options.AUX_CHANNELS,
+        aux_weight=options.AUX_WEIGHT,
+        ignore_index=config.DATA.IGNORE_INDEX,
+        dropout=options.DROPOUT,
+    )
+
+
+def load_segmenter(path_or_url: str | Path, weights: str = "auto") -> UperNet:
+    """The segmenter of a file, or of an address, with its weights, in eval mode.
+
+    Args:
+        path_or_url: of a run of ours, which says what it is; or of mmsegmentation with one of our models by name as the
+            backbone, such as the released ones.
+        weights: as of `vmamba.load_checkpoint`.
+
+    Raises UserError when the file cannot be read or is of another model.
+    """
+    checkpoint = open_checkpoint(path_or_url, weights)
+    held = checkpoint.whole
+    if checkpoint.config.get("TASK") == "segmentation":
+        model = build_model(CfgNode(checkpoint.config))
+    elif "decode_head.conv_seg.weight" not in held:
+        raise UserError(f"'{path_or_url}' holds no segmenter: it has no decode_head.conv_seg.weight")
+    else:
+        classes, channels = held["decode_head.conv_seg.weight"].shape[:2]
+        auxiliary = held.get("auxiliary_head.conv_seg.weight")
+        model = UperNet(
+            create_backbone(variant_of(held, path_or_url)),
+            classes,
+            channels=channels,
+            aux_channels=auxiliary.shape[1] if auxiliary is not None else 256,
+        )
+    load_whole(model, held, checkpoint.path)
+    return model.eval()
 
 
 def segmenter_from_released(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> UperNet:

@@ -9,7 +9,6 @@ from yacs.config import CfgNode
 
 from vmamba.config import sides
 from vmamba.data.loaders import EvalLoader, TrainLoader
-from vmamba.models.backbones import build_backbone
 from vmamba.models.flops import complexity
 from vmamba.models.pretrained import Checkpoint
 from vmamba.models.whole import load_whole, start_whole
@@ -17,7 +16,7 @@ from vmamba.runtime.distributed import World
 from vmamba.runtime.task import Results
 from vmamba.segmentation.data import build_eval_loader, build_train_loader
 from vmamba.segmentation.evaluation import IoU
-from vmamba.segmentation.models import SEGMENTERS
+from vmamba.segmentation.models import build_model
 
 
 class Task:
@@ -30,18 +29,9 @@ class Task:
         self.config = config
 
     def build_model(self) -> nn.Module:
-        options = self.config.MODEL
-        model = SEGMENTERS[options.SEGMENTER](
-            build_backbone(self.config),
-            options.NUM_CLASSES,
-            channels=options.CHANNELS,
-            aux_channels=options.AUX_CHANNELS,
-            aux_weight=options.AUX_WEIGHT,
-            ignore_index=self.config.DATA.IGNORE_INDEX,
-            dropout=options.DROPOUT,
-        )
+        model = build_model(self.config)
         several = torch.distributed.is_initialized() and torch.cuda.is_available()
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model) if options.SYNC_BN and several else model
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model) if self.config.MODEL.SYNC_BN and several else model
 
     def load(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         load_whole(model, checkpoint.whole, checkpoint.path)
