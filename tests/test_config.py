@@ -116,7 +116,13 @@ def test_what_a_mistake_in_a_file_says(tmp_path, text, message):
         (["TRAIN.EPOCHS"], "stands alone"),
         (["TRAIN.EPOCHS", "x"], "expected an integer"),
         (["AMP.ENABLE", "maybe"], "expected true or false"),
-        (["MODEL.OPTION.d_state", "3"], "did you mean 'MODEL.OPTIONS'?"),
+        (["MODEL.OPTION.d_state", "3"], "did you mean 'MODEL.OPTIONS.d_state'?"),
+        (["MODEL.OPTION.width", "3"], "did you mean 'MODEL.OPTIONS'?"),
+        (["MODEL.D_STATE", "3"], "did you mean 'MODEL.OPTIONS.d_state'?"),
+        (["depths", "3"], "did you mean 'MODEL.OPTIONS.depths'?"),
+        (["MODEL.TYPE", "vssm"], "did you mean 'MODEL.NAME'?"),
+        (["MODEL.SIZE", "3"], "unknown config key 'MODEL.SIZE'; docs/config.md lists them all"),
+        (["AUG.DROP_PATH", "3"], "unknown config key 'AUG.DROP_PATH'; docs/config.md lists them all"),
         (["BASE", "x.yaml"], "config file only"),
     ],
 )
@@ -267,7 +273,8 @@ def released(path, vssm, more=""):
 def test_a_released_file_names_our_variant(tmp_path, caplog, vssm, name):
     caplog.set_level("INFO", logger="vmamba")
     config = get_config(released(tmp_path / "x.yaml", vssm, "TRAIN: {BASE_LR: 0.002}\nAMP_OPT_LEVEL: O1\nBASE: ['']"))
-    assert (name, {}, "its_name") == (config.MODEL.NAME, config.MODEL.OPTIONS, config.NAME)
+    in_float32 = {"scan_float32": True} if JANUARY in vssm else {}  # as its forward types scan
+    assert (name, in_float32, "its_name") == (config.MODEL.NAME, config.MODEL.OPTIONS, config.NAME)
     assert (config.MODEL.DROP_PATH_RATE, config.TRAIN.BASE_LR) == (0.6, 0.002)
     assert config.TRAIN.EMA.ENABLE is (name != "vmamba_tiny")  # as the released runs
     assert f"NAME: {name}" in caplog.text and "AMP_OPT_LEVEL" in caplog.text

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from vmamba.errors import UserError, unknown
 
 
@@ -41,6 +43,8 @@ class Takes:
     def _check_item(self, name: str, value: Any, item: Any) -> None:
         if isinstance(item, str) and self.choices is not None:
             choices = self.choices() if callable(self.choices) else self.choices
+            if item not in choices and int in self.kinds and item.isdigit():
+                raise UserError(f"{name} is {item!r} (str); expected an integer, so write it without quotes")
             if item not in choices:
                 raise unknown(name, item, choices)
         if isinstance(item, (int, float)) and not isinstance(item, bool) and not self._in_bounds(item):
@@ -87,8 +91,10 @@ def _convert(value: Any, kinds: tuple) -> Any:
 def _fits(value: Any, kind: type | None) -> bool:
     if kind is None:
         return value is None or (isinstance(value, str) and value.lower() in ("none", "null"))
-    if isinstance(value, bool) or kind in (bool, str):
-        return type(value) is kind
+    if kind is str:
+        return isinstance(value, str)
+    if isinstance(value, (bool, np.bool_)) or kind is bool:
+        return kind is bool and isinstance(value, (bool, np.bool_))
     if kind is int:
         return isinstance(value, numbers.Integral)
     try:  # YAML reads 1e-3 as a string

@@ -275,7 +275,7 @@ def test_throughput_is_measured_without_data_or_folder(tmp_path, capsys):
     measured = run(tiny_config(tmp_path, *options))
     assert measured["images_per_second"] > 0
     assert measured["peak_memory_mb"] > 0
-    assert re.search(r"throughput [\d.]+ images/s.*peak memory \d+ MB", capsys.readouterr().out)
+    assert re.search(r"throughput [\d.]+ images/s.*peak memory \d+MB", capsys.readouterr().out)
     assert not output_folder(tiny_config(tmp_path)).exists()
 
 

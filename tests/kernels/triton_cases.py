@@ -101,6 +101,7 @@ def whole_routes(monkeypatch):
         ((3, 1, 7, 2, 3, 12), ("col_rev", "row"), False, False, torch.float32),
         ((1, 7, 1, 33, 1, 1), ("col", "col_rev"), True, True, torch.float32),
         ((1, 1, 1, 1, 1, 1), ROUTES, True, True, torch.float32),
+        ((1, 1, 1, 8, 4, 2), ("row",), True, True, torch.float32),  # views of what has one of everything are contiguous
         ((1, 3, 4, 2, 2, 24), ("row", "row", "row_rev"), True, False, torch.float32),
         ((1, 6, 5, 4, 2, 6), ("row_rev", "col_rev"), True, True, torch.bfloat16),
         ((2, 3, 4, 3, 16, 1), ("col",), False, True, torch.bfloat16),
@@ -128,6 +129,7 @@ def test_an_image_of_several_chunks_split_and_whole(monkeypatch):
         ((2, 2, 3, 7, 2), True, True, True, torch.float32),
         ((1, 1, 5, 19, 16), False, True, False, torch.float32),
         ((1, 3, 1, 1, 1), True, False, True, torch.float32),
+        ((1, 1, 8, 1, 4), True, True, True, torch.float32),
         ((1, 1, 2, 101, 1), False, False, True, torch.float32),  # more than a chunk
         ((1, 33, 1, 2, 1), True, True, True, torch.float32),
         ((2, 1, 4, 17, 3), True, True, True, torch.bfloat16),
@@ -143,6 +145,7 @@ def test_sequences(sizes, bias, skip, softplus, dtype):
         ((1, 3, 7, 2, 3, 4), ROUTES, True, True, torch.float32),
         ((1, 5, 7, 1, 2, 5), ("row_rev", "col"), False, False, torch.float32),
         ((1, 1, 3, 3, 1, 17), ("col_rev",), True, False, torch.float32),
+        ((1, 1, 1, 1, 8, 4), ("row",), True, True, torch.float32),
         ((1, 4, 5, 2, 4, 1), ("row", "row"), False, True, torch.bfloat16),
     ],
 )

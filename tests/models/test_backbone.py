@@ -1,6 +1,7 @@
 """Backbones of chosen stages: what is computed, what is trained, what is refused."""
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -64,11 +65,39 @@ def test_other_indices_are_refused(indices, words):
 
 def test_a_model_has_one_backbone():
     taken = model()
-    vmamba.Backbone(taken, (0,))
+    vmamba.Backbone(taken, (2,))
     with pytest.raises(UserError, match="a Backbone has taken this model already"):
         vmamba.Backbone(taken, (0,))
-    with pytest.raises(UserError, match="no classifier since a Backbone took it"):
-        taken(images())
+    features = taken.forward_features(images())
+    for use in (
+        lambda: taken(images()),
+        lambda: taken.forward_head(features),
+        lambda: taken.forward_intermediates(images(), norm=True),
+        lambda: taken.head,
+        lambda: setattr(taken, "head", nn.Linear(8, 5)),
+        lambda: taken.global_pool,
+        lambda: taken.get_classifier(),
+        lambda: taken.reset_classifier(3),
+        lambda: taken.prune_intermediate_layers([0], prune_norm=True),
+    ):
+        with pytest.raises(UserError, match="no classifier since a Backbone took it"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (lambda: None, "a Backbone takes a VSSM, and this is a NoneType; give what vmamba.create_model"),
+        (lambda: vmamba.Backbone(model(), (0,)), "this is a Backbone; give what vmamba.create_model"),
+        (lambda: nn.DataParallel(model()), "this is a DataParallel; give the VSSM inside of it"),
+        (lambda: torch.compile(model()), "this is a OptimizedModule; give the VSSM inside of it"),
+        (lambda: timm.create_model("resnet10t"), "this is a ResNet; give what vmamba.create_model"),
+        (lambda: "vmamba_tiny", "this is a str; give what vmamba.create_model"),
+    ],
+)
+def test_a_backbone_takes_a_vssm_alone(other, words):
+    with pytest.raises(UserError, match=words):
+        vmamba.Backbone(other())
 
 
 @pytest.mark.parametrize("options", [{}, dict(norm_layer="bn")], ids=["ln", "bn"])

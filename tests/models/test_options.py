@@ -18,14 +18,14 @@ from vmamba.models.variants import VARIANTS, build_model
 WRONG = [
     ("gate", "maybe", "gate is 'maybe' (str); expected true or false"),
     ("gate", 1, "gate is 1 (int); expected true or false"),
-    ("d_state", 0, "d_state is 0; it must be at least 1"),
-    ("d_state", -1, "d_state is -1; it must be at least 1"),
+    ("d_state", 0, "d_state is 0; it must be between 1 and 4096"),
+    ("d_state", -1, "d_state is -1; it must be between 1 and 4096"),
     ("d_state", 1.5, "d_state is 1.5 (float); expected an integer"),
     ("ssm_ratio", "x", "ssm_ratio is 'x' (str); expected a number"),
     ("ssm_ratio", 0, "ssm_ratio is 0.0; it must be above 0"),
     ("ssm_ratio", 0.001, "ssm_ratio is 0.001, which of 16 channels leaves none"),
     ("dt_rank", "autom", "unknown dt_rank 'autom'; did you mean 'auto'?"),
-    ("dt_rank", 0, "dt_rank is 0; it must be at least 1"),
+    ("dt_rank", 0, "dt_rank is 0; it must be between 1 and 4096"),
     ("routes", ["row", "cols"], "unknown routes 'cols'; did you mean 'col'?"),
     ("routes", [], "routes is empty; give at least one of row, col"),
     ("ssm_conv", 4, "ssm_conv is 4; the convolution keeps the image's size, so choose an odd side"),
@@ -33,10 +33,10 @@ WRONG = [
     ("out_norm", "softmx", "unknown out_norm 'softmx'; did you mean 'softmax'?"),
     ("mlp_ratio", None, "mlp_ratio is None (NoneType); expected a number"),
     ("mlp_ratio", 0.001, "mlp_ratio is 0.001, which of 16 channels leaves none"),
-    ("patch_size", 0, "patch_size is 0; it must be at least 1"),
+    ("patch_size", 0, "patch_size is 0; it must be between 1 and 1024"),
     ("depths", 3, "depths is 3 (int); expected a list of integers"),
     ("depths", [2], "dims has 2 stages and depths 1"),
-    ("dims", [16, 0], "dims is [16, 0]; it must be at least 1"),
+    ("dims", [16, 0], "dims is [16, 0]; it must be between 1 and 16384"),
     ("norm_layer", True, "norm_layer is True (bool); expected a string"),
     ("d_sate", 3, "unknown model option 'd_sate'; did you mean 'd_state'?"),
     ("act", "gelu", "unknown model option 'act'; did you mean"),
@@ -69,6 +69,15 @@ def test_what_a_mistake_says_wherever_it_is_made(name, value, words):
 
 
 @pytest.mark.parametrize("each", fields(ModelOptions), ids=lambda each: each.name)
+def test_every_number_has_an_upper_bound(each):
+    """Far below what would ask for all memory there is."""
+    takes = each.metadata["takes"]
+    if {int, float} & {kind[0] if isinstance(kind, list) else kind for kind in takes.kinds}:
+        huge = [99999999999] if takes.kinds == ([int],) else 99999999999
+        assert takes.at_most <= 10**6 and f" {takes.at_most}" in sentence(vmamba.VSSM, **{each.name: huge})
+
+
+@pytest.mark.parametrize("each", fields(ModelOptions), ids=lambda each: each.name)
 def test_every_option_is_checked(each):
     assert sentence(vmamba.VSSM, **{each.name: object()}).startswith(f"{each.name} is <object")
     assert each.metadata["takes"].check(each.name, each.default) is not None and each.metadata["meaning"]
@@ -77,10 +86,13 @@ def test_every_option_is_checked(each):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (dict(patch_embed="v2", patch_size=3), "patch_size is 3; patch_embed 'v2' halves it"),
+        (dict(patch_embed="v2", patch_size=8), "patch_size is 8; patch_embed 'v2' has stride 4, so choose that or"),
+        (dict(patch_embed="v2", patch_size=2), "patch_size is 2; patch_embed 'v2' has stride 4, so choose that or"),
         (dict(patch_embed="v2", dims=1), "dims starts with 1; patch_embed 'v2' halves it"),
         (dict(pos_embed=True, img_size=3), "img_size is 3; pos_embed needs at least one patch of 4 x 4"),
         (dict(img_size=(3, 4, 5)), "img_size is [3, 4, 5]; expected 2 values"),
+        (dict(dims=96, depths=(1,) * 40), "it must be between 1 and 16384"),
+        (dict(dt_rank="4"), "dt_rank is '4' (str); expected an integer, so write it without quotes"),
         (dict(scan="ssd", dt_rank=5), "do not divide among 5 heads"),
         (dict(backend="cudda"), "unknown backend 'cudda'; did you mean 'cuda'?"),
         (dict(drop_path_rate=None), "drop_path_rate is None"),
@@ -94,7 +106,14 @@ def test_options_that_do_not_go_together(options, words):
 
 def test_numbers_and_lists_of_any_kind_are_taken():
     model = vmamba.VSSM(
-        dims=[np.int64(16), 32], depths=(1, 1), ssm_ratio=1, d_state=np.int32(4), routes="row", mlp_ratio=0
+        dims=[np.int64(16), 32],
+        depths=(1, 1),
+        ssm_ratio=1,
+        gate=np.bool_(False),
+        ssm_act=np.str_("gelu"),
+        d_state=np.int32(4),
+        routes="row",
+        mlp_ratio=0,
     )
     mixer = model.layers[0].blocks[0].op
     assert (mixer.d_inner, mixer.d_state, mixer.routes, model.dims) == (16, 4, ("row",), [16, 32])

@@ -1,12 +1,14 @@
 """Files of weights of every origin, mismatches, and downloads from a loopback server that breaks off or lies."""
 
 import argparse
+import collections
 import datetime
 import hashlib
 import logging
 import os
 import pickle
 import sys
+import tarfile
 import threading
 import types
 from dataclasses import replace
@@ -227,7 +229,7 @@ WRAPPED = ["module.", "module.module.", "_orig_mod.", "module._orig_mod.", "mode
 def test_prefixes_of_wrappers_go(tmp_path, plain, said, prefix):
     torch.save({"state_dict": {prefix + name: weight for name, weight in plain.items()}}, tmp_path / "w.pth")
     assert same(vmamba.load_checkpoint(tmp_path / "w.pth").state_dict, plain)
-    without = prefix.replace("_orig_mod.", "")
+    without = prefix.replace("_orig_mod.", "").replace("module.", "")
     assert (f"taking what is under '{without[:-1]}'\n" in said()) == bool(without)
 
 
@@ -279,6 +281,81 @@ def test_empty_averaged_weights_are_none(tmp_path, plain):
     assert same(vmamba.load_checkpoint(tmp_path / "w.pth").state_dict, plain)
 
 
+@pytest.mark.parametrize(
+    ("content", "source", "over"),
+    [
+        (lambda w, ema: {"model": w, "model_ema": {"module": ema, "decay": 0.999}}, "model_ema", ""),
+        (lambda w, ema: {"model": w, "ema": ema}, "ema", ""),
+        (lambda w, ema: {"model": w, "ema": {"state_dict": ema, "updates": 3}}, "ema", ""),
+        (lambda w, ema: {"state_dict": ema, "ema_state_dict": w}, "state_dict", "'ema_state_dict'"),  # mmengine swaps
+        (lambda w, ema: {"model": ema, "teacher": {"module": w}, "optimizer": {}}, "model", "'teacher'"),
+        (lambda w, ema: {"net": {"module": ema}}, "net", ""),
+    ],
+)
+def test_averaged_weights_are_found_or_named(tmp_path, plain, averaged, said, content, source, over):
+    torch.save(content(plain, averaged), tmp_path / "w.pth")
+    checkpoint = vmamba.load_checkpoint(tmp_path / "w.pth")
+    assert checkpoint.source == source and same(checkpoint.state_dict, averaged)
+    assert (f"passing over the weights under {over}" if over else "") in said()
+    assert ("passing over" in said()) == bool(over)
+
+
+def test_numbers_of_numpy_and_mappings_with_defaults(tmp_path, plain):
+    numbers = {"epoch": np.int64(7), "max_accuracy": np.float64(81.5), "max_accuracy_ema": torch.tensor(82.5)}
+    more = {"log": collections.defaultdict(list, {"loss": [0.5]}), "nested": collections.defaultdict(dict)}
+    for legacy in (False, True):
+        content = {
+            "model": plain,
+            **numbers,
+            **more,
+            "best": np.float32(0.5),
+            "seen": np.bool_(True),
+            "t": np.str_("x"),
+        }
+        torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
+        checkpoint = vmamba.load_checkpoint(tmp_path / "w.pth")
+        assert checkpoint.metadata == {"epoch": 7, "max_accuracy": 81.5, "max_accuracy_ema": 82.5}
+        read = read_file(tmp_path / "w.pth")
+        assert (read["best"], read["seen"], read["t"]) == (0.5, True, None)
+        assert (read["log"], read["nested"]) == ({"loss": [0.5]}, {})
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (lambda w: {1: w["classifier.norm.weight"], "a": w["classifier.norm.weight"]}, "the name 1, a int, among"),
+        (lambda w: {1: {"a": 2}}, "holds no weights: neither"),
+        (lambda w: {"model": {3: w["classifier.norm.weight"]}}, "holds no weights: neither"),
+    ],
+)
+def test_names_that_are_none(tmp_path, plain, content, words):
+    torch.save(content(plain), tmp_path / "w.pth")
+    with pytest.raises(UserError, match=words):
+        vmamba.load_checkpoint(tmp_path / "w.pth")
+
+
+def test_what_is_asked_for_in_vain(tmp_path, plain):
+    torch.save({"model": plain, "best_weights": [1]}, tmp_path / "w.pth")
+    assert "best_weights" not in vmamba.load_checkpoint(tmp_path / "w.pth").metadata
+    for wrong in (None, 3, ["w.pth"], b"w.pth"):
+        with pytest.raises(UserError, match="is no file; give the path of a file of weights, or its address"):
+            vmamba.load_checkpoint(wrong)
+    for wrong in (None, ["ema"], {}):
+        with pytest.raises(UserError, match=r"unknown weights .*; known: auto, ema, model"):
+            vmamba.load_checkpoint(tmp_path / "w.pth", wrong)
+    for wrong in (None, ["vmamba_tiny"], {}):
+        with pytest.raises(UserError, match=r"unknown model .*; known: vmamba_base"):
+            vmamba.create_model(wrong)
+
+
+def test_a_wrapped_model_takes_weights(tmp_path, plain):
+    torch.save({"model": plain}, tmp_path / "w.pth")
+    for wrap in (torch.nn.DataParallel, lambda m: torch.compile(m, backend="eager")):
+        target = model(3)
+        load_pretrained(wrap(target), vmamba.load_checkpoint(tmp_path / "w.pth"))
+        assert same(target.state_dict(), plain)
+
+
 def test_arguments_of_other_trainers_are_read_as_mappings(tmp_path, plain):
     args = argparse.Namespace(
         lr=0.1, output=Path("/runs/one"), started=datetime.datetime.now(), more=argparse.Namespace()
@@ -309,6 +386,14 @@ def test_arguments_of_other_trainers_are_read_as_mappings(tmp_path, plain):
             r"is the index of weights in 2 files \(w-1.bin, ",
         ),
         ("w.json", b'{"lr": 1}', "is JSON text, which holds no weights"),
+        ("w.json", b'{"weight_map": {}}', "is JSON text, which holds no weights"),
+        ("w.json", b"[" * 100_000, "is JSON text, which holds no weights"),
+        ("w.pth", b"\xef\xbb\xbf<!DOCTYPE html>", "is a web page"),
+        ("w.pth", b"\xef\xbb\xbfversion https://git-lfs.github.com/spec/v1", "is a pointer of Git LFS"),
+        ("w.json", b'\xef\xbb\xbf{"weight_map": {"a": "w-1.bin"}}', r"is the index of weights in 1 files \(w-1.bin, "),
+        ("w.txt", "\ufeff<html>".encode("utf-16-le"), "is a web page"),
+        ("w.tar", b"w.pth".ljust(257, b"\0") + b"ustar".ljust(300, b"\0"), "is a tar archive; unpack it"),
+        ("w.pth", b"\0" * 3000, "begins with 1024 zeros"),
         ("w.pth", b"", "is empty"),
         ("w.pth", b"\x1f\x8b\x08\x00", "is compressed by gzip; unpack"),
         ("w.pth", b"a note to myself", "is a text file"),
@@ -321,8 +406,27 @@ def test_arguments_of_other_trainers_are_read_as_mappings(tmp_path, plain):
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_what_a_file_is_instead(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{name}' {words}"):
+    with pytest.raises(UserError, match=rf"{name}' {words}") as error:
         read_file(tmp_path / name)
+    assert "weights_only" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("change", ["tar", "middle", "zeros"])
+def test_no_damage_makes_us_advise_to_run_code(tmp_path, plain, change):
+    for legacy in (False, True):
+        torch.save(plain, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
+        data = bytearray((tmp_path / "w.pth").read_bytes())
+        if change == "tar":  # as before PyTorch 0.1.10, which torch.load would read
+            with tarfile.open(tmp_path / "t.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
+                archive.add(tmp_path / "w.pth", "storages")
+            data = (tmp_path / "t.tar").read_bytes()
+        for at in {"middle": range(200, 300), "zeros": range(600)}.get(change, ()):
+            data[at] = 0 if change == "zeros" else 46 + at % 60
+        (tmp_path / "w.pth").write_bytes(data)
+        with pytest.raises(UserError) as error:
+            read_file(tmp_path / "w.pth")
+        assert "weights_only" not in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -361,8 +465,10 @@ def test_the_name_does_not_tell_what_a_file_is(tmp_path, plain):
         (lambda w: w.to("meta"), "file on the meta device, model float32"),
         (lambda w: w.mul(10).to(torch.int8), "file int8, model float32"),
         (lambda w: w.to(torch.complex64), "file complex64, model float32"),
+        (lambda w: torch.nested.nested_tensor([w, w]), "file nested, model float32"),
+        (lambda w: w.double() + 1e300, "file float64 with numbers that float32 cannot hold"),
     ],
-    ids=["sparse", "quantized", "meta", "integer", "complex"],
+    ids=["sparse", "quantized", "meta", "integer", "complex", "nested", "large"],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_numbers_of_another_kind_are_refused(plain, change, words):
@@ -372,6 +478,14 @@ def test_numbers_of_another_kind_are_refused(plain, change, words):
     with pytest.raises(UserError, match=rf"w\.pth' .*of another kind: classifier\.norm\.bias: {words}"):
         load_pretrained(target, Checkpoint(Path("w.pth"), "", weights, {}, {}))
     assert same(target.state_dict(), before)
+
+
+def test_timm_takes_no_numbers_that_become_infinite(plain):
+    for name in ("classifier.head.weight", "layers.0.blocks.0.norm.bias", "patch_embed.0.weight"):
+        weights = dict(plain) | {name: plain[name].double() + 1e300}
+        overlay = dict(state_dict=weights, num_classes=5)
+        with pytest.raises(UserError, match=f"{name}: file float64 with numbers that float32 cannot hold"):
+            timm.create_model("vmamba_tiny", pretrained=True, pretrained_cfg_overlay=overlay, **SMALL)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -526,17 +640,23 @@ def test_a_name_with_its_weights(hub, server, variant, averaged, said):
 
 def test_names_with_weights():
     names = vmamba.list_models(pretrained=True)
-    assert vmamba.list_models("*tiny*") == ["vmamba_tiny", "vmamba_tiny_s2l5", "vmamba_tiny_s1l8", "vmamba_tiny_m2"]
-    assert vmamba.list_models("*tiny*", pretrained=True) == vmamba.list_models("*tiny*")[:3]
-    assert vmamba.list_models(["*_s1l8", "*digits"]) == ["vmamba_tiny_s1l8", "vmamba_digits"]
+    assert vmamba.list_models("*tiny*") == ["vmamba_tiny", "vmamba_tiny_m2", "vmamba_tiny_s1l8", "vmamba_tiny_s2l5"]
+    assert vmamba.list_models() == timm.list_models("vmamba_*")
+    assert vmamba.list_models("*base*", exclude_filters=["*s2*", "*m2"]) == ["vmamba_base", "vmamba_base_s1l20"]
+    without = timm.list_models("vmamba_*", exclude_filters="*_s*")
+    assert vmamba.list_models(exclude_filters="*_s*") == without
+    assert vmamba.list_models("*tiny*", pretrained=True) == vmamba.list_models("*tiny*", exclude_filters="*_m2")
+    assert vmamba.list_models(["*_s1l8", "*digits"]) == ["vmamba_digits", "vmamba_tiny_s1l8"]
     assert vmamba.list_models("nothing") == []
     for wrong in (True, 3, [True]):
         with pytest.raises(UserError, match="; give a pattern such as"):
             vmamba.list_models(wrong)
+        with pytest.raises(UserError, match="exclude_filters is .*; give a pattern such as"):
+            vmamba.list_models(exclude_filters=wrong)
     assert names == [name for name in vmamba.list_models() if not name.endswith(("_m2", "_digits"))]
     for name in names:
         assert variants.VARIANTS[name].weights.startswith("https://github.com/MzeroMiko/VMamba/releases/download/%23v")
-    with pytest.raises(UserError, match="'vmamba_digits' has no released weights; these have: vmamba_tiny, "):
+    with pytest.raises(UserError, match="'vmamba_digits' has no released weights; these have: vmamba_base, "):
         vmamba.create_model("vmamba_digits", pretrained=True)
 
 

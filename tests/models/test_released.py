@@ -44,7 +44,7 @@ def test_every_key_of_the_released_variants_maps_both_ways(name):
 
 
 def test_linear_weights_stored_as_convolutions():
-    options, weights = released(forward_type="v05", patch_size=2, downsample_version="v1")
+    options, weights = released(forward_type="v05", downsample_version="v1")
     linear = ("in_proj.weight", "out_proj.weight", "fc1.weight", "fc2.weight", "reduction.weight")
     stored = {name: w[:, :, None, None] if name.endswith(linear) else w for name, w in weights.items()}
     assert any(stored[name].dim() != weights[name].dim() for name in weights)
@@ -62,6 +62,41 @@ def test_january_spelling_gives_the_same_model():
     options, weights = released()
     with pytest.raises(vmamba.UserError, match="has no name in files of January 2024"):
         to_released(from_released(options, weights), january=True)
+
+
+@pytest.mark.parametrize(
+    "wrap", [torch.nn.DataParallel, lambda m: torch.compile(m, backend="eager"), torch.optim.swa_utils.AveragedModel]
+)
+def test_wrappers_go(wrap):
+    options, weights = released()
+    model = from_released(options, weights)
+    assert to_released(wrap(model)).keys() == weights.keys()
+    model.layers[0].blocks[0] = torch.compile(model.layers[0].blocks[0], backend="eager")
+    assert to_released(wrap(model)).keys() == weights.keys()
+    wrapped = {name: weight for name, weight in wrap(model).state_dict().items() if name != "n_averaged"}
+    images = torch.randn(1, 3, 16, 16)
+    assert torch.equal(from_released(options, wrapped)(images), from_released(options, weights)(images))
+    backbone = vmamba.Backbone(from_released(options, weights), (0, 1))
+    assert to_released(wrap(backbone)).keys() == to_released(backbone).keys()
+    for other in (torch.nn.Linear(2, 2), torch.nn.DataParallel(torch.nn.Linear(2, 2)), None):
+        with pytest.raises(vmamba.UserError, match="to_released takes a VSSM or a Backbone; this is a "):
+            to_released(other)
+
+
+def test_weights_of_january_with_what_their_constructor_took(caplog):
+    """It had no option for the MLP and the downsampling, and two that it did not read."""
+    options, weights = released(mlp_ratio=0.0, patchembed_version="v1", downsample_version="v1", ssm_d_state=16)
+    model = from_released(options, weights)
+    old = dict(dims=16, depths=[1, 1], num_classes=5, d_state=16, depths_decoder=[1, 1], dims_decoder=[32, 16])
+    images = torch.randn(1, 3, 16, 16)
+    caplog.set_level("INFO", logger="vmamba")
+    for spelling in (weights, to_released(model, january=True)):
+        assert torch.equal(from_released(old, spelling)(images), model(images))
+        backbone = from_released(old | dict(type="MM_VSSM", out_indices=(0, 1)), spelling)
+        assert backbone.model.layers[0].blocks[0].mlp is None
+    assert "as in January 2024: {'mlp_ratio': 0.0, 'downsample_version': 'v1'}" in caplog.text
+    with pytest.raises(vmamba.UserError, match="missing: layers.*.blocks.*.mlp.fc1"):  # what is given holds
+        from_released(old | dict(mlp_ratio=4.0), weights)
 
 
 def test_postfixes_in_any_order():
@@ -157,7 +192,7 @@ def test_forward_types_that_are_one_model(forward_type):
         (dict(forward_type="xv2noz"), "'xv2noz' is an ablation of the original that is not supported"),
         (dict(forward_type="v32dc"), "'v32dc' is an ablation of the original that is not supported"),
         (dict(forward_type=3), "forward_type is 3; expected a string such as 'v05_noz'"),
-        (dict(ssm_d_state=0), "ssm_d_state is 0; it must be at least 1"),
+        (dict(ssm_d_state=0), "ssm_d_state is 0; it must be between 1 and 4096"),
         (dict(forward_type="v9"), "unknown forward_type 'v9'"),
         (dict(forward_type="v05_noz_onsofmax"), "unknown postfix 'onsofmax'; did you mean 'onsoftmax'?"),
         (dict(forward_type="v05_onnone_onsigmoid"), "names 2 out-norms"),
@@ -165,6 +200,9 @@ def test_forward_types_that_are_one_model(forward_type):
         (dict(ssm_dstate=3), "unknown released option 'ssm_dstate'; did you mean 'ssm_d_state'?"),
         (dict(norm_layer="gn"), "unknown released norm_layer 'gn'"),
         (dict(downsample_version="v9"), "unknown downsample_version 'v9'"),
+        (dict(d_state=4), "released options d_state and ssm_d_state are names of one; give one of them"),
+        (dict(use_checkpoint="x"), "use_checkpoint is 'x' (str); expected true or false"),
+        ({3: 4}, "released option 3 is no name but a int"),
     ],
 )
 def test_unknown_options_are_named(options, words):
@@ -178,6 +216,7 @@ def test_unknown_options_are_named(options, words):
     [
         (SMALL, "weights.pth", r"state_dict is 'weights\.pth'; expected a mapping \(vmamba\.load_checkpoint\(path\)"),
         (SMALL, {"model": {}}, "state_dict holds 'model', a dict and no tensor"),
+        (SMALL, {3: torch.ones(1)}, "state_dict holds the name 3, a int"),
         ("tiny", {}, "options is 'tiny'; expected a mapping"),
     ],
 )
@@ -195,6 +234,13 @@ def test_weights_that_do_not_fit_are_listed_in_groups_and_nothing_loads():
     assert "8 missing: layers.*.blocks.*.mlp.fc1.bias (4 keys), layers.*.blocks.*.mlp.fc1.weight (4 keys)" in text
     assert "1 unexpected: neck.weight" in text
     assert "8 of another shape: layers.0.blocks.*.op.A_logs (2 keys): file (128, 1), model (128, 4)" in text
+
+
+def test_position_maps_that_are_none():
+    options, weights = released(posembed=True, imgsize=32)
+    for wrong in (torch.ones(3), weights["pos_embed"].to_sparse(), weights["pos_embed"][..., :0]):
+        with pytest.raises(vmamba.UserError, match="1 of another (shape|kind): pos_embed: "):
+            from_released(options, weights | {"pos_embed": wrong})
 
 
 def test_position_map_of_another_image_size():

@@ -392,3 +392,22 @@ def test_encoder_of_segmentation_models_pytorch(name):
     masks.mean().backward()
     assert all(parameter.grad is not None for parameter in model.encoder.parameters())
     assert model.encoder.out_channels == [4, 0, 96, 192, 384, 768]
+
+
+@pytest.mark.parametrize("decoder", ["DeepLabV3", "DeepLabV3Plus", "PAN"])
+def test_decoders_that_ask_for_dilated_stages(decoder):
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    options = dict(encoder_name="tu-vmamba_tiny_s1l8", encoder_weights=None)
+    with pytest.raises(
+        vmamba.UserError, match="output_stride is (8|16); .* has no dilated stages, so its stride is 32"
+    ):
+        getattr(smp, decoder)(**options)
+    if decoder == "PAN":
+        assert smp.PAN(**options, encoder_output_stride=32).eval()(images(256, 256)).shape == (2, 1, 256, 256)
+
+
+def test_the_stride_that_a_model_has_may_be_asked_for():
+    assert small("vmamba_tiny", output_stride=32).num_features == 128
+    assert small("vmamba_digits", output_stride=8).num_features == 32
+    with pytest.raises(vmamba.UserError, match="output_stride is 16; vmamba_tiny has no dilated stages, so"):
+        small("vmamba_tiny", output_stride=16)

@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from timm.layers import convert_splitbn_model, freeze_batch_norm_2d
+from timm.layers import LayerNorm2d, convert_splitbn_model, freeze_batch_norm_2d
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
@@ -14,6 +14,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 import vmamba
 import vmamba_kernels
+from vmamba.models.layers import on_channels_last
 from vmamba_kernels import operators, registry
 
 kinds = pytest.mark.parametrize("name", ["vmamba_tiny", "vmamba_tiny_s1l8", "vmamba_tiny_m2"])
@@ -274,3 +275,21 @@ def test_depthwise_convolutions_are_pytorchs(name):
     model(images()).sum().backward()
     close(model(images()), expected)
     assert all(each.up.weight.grad.abs().max() > 0 for each in model.modules() if isinstance(each, LowRank))
+
+
+@pytest.mark.parametrize(
+    "norm", [lambda dim: nn.GroupNorm(4, dim), LayerNorm2d, nn.InstanceNorm2d], ids=["group", "layer", "instance"]
+)
+@pytest.mark.parametrize("options", [dict(norm_layer="bn"), dict(out_norm="ln_dwconv3")], ids=["bn", "ln"])
+def test_norms_of_images_in_the_place_of_ours_read_channels_first(norm, options):
+    model, read = small("vmamba_tiny_s1l8", **options), []
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, (nn.LayerNorm, nn.BatchNorm2d)):
+                dim, other = child.weight.numel(), norm(child.weight.numel())
+                other.register_forward_hook(lambda other, args, out, dim=dim: read.append(args[0].shape[1] == dim))
+                setattr(parent, name, other)
+    model(images(2, 36))
+    assert read == [True] * 10
+    x = torch.randn(2, 8, 8, 8)  # the axes could be taken for each other
+    close(on_channels_last(norm(8), x).permute(0, 3, 1, 2), norm(8)(x.permute(0, 3, 1, 2)))

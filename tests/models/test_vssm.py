@@ -98,8 +98,34 @@ def test_a_head_can_be_assigned():
     assert model.head is model.get_classifier() and "classifier.head.1.weight" in model.state_dict()
     model.head = torch.nn.Identity()
     assert model(torch.randn(2, 3, 16, 16)).shape == (2, 32) and model.num_classes == 0
-    with pytest.raises(vmamba.UserError, match="a VSSM has no 'fc'; its last layer is 'head'"):
-        model.fc = torch.nn.Linear(32, 4)
+    for name in ("fc", "_fc", "heads", "last_linear"):
+        with pytest.raises(vmamba.UserError, match=f"a VSSM has no '{name}'; its last layer is 'head'"):
+            setattr(model, name, torch.nn.Linear(32, 4))
+    for other in (torch.nn.Linear(32, 4), torch.nn.Identity(), 3):
+        with pytest.raises(vmamba.UserError, match="; a VSSM's is norm, pooling and 'head': set 'head' for a last"):
+            model.classifier = other
+    for other in (None, 5, "linear"):
+        with pytest.raises(vmamba.UserError, match="; give a module, or leave it out with reset_classifier"):
+            model.head = other
+    model.classifier = torch.compile(model.classifier, backend="eager")
+    assert model(torch.randn(2, 3, 16, 16)).shape == (2, 32)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ((-1,), "num_classes is -1; it must be between 0 and 1000000"),
+        ((2.5,), "num_classes is 2.5 .float.; expected an integer"),
+        ((5, "max"), "unknown global_pool 'max'"),
+        ((None,), "num_classes is None"),
+    ],
+)
+def test_what_a_classifier_cannot_be_reset_to_leaves_it_as_it_was(given, words):
+    model = build()
+    head = model.head
+    with pytest.raises(vmamba.UserError, match=words):
+        model.reset_classifier(*given)
+    assert (model.num_classes, model.global_pool) == (7, "avg") and model.head is head
 
 
 def test_intermediates_are_the_stages_before_their_downsampling():

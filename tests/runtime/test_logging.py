@@ -6,8 +6,9 @@ import re
 import pytest
 
 from vmamba.errors import UserError
+from vmamba.runtime import logging
 from vmamba.runtime.distributed import World
-from vmamba.runtime.logging import Pace, create_logger, progress
+from vmamba.runtime.logging import Pace, create_logger, megabytes, memory_mb, progress
 from vmamba.runtime.records import read_metrics, write_metrics
 
 from .conftest import CPU
@@ -64,6 +65,13 @@ def test_a_line_cut_short_does_not_cost_the_others(tmp_path):
 def test_numbers_that_json_has_no_name_for_are_null(tmp_path):
     write_metrics(tmp_path / "metrics.jsonl", {"epoch": 1, "loss": float("nan")})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1, "loss": null}\n'
+
+
+def test_memory_that_nothing_tells(monkeypatch):
+    """As on Windows, where there is no module `resource`."""
+    assert re.fullmatch(r"\d+MB", megabytes(memory_mb(CPU.device)))
+    monkeypatch.setattr(logging, "resource", None)
+    assert megabytes(memory_mb(CPU.device)) == "unknown"
 
 
 def test_pace_counts_steps_not_micro_batches():

@@ -10,7 +10,7 @@ from vmamba.analysis.tables import markdown, write_json
 from vmamba.analysis.zoo import create
 from vmamba.files import write_text
 from vmamba.models.flops import complexity
-from vmamba.models.variants import list_models
+from vmamba.models.variants import VARIANTS
 
 PEERS = (
     "swin_tiny_patch4_window7_224",
@@ -22,7 +22,7 @@ PEERS = (
     "deit_small_patch16_224",
     "deit_base_patch16_224",
 )
-MODELS = (*(name for name in list_models() if name != "vmamba_digits"), *PEERS)
+MODELS = (*(name for name in VARIANTS if name != "vmamba_digits"), *PEERS)
 
 
 def flops(

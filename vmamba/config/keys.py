@@ -71,9 +71,9 @@ COMMON = (
     key("DATA.NUM_WORKERS", 8, "loading processes beside each training process; 0 loads in it", at_least=0),
     switch("DATA.PIN_MEMORY", "page-locked batches, for a GPU", default=True),
     #
-    key("MODEL.NAME", "vmamba_tiny", "see vmamba.list_models()", also="arch architecture"),
-    key("MODEL.NUM_CLASSES", 1000, "of the data set", at_least=1, also="nb_classes"),
-    key("MODEL.IN_CHANS", 3, "3, or 1 for grayscale", at_least=1, also="in_channels"),
+    key("MODEL.NAME", "vmamba_tiny", "see vmamba.list_models()", also="arch architecture model.type"),
+    key("MODEL.NUM_CLASSES", 1000, "of the data set", at_least=1, at_most=10**6, also="nb_classes"),
+    key("MODEL.IN_CHANS", 3, "3, or 1 for grayscale", at_least=1, at_most=10**4, also="in_channels"),
     share("MODEL.DROP_PATH_RATE", None, "stochastic depth; null: the variant's own", kinds=(None, float)),
     key("MODEL.BACKEND", "auto", "of the scan; see vmamba_kernels.backends()"),
     key("MODEL.PRETRAINED", "", "weights to start from: a file or an address", flag="pretrained"),

@@ -140,18 +140,20 @@ class Schema:
         """The sentence for a key there is not: the nearest right one by name, or by what people call it."""
         if key in self.sections:
             return f"{key} is a section; set one of its keys"
-        last = key.rpartition(".")[2].upper()
         section, _, last = key.upper().rpartition(".")
         names = [*self.keys, *self.sections]
         called = {word.upper(): each.name for each in self.keys.values() for word in each.also.split()}
-        alike = [called[last]] if last in called else get_close_matches(key.upper(), names, n=1, cutoff=0.8)
+        alike = [called[word] for word in (key.upper(), last) if word in called]
+        alike = alike or [f"{OPTIONS}.{name}" for name in CONFIGURABLE if name.upper() == last]
+        alike = alike or get_close_matches(key.upper(), names, n=1, cutoff=0.8)
         if not alike:
             ends = {name.rpartition(".")[2] for name in names}
             end = get_close_matches(last, ends, n=1, cutoff=0.8)
             same_end = [name for name in names if [name.rpartition(".")[2]] == end]
             alike = get_close_matches(key.upper(), same_end, n=1, cutoff=0.0)
         alike = alike or [called[word] for word in get_close_matches(last, called, n=1, cutoff=0.7)]
-        alike = alike or get_close_matches(section, self.sections, n=1, cutoff=0.8)
+        if section not in self.sections:  # else the section is not what is wrong
+            alike = alike or get_close_matches(section, self.sections, n=1, cutoff=0.8)
         hint = f"did you mean '{alike[0]}'?" if alike else "docs/config.md lists them all"
         return f"unknown config key '{key}'; {hint}"
 

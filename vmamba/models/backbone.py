@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vmamba.errors import UserError
 from vmamba.models.layers import norm_layer, on_channels_last
 from vmamba.models.vssm import VSSM
+from vmamba.models.weights import unwrapped
 
 
 class Backbone(nn.Module):
@@ -19,11 +20,15 @@ class Backbone(nn.Module):
         model: whose stem and stages are taken.  It is the backbone's from then on, without its classifier.
         out_indices: stages, each once, in the order wanted of the outputs; counted from 0, or from -1 backwards.
 
-    Raises UserError for other indices, and for a model that a backbone has taken already.
+    Raises UserError for other indices, for another model, and for one that a backbone has taken already.
     """
 
     def __init__(self, model: VSSM, out_indices: Sequence[int] = (0, 1, 2, 3)):
         super().__init__()
+        if not isinstance(model, VSSM):
+            inside = isinstance(model, nn.Module) and isinstance(unwrapped(model), VSSM)
+            remedy = "give the VSSM inside of it" if inside else "give what vmamba.create_model(name) gives"
+            raise UserError(f"a Backbone takes a VSSM, and this is a {type(model).__name__}; {remedy}")
         if model.classifier is None:
             raise UserError("a Backbone has taken this model already; create a model for each")
         self.stages = len(model.layers)  # before those behind the last chosen one go

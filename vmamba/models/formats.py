@@ -1,5 +1,6 @@
 """What a file of weights is, seen from its first bytes, and what it holds.  Nothing pickled is run."""
 
+import codecs
 import json
 import pickle
 import re
@@ -8,6 +9,7 @@ from collections import OrderedDict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import torch
 
 from vmamba.errors import UserError
@@ -30,6 +32,28 @@ class Fields(dict):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.update(state)
+
+
+def mapping(*factory: object) -> dict:
+    """A pickled defaultdict, without what makes its defaults."""
+    return {}
+
+
+class NumberKind:
+    """A pickled dtype of NumPy."""
+
+    def __init__(self, code: str, *_: object):
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = state[1]
+
+
+def number(kind: NumberKind, data: bytes = b"") -> bool | int | float | None:
+    """A pickled number of NumPy, as Python's; None for what is no number."""
+    if re.fullmatch("[biuf][1-8]", kind.code) is None:
+        return None
+    return np.frombuffer(data, np.dtype(kind.order.replace("|", "=") + kind.code), 1).item()
 
 
 class Ignored:
@@ -58,14 +82,16 @@ PICKLED = [
         for module in ("pathlib", "pathlib._local")
         for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
     ),
+    (mapping, "collections.defaultdict"),
+    *((kind, f"builtins.{kind.__name__}") for kind in (bool, dict, float, int, list, str, tuple)),  # what those make
     *((Ignored, f"datetime.{name}") for name in ("datetime", "date", "time", "timedelta", "timezone")),
     (Ignored, "mmengine.logging.history_buffer.HistoryBuffer"),
     (Ignored, "numpy.ndarray"),
-    (Ignored, "numpy.dtype"),
+    (NumberKind, "numpy.dtype"),
     *(
-        (Ignored, f"numpy.{core}.multiarray.{name}")
+        (what, f"numpy.{core}.multiarray.{name}")
         for core in ("core", "_core")
-        for name in ("_reconstruct", "scalar")
+        for name, what in {"_reconstruct": Ignored, "scalar": number}.items()
     ),
 ]
 
@@ -97,10 +123,9 @@ def read_file(path: str | Path) -> Any:
         with path.open("rb") as file, torch.serialization.safe_globals(PICKLED):  # by a name torch.load would guess
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"'{path}' {_why_not_unpickled(path, start, str(error))}") from error
+        raise UserError(f"'{path}' {_why_not_unpickled(path, start, error)}") from error
     except Exception as error:  # bytes that are not a checkpoint fail in as many ways as there are bytes
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"'{path}' is truncated or not a checkpoint ({reason})") from error
+        raise UserError(f"'{path}' is truncated or not a checkpoint{_reason(error)}") from error
 
 
 def _is_safetensors(start: bytes) -> bool:
@@ -111,9 +136,14 @@ def _something_else(path: Path, start: bytes) -> str:
     """What the file is and what to do, where it is nothing to load weights from; else ""."""
     if not start:
         return "is empty; fetch it again"
+    start = _without_mark(start)
     for beginning, sentence in _BEGINNINGS.items():
         if start.startswith(beginning):
             return sentence
+    if not start.strip(b"\0"):
+        return f"begins with {len(start)} zeros, as files do whose writing broke off; fetch it again"
+    if start[257:262] == b"ustar":
+        return "is a tar archive; unpack it and give what is in it"
     text = start.lstrip().lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         return "is a web page, as servers send instead of a file; download the file itself"
@@ -131,10 +161,19 @@ def _something_else(path: Path, start: bytes) -> str:
     return ""
 
 
+def _without_mark(start: bytes) -> bytes:
+    """The first bytes, of text without the mark of its encoding and in UTF-8."""
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return start.decode("utf-16", "ignore").encode()
+    return start.removeprefix(codecs.BOM_UTF8)
+
+
 def _json(path: Path) -> str:
     try:
         parts = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        parts = []
+    if not parts:
         return "is JSON text, which holds no weights; give the file of weights beside it"
     return f"is the index of weights in {len(parts)} files ({parts[0]}, ...); save them as one file and give that"
 
@@ -152,7 +191,14 @@ def _archive(path: Path) -> str:
     return ""
 
 
-def _why_not_unpickled(path: Path, start: bytes, reason: str) -> str:
+def _reason(error: Exception) -> str:
+    """What PyTorch says in brackets, but for advice to let the file run its code."""
+    line = str(error).strip().partition("\n")[0]
+    return f" ({line})" if line and "weights" not in line.lower() else ""
+
+
+def _why_not_unpickled(path: Path, start: bytes, error: Exception) -> str:
+    reason = str(error)
     if not (start.startswith(b"PK\x03\x04") or _LEGACY in start[:32]):
         return "is truncated or not a checkpoint"
     protocol = _protocol(_head_of_pickle(path, start))
@@ -167,7 +213,7 @@ def _why_not_unpickled(path: Path, start: bytes, reason: str) -> str:
             f"holds pickled objects{f' ({found[1]})' if found else ''} besides tensors and plain values, and loading "
             f"those would run their code; save its weights alone (a state dict) and load that"
         )
-    return f"is damaged ({reason.strip().partition(chr(10))[0]})"
+    return f"is damaged{_reason(error)}"
 
 
 def _head_of_pickle(path: Path, start: bytes) -> bytes:

@@ -7,6 +7,7 @@ same memory as a "channels_last" image.  The indices inside the `nn.Sequential`s
 
 from collections.abc import Callable
 
+import timm.layers
 import torch
 import torch.nn.functional as F
 from timm.layers import GluMlp, Mlp, get_act_layer
@@ -63,9 +64,23 @@ def batch_norm(dim: int, keep_float32: bool = False) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(dim)
 
 
+# Norms of channels-first images beside batch norms: PyTorch's, and those that timm calls so (LayerNorm2d, ...).
+_IMAGE_NORMS = (
+    nn.GroupNorm,
+    nn.LocalResponseNorm,
+    *(each for name, each in vars(timm.layers).items() if "Norm" in name and "2d" in name and isinstance(each, type)),
+)
+
+
 def on_channels_last(layer: nn.Module, x: Tensor) -> Tensor:
-    """A layer on channels-last images.  A batch norm of any make (its statistics tell it) reads them channels first."""
-    if not isinstance(layer, LayerNorm) and hasattr(layer, "running_mean"):  # the second takes a microsecond
+    """A layer on channels-last images.
+
+    A norm of images of any make, which may have come in the place of ours, reads them channels first: a batch norm
+    (its statistics tell it) and `_IMAGE_NORMS`.
+    """
+    if isinstance(layer, LayerNorm):  # what follows takes a microsecond
+        return layer(x)
+    if hasattr(layer, "running_mean") or isinstance(layer, _IMAGE_NORMS):
         return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     return layer(x)
 
@@ -136,7 +151,7 @@ def out_norm(name: str, dim: int) -> nn.Module:
     if name == "sigmoid":
         return nn.Sigmoid()
     convolution = (ToChannelsFirst(), depthwise_conv(dim, 3, bias=False), ToChannelsLast())
-    return nn.Sequential(*convolution) if name == "dwconv3" else nn.Sequential(LayerNorm(dim), *convolution)
+    return ImageLayers(*convolution) if name == "dwconv3" else ImageLayers(LayerNorm(dim), *convolution)
 
 
 def mlp(dim: int, ratio: float, act: str, drop: float, gated: bool) -> nn.Module:
@@ -152,25 +167,26 @@ def mlp(dim: int, ratio: float, act: str, drop: float, gated: bool) -> nn.Module
 def patch_embed(version: str, in_chans: int, dim: int, patch_size: int, norm: Callable[..., nn.Module]) -> nn.Module:
     """(B, in_chans, H, W) -> (B, H', W', dim).
 
-    "v1": one convolution over patches, so H' = H // patch_size; "v2": two 3x3 convolutions of half the stride each, a
-    norm and GELU between them, so H' = ceil(H / patch_size) for patch_size 4.  Raises UserError where they cannot be.
+    "v1": one convolution over patches, so H' = H // patch_size; "v2": two 3x3 convolutions of stride 2, a norm and GELU
+    between them, so H' = ceil(H / 4), for patch_size 4 alone as in the original.  Raises UserError where it cannot be.
     """
     if version == "v1":
         return ImageLayers(
             nn.Conv2d(in_chans, dim, patch_size, patch_size), ToChannelsLast(), norm(dim, keep_float32=True)
         )
-    if patch_size % 2:
-        raise UserError(f"patch_size is {patch_size}; patch_embed 'v2' halves it, so choose an even one or 'v1'")
+    if patch_size != 4:
+        raise UserError(
+            f"patch_size is {patch_size}; patch_embed 'v2' has stride 4, so choose that or patch_embed 'v1'"
+        )
     if dim < 2:
         raise UserError(f"dims starts with {dim}; patch_embed 'v2' halves it, so choose a larger one or 'v1'")
-    stride = patch_size // 2
     return ImageLayers(
-        nn.Conv2d(in_chans, dim // 2, stride + 1, stride, padding=1),
+        nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1),
         ToChannelsLast(),
         norm(dim // 2),
         ToChannelsFirst(),
         nn.GELU(),
-        nn.Conv2d(dim // 2, dim, stride + 1, stride, padding=1),
+        nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1),
         ToChannelsLast(),
         norm(dim, keep_float32=True),
     )

@@ -44,7 +44,8 @@ def _backends() -> tuple[str, ...]:
     return ("auto", *backends())
 
 
-_RANK = dict(kinds=(int, str), choices=("auto",), at_least=1)
+# The upper bounds are far beyond what is trained; behind them a slip of the keyboard asks for all memory there is.
+_RANK = dict(kinds=(int, str), choices=("auto",), at_least=1, at_most=4096)
 _ROUTES = dict(kinds=([str], str), choices=ROUTES)
 _SHARE = dict(at_least=0, at_most=1)  # of what is dropped at random
 _SIZE = dict(kinds=(int, [int]), at_least=1)
@@ -60,14 +61,18 @@ class ScanOptions:
     scan_float32 is about what the scan reads and writes.
     """
 
-    d_state: int = option(16, "states of a channel", at_least=1, released="ssm_d_state")
-    ssm_ratio: float = option(2.0, "channels of the scan in units of the block's", above=0, released="ssm_ratio")
+    d_state: int = option(16, "states of a channel", at_least=1, at_most=4096, released="ssm_d_state")
+    ssm_ratio: float = option(
+        2.0, "channels of the scan in units of the block's", above=0, released="ssm_ratio", at_most=64
+    )
     dt_rank: int | str = option("auto", "rank of the step sizes; SSD: heads", released="ssm_dt_rank", **_RANK)
     routes: tuple[str, ...] | str = option(ROUTES, "ways through the image; repeats allowed", **_ROUTES)
     gate: bool = option(True, "multiply by a second half of the input projection", postfixes={"noz": False})
     gate_act: bool = option(True, "the activation on the gate too", postfixes={"nozact": False})
     ssm_act: str = option("silu", "activation behind the convolution", choices=ACTIVATIONS, released="ssm_act_layer")
-    ssm_conv: int = option(3, "side of the depthwise convolution; below 2 there is none", released="ssm_conv")
+    ssm_conv: int = option(
+        3, "side of the depthwise convolution; below 2 there is none", at_most=255, released="ssm_conv"
+    )
     ssm_conv_bias: bool = option(True, "whether that convolution has a bias", released="ssm_conv_bias")
     ssm_drop_rate: float = option(0.0, "dropout on the result", released="ssm_drop_rate", **_SHARE)
     ssm_init: str = option("v0", "of the scan; v0 is Mamba's", choices=("v0", "v1", "v2"), released="ssm_init")
@@ -98,15 +103,21 @@ class ModelOptions(ScanOptions):
     `layers.patch_embed` and `layers.downsample`.  A position map is resized where an image's size is another.
     """
 
-    num_classes: int = option(1000, "of the head; 0 leaves it out", at_least=0, released="num_classes")
-    in_chans: int = option(3, "channels of the images", at_least=1, released="in_chans")
-    img_size: int | tuple[int, int] = option(224, "that pos_embed is made for", length=2, released="imgsize", **_SIZE)
+    num_classes: int = option(1000, "of the head; 0 leaves it out", at_least=0, at_most=10**6, released="num_classes")
+    in_chans: int = option(3, "channels of the images", at_least=1, at_most=10**4, released="in_chans")
+    img_size: int | tuple[int, int] = option(
+        224, "that pos_embed is made for", length=2, at_most=2**16, released="imgsize", **_SIZE
+    )
     global_pool: str = option("avg", "in front of the head; '': none", choices=("avg", ""))
-    depths: tuple[int, ...] = option((2, 2, 9, 2), "blocks of each stage", at_least=0, released="depths")
-    dims: int | tuple[int, ...] = option(96, "channels of each stage; d: d, 2d, 4d, ...", released="dims", **_SIZE)
-    patch_size: int = option(4, "stride of the stem", at_least=1, released="patch_size")
+    depths: tuple[int, ...] = option((2, 2, 9, 2), "blocks of each stage", at_least=0, at_most=1000, released="depths")
+    dims: int | tuple[int, ...] = option(
+        96, "channels of each stage; d: d, 2d, 4d, ...", at_most=2**14, released="dims", **_SIZE
+    )
+    patch_size: int = option(4, "stride of the stem; 4 with v2", at_least=1, at_most=1024, released="patch_size")
     scan: str = option("selective", "SS2D, or ssd, Mamba-2's (forward_type m0)", choices=("selective", "ssd"))
-    mlp_ratio: float = option(4.0, "width of the MLP in units of dims; 0: none", at_least=0, released="mlp_ratio")
+    mlp_ratio: float = option(
+        4.0, "width of the MLP in units of dims; 0: none", at_least=0, released="mlp_ratio", at_most=64
+    )
     mlp_act: str = option("gelu", "activation of the MLP", choices=ACTIVATIONS, released="mlp_act_layer")
     mlp_drop_rate: float = option(0.0, "dropout in the MLP", released="mlp_drop_rate", **_SHARE)
     gated_mlp: bool = option(False, "multiply the MLP's hidden layer by a gate", released="gmlp")

@@ -4,9 +4,10 @@ Whatever a file is (`formats`), `load_checkpoint` gives its weights under our na
 """
 
 import logging
+import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,15 @@ from vmamba.models.download import download, is_url
 from vmamba.models.formats import read_file
 from vmamba.models.released import backbone_weights, keys_from_released
 from vmamba.models.vssm import resize_pos_embed
-from vmamba.models.weights import is_plain, load_weights
+from vmamba.models.weights import is_beyond, is_image, is_plain, load_weights, unwrapped, without_wrappers
 
 logger = logging.getLogger("vmamba")
-_WHERE = {"ema": ("model_ema", "state_dict_ema"), "model": ("model", "state_dict")}  # in the order of "auto"
+_WHERE = {"ema": ("model_ema", "state_dict_ema", "ema"), "model": ("model", "state_dict")}  # in the order of "auto"
+_INSIDE = ("module", "model", "state_dict", "ema")  # where a mapping under one of those may have the weights
 _METADATA = {"epoch": "epoch", "max_accuracy": "max_accuracy", "max_accuracy_ema": "max_accuracy_ema"} | {
     "max_accuray_ema": "max_accuracy_ema"  # spelled so in the released files
 }
-# Parts of names that torch.compile and sharding put in, and buffers that averaging and profilers leave behind.
-_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_LEFTOVERS = ("n_averaged", "total_ops", "total_params")
+_LEFTOVERS = ("n_averaged", "total_ops", "total_params")  # buffers that averaging and profilers leave behind
 _STEM = re.compile(r"((?:.*\.)?)patch_embed\.(?:0|proj)\.weight")  # which every model of ours has, behind a prefix
 
 
@@ -65,7 +65,7 @@ def load_checkpoint(path_or_url: str | Path, weights: str = "auto") -> Checkpoin
 
     Raises UserError when the file is missing, damaged, or without such weights, or when it holds pickled objects.
     """
-    if weights not in ("auto", *_WHERE):
+    if not isinstance(weights, str) or weights not in ("auto", *_WHERE):
         raise unknown("weights", weights, ("auto", *_WHERE))
     found = read_weights(path_or_url)
     if weights != "auto" and weights not in found:
@@ -94,8 +94,9 @@ def read_weights(path_or_url: str | Path) -> dict[str, Checkpoint]:
     path = local_file(path_or_url)
     content = read_file(path)
     held = weights_in(content, path_or_url)
-    metadata = {ours: content[name] for name, ours in _METADATA.items() if isinstance(content.get(name), (int, float))}
-    if content.get("best_weights") in _WHERE:
+    numbers = {ours: _number(content[name]) for name, ours in _METADATA.items() if name in content}
+    metadata: dict[str, Any] = {name: number for name, number in numbers.items() if number is not None}
+    if content.get("best_weights") in list(_WHERE):
         metadata["best_weights"] = content["best_weights"]
     config = _plain(content["config"]) if isinstance(content.get("config"), Mapping) else {}
     return {kind: Checkpoint(path, source, state_dict, metadata, config) for kind, (source, state_dict) in held.items()}
@@ -111,24 +112,24 @@ def weights_in(content: Any, source: object) -> dict[str, tuple[str, dict[str, T
         raise UserError(f"'{source}' holds no weights but a {kind}; give a file with a state dict")
     if _is_state_dict(content):
         return {"model": ("", _our_weights(content, source))}
-    held = {
-        kind: (name, content[name])
-        for kind, names in _WHERE.items()
-        for name in names
-        if _is_state_dict(content.get(name))
-    }
+    found = {name: weights for name, value in content.items() if (weights := _weights_of(value)) is not None}
+    held = {}
+    for kind, names in _WHERE.items():
+        name = next((name for name in names if name in found), None)
+        if name is not None:
+            held[kind] = name
     if not held:
-        others = [name for name, value in content.items() if _is_state_dict(value)]
-        if len(others) > 1:
-            raise UserError(f"'{source}' holds weights under {_listed(others)}; save those of one of them alone")
+        if len(found) > 1:
+            raise UserError(f"'{source}' holds weights under {_listed(found)}; save those of one of them alone")
         if any(isinstance(value, Tensor) for value in content.values()):
-            odd = next(name for name, value in content.items() if not isinstance(value, Tensor))
-            kind = type(content[odd]).__name__
-            raise UserError(f"'{source}' holds '{odd}', a {kind}, among tensors; save a state dict of tensors alone")
-        if not others:
+            raise UserError(f"'{source}' holds {_odd(content)} among tensors; save a state dict of tensors alone")
+        if not found:
             raise UserError(f"'{source}' holds no weights: neither a state dict nor one under 'model' or 'state_dict'")
-        held = {"model": (others[0], content[others[0]])}
-    return {kind: (name, _our_weights(weights, source)) for kind, (name, weights) in held.items()}
+        held = {"model": next(iter(found))}
+    more = [name for name, weights in found.items() if name not in held.values() and any(map(_STEM.fullmatch, weights))]
+    if more:
+        logger.info(f"{source}: passing over the weights under {_listed(more)}")
+    return {kind: (name, _our_weights(found[name], source)) for kind, name in held.items()}
 
 
 def load_pretrained(model: nn.Module, checkpoint: Checkpoint, drop_head: bool = False) -> None:
@@ -142,6 +143,7 @@ def load_pretrained(model: nn.Module, checkpoint: Checkpoint, drop_head: bool = 
 
     Raises UserError, listing every difference, when anything else does not fit; nothing is loaded then.
     """
+    model = unwrapped(model)
     own = model.state_dict()
     ours = {name.removeprefix("model."): weight for name, weight in own.items()} if isinstance(model, Backbone) else own
     weights = adapted(checkpoint.state_dict, ours)
@@ -161,6 +163,8 @@ def load_pretrained(model: nn.Module, checkpoint: Checkpoint, drop_head: bool = 
 
 def local_file(path_or_url: str | Path) -> Path:
     """The file itself, downloaded if it is an address.  Raises UserError when it cannot be had."""
+    if not isinstance(path_or_url, (str, os.PathLike)):
+        raise UserError(f"{path_or_url!r:.60} is no file; give the path of a file of weights, or its address")
     return download(str(path_or_url)) if is_url(path_or_url) else Path(path_or_url).expanduser()
 
 
@@ -180,13 +184,38 @@ def adapted(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[st
 
 
 def _differ(theirs: Tensor | None, ours: Tensor | None) -> bool:
-    """Whether both are there, of four dimensions and numbers, but of other sizes."""
-    both = theirs is not None and ours is not None and theirs.dim() == ours.dim() == 4 and theirs.shape != ours.shape
-    return both and is_plain(theirs) and theirs.is_floating_point()
+    """Whether both are there, of four dimensions and numbers that ours can hold, but of other sizes."""
+    if theirs is None or ours is None or not is_image(theirs) or ours.dim() != 4:
+        return False
+    return theirs.shape != ours.shape and not is_beyond(theirs, ours.dtype)
 
 
 def _is_state_dict(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(each, Tensor) for each in value.values())
+    named = isinstance(value, Mapping) and bool(value) and all(isinstance(name, str) for name in value)
+    return named and all(isinstance(each, Tensor) for each in value.values())
+
+
+def _weights_of(value: Any) -> Mapping[str, Tensor] | None:
+    """The state dict that `value` is or, as averaging and wrappers save themselves, has inside."""
+    if _is_state_dict(value):
+        return value
+    inside = [value.get(name) for name in _INSIDE] if isinstance(value, Mapping) else []
+    return next(filter(_is_state_dict, inside), None)
+
+
+def _odd(content: Mapping[Any, Any]) -> str:
+    """What keeps a mapping with tensors from being a state dict."""
+    name = next(name for name, value in content.items() if not (isinstance(name, str) and isinstance(value, Tensor)))
+    if not isinstance(name, str):
+        return f"the name {name!r}, a {type(name).__name__},"
+    return f"'{name}', a {type(content[name]).__name__},"
+
+
+def _number(value: Any) -> int | float | None:
+    """A number of a file's, which may be in a tensor; None where it is none."""
+    if isinstance(value, Tensor) and value.numel() == 1 and is_plain(value):
+        value = value.item()
+    return value if isinstance(value, (int, float)) else None
 
 
 def _our_weights(state_dict: Mapping[str, Tensor], source: object) -> dict[str, Tensor]:
@@ -195,7 +224,7 @@ def _our_weights(state_dict: Mapping[str, Tensor], source: object) -> dict[str, 
     What wrappers put in front of the names and into them goes, and so does what is no part of our models: of a
     detector's or segmenter's file the backbone is left.
     """
-    weights = {_WRAPPERS.sub("", name): weight for name, weight in state_dict.items()}
+    weights = without_wrappers(state_dict)
     leftovers = [name for name in weights if name.rpartition(".")[2] in _LEFTOVERS]
     if leftovers:
         logger.info(f"{source}: ignoring {len(leftovers)} buffers of averaging or profiling ({leftovers[0]}, ...)")
@@ -224,7 +253,7 @@ def _prefix(weights: Mapping[str, Tensor], source: object) -> str:
     return "backbone." if "backbone." in found else found[0]
 
 
-def _listed(names: list[str]) -> str:
+def _listed(names: Iterable[Any]) -> str:
     return ", ".join(map(repr, names))
 
 

@@ -5,6 +5,7 @@ here are separate options of `vmamba.VSSM`.  Its files spell their keys in two w
 are the later ones.
 """
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -16,8 +17,11 @@ from vmamba.errors import UserError, unknown
 from vmamba.models.backbone import Backbone
 from vmamba.models.options import ModelOptions
 from vmamba.models.vssm import VSSM, resize_pos_embed
-from vmamba.models.weights import load_weights
+from vmamba.models.weights import is_image, is_plain, load_weights, unwrapped, without_wrappers
+from vmamba.values import Takes
 from vmamba_kernels import ROUTES
+
+logger = logging.getLogger("vmamba")
 
 # Released option -> ours.
 RELEASED = {each.metadata["released"]: each for each in fields(ModelOptions) if each.metadata["released"]}
@@ -26,6 +30,7 @@ _NORM_LAYERS = {"ln": "ln", "ln2d": "ln", "bn": "bn", "layernorm": "ln", "layern
 _OLDER = {"d_state": "ssm_d_state", "dt_rank": "ssm_dt_rank", "attn_drop_rate": "ssm_drop_rate"}  # names of January
 # What the original's constructors take besides, mmdetection's among them, and what says nothing about the model.
 _ELSEWHERE = ("use_checkpoint", "ssm_rank_ratio", "type", "pretrained", "init_cfg", "out_indices")
+_ELSEWHERE += ("depths_decoder", "dims_decoder")  # of January's, which did not read them
 
 # forward_type: bases that are the selective scan along the four routes; some force float32 on it.
 _FORCED_FLOAT32 = ("v0", "v0seq", "v01", "v02", "v03", "v1", "v2")
@@ -53,7 +58,16 @@ def options_from_released(options: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises UserError for an option or value that is unknown, or a forward type that is not supported.
     """
-    given = {_OLDER.get(name, name): value for name, value in options.items() if name not in _ELSEWHERE}
+    given = {}
+    for name, value in options.items():
+        if not isinstance(name, str):
+            raise UserError(f"released option {name!r} is no name but a {type(name).__name__}; give names of options")
+        later = _OLDER.get(name, name)
+        if later in given:
+            older = next(older for older, each in _OLDER.items() if each == later)
+            raise UserError(f"released options {older} and {later} are names of one; give one of them")
+        if name not in _ELSEWHERE:
+            given[later] = value
     forward_type = given.pop("forward_type", "v2")
     if given.pop("drop_rate", 0):
         raise UserError(f"released option drop_rate is {options['drop_rate']!r}; dropout behind the stem is not here")
@@ -125,27 +139,32 @@ _LINEAR = re.compile(r"\.(in_proj|out_proj|fc1|fc2|reduction|head)\.weight$")
 
 
 def keys_from_released(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Released weights under our names, from either spelling; linear weights of (out, in, 1, 1) become (out, in)."""
+    """Released weights under our names, from either spelling, wrapped or not; linear weights of (out, in, 1, 1) become
+    (out, in)."""
     ours = {}
-    for name, weight in state_dict.items():
+    for name, weight in without_wrappers(state_dict).items():
         for pattern, replacement in _JANUARY:
             name = re.sub(pattern, replacement, name)
-        if weight.dim() == 4:
+        if weight.dim() == 4 and (is_plain(weight) or weight.is_meta):
             name = _OUT_NORM_CONV.sub(".out_norm.1.weight", name)
-        linear = weight.dim() == 4 and _LINEAR.search(name)
-        ours[name] = weight.flatten(1) if linear else weight
+            weight = weight.flatten(1) if _LINEAR.search(name) else weight
+        ours[name] = weight
     return ours
 
 
 def to_released(model: nn.Module, *, january: bool = False) -> dict[str, Tensor]:
-    """The state dict of a `VSSM` or `Backbone` as the original writes and loads it.
+    """The state dict of a `VSSM` or `Backbone`, wrapped or not, as the original writes and loads it.
 
     Args:
         january: in the spelling of January 2024, which exists for models of that time (`vmamba_tiny`, ...) only.
 
-    Raises UserError when `january` is asked for and the model has parts that time had no name for.
+    Raises UserError for another model, and when `january` is asked for and the model has parts that time had no name
+    for.
     """
-    weights = {name.removeprefix("model."): weight for name, weight in model.state_dict().items()}
+    model = unwrapped(model) if isinstance(model, nn.Module) else model
+    if not isinstance(model, (VSSM, Backbone)):
+        raise UserError(f"to_released takes a VSSM or a Backbone; this is a {type(model).__name__}")
+    weights = {name.removeprefix("model."): weight for name, weight in without_wrappers(model.state_dict()).items()}
     if not january:
         return weights
     later = [name for name in weights if re.search(r"\.mlp\.|^patch_embed\.[3-9]|downsample\.\d|^pos_embed", name)]
@@ -166,9 +185,10 @@ def from_released(
 
     Args:
         options: of the released `VSSM` or of its backbone for mmdetection, under its names of any time; absent ones
-            have its defaults.  What is no part of the model (`type`, `pretrained`, ...) says nothing.
-        state_dict: released weights in either spelling, such as `vmamba.load_checkpoint(path).state_dict`; for a
-            backbone a classifier may be there or not.
+            have its defaults, or January's where the weights show its blocks without MLP or its downsampling.  What is
+            no part of the model (`type`, `pretrained`, ...) says nothing.
+        state_dict: released weights in either spelling, of a wrapped model or not, such as
+            `vmamba.load_checkpoint(path).state_dict`; for a backbone a classifier may be there or not.
         features: None for a classifier, `model(x)` -> logits, unless the options have `out_indices`; stages counted
             from 0 for a backbone, whose call gives the list of their normed outputs, (batch, channels, height, width).
             The `outnorm*` weights of these stages are used where the state dict has any; else the norms are as
@@ -180,16 +200,22 @@ def from_released(
         if not isinstance(given, Mapping):
             raise UserError(f"{name} is {given!r:.60}; expected a mapping (vmamba.load_checkpoint(path) reads a file)")
     for name, weight in state_dict.items():
+        if not isinstance(name, str):
+            raise UserError(f"state_dict holds the name {name!r}, a {type(name).__name__}; expected names of weights")
         if not isinstance(weight, Tensor):
             kind = type(weight).__name__
             raise UserError(
                 f"state_dict holds '{name}', a {kind} and no tensor; vmamba.load_checkpoint(path) reads a file"
             )
-    model = VSSM(**options_from_released(options))
-    model.set_grad_checkpointing(bool(options.get("use_checkpoint", False)))
+    recompute = Takes((bool,)).check("use_checkpoint", options.get("use_checkpoint", False))
     weights = keys_from_released(state_dict)
+    shown = {name: value for name, value in _januarys(weights).items() if name not in options}
+    if shown:
+        logger.info(f"the options leave out what the weights show to be as in January 2024: {shown}")
+    model = VSSM(**options_from_released(shown | dict(options)))
+    model.set_grad_checkpointing(recompute)
     features = options.get("out_indices") if features is None else features
-    if model.pos_embed is not None and "pos_embed" in weights:
+    if model.pos_embed is not None and "pos_embed" in weights and is_image(weights["pos_embed"]):
         weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], model.pos_embed.shape[2:])
     if features is None:
         load_weights(model, weights, "the state dict")
@@ -198,6 +224,17 @@ def from_released(
     backbone = Backbone(model, features)
     load_weights(backbone, backbone_weights(backbone, weights), "the state dict")
     return backbone.eval()
+
+
+def _januarys(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the constructor of January 2024 had otherwise than the later ones, without an option for it, as far as
+    weights under our names show it."""
+    shown: dict[str, Any] = {}
+    if any(".blocks." in name for name in weights) and not any(".mlp." in name for name in weights):
+        shown["mlp_ratio"] = 0.0
+    if any(name.endswith(".downsample.reduction.weight") for name in weights):
+        shown["downsample_version"] = "v1"
+    return shown
 
 
 def backbone_weights(backbone: Backbone, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

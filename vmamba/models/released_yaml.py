@@ -63,7 +63,6 @@ _GENERATIONS = (
     _Generation("of February 2024 or later", None, dict(dims=96, patchembed_version="v2")),
 )
 _NOT_ARCHITECTURE = ("num_classes", "in_chans", "img_size", "drop_path_rate")  # keys of their own in our config
-_PRECISION = "scan_float32"  # not architecture either: a named variant has its own
 _RENAMED = {
     "MODEL.NAME": "NAME",  # the run's there
     "AMP_ENABLE": "AMP.ENABLE",
@@ -123,7 +122,8 @@ def _translate(settings: list[Setting]) -> list[Setting]:
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     name, changes = _nearest_variant(options)
-    ours.setdefault("TRAIN.EMA.ENABLE", (name != "vmamba_tiny", source))  # the original's default, and that exception
+    kept_none = name == "vmamba_tiny" and changes.keys() <= {"scan_float32"}  # the run of that very model
+    ours.setdefault("TRAIN.EMA.ENABLE", (not kept_none, source))  # there it is on unless the command says otherwise
     ours.setdefault("MODEL.DROP_PATH_RATE", (0.1, source))
     architecture = {"MODEL.NAME": name} | {f"MODEL.OPTIONS.{option}": value for option, value in changes.items()}
     if "in_chans" in vssm:
@@ -150,9 +150,6 @@ def _nearest_variant(options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         differing[variant] = {
             name: value for name, value in given.items() if value != _comparable(name, full[name], len(full["depths"]))
         }
-    for changes in differing.values():
-        if set(changes) == {_PRECISION}:
-            changes.clear()
     name = min(differing, key=lambda name: len(differing[name]))
     return name, differing[name]
 

@@ -19,13 +19,14 @@ from timm.models import (
 )
 from torch import Tensor
 
-from vmamba.errors import unknown
+from vmamba.errors import UserError, unknown
 from vmamba.models.download import download
 from vmamba.models.formats import PICKLED
+from vmamba.models.options import ModelOptions
 from vmamba.models.pretrained import adapted, weights_in
 from vmamba.models.variants import VARIANTS, Variant, create_model
 from vmamba.models.vssm import VSSM
-from vmamba.models.weights import load_weights
+from vmamba.models.weights import difference, load_weights
 
 logger = logging.getLogger("vmamba")
 FIRST_CONV, CLASSIFIER = "patch_embed.0", "classifier.head"
@@ -72,11 +73,21 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: VSSM) -> dict[str
     own, by_timm = model.state_dict(), {f"{FIRST_CONV}.weight", f"{CLASSIFIER}.weight", f"{CLASSIFIER}.bias"}
     weights = adapted(weights, {name: weight for name, weight in own.items() if name not in by_timm})
     fixed = {name: weight for name, weight in weights.items() if name not in by_timm}
-    load_weights(model, fixed | {name: weight for name, weight in own.items() if name in by_timm}, "checkpoint")
+    left = {name: weight for name, weight in own.items() if name in by_timm}
+    wrong = {name: weights[name] for name in left.keys() & weights.keys() if difference(weights[name], left[name])}
+    load_weights(model, fixed | left | wrong, "checkpoint")
     return weights
 
 
-def _build(variant: str, pretrained: bool, **options: Any) -> VSSM:
+def _build(variant: str, pretrained: bool, output_stride: int | None = None, **options: Any) -> VSSM:
+    if output_stride is not None:  # which decoders such as DeepLab's ask of an encoder
+        given = VARIANTS[variant].options | options
+        o = ModelOptions(**{name: given[name] for name in ("depths", "patch_size") if name in given})
+        stride = o.patch_size * 2 ** (len(o.depths) - 1)
+        if output_stride != stride:
+            raise UserError(
+                f"output_stride is {output_stride!r}; {variant} has no dilated stages, so its stride is {stride}"
+            )
     known = inspect.signature(VSSM).parameters.keys() | TIMM_OPTIONS
     for option in options:
         if option not in known:

@@ -4,6 +4,7 @@ Names and numbers are those of the tables of VMamba (arXiv 2401.10166 and its la
 "VMamba-T" in papers means `vmamba_tiny_s1l8`; here `vmamba_tiny` is the model of January 2024.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -153,20 +154,30 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def list_models(filter: str | Sequence[str] = "", pretrained: bool = False) -> list[str]:
-    """The names that `create_model` takes, as `timm.list_models`.
+def list_models(
+    filter: str | Sequence[str] = "", pretrained: bool = False, exclude_filters: str | Sequence[str] = ()
+) -> list[str]:
+    """The names that `create_model` takes, in the order of `timm.list_models`.
 
     Args:
         filter: a pattern such as "*tiny*", or several, of which a name must match one; "" for all.
         pretrained: only those that have released weights.
+        exclude_filters: a pattern, or several, of which a name must match none.
 
     Raises UserError for a filter that is no text.
     """
-    patterns = [filter] if isinstance(filter, str) else filter
-    if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise UserError(f"filter is {filter!r}; give a pattern such as '*tiny*', or pretrained=True by its name")
+    wanted, unwanted = _patterns("filter", filter), _patterns("exclude_filters", exclude_filters)
     names = [name for name, variant in VARIANTS.items() if variant.weights or not pretrained]
-    return [name for name in names if any(fnmatchcase(name, pattern or "*") for pattern in patterns)]
+    names = [name for name in names if any(fnmatchcase(name, pattern or "*") for pattern in wanted)]
+    names = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in unwanted)]
+    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+
+
+def _patterns(name: str, given: str | Sequence[str]) -> Sequence[str]:
+    patterns = [given] if isinstance(given, str) else given
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise UserError(f"{name} is {given!r}; give a pattern such as '*tiny*', or pretrained=True by its name")
+    return patterns
 
 
 def create_model(name: str, pretrained: bool = False, **options: Any) -> VSSM:
@@ -180,7 +191,7 @@ def create_model(name: str, pretrained: bool = False, **options: Any) -> VSSM:
         UserError: no such model or option (it names the nearest), or an impossible value; no released weights, they
             cannot be downloaded (it says what to put where), or do not fit the options.
     """
-    if name not in VARIANTS:
+    if not isinstance(name, str) or name not in VARIANTS:
         raise unknown("model", name, VARIANTS)
     variant = VARIANTS[name]
     if pretrained and not variant.weights:

@@ -69,11 +69,8 @@ class Classifier(nn.Module):
         self.drop = nn.Dropout(drop_rate)
         self.reset(num_classes, pool)
 
-    def reset(self, num_classes: int, pool: str | None = None) -> None:
-        if pool is not None:
-            if pool not in ("avg", ""):
-                raise unknown("global_pool", pool, ("avg", "''"))
-            self.pool = pool
+    def reset(self, num_classes: int, pool: str) -> None:
+        self.pool = pool
         self.head = nn.Linear(self.dim, num_classes) if num_classes > 0 else nn.Identity()
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -112,6 +109,7 @@ class VSSM(nn.Module):
         dims = [o.dims * 2**i for i in range(len(o.depths))] if isinstance(o.dims, int) else list(o.dims)
         if len(dims) != len(o.depths) or not dims:
             raise UserError(f"dims has {len(dims)} stages and depths {len(o.depths)}; give both one number a stage")
+        o.changed(dims=dims)  # in bounds after doubling too
         norm = layers.norm_layer(o.norm_layer)
         self.num_classes, self.in_chans, self.dims, self.patch_size = o.num_classes, o.in_chans, dims, o.patch_size
         self.norm_layer = o.norm_layer
@@ -159,9 +157,7 @@ class VSSM(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, H', W', dims[-1]) -> (B, num_classes); with `pre_logits` the pooled features, (B, dims[-1])."""
-        if self.classifier is None:
-            raise UserError("this model has no classifier since a Backbone took it; create another for classification")
-        return self.classifier(x, pre_logits)
+        return self._classifier()(x, pre_logits)
 
     def _stem(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, H', W', dims[0])."""
@@ -209,7 +205,7 @@ class VSSM(nn.Module):
         for i, stage in enumerate(self.layers[: last + 1] if stop_early else self.layers):
             x = stage(x)
             if i in take:
-                y = layers.on_channels_last(self.classifier.norm, x) if norm and i == len(self.dims) - 1 else x
+                y = layers.on_channels_last(self._classifier().norm, x) if norm and i == len(self.dims) - 1 else x
                 intermediates.append(y.permute(0, 3, 1, 2) if output_fmt == "NCHW" else y)
             if not (stop_early and i == last):
                 x = self._downsample(stage, x)
@@ -220,40 +216,58 @@ class VSSM(nn.Module):
     ) -> list[int]:
         """Drop the stages behind the last of `indices` (as in `forward_intermediates`), and the head."""
         take, last = feature_take_indices(len(self.layers), indices)
+        classifier = self._classifier()
         self.layers = self.layers[: last + 1]
         self.layers[-1].downsample = None
         if prune_norm:
-            self.classifier.norm = nn.Identity()
+            classifier.norm = nn.Identity()
         if prune_head:
             self.reset_classifier(0, "")
         return take
 
+    def _classifier(self) -> Classifier:
+        if self.classifier is None:
+            raise UserError("this model has no classifier since a Backbone took it; create another for classification")
+        return self.classifier
+
     @property
     def head(self) -> nn.Module:
         """The classifier's last layer; `model.head = nn.Linear(768, 10)` replaces it."""
-        return self.classifier.head
+        return self._classifier().head
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("fc", "heads"):  # of other libraries' models; here nothing would read them
+        if name in ("fc", "_fc", "heads", "last_linear"):  # of other libraries' models; here nothing would read them
             raise UserError(f"a VSSM has no '{name}'; its last layer is 'head'")
+        if name == "classifier" and value is not None and not (hasattr(value, "norm") and hasattr(value, "head")):
+            kind = type(value).__name__
+            raise UserError(
+                f"classifier is a {kind}; a VSSM's is norm, pooling and 'head': set 'head' for a last layer"
+            )
         if name != "head":
             return super().__setattr__(name, value)
-        self.classifier.head = value
+        if not isinstance(value, nn.Module):
+            raise UserError(f"head is {value!r:.60}; give a module, or leave it out with reset_classifier(0)")
+        self._classifier().head = value
         widths = [layer.out_features for layer in value.modules() if hasattr(layer, "out_features")]
         self.num_classes = widths[-1] if widths else 0
 
     @property
     def global_pool(self) -> str:
-        return self.classifier.pool
+        return self._classifier().pool
 
     def get_classifier(self) -> nn.Module:
-        return self.classifier.head
+        return self._classifier().head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head for `num_classes` (0: none), and another pooling if `global_pool` is given."""
-        self.num_classes = num_classes
-        self.classifier.reset(num_classes, global_pool)
-        self.classifier.head.apply(_init_linear)
+        """A new head for `num_classes` (0: none), and another pooling if `global_pool` is given.
+
+        Raises UserError for what `options.ModelOptions` does not take; the model stays as it was then.
+        """
+        classifier = self._classifier()
+        o = ModelOptions(num_classes=num_classes, global_pool=classifier.pool if global_pool is None else global_pool)
+        self.num_classes = o.num_classes
+        classifier.reset(o.num_classes, o.global_pool)
+        classifier.head.apply(_init_linear)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""

@@ -11,7 +11,7 @@ from vmamba.errors import UserError
 from vmamba.models.pretrained import load_checkpoint, load_pretrained, read_weights
 from vmamba.runtime import report
 from vmamba.runtime.distributed import World, share_buffers, sum_over_processes
-from vmamba.runtime.logging import memory_mb, progress
+from vmamba.runtime.logging import megabytes, memory_mb, progress
 from vmamba.runtime.precision import autocast
 from vmamba.runtime.run import Run
 from vmamba.runtime.start import asked_for, newest
@@ -103,5 +103,5 @@ def throughput(run: Run, model: nn.Module) -> Results:
         seconds = elapsed(lambda: [model(*example) for _ in range(steps)], device) / steps
     rate = sum_over_processes(torch.tensor(batch / seconds, device=device)).item()
     memory = memory_mb(device)
-    run.logger.info(f"throughput {rate:.1f} images/s, batch {batch} a process, peak memory {memory:.0f} MB")
+    run.logger.info(f"throughput {rate:.1f} images/s, batch {batch} a process, peak memory {megabytes(memory)}")
     return {"images_per_second": rate, "peak_memory_mb": memory}

@@ -1,6 +1,7 @@
 """What a run tells: the log and the progress bar.  Whatever becomes of a stream or a file, telling never ends a run."""
 
 import logging
+import math
 import shutil
 import sys
 import time
@@ -110,13 +111,18 @@ def progress(items: Collection, world: World, title: str) -> tqdm:
 
 
 def memory_mb(device: torch.device) -> float:
-    """The peak of memory so far: of the GPU's allocations, or of the process on a CPU (nan on Windows)."""
+    """The peak of memory so far: of the GPU's allocations, or of the process on a CPU (nan where nothing tells it)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if resource is None:
         return float("nan")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def megabytes(memory: float) -> str:
+    """ "512MB", or "unknown" for nan."""
+    return "unknown" if math.isnan(memory) else f"{memory:.0f}MB"
 
 
 class Pace:

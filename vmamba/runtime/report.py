@@ -16,6 +16,7 @@ from yacs.config import CfgNode
 
 from vmamba.models.ss2d import SSD2D, Mixer2D
 from vmamba.runtime.distributed import World
+from vmamba.runtime.logging import megabytes
 from vmamba.runtime.optim import rate_scale
 from vmamba.runtime.plan import Plan
 from vmamba.runtime.precision import compute_dtype, describe_precision
@@ -112,7 +113,7 @@ def step_line(
         f"train [{epoch + 1}/{plan.epochs}][{step + 1}/{plan.steps_per_epoch}] eta {timedelta(seconds=int(left))} "
         f"lr {group['lr']:.3e} wd {group['weight_decay']:.4f} time {seconds:.3f} data {waiting:.3f} "
         f"loss {report.loss:.4f} ({state.mean_loss:.4f}){parts} grad_norm {report.grad_norm:.4f} "
-        f"loss_scale {scale:g} mem {memory:.0f}MB{skipped}"
+        f"loss_scale {scale:g} mem {megabytes(memory)}{skipped}"
     )
 
 

@@ -358,11 +358,12 @@ def _scan_backward(
     if u.numel() == 0:
         return tuple(torch.zeros_like(t) for t in gradients)
     plan, inputs = _sequence(u, delta, A, B, C, D, delta_bias, softplus)
-    du, ddelta = gradients[:2]
+    du, ddelta, _, dB, dC, *_ = gradients
     dBC, dA, dbias, dD = _backward(plan, *inputs, dy.contiguous(), plan.out_strides, states, du, ddelta)
-    dB, dC = dBC.permute(0, 2, 3, 1).split(plan.N, dim=2)  # (batch, groups, states, length)
+    for part, whole in zip(dBC.permute(0, 2, 3, 1).split(plan.N, dim=2), (dB, dC), strict=True):
+        whole.copy_(part)  # (batch, groups, states, length); outputs of an operator share no memory
     return (
-        du, ddelta, dA.view(A.shape), dB.to(B.dtype).contiguous(), dC.to(C.dtype).contiguous(),
+        du, ddelta, dA.view(A.shape), dB, dC,
         dD.view(-1) if D is not None else A.new_empty(0), dbias.view(-1) if delta_bias is not None else A.new_empty(0),
     )  # fmt: skip
 
