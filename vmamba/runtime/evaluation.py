@@ -25,7 +25,7 @@ from vmamba.timing import elapsed
 def evaluate_state(run: Run, state: TrainState, loader: Loader) -> Results:
     """The plain weights and the EMA's where there are, or those of them that EVAL_WEIGHTS names.
 
-    Raises Stopped, the state being saved, when a signal asks for it.
+    Raises Stopped, the state being saved, when a signal that was noted asks for it.
     """
     kinds = {"": state.model} | ({"ema_": state.ema.module} if state.ema else {})
     only = {"model": "", "ema": "ema_"}.get(run.config.EVAL_WEIGHTS)
