@@ -17,6 +17,7 @@ from vmamba.runtime.run import Run
 from vmamba.runtime.start import asked_for, newest
 from vmamba.runtime.state import TrainState
 from vmamba.runtime.step import parallelise, to_device
+from vmamba.runtime.stop import Stopped
 from vmamba.runtime.task import Results, open_task
 from vmamba.text import counted
 from vmamba.timing import elapsed
@@ -79,7 +80,11 @@ def evaluate_file(run: Run, model: nn.Module) -> Results:
     for kind, checkpoint in wanted.items():
         load_pretrained(model, checkpoint)
         prefix = "ema_" if kind == "ema" and len(wanted) > 1 else ""
-        results |= {f"{prefix}{name}": value for name, value in evaluate(run, model, loader).items()}
+        with run.request.noting():
+            found = evaluate(run, model, loader)
+        if found is None:
+            raise Stopped(run.request.agreed_signal())
+        results |= {f"{prefix}{name}": value for name, value in found.items()}
     run.logger.info(f"{path}: {report.summary(run.task, results)}")
     return results
 

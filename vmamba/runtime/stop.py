@@ -1,5 +1,5 @@
-"""Stopping on a signal: training ends its step or evaluation and saves its state, all else ends at once; the exit code
-says so."""
+"""Stopping on a signal: a step or a batch of an evaluation is ended, and the state saved where something is trained;
+all else ends at once.  The exit code says so."""
 
 import signal
 import threading

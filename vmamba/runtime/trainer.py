@@ -96,7 +96,8 @@ def train(run: Run, model: nn.Module) -> Results:
         run.save(state, LAST)  # killed between the two: what a run leaves does not depend on where
     if state.recorded >= plan.steps:
         run.logger.info(f"nothing is left to train, {state.step} of {plan.steps} steps are done")
-        results = evaluate_state(run, state, eval_loader)
+        with run.request.noting():
+            results = evaluate_state(run, state, eval_loader)
     else:
         on_main(lambda: save_config(config, run.folder / "config.yaml"))
         step = OptimizerStep(config, world, parallelise(model, config, world), task.loss)
