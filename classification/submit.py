@@ -14,20 +14,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from vmamba.config import argument_parser, config_from_args, output_folder
 from vmamba.errors import UserError
 from vmamba.runtime.cli import exit_code
-from vmamba.runtime.slurm import Job, Resources, gpus_of_a_node, minutes, sbatch_file, submit
+from vmamba.runtime.slurm import Job, Resources, at_least, check_local, gpus_of_a_node, minutes, sbatch_file, submit
 from vmamba.runtime.trainer import run
 
 
 def main() -> None:
     parser = argument_parser(__doc__)
     job = parser.add_argument_group("the job")
-    job.add_argument("--nodes", type=int, default=1)
+    job.add_argument("--nodes", type=at_least(1), default=1)
     job.add_argument(
         "--gpus-per-node",
-        type=int,
+        type=at_least(0),
         help="one process each; 0: one process on the CPU (default: 8; with --local those of this machine)",
     )
-    job.add_argument("--cpus-per-gpu", type=int, default=8)
+    job.add_argument("--cpus-per-gpu", type=at_least(1), default=8)
     job.add_argument(
         "--time", default="3-0", help="limit of one submission: minutes, H:M:S or D-H:M:S (default: %(default)s)"
     )
@@ -44,6 +44,8 @@ def main() -> None:
     asked = {name: getattr(args, name) for name in Resources.__dataclass_fields__ if name != "minutes"}
     asked["gpus_per_node"] = gpus_of_a_node(args.gpus_per_node, args.local)
     resources = Resources(minutes(args.time), **asked)
+    if args.local:
+        check_local(resources)
     if args.dry_run:
         print(resources if args.local else sbatch_file(resources, folder), config, sep="\n")
         return

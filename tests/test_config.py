@@ -134,6 +134,9 @@ def test_what_a_mistake_in_opts_says(opts, message):
 def test_a_missing_file_names_the_nearest(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"did you mean 'configs/vmamba_tiny.yaml'\?"):
         get_config("configs/vmamba_tny.yaml")
+    for name in ("vmamba_tny.yaml", "elsewhere/vmamba_tiny.yaml"):  # a hidden file is never meant
+        with pytest.raises(UserError, match=r"did you mean 'configs/vmamba_tiny.yaml'\?"):
+            get_config(name)
     monkeypatch.chdir(tmp_path)  # the repository's configs are found from any folder
     assert get_config("configs/vmamba_tiny.yaml").NAME == "vmamba_tiny"
     with pytest.raises(UserError, match="does not exist; give an existing"):

@@ -2,6 +2,7 @@
 
 import codecs
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,8 @@ _MARKS = {  # a text that begins with one says its encoding; UTF-16's is the beg
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # what `write_atomically` writes until it is whole
 
 try:
     import fcntl
@@ -102,9 +105,10 @@ def _lock(file: IO[bytes]) -> None:
 
 def remove_leftovers(folder: str | Path) -> None:
     """Remove what killed writers left in `folder`; for its only writer to call."""
-    for path in Path(folder).glob(".*.tmp"):
-        with suppress(OSError):
-            path.unlink()
+    for path in Path(folder).iterdir():
+        if _LEFTOVER.fullmatch(path.name):
+            with suppress(OSError):
+                path.unlink()
 
 
 def read_text(path: str | Path) -> str:

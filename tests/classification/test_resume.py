@@ -1,6 +1,7 @@
 """A run that was stopped anywhere and resumed ends as the uninterrupted one, bit for bit, and loses nothing."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -10,6 +11,7 @@ import torch
 
 from vmamba.classification.task import Accuracy
 from vmamba.config import output_folder
+from vmamba.data.loaders import TrainLoader
 from vmamba.errors import UserError
 from vmamba.runtime.run import Run
 from vmamba.runtime.step import OptimizerStep
@@ -132,10 +134,10 @@ def test_what_others_put_into_the_folder_changes_nothing(tmp_path, uninterrupted
     config = tiny_config(tmp_path, "TRAIN.EPOCHS", 1)
     run(config)
     torch.save(saved(config)["model_ema"], output_folder(config) / "exported.pth")  # the newest file there
+    shutil.copy(output_folder(uninterrupted) / "last.pth", output_folder(config) / "another_last.pth")
     os.utime(output_folder(config) / "best.pth")
     config = tiny_config(tmp_path)
     run(config)
-    assert "exported.pth' is not the state of a run" in log(config)
     # The schedule of one epoch is another, so it is only where it went on that can be compared.
     assert [line["epoch"] for line in metrics(config)] == [1, 2]
     assert "resumed" in log(config) and "starting from the weights" not in log(config)
@@ -163,7 +165,7 @@ def test_an_explicit_checkpoint_goes_before_the_newest(tmp_path, uninterrupted):
 def test_a_folder_is_the_furthest_state_in_it_and_the_best_is_sought_anew(tmp_path, uninterrupted):
     config = tiny_config(tmp_path, "MODEL.RESUME", output_folder(uninterrupted), "TRAIN.EPOCHS", 3)
     run(config)
-    assert f"resumed {output_folder(uninterrupted) / 'last.pth'} at epoch 3" in log(config)
+    assert f"resumed {output_folder(uninterrupted) / 'last.pth'} after 2 epochs and 0 steps" in log(config)
     assert "here it is sought anew" in log(config)
     assert saved(config, "best.pth")["step"] == 9  # the only one that was evaluated here
     with pytest.raises(UserError, match="is a folder without the state of a run"):
@@ -174,6 +176,44 @@ def test_another_global_batch_cannot_resume(tmp_path, uninterrupted):
     options = ("MODEL.RESUME", output_folder(uninterrupted) / "last.pth", "DATA.BATCH_SIZE", 6)
     with pytest.raises(UserError, match="3 steps an epoch and this one has 5"):
         run(tiny_config(tmp_path, *options))
+
+
+def test_a_best_that_cannot_be_read_is_sought_anew(tmp_path):
+    run(tiny_config(tmp_path, "TRAIN.EPOCHS", 1))
+    config = tiny_config(tmp_path)
+    os.truncate(output_folder(config) / "best.pth", 1000)
+    run(config)
+    assert "here it is sought anew" in log(config)
+    assert saved(config, "best.pth")["step"] == 6
+
+
+def test_records_of_a_run_whose_checkpoints_are_gone_are_kept_beside(tmp_path):
+    config = tiny_config(tmp_path)
+    run(config)
+    old = (output_folder(config) / "metrics.jsonl").read_text()
+    for path in output_folder(config).glob("*.pth"):
+        path.unlink()
+    run(tiny_config(tmp_path, "TRAIN.EPOCHS", 1))
+    assert [line["epoch"] for line in metrics(config)] == [1]
+    assert (output_folder(config) / "metrics.1.jsonl").read_text() == old
+    assert "is of an earlier run and this one starts anew" in log(config)
+
+
+@pytest.mark.parametrize(("options", "place"), [(("EVAL_MODE", True), "add"), ((), "__init__")])
+def test_a_signal_where_nothing_is_trained_ends_the_run_at_once(tmp_path, uninterrupted, monkeypatch, options, place):
+    config = tiny_config(tmp_path, "MODEL.RESUME", output_folder(uninterrupted) / "last.pth", *options)
+    whole = getattr(Accuracy if place == "add" else TrainLoader, place)
+
+    def interrupted(self, *args, **named):
+        signal.raise_signal(signal.SIGUSR1)
+        return whole(self, *args, **named)
+
+    monkeypatch.setattr(Accuracy if place == "add" else TrainLoader, place, interrupted)
+    with pytest.raises(Stopped, match="SIGUSR1; nothing was trained since the start") as stop:
+        run(config)
+    assert stop.value.checkpoint is None
+    assert "the run ends: stopped by SIGUSR1" in log(config)
+    assert not (output_folder(config) / "last.pth").exists()
 
 
 def wait_for(condition, process, seconds=120):

@@ -242,6 +242,9 @@ def test_what_ends_a_run_stands_in_its_log(tmp_path, monkeypatch):
 def test_a_warm_up_that_never_ends_is_said(tmp_path):
     run(tiny_config(tmp_path, "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 5))
     assert "the warm-up takes 15 steps and the run has 3: the rate never reaches" in log(tiny_config(tmp_path))
+    steps = ("TRAIN.STEPS", 2, "TRAIN.WARMUP_STEPS", 4, "TAG", "steps")
+    run(tiny_config(tmp_path, *steps))
+    assert "lower TRAIN.WARMUP_STEPS, which is 4" in log(tiny_config(tmp_path, *steps))
 
 
 def test_a_head_is_dropped_from_some_weights_only(tmp_path):
@@ -305,6 +308,8 @@ def test_accumulation_gives_the_curve_of_the_large_batch(tmp_path):
         (("MODEL.PRETRAINED", "nowhere.pth"), UserError, r"no checkpoint 'nowhere\.pth'"),
         (("MODEL.BACKEND", "cuda"), BackendError, "'cuda' cannot serve"),
         (("MODEL.NUM_CLASSES", 7), UserError, "MODEL.NUM_CLASSES"),
+        (("TRAIN.START_EPOCH", 2), UserError, r"TRAIN\.START_EPOCH is 2, 6 steps, and the run has 6"),
+        (("TRAIN.OPTIMIZER.NAME", "sgd", "TRAIN.OPTIMIZER.MOMENTUM", 0), UserError, "sgd does not take.*Nesterov"),
         (("TRAIN.MAX_BAD_STEPS", 2, "TRAIN.BASE_LR", 1e30, "TRAIN.WARMUP_LR", 1e30), UserError, "2 steps in a row"),
     ],
 )
@@ -319,6 +324,15 @@ def test_another_architecture_in_the_folder_is_neither_skipped_nor_overwritten(t
     with pytest.raises(UserError, match=r"last\.pth' is of another architecture: .*file .*, model "):
         run(tiny_config(config.OUTPUT, "MODEL.OPTIONS.dims", 16, "TRAIN.EPOCHS", 3))
     assert (output_folder(config) / "last.pth").read_bytes() == before
+
+
+def test_a_config_of_somebody_else_is_not_overwritten(tmp_path):
+    config = tiny_config(tmp_path)
+    output_folder(config).mkdir(parents=True)
+    (output_folder(config) / "config.yaml").write_text("mine: 1")
+    with pytest.raises(UserError, match="'mine'.*config.yaml' would be overwritten: move it away"):
+        run(config)
+    assert (output_folder(config) / "config.yaml").read_text() == "mine: 1"
 
 
 def test_starting_over_in_a_used_folder_is_refused(trained):

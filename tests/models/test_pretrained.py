@@ -268,6 +268,8 @@ def test_a_backbone_of_ours_and_a_container_of_any_name(tmp_path, plain):
          "holds several models, under 'student', 'teacher'; save one"),
         (lambda w: {"net_g": w, "net_d": w}, "holds weights under 'net_g', 'net_d'; save those of one"),
         (lambda w: dict(w) | {"epoch": 3}, "holds 'epoch', a int, among tensors"),
+        (lambda w: dict(w) | {f"module.{n}": t for n, t in w.items()}, "'patch_embed.0.weight' twice, wrapped and not"),
+        (lambda w: {"net": {"model": w, "ema": w}}, "holds no weights"),
     ],
 )  # fmt: skip
 def test_what_is_not_clear_is_said(tmp_path, plain, content, words):
@@ -298,6 +300,12 @@ def test_averaged_weights_are_found_or_named(tmp_path, plain, averaged, said, co
     assert checkpoint.source == source and same(checkpoint.state_dict, averaged)
     assert (f"passing over the weights under {over}" if over else "") in said()
     assert ("passing over" in said()) == bool(over)
+
+
+@pytest.mark.parametrize("name", ["model_ema", "state_dict_ema", "ema"])
+def test_averaged_weights_have_their_own_accuracy(tmp_path, plain, averaged, name):
+    torch.save({"model": plain, name: averaged, "max_accuracy": 81.0, "max_accuracy_ema": 82.0}, tmp_path / "w.pth")
+    assert vmamba.load_checkpoint(tmp_path / "w.pth").accuracy == 82.0
 
 
 def test_numbers_of_numpy_and_mappings_with_defaults(tmp_path, plain):
@@ -354,6 +362,10 @@ def test_a_wrapped_model_takes_weights(tmp_path, plain):
         target = model(3)
         load_pretrained(wrap(target), vmamba.load_checkpoint(tmp_path / "w.pth"))
         assert same(target.state_dict(), plain)
+        target = model(3)
+        target.layers[0].blocks[0] = wrap(target.layers[0].blocks[0])
+        load_pretrained(target, vmamba.load_checkpoint(tmp_path / "w.pth"))
+        assert same(to_released(target), plain)
 
 
 def test_arguments_of_other_trainers_are_read_as_mappings(tmp_path, plain):

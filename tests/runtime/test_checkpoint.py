@@ -103,11 +103,15 @@ def test_the_furthest_is_found_whatever_the_files_were_touched(tmp_path):
     assert len(skipped) == 1 and "last.pth" in skipped[0]
 
 
-def test_what_others_put_there_is_passed_over_and_never_overwritten(tmp_path):
+@pytest.mark.parametrize("odd", [{"steps_per_epoch": None}, {"step": "abc"}, {"recorded": 1.5}, {"epoch": []}])
+def test_what_others_put_there_is_passed_over_and_never_overwritten(tmp_path, odd):
     save_checkpoint(State(weight=torch.zeros(3)), tmp_path / "exported_ema.pth")
+    save_checkpoint(state_at(70), tmp_path / "another_runs_last.pth")
     (tmp_path / "notes.pth").write_text("no checkpoint at all")
-    path, skipped = newest_checkpoint(tmp_path)
-    assert path is None and len(skipped) == 2
+    assert newest_checkpoint(tmp_path) == (None, [])
+    save_checkpoint(State(**{"steps_per_epoch": 10, "step": 1, "epoch": 0} | odd), tmp_path / "last.pth")
+    with pytest.raises(UserError, match=r"last\.pth' is not the state of a run and would be overwritten; move it away"):
+        newest_checkpoint(tmp_path)
     save_checkpoint(state_at(3), tmp_path / "last.pth")
     assert newest_checkpoint(tmp_path)[0] == tmp_path / "last.pth"
     save_checkpoint(State(weight=torch.zeros(3)), tmp_path / "best.pth")

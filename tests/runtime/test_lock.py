@@ -30,13 +30,16 @@ def test_a_second_writer_is_refused_while_the_first_lives(tmp_path):
     folder = tmp_path / "run"
     lock = FolderLock(folder)
     lock.acquire()
-    (folder / ".last.pth.1234.tmp").write_text("what a killed process left")
+    for name in (".last.pth.0123abcd.tmp", ".notes.tmp"):
+        (folder / name).write_text("what a killed process left, and what somebody keeps there")
     assert f"is being written by process {os.getpid()} on " in in_another_process(folder)
+    with pytest.raises(UserError, match="is being written by another run of this process; wait for its end"):
+        FolderLock(folder).acquire()
     lock.release()
-    assert os.listdir(folder) == [".last.pth.1234.tmp"]
+    assert sorted(os.listdir(folder)) == [".last.pth.0123abcd.tmp", ".notes.tmp"]
     assert in_another_process(folder) == "free"  # and its end frees it again, though its file stays
     lock.acquire()
-    assert os.listdir(folder) == [".lock"]
+    assert sorted(os.listdir(folder)) == [".lock", ".notes.tmp"]
     lock.release()
 
 

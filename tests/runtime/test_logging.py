@@ -47,10 +47,10 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path):
 def test_an_epoch_has_one_line_and_none_is_lost(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for epoch, loss in [(1, 0.5), (2, 0.4), (3, 0.3), (2, 0.41)]:
-        write_metrics(path, {"epoch": epoch, "loss": loss})
+        write_metrics(path, {"epoch": epoch, "train_loss": loss})
     written = read_metrics(path)
     assert written == [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(entry["epoch"], entry["loss"]) for entry in written] == [(1, 0.5), (2, 0.41), (3, 0.3)]
+    assert [(entry["epoch"], entry["train_loss"]) for entry in written] == [(1, 0.5), (2, 0.41), (3, 0.3)]
 
 
 def test_a_line_cut_short_does_not_cost_the_others(tmp_path):
@@ -62,9 +62,18 @@ def test_a_line_cut_short_does_not_cost_the_others(tmp_path):
     assert [entry["epoch"] for entry in read_metrics(path)] == [1, 2]
 
 
+def test_what_is_no_round_stays_and_older_names_are_read_as_todays(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    notes = ['{"note": "restarted by hand"}', "[1]", '{"epoch": "x"}', "caf\udce9"]
+    path.write_text("\n".join([*notes, '{"epoch": 1, "loss": 0.5, "ema_loss": 0.4}', ""]), errors="surrogateescape")
+    write_metrics(path, {"epoch": 2, "val_loss": 0.3})
+    assert path.read_text(errors="surrogateescape").splitlines()[:4] == notes
+    assert read_metrics(path) == [{"epoch": 1, "val_loss": 0.5, "ema_val_loss": 0.4}, {"epoch": 2, "val_loss": 0.3}]
+
+
 def test_numbers_that_json_has_no_name_for_are_null(tmp_path):
-    write_metrics(tmp_path / "metrics.jsonl", {"epoch": 1, "loss": float("nan")})
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1, "loss": null}\n'
+    write_metrics(tmp_path / "metrics.jsonl", {"epoch": 1, "lr": float("nan")})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1, "lr": null}\n'
 
 
 def test_memory_that_nothing_tells(monkeypatch):

@@ -1,5 +1,6 @@
 """Jobs: what goes out to SLURM, and what happens at its warning."""
 
+import argparse
 import os
 import pickle
 import signal
@@ -10,7 +11,7 @@ import pytest
 from vmamba.config import get_config
 from vmamba.errors import UserError
 from vmamba.runtime import slurm
-from vmamba.runtime.slurm import Job, Resources, minutes, sbatch_file, submit
+from vmamba.runtime.slurm import Job, Resources, at_least, check_local, minutes, sbatch_file, submit
 from vmamba.runtime.stop import Stopped
 
 TWO_NODES = Resources(minutes=90, nodes=2, gpus_per_node=8, partition="gpu", account="vision")
@@ -94,10 +95,19 @@ def test_without_slurm_or_submitit_there_is_a_sentence(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"no srun.*--local"):
         submit(Job(len, get_config()), TWO_NODES, tmp_path)
     with pytest.raises(UserError, match="--nodes is 2"):
-        submit(Job(len, get_config()), TWO_NODES, tmp_path, local=True)
+        check_local(TWO_NODES)
     monkeypatch.setattr(slurm, "submitit", None)
     with pytest.raises(UserError, match="pip install"):
         submit(Job(len, get_config()), TWO_NODES, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["-1", "x", "1.5", "", "0"])
+def test_numbers_of_a_job(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="no whole number from 1 on"):
+        at_least(1)(text)
+    assert at_least(0)("0") == 0 and at_least(1)("12") == 12
+    with pytest.raises(UserError, match="no time at all"):
+        minutes("0:0:0")
 
 
 def test_the_processes_of_a_local_job_find_each_other(inside_a_job):

@@ -1,5 +1,6 @@
 """The state: through a file and back it goes on bit for bit, and refuses what is not its own."""
 
+import copy
 import random
 
 import numpy as np
@@ -9,6 +10,8 @@ from torch import nn
 
 from vmamba.errors import UserError
 from vmamba.runtime.checkpoint import read_checkpoint, save_checkpoint
+from vmamba.runtime.report import changes
+from vmamba.runtime.state import of_today
 
 OPTIONS = {
     "adamw with EMA": ("TRAIN.EMA.ENABLE", "True"),
@@ -84,11 +87,32 @@ def test_a_state_of_the_first_version_goes_on(tiny, same):
     old |= {"epoch": 1, "epoch_loss": state["round_loss"], "epoch_loss_steps": 2}
     old |= {"max_accuracy": 55.0, "max_accuracy_ema": -1.0}
     second = tiny("TRAIN.EMA.ENABLE", "True")
+    old["config"] = copy.deepcopy(state["config"])
+    old["config"]["TRAIN"]["OPTIMIZER"]["BETAS"] = [0.9, 0.999]  # its default
+    old = of_today(old, second.state.config)
+    assert not changes(old["config"], second.state.config)
     second.state.load_state_dict(old)
     assert (second.state.recorded, second.state.best) == (10, {"acc1": 55.0})
     assert second.state.mean_loss == first.state.mean_loss
     second.train(1)
     assert same(second.state.state_dict()["model_ema"], whole.state.state_dict()["model_ema"])
+
+
+def test_betas_that_nobody_chose_are_those_of_the_state(tiny):
+    lion = ("TRAIN.OPTIMIZER.NAME", "Lion")
+    first, second = tiny(*lion, "TRAIN.OPTIMIZER.BETAS", "[0.9, 0.999]"), tiny("TRAIN.OPTIMIZER.NAME", "lion")
+    first.train(1)
+    old = first.state.state_dict() | {
+        "epoch_loss": 0.0,
+        "epoch_loss_steps": 0,
+        "max_accuracy": 0,
+        "max_accuracy_ema": 0,
+    }
+    second.state.load_state_dict(of_today(old, second.state.config))
+    third = tiny(*lion)
+    third.state.load_state_dict(second.state.state_dict())
+    for run in (second, third):
+        assert run.state.optimizer.param_groups[0]["betas"] == (0.9, 0.999)
 
 
 def test_an_ema_switched_on_later_starts_from_the_weights(tiny):

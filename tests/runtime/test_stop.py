@@ -23,6 +23,10 @@ def raising(error):
 def test_a_signal_is_noted_and_the_old_handlers_come_back(signum):
     before = [signal.getsignal(number) for number in SIGNALS]
     with StopRequest() as request:
+        with pytest.raises(Stopped, match=f"{signal.Signals(signum).name}; nothing was trained"):
+            signal.raise_signal(signum)
+        assert not request.noted
+    with StopRequest() as request, request.noting():
         assert request.signum is None
         signal.raise_signal(signum)
         assert request.signum == signum

@@ -22,9 +22,14 @@ def find(path: Path) -> Path:
     for candidate in (path, _ROOT / path):
         if candidate.is_file():
             return candidate
-    folder = path.parent if path.parent.is_dir() else _ROOT / "configs"
-    nearest = get_close_matches(path.name, [file.name for file in folder.glob("*.y*ml")], n=1, cutoff=0.4)
-    hint = f"did you mean '{path.parent / nearest[0]}'?" if nearest else "give an existing YAML file with --cfg"
+    files = {}
+    for folder in (_ROOT / "configs", path.parent):  # of one name the one where it was looked for
+        files |= {file.stem: file for file in folder.glob("[!.]*.y*ml")}
+    nearest = get_close_matches(path.stem, files, n=1, cutoff=0.6)
+    near = files[nearest[0]] if nearest else None
+    if near and near.is_relative_to(_ROOT) and not path.is_absolute():
+        near = near.relative_to(_ROOT)  # where `find` looks too
+    hint = f"did you mean '{near}'?" if near else "give an existing YAML file with --cfg"
     raise UserError(f"config file '{path}' does not exist; {hint}")
 
 

@@ -86,7 +86,7 @@ COMMON = (
     key("TRAIN.START_EPOCH", 0, "epochs that count as done at the start", at_least=0),
     key("TRAIN.WARMUP_EPOCHS", 20, "of linear warm-up", at_least=0),
     key("TRAIN.WARMUP_STEPS", 0, "optimiser steps of warm-up, in the place of WARMUP_EPOCHS", at_least=0),
-    key("TRAIN.BASE_LR", 5e-4, "for LR_REFERENCE_BATCH images, as the next two", at_least=0, also="learning_rate lr"),
+    key("TRAIN.BASE_LR", 5e-4, "for LR_REFERENCE_BATCH images, as the next two", above=0, also="learning_rate lr"),
     key("TRAIN.WARMUP_LR", 5e-7, "the warm-up starts here", at_least=0),
     key("TRAIN.MIN_LR", 5e-6, "the schedule ends here", at_least=0),
     key("TRAIN.LR_REFERENCE_BATCH", 512, "rates scale with the global batch over this; 0: they do not", at_least=0),

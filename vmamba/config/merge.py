@@ -54,7 +54,15 @@ def merge(cfg_file: str | Path | None, more: Sequence[Setting]) -> CfgNode:
 
 
 def save_config(config: CfgNode, path: str | Path) -> None:
-    """Write the whole config as YAML; `get_config(path)` gives the same one back."""
+    """Write the whole config as YAML; `get_config(path)` gives the same one back.
+
+    Raises UserError where the file there is no config.
+    """
+    if Path(path).exists():
+        try:
+            get_config(path)
+        except UserError as error:
+            raise UserError(f"{error}; '{path}' would be overwritten: move it away, or choose another --tag") from error
     write_atomically(path, lambda file: file.write(config.dump().encode()))
 
 

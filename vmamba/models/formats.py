@@ -194,7 +194,7 @@ def _archive(path: Path) -> str:
 def _reason(error: Exception) -> str:
     """What PyTorch says in brackets, but for advice to let the file run its code."""
     line = str(error).strip().partition("\n")[0]
-    return f" ({line})" if line and "weights" not in line.lower() else ""
+    return f" ({line})" if line and not re.search("weights[ _]only", line, re.I) else ""
 
 
 def _why_not_unpickled(path: Path, start: bytes, error: Exception) -> str:

@@ -71,7 +71,7 @@ class ScanOptions:
     gate_act: bool = option(True, "the activation on the gate too", postfixes={"nozact": False})
     ssm_act: str = option("silu", "activation behind the convolution", choices=ACTIVATIONS, released="ssm_act_layer")
     ssm_conv: int = option(
-        3, "side of the depthwise convolution; below 2 there is none", at_most=255, released="ssm_conv"
+        3, "side of the depthwise convolution, odd; below 2 there is none", at_most=255, released="ssm_conv"
     )
     ssm_conv_bias: bool = option(True, "whether that convolution has a bias", released="ssm_conv_bias")
     ssm_drop_rate: float = option(0.0, "dropout on the result", released="ssm_drop_rate", **_SHARE)

@@ -58,7 +58,7 @@ class Checkpoint:
     @property
     def accuracy(self) -> float | None:
         """Top-1 of these weights in percent, where the file tells it."""
-        return self.metadata.get("max_accuracy_ema" if self.source == "model_ema" else "max_accuracy")
+        return self.metadata.get("max_accuracy_ema" if self.source in _WHERE["ema"] else "max_accuracy")
 
 
 def load_checkpoint(path_or_url: str | Path, weights: str = "auto") -> Checkpoint:
@@ -158,7 +158,7 @@ def load_pretrained(model: nn.Module, checkpoint: Checkpoint, drop_head: bool = 
     Raises UserError, listing every difference, when anything else does not fit; nothing is loaded then.
     """
     model = unwrapped(model)
-    own = model.state_dict()
+    own = without_wrappers(model.state_dict())
     ours = {name.removeprefix("model."): weight for name, weight in own.items()} if isinstance(model, Backbone) else own
     weights = adapted(checkpoint.state_dict, ours)
     if isinstance(model, Backbone):
@@ -210,11 +210,11 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def _weights_of(value: Any) -> Mapping[str, Tensor] | None:
-    """The state dict that `value` is or, as averaging and wrappers save themselves, has inside."""
+    """The state dict that `value` is or, as averaging and wrappers save themselves, has inside as its only one."""
     if _is_state_dict(value):
         return value
-    inside = [value.get(name) for name in _INSIDE] if isinstance(value, Mapping) else []
-    return next(filter(_is_state_dict, inside), None)
+    inside = [value[name] for name in _INSIDE if _is_state_dict(value.get(name))] if isinstance(value, Mapping) else []
+    return inside[0] if len(inside) == 1 else None
 
 
 def _odd(content: Mapping[Any, Any]) -> str:

@@ -15,12 +15,13 @@ _WRAPPERS = re.compile(rf"(?<![^.])(?:{'|'.join(_INSIDE)})\.")
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: object) -> None:
-    """Load a state dict whose names, shapes and kinds of numbers are exactly the model's.
+    """Load a state dict whose names, but for what wrappers put into them, shapes and kinds of numbers are the model's.
 
     Raises UserError, naming `source` and listing what is missing, unexpected, of another shape or no plain numbers of
     the model's kind, and loads nothing.
     """
-    own = model.state_dict()
+    named, weights = model.state_dict(), without_wrappers(weights)
+    own = without_wrappers(named)
     both = sorted(own.keys() & weights.keys())
     shapes = {
         name: f"file {tuple(weights[name].shape)}, model {tuple(own[name].shape)}"
@@ -36,7 +37,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: object
     ]
     if any(differences):
         raise UserError(f"'{source}' is of another architecture: {'; '.join(filter(None, differences))}")
-    model.load_state_dict(weights)
+    model.load_state_dict({name: weights[bare] for name, bare in zip(named, own, strict=True)})
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -46,8 +47,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def without_wrappers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights by their names without what wrappers of the model, or of its parts, put into them."""
-    return {_WRAPPERS.sub("", name): weight for name, weight in state_dict.items()}
+    """Weights by their names without what wrappers of the model, or of its parts, put into them.
+
+    Raises UserError where two weights would have one name.
+    """
+    bare: dict[str, Tensor] = {}
+    for name, weight in state_dict.items():
+        without = _WRAPPERS.sub("", name)
+        if without in bare:
+            raise UserError(f"a state dict holds '{without}' twice, wrapped and not; save one model alone")
+        bare[without] = weight
+    return bare
 
 
 def is_plain(weight: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """Checkpoints on disk: written beside the old one and renamed, read without running what they hold."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,40 +27,56 @@ def read_training_state(path_or_url: str | Path) -> dict[str, Any] | None:
 
 
 def is_training_state(content: Any) -> bool:
-    return isinstance(content, Mapping) and "steps_per_epoch" in content
+    return isinstance(content, Mapping) and "steps_per_epoch" in content and _position(content) is not None
 
 
 def newest_checkpoint(folder: str | Path) -> tuple[Path | None, list[str]]:
     """The state of a run in `folder` that is the furthest, and a sentence for each file passed over.
 
-    How far a state is stands inside it: copying and touching files changes nothing.  (None, [...]) in a folder without
-    one.  Raises UserError where a run would overwrite what is no state, or what cannot be read and may still be saved.
+    Those are `last.pth` and `best.pth`; other files are other people's.  How far a state is stands inside it: copying
+    and touching files changes nothing.  (None, [...]) in a folder without one.  Raises UserError where a run would
+    overwrite what is no state, or what cannot be read and may still be saved.
     """
-    states, passed_over, in_the_way = [], [], []
-    for path in sorted(Path(folder).glob("*.pth")):
+    states, passed_over = [], []
+    for name in (LAST, BEST):
+        path = Path(folder, name)
+        if not os.path.lexists(path):
+            continue
         try:
             content = _peek(path)
         except UserError as error:
             passed_over.append(str(error))
-            in_the_way += [str(error)] if path.name in (LAST, BEST) else []
             continue
-        if is_training_state(content):
-            # An evaluated state is further than the same one before its evaluation.
-            recorded = content.get("recorded", content.get("epoch", 0) * content["steps_per_epoch"])
-            states.append((content.get("step", 0), recorded, path.name == LAST, path))
-        elif path.name in (LAST, BEST):
+        if not is_training_state(content):
             raise UserError(
                 f"'{path}' is not the state of a run and would be overwritten; move it away, or choose another --tag"
             )
-        else:
-            passed_over.append(f"'{path}' is not the state of a run")
+        states.append((_position(content), name == LAST, path))
     if states:
         return max(states)[-1], passed_over
-    if in_the_way:
+    if passed_over:
         raise UserError(
-            f"no checkpoint in '{folder}' can be read ({'; '.join(in_the_way)}); move them away to start over"
+            f"no checkpoint in '{folder}' can be read ({'; '.join(passed_over)}); move them away to start over"
         )
     return None, passed_over
+
+
+def is_there(path: Path) -> bool:
+    """Whether the state of a run at `path` can be read."""
+    try:
+        return path.exists() and is_training_state(_peek(path))
+    except UserError:
+        return False
+
+
+def _position(content: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(step, step of the last record) of a state, an evaluated one being further than the same before its evaluation;
+    None where they are no numbers."""
+    steps_per_epoch, epoch = content["steps_per_epoch"], content.get("epoch", 0)
+    if not isinstance(steps_per_epoch, int) or not isinstance(epoch, int):
+        return None
+    found = content.get("step", 0), content.get("recorded", epoch * steps_per_epoch)
+    return found if all(isinstance(number, int) for number in found) else None
 
 
 def _peek(path: Path) -> Any:

@@ -13,7 +13,7 @@ from vmamba_kernels import BackendError
 
 def exit_code(main: Callable[[], object]) -> int:
     """Call `main`: 0 at its end, 1 and one sentence on stderr for what the user can mend, 128 + signal when a signal
-    stopped it after saving.  Anything else is a bug and keeps its traceback."""
+    stopped it.  Anything else is a bug and keeps its traceback."""
     with tolerant_streams():
         try:
             main()
@@ -30,7 +30,7 @@ def exit_code(main: Callable[[], object]) -> int:
             _say(f"error: another process of the run has ended ({reason}); what it said is the reason")
             return 1
         except KeyboardInterrupt:
-            _say("interrupted; the last checkpoint stays and the same command resumes from it")
+            _say("interrupted; the same command goes on from the last checkpoint, where there is one")
             return 130
         return 0
 

@@ -22,6 +22,7 @@ from vmamba.runtime.run import Run
 from vmamba.runtime.start import asked_for, newest
 from vmamba.runtime.state import TrainState
 from vmamba.runtime.step import parallelise, to_device
+from vmamba.runtime.stop import Stopped
 from vmamba.runtime.task import Meter, Results, open_task
 from vmamba.text import counted
 from vmamba.timing import elapsed
@@ -30,7 +31,7 @@ from vmamba.timing import elapsed
 def evaluate_state(run: Run, state: TrainState, loader: Loader) -> Results:
     """The plain weights and the EMA's where there are, or those of them that EVAL_WEIGHTS names.
 
-    Raises Stopped, the state being saved, when a signal asks for it.
+    Raises Stopped, the state being saved, when a signal that was noted asks for it.
     """
     kinds = {"": state.model} | ({"ema_": state.ema.module} if state.ema else {})
     only = {"model": "", "ema": "ema_"}.get(run.config.EVAL_WEIGHTS)
@@ -91,11 +92,13 @@ def evaluate_file(run: Run, model: nn.Module) -> Results:
         run.task.load(model, checkpoint)
         prefix = "ema_" if kind == "ema" and len(wanted) > 1 else ""
         folder = run.folder / f"{prefix}predictions"
-        meter = evaluate(run, model, loader, folder)
-        found = meter.results()
-        on_main(partial(save_files, meter, folder))
-        results |= {f"{prefix}{name}": value for name, value in found.items()}
+        with run.request.noting():
+            meter = evaluate(run, model, loader, folder)
+        if meter is None:
+            raise Stopped(run.request.agreed_signal())
+        results |= {f"{prefix}{name}": value for name, value in meter.results().items()}
         details |= {f"{prefix}{name}": value for name, value in meter.details().items()}
+        on_main(partial(save_files, meter, folder))
     told = {"checkpoint": str(path), "results": results, "details": details}
     on_main(lambda: write_text(run.folder / "evaluation.json", json.dumps(told, indent=1)))
     run.logger.info(f"{path}: {report.summary(run.task, results)}")

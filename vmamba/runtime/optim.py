@@ -16,8 +16,6 @@ CONFIGURED = ("initial_lr", "weight_decay", "betas", "eps", "momentum", "fused")
 
 def build_optimizer(config: CfgNode, model: nn.Module, global_batch: int) -> Optimizer:
     """config.TRAIN.OPTIMIZER over the model's parameters; `global_batch` images an optimiser step set its rate."""
-    if config.TRAIN.BASE_LR <= 0:
-        raise UserError(f"TRAIN.BASE_LR is {config.TRAIN.BASE_LR}; a learning rate is above 0")
     options = config.TRAIN.OPTIMIZER
     name = options.NAME.lower()
     if name.removeprefix("lookahead_") not in list_optimizers():
@@ -45,6 +43,11 @@ def build_optimizer(config: CfgNode, model: nn.Module, global_batch: int) -> Opt
             momentum=options.MOMENTUM,
             **arguments,
         )
+    except ValueError as error:
+        raise UserError(
+            f"TRAIN.OPTIMIZER.NAME {options.NAME} does not take these settings: {error}; change TRAIN.OPTIMIZER or "
+            f"TRAIN.WEIGHT_DECAY, or choose another"
+        ) from error
     except Exception as error:  # those of other packages say in many ways that these, or a GPU, are missing
         raise UserError(
             f"TRAIN.OPTIMIZER.NAME {options.NAME} cannot be had here: {str(error) or type(error).__name__}; install "

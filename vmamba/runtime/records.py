@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tensorboardX import SummaryWriter
 from vmamba.files import write_atomically
 
 logger = logging.getLogger("vmamba")
+_OLDER = {"loss": "val_loss", "ema_loss": "ema_val_loss"}  # names of the first version
 SECONDS_BETWEEN_PICTURES = 60  # one takes half a second
 
 
@@ -30,6 +32,15 @@ class Records:
         self.events: SummaryWriter | None = None
         self.drawn = -SECONDS_BETWEEN_PICTURES
         self.unwritten: list[dict[str, Any]] = []
+
+    def start_over(self) -> None:
+        """Put the rounds of an earlier run, whose checkpoints are gone, into a file beside."""
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            number = next(number for number in count(1) if not path.with_name(f"metrics.{number}.jsonl").exists())
+            kept = path.with_name(f"metrics.{number}.jsonl")
+            self._try(kept.name, lambda: path.rename(kept))
+            logger.warning(f"'{path}' is of an earlier run and this one starts anew; it is {kept.name} now")
 
     def write(self, entry: dict[str, Any], events: Mapping[str, float | None]) -> None:
         """Record one round: its line, and `events` at its step."""
@@ -77,28 +88,40 @@ class Records:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rounds in a metrics.jsonl, in order; a line cut short by the end of a process is left out."""
-    if not path.exists():
-        return []
-    metrics = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """The rounds in a metrics.jsonl, in order, under today's names; other lines are left out, such as one cut short by
+    the end of a process."""
+    return sorted(_rounds(path)[0], key=_place)
+
+
+def _rounds(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rounds in a metrics.jsonl, and its lines that are none."""
+    rounds, others = [], []
+    for line in path.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if path.exists() else []:
         try:
-            metrics.append(json.loads(line))
+            entry = json.loads(line)
         except json.JSONDecodeError:
+            others.append(line)
             continue
-    return sorted(metrics, key=_place)
+        if isinstance(entry, dict) and isinstance(entry.get("epoch"), (int, float)):
+            rounds.append({_OLDER.get(name, name): value for name, value in entry.items()})
+        else:
+            others.append(line)
+    return rounds, others
 
 
 def write_metrics(path: Path, *entries: dict[str, Any]) -> None:
-    """Put the lines of rounds into a metrics.jsonl, in the place of earlier lines of those rounds."""
-    metrics = {_place(old): old for old in read_metrics(path)}
+    """Put the lines of rounds into a metrics.jsonl, in the place of earlier lines of those rounds.  What else stands in
+    it stays, in front."""
+    old, others = _rounds(path)
+    metrics = {_place(entry): entry for entry in old}
     for entry in entries:
         metrics[_place(entry)] = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in entry.items()
         }
-    lines = [json.dumps(metrics[place]) for place in sorted(metrics)]
-    write_atomically(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
+    lines = [*others, *(json.dumps(metrics[place]) for place in sorted(metrics))]
+    text = "".join(f"{line}\n" for line in lines)
+    write_atomically(path, lambda file: file.write(text.encode(errors="surrogateescape")))
 
 
 def _place(entry: Mapping[str, Any]) -> float:

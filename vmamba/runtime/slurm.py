@@ -1,5 +1,6 @@
 """Runs as jobs of SLURM, or of this machine, through submitit: submitted, stopped in time, requeued and resumed."""
 
+import argparse
 import math
 import os
 import re
@@ -60,7 +61,8 @@ class Job:
         try:
             return self.function(self.config)
         except Stopped as stop:
-            self._go_on_from_the_folder()
+            if stop.checkpoint:
+                self._go_on_from_the_folder()
             warning = getattr(signal, f"SIG{job.USR_SIG}")
             if stop.signum == warning or _is_preempted(job):
                 signal.raise_signal(warning)  # submitit's own handler: rank 0 requeues the job and ends, others return
@@ -102,6 +104,23 @@ def sbatch_file(resources: Resources, folder: Path) -> str:
     return batch_file(executor)
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """What a flag takes: whole numbers from `least` on."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"'{text}' is no whole number from {least} on")
+        return int(text)
+
+    return number
+
+
+def check_local(resources: Resources) -> None:
+    """Raises UserError for a job of several machines."""
+    if resources.nodes > 1:
+        raise UserError(f"--local runs on this machine alone, and --nodes is {resources.nodes}; drop one of them")
+
+
 def gpus_of_a_node(asked: int | None, local: bool) -> int:
     """--gpus-per-node, where it is not given 8, and on this machine alone as many as there are.
 
@@ -127,7 +146,10 @@ def minutes(time: str) -> int:
     if not dash and len(fields) < 3:
         fields.insert(0, 0)  # no hours
     hours, mins, seconds = (*fields, 0, 0)[:3]
-    return max(1, 1440 * int(days or 0) + 60 * hours + mins + math.ceil(seconds / 60))
+    found = 1440 * int(days or 0) + 60 * hours + mins + math.ceil(seconds / 60)
+    if not found:
+        raise UserError(f"--time {time} is no time at all; write minutes, H:M:S or D-H:M:S")
+    return found
 
 
 def _executor(resources: Resources, folder: Path, local: bool, anywhere: bool = False) -> "submitit.Executor":
@@ -138,8 +160,6 @@ def _executor(resources: Resources, folder: Path, local: bool, anywhere: bool = 
     if resources.gpus_per_node:
         parameters["gpus_per_node"] = resources.gpus_per_node
     if local:
-        if resources.nodes > 1:
-            raise UserError(f"--local runs on this machine alone, and --nodes is {resources.nodes}; drop one of them")
         executor = submitit.LocalExecutor(folder)
         parameters |= {"timeout_min": resources.minutes, "tasks_per_node": processes}
     else:

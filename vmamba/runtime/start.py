@@ -9,13 +9,14 @@ from torch import nn
 from vmamba.errors import UserError
 from vmamba.models.pretrained import open_checkpoint
 from vmamba.runtime import report
-from vmamba.runtime.checkpoint import BEST, newest_checkpoint, read_training_state
+from vmamba.runtime.checkpoint import BEST, is_there, newest_checkpoint, read_training_state
 from vmamba.runtime.distributed import on_main
 from vmamba.runtime.optim import Schedule, build_optimizer
 from vmamba.runtime.plan import Plan
 from vmamba.runtime.precision import build_scaler
 from vmamba.runtime.run import Run
-from vmamba.runtime.state import TrainState
+from vmamba.runtime.state import TrainState, of_today
+from vmamba.text import counted
 
 
 def build_state(run: Run, model: nn.Module, plan: Plan) -> TrainState:
@@ -24,6 +25,11 @@ def build_state(run: Run, model: nn.Module, plan: Plan) -> TrainState:
     global_batch = config.DATA.BATCH_SIZE * run.world.size * config.TRAIN.ACCUMULATION_STEPS
     optimizer = build_optimizer(config, model, global_batch)
     start = config.TRAIN.START_EPOCH * plan.steps_per_epoch
+    if start and start >= plan.steps:
+        raise UserError(
+            f"TRAIN.START_EPOCH is {config.TRAIN.START_EPOCH}, {start} steps, and the run has {plan.steps}; start "
+            f"before its end"
+        )
     return TrainState(
         model=model,
         ema=ModelEmaV3(model, decay=ema.DECAY, use_warmup=ema.WARMUP) if ema.ENABLE else None,
@@ -54,13 +60,14 @@ def resume(run: Run, state: TrainState) -> Path | None:
     path = path or asked
     saved = read_training_state(path) if path else None
     if saved:
+        saved = of_today(saved, state.config)
         state.load_state_dict(saved, path)
         state.restore_random_state(run.world.rank)
-        position = f"epoch {state.step // state.steps_per_epoch + 1}, step {state.step % state.steps_per_epoch}"
-        run.logger.info(f"resumed {path} at {position}")
+        epochs, steps = divmod(state.step, state.steps_per_epoch)
+        run.logger.info(f"resumed {path} after {counted(epochs, 'epoch')} and {counted(steps, 'step')}")
         for change in report.changes(saved["config"], state.config):
             run.logger.info(f"changed since: {change}")
-        if state.best and not on_main((run.folder / BEST).exists):
+        if state.best and not on_main(lambda: is_there(run.folder / BEST)):
             run.logger.info(
                 f"the best so far lies elsewhere{report.best_so_far(run.task, state)}; here it is sought anew"
             )

@@ -1,6 +1,8 @@
 """All that training is at a moment: what a checkpoint holds and a resumed run goes on from."""
 
+import copy
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,7 +90,6 @@ class TrainState:
 
         Raises UserError, naming `source`, when the state is of another model, optimiser or number of steps an epoch.
         """
-        state = _of_today(state)
         missing = [name for name in ("model", "optimizer", *_PLAIN) if name not in state]
         if missing:
             raise UserError(
@@ -110,14 +111,16 @@ class TrainState:
                 setattr(self, name, state[name])
 
     def _load_optimizer(self, state: dict[str, Any], source: str) -> None:
-        name, saved = (config["TRAIN"]["OPTIMIZER"]["NAME"] for config in (self.config, state["config"]))
-        if name != saved:
+        now, saved = (config["TRAIN"]["OPTIMIZER"] for config in (self.config, state["config"]))
+        if now["NAME"].lower() != saved["NAME"].lower():
             raise UserError(
-                f"'{source}' was written with TRAIN.OPTIMIZER.NAME {saved} and this run has {name}; keep it, or start "
-                f"from the weights with --pretrained"
+                f"'{source}' was written with TRAIN.OPTIMIZER.NAME {saved['NAME']} and this run has {now['NAME']}; "
+                f"keep it, or start from the weights with --pretrained"
             )
+        # Betas that nobody chose are the state's: the optimiser's own, or the default of the first version.
+        configured = set(CONFIGURED) - ({"betas"} if now["BETAS"] == saved["BETAS"] else set())
         groups = self.optimizer.param_groups
-        own = [{key: value for key, value in group.items() if key in CONFIGURED} for group in groups]
+        own = [{key: value for key, value in group.items() if key in configured} for group in groups]
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
@@ -145,13 +148,20 @@ _PLAIN = (
 )
 
 
-def _of_today(state: dict[str, Any]) -> dict[str, Any]:
-    """A state as the first version wrote it (`epoch`, `epoch_loss`, `max_accuracy`, ...) in today's names."""
+def of_today(state: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """A state as the first version wrote it (`epoch`, `epoch_loss`, `max_accuracy`, ...) in today's names.
+
+    `config`: of this run; where it leaves the betas to the optimiser, those of the state were that version's default.
+    """
     if "epoch_loss" not in state:
         return state
+    saved = copy.deepcopy(dict(state["config"]))
+    if config["TRAIN"]["OPTIMIZER"]["BETAS"] is None and saved["TRAIN"]["OPTIMIZER"]["BETAS"] == [0.9, 0.999]:
+        saved["TRAIN"]["OPTIMIZER"]["BETAS"] = None
     steps = state["epoch_loss_steps"]
     found = {"acc1": state["max_accuracy"], "ema_acc1": state["max_accuracy_ema"]}
     return state | {
+        "config": saved,
         "recorded": state["epoch"] * state["steps_per_epoch"],
         "round_loss": state["epoch_loss"],
         "round_good_steps": steps,

@@ -1,7 +1,10 @@
-"""Stopping on a signal: the step or the evaluation in progress ends, the state is saved, and the exit code says so."""
+"""Stopping on a signal: a step or a batch of an evaluation is ended, and the state saved where something is trained;
+all else ends at once.  The exit code says so."""
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -12,15 +15,17 @@ from vmamba.signals import STOP_SIGNALS
 
 
 class Stopped(Exception):
-    """A run was asked to stop and has saved its state; the same command resumes it."""
+    """A run was asked to stop and has saved its state, which the same command resumes; or it had nothing to save."""
 
-    def __init__(self, signum: int, checkpoint: Path):
-        super().__init__(f"stopped by {signal.Signals(signum).name}; saved {checkpoint}; the same command resumes")
-        self.signum = signum
+    def __init__(self, signum: int, checkpoint: Path | None = None):
+        name = signal.Signals(signum).name
+        saved = f"saved {checkpoint}; the same command resumes" if checkpoint else "nothing was trained since the start"
+        super().__init__(f"stopped by {name}; {saved}")
+        self.signum, self.checkpoint = signum, checkpoint
 
 
 class StopRequest:
-    """While it is entered, a stop signal is noted instead of ending the process.
+    """While it is entered, a stop signal raises Stopped instead of ending the process; inside of `noting` it is noted.
 
     A signal that the process was started to ignore (nohup) stays ignored.  In a thread, where Python takes no signals,
     the process keeps what it does at them.
@@ -28,19 +33,30 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._only_note = False
 
     def __enter__(self) -> "StopRequest":
         self._previous = {}
         if threading.current_thread() is threading.main_thread():
-            noted = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
-            self._previous = {signum: signal.signal(signum, self._note) for signum in noted}
+            taken = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+            self._previous = {signum: signal.signal(signum, self._take) for signum in taken}
         return self
 
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        self._only_note = True
+        try:
+            yield
+        finally:
+            self._only_note = False
+
+    def _take(self, signum: int, frame: FrameType | None) -> None:
+        if not self._only_note:
+            raise Stopped(signum)
         self.signum = self.signum or signum
 
     @property

@@ -35,13 +35,15 @@ from vmamba.text import counted
 def run(config: CfgNode) -> Results:
     """Train, or only evaluate (EVAL_MODE) or time (THROUGHPUT_MODE), and return the last numbers.
 
-    Raises UserError for what the user can mend, and Stopped when a signal ended training after its state was saved.
+    Raises UserError for what the user can mend, and Stopped when a signal ended it; training has saved its state then.
     """
     folder = None if config.THROUGHPUT_MODE else output_folder(config)
     with processes(config.DEVICE) as world, _only_writer(config, folder):
         logger = create_logger(world, folder)
+        run = Run(config, open_task(config), world, logger)
         try:
-            return _run(Run(config, open_task(config), world, logger), folder)
+            with run.request:
+                return _run(run, folder)
         except BaseException as error:
             log_the_end(logger, error)
             raise
@@ -88,17 +90,20 @@ def train(run: Run, model: nn.Module) -> Results:
     warn_of_the_warmup(run, plan)
     source = resume(run, state)
     records = Records(run.folder, task.panels)
+    if source is None:
+        on_main(records.start_over)
     if source == run.folder / BEST:
         run.save(state, LAST)  # killed between the two: what a run leaves does not depend on where
     if state.recorded >= plan.steps:
         run.logger.info(f"nothing is left to train, {state.step} of {plan.steps} steps are done")
-        results = evaluate_state(run, state, eval_loader)
+        with run.request.noting():
+            results = evaluate_state(run, state, eval_loader)
     else:
         on_main(lambda: save_config(config, run.folder / "config.yaml"))
         step = OptimizerStep(config, world, parallelise(model, config, world), task.loss)
         rounds = Rounds(run, plan, state, step, train_loader, eval_loader, records)
         try:
-            with run.request:
+            with run.request.noting():
                 while state.recorded < plan.steps:
                     rounds.one()
         finally:
@@ -112,9 +117,11 @@ def train(run: Run, model: nn.Module) -> Results:
 
 def warn_of_the_warmup(run: Run, plan: Plan) -> None:
     if 0 < plan.steps <= plan.warmup_steps:
+        train = run.config.TRAIN
+        key = "WARMUP_STEPS" if train.WARMUP_STEPS else "WARMUP_EPOCHS"
         run.logger.warning(
             f"the warm-up takes {plan.warmup_steps} steps and the run has {plan.steps}: the rate never reaches "
-            f"TRAIN.BASE_LR; lower TRAIN.WARMUP_EPOCHS, which is {run.config.TRAIN.WARMUP_EPOCHS}"
+            f"TRAIN.BASE_LR; lower TRAIN.{key}, which is {train[key]}"
         )
 
 
