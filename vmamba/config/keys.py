@@ -97,6 +97,7 @@ COMMON = (
     key("TRAIN.SAVE_STEPS", 0, "optimiser steps between checkpoints inside an epoch; 0: none", at_least=0),
     key("TRAIN.MAX_BAD_STEPS", 10, "steps in a row without finite loss and gradient that end the run", at_least=1),
     switch("TRAIN.AUTO_RESUME", "go on from the newest checkpoint in the run's folder", default=True),
+    key("TRAIN.FREEZE", [], "parts that stay as they are, such as backbone, or layers.0", kinds=([str],)),
     switch("TRAIN.USE_CHECKPOINT", "gradient checkpointing: less memory, more time", flag="use-checkpoint"),
     key("TRAIN.COMPILE", "", "modes of torch.compile, or CUDA graphs", choices=("", *COMPILE_MODES), flag="compile"),
     #

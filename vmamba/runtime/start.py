@@ -11,7 +11,7 @@ from vmamba.models.pretrained import open_checkpoint
 from vmamba.runtime import report
 from vmamba.runtime.checkpoint import BEST, is_there, newest_checkpoint, read_training_state
 from vmamba.runtime.distributed import on_main
-from vmamba.runtime.optim import Schedule, build_optimizer
+from vmamba.runtime.optim import Schedule, build_optimizer, freeze
 from vmamba.runtime.plan import Plan
 from vmamba.runtime.precision import build_scaler
 from vmamba.runtime.run import Run
@@ -23,6 +23,7 @@ def build_state(run: Run, model: nn.Module, plan: Plan) -> TrainState:
     """The state at the very start."""
     config, ema = run.config, run.config.TRAIN.EMA
     global_batch = config.DATA.BATCH_SIZE * run.world.size * config.TRAIN.ACCUMULATION_STEPS
+    freeze(model, config.TRAIN.FREEZE)
     optimizer = build_optimizer(config, model, global_batch)
     start = config.TRAIN.START_EPOCH * plan.steps_per_epoch
     if start and start >= plan.steps:
