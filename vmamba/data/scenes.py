@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits, load_sample_images
 CLASSES = tuple(str(digit) for digit in range(10))
 TRAINING_DIGITS = 1437  # of 1797; the others are held out, as in classification
 TRAINING_WIDTH = 0.7  # likewise the left part of each photograph
-_SIDES = (0.16, 0.45)  # of a digit, as shares of the scene's
+_SIDES = (0.2, 0.5)  # of a digit, as shares of the scene's
 _TURN = 25  # degrees, either way
 _VISIBLE = 0.4  # of which less can be seen is no object
 _STREAM = 5  # first word of a scene's seed
@@ -42,7 +42,7 @@ class Scene:
         return found
 
 
-def scene(index: int, training: bool, side: int = 128, most: int = 6) -> Scene:
+def scene(index: int, training: bool, side: int = 128, most: int = 8) -> Scene:
     """Scene `index` of a split, `side` pixels square, with one to `most` digits pasted one over the other."""
     draw = np.random.default_rng((_STREAM, training, index))
     canvas = _background(draw, training, side)
