@@ -200,6 +200,13 @@ def remove(path: Path) -> None:
         (lambda root: [f.unlink() for f in (root / "train" / "dog").iterdir()], r"no image in class dog; fill"),
         (lambda root: [remove(f) for f in (root / "train").iterdir()], "has no folder of a class: it holds nothing"),
         (lambda root: (root / "train" / "owl").mkdir(), "has 3 classes, but MODEL.NUM_CLASSES is 2"),
+        (
+            lambda root: [
+                remove(root / "train" / "dog"),
+                (root / "train" / "dog").symlink_to(".."),
+            ],
+            r"no image in class dog \(left out: 1 linked to a folder it lies in \('.*/train/dog'\)\); fill",
+        ),
         (lambda root: (root / "train" / "owl").symlink_to(root / "gone"), "owl' is a link that leads nowhere; mend"),
     ],
 )

@@ -80,6 +80,25 @@ def test_links_are_followed_but_not_back_up(tmp_path):
     assert left_out.counts == {"linked to a folder it lies in": 5}
 
 
+@pytest.mark.parametrize("target", ["..", ".", "../train", "{root}", "{root}/..", "{disk}"])
+@pytest.mark.parametrize("through", ["data", "elsewhere/../data", "link"])
+def test_a_folder_that_links_to_where_it_lies_holds_nothing(tmp_path, target, through):
+    """As a class of a data set it would hold the other classes, and the images held out."""
+    make(tmp_path, "disk/train/a/1.png", "data/val/a/2.png", "elsewhere/3.png")
+    (tmp_path / "data" / "train").symlink_to(tmp_path / "disk" / "train")
+    (tmp_path / "link").symlink_to("data")
+    link = tmp_path / "data" / "train" / "c"
+    link.symlink_to(target.format(root=tmp_path / "data", disk=tmp_path / "disk"))
+    left_out = LeftOut()
+    assert image_files(tmp_path / through / "train" / "c", left_out) == []
+    assert left_out.counts == {"linked to a folder it lies in": 1}
+    link.unlink()
+    link.symlink_to(tmp_path / "elsewhere")
+    assert len(image_files(tmp_path / through / "train" / "c")) == 1
+    (tmp_path / "elsewhere" / "up").symlink_to("..")  # of what a link leads to
+    assert len(image_files(tmp_path / through / "train" / "c")) == 1
+
+
 def test_a_folder_that_may_not_be_read_is_named_wherever_it_is(tmp_path, monkeypatch):
     make(tmp_path, "a/b/1.png")
     deny(monkeypatch, "b")

@@ -89,18 +89,17 @@ def image_files(folder: str | Path, left_out: LeftOut | None = None) -> list[str
     """The paths of the images in `folder` and the folders below it: folder by folder, by name in each.
 
     What has a suffix that `decode` reads is one.  Links are followed, but not to a folder they lie in, which would
-    never end.  What is not taken is added to `left_out`: files of other suffixes, hidden images, such links.
+    never end; what is above a class holds the other classes and the other split.  What is not taken is added to
+    `left_out`: files of other suffixes, hidden images, such links.
     Raises UserError where a folder cannot be looked into.
     """
     left_out = LeftOut() if left_out is None else left_out
-    place = Path(folder).absolute()
-    above = [_identity(parent) for parent in Path(os.path.realpath(place)).parents]
     found: dict[str, list[str]] = {}
-    _walk(str(folder), above, suffixes(), found, left_out)
+    _walk(str(folder), _above(folder), suffixes(), found, left_out)
     return [path for place in sorted(found) for path in found[place]]
 
 
-def _walk(folder: str, above: list, known: set[str], found: dict[str, list[str]], left_out: LeftOut) -> None:
+def _walk(folder: str, above: set, known: set[str], found: dict[str, list[str]], left_out: LeftOut) -> None:
     identity = _identity(folder)
     if identity in above:
         left_out.add("linked to a folder it lies in", folder)
@@ -117,7 +116,17 @@ def _walk(folder: str, above: list, known: set[str], found: dict[str, list[str]]
         else:
             found[folder].append(path)
     for name in folders:
-        _walk(os.path.join(folder, name), [*above, identity], known, found, left_out)
+        path = os.path.join(folder, name)
+        lies_in = above | {identity} | (_above(path) if os.path.islink(path) else set())
+        _walk(path, lies_in, known, found, left_out)
+
+
+def _above(folder: str | Path) -> set[tuple[int, int]]:
+    """The folders that `folder` lies in: those of its path as it is written, and those of where links lead."""
+    parts = Path(folder).absolute().parts
+    start = max((place for place, part in enumerate(parts, 1) if part == ".."), default=1)
+    written = Path(os.path.realpath(Path(*parts[:start])), *parts[start:])  # what is behind the last ..
+    return {_identity(parent) for path in (written, Path(os.path.realpath(folder))) for parent in path.parents}
 
 
 def _identity(folder: str | Path) -> tuple[int, int]:
