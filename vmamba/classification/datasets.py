@@ -171,7 +171,7 @@ def _folders(config: CfgNode, training: bool, tell: bool) -> Source:
 def _classes(root: Path, split: str, left_out: LeftOut) -> list[str]:
     folder = root / split
     if what_is(folder) != "folder":
-        hint = "; for archives add --zip" if what_is(root / f"{split}.zip") == "file" else ""
+        hint = "; for archives set DATA.ZIP_MODE true (--zip)" if what_is(root / f"{split}.zip") == "file" else ""
         raise UserError(f"data path '{printable(root)}' has no {split}/ folder: {contents(root)}{hint}")
     classes, files = listing(folder)
     known = suffixes()
@@ -260,5 +260,6 @@ def _check_class_count(what: str, classes: int, config: CfgNode, training: bool)
     if classes != config.MODEL.NUM_CLASSES:
         raise UserError(
             f"{what} has {classes} {'class' if classes == 1 else 'classes'}, but MODEL.NUM_CLASSES is "
-            f"{config.MODEL.NUM_CLASSES}; add --opts MODEL.NUM_CLASSES {classes} or choose another data path"
+            f"{config.MODEL.NUM_CLASSES}; set it to {classes} (main.py: --opts MODEL.NUM_CLASSES {classes}) or choose "
+            "another data path"
         )
