@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vmamba.analysis import images, zoo
-from vmamba.analysis.attention import find_mixer
+from vmamba.analysis.attention import find_block
 from vmamba.analysis.plotting import STYLE, new_figure, save_figure
 from vmamba.analysis.tables import write_tensors
 from vmamba.errors import UserError
@@ -52,15 +52,13 @@ def gradcam(
 
 def class_map(model: nn.Module, layer: str, inputs: Tensor, target: int) -> Tensor:
     """(H, W) of the image, from 0 to 1: what of the output of block `layer` speaks for class `target`."""
+    block = find_block(model, layer)
     try:
         from pytorch_grad_cam import GradCAM
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
     except ImportError as error:
         raise UserError("Grad-CAM needs the package grad-cam; pip install -e '.[analysis]'") from error
-    find_mixer(model, layer)  # says what is wrong with the name
-    stage, block = layer.split(".")
-    blocks = model.layers[int(stage)].blocks
-    with GradCAM(model, [blocks[int(block)]], reshape_transform=lambda x: x.permute(0, 3, 1, 2)) as cam:
+    with GradCAM(model, [block], reshape_transform=lambda x: x.permute(0, 3, 1, 2)) as cam:
         return torch.from_numpy(cam(inputs, [ClassifierOutputTarget(target)])[0])
 
 
