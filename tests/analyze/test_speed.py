@@ -82,6 +82,23 @@ def test_the_models_take_turns_and_the_median_counts(monkeypatch):
     assert (first.gmacs, second.gmacs) == (1, 2)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_channels_last_are_the_images_and_the_weights(channels_last, monkeypatch, tmp_path):
+    seen = []
+
+    def peek(work, model, device):
+        model.conv1.register_forward_hook(lambda module, images, _: seen.extend([images[0], module.weight]))
+        work()
+
+    monkeypatch.setattr(speed, "peak_memory_mb", peek)
+    settings = dict(models=["resnet18"], modes=["train"], sizes=[64], relative_to=None, repeats=1)
+    speed.throughput(**SETTINGS | settings | dict(channels_last=channels_last, output=str(tmp_path)))
+    assert len(seen) >= 4
+    assert all(tensor.is_contiguous(memory_format=torch.channels_last) == channels_last for tensor in seen)
+    layout = "channels-last images and weights" if channels_last else "PyTorch's default layout"
+    assert f", {layout}, " in (tmp_path / "throughput.md").read_text()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_step_does_what_its_mode_says(dtype):
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))

@@ -44,6 +44,7 @@ class Case:
     dtype: str  # of autocast; float32: none
     mode: str  # forward: without gradients; train: forward, cross-entropy, backward, AdamW
     batch: int | None
+    channels_last: bool = False  # the images
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def throughput(
         modes: of `MODES`.
         relative_to: the model that ratios are given to; None: the first.
         compile: of `COMPILE_MODES`; None: not compiled.
-        channels_last: give convolutions channels-last weights.
+        channels_last: give the models channels-last images and weights.
         backend: of our models' scans.
         warm_up, repeats: steps before the timed ones, and these.
         markdown: one more file for the table.
@@ -106,7 +107,7 @@ def throughput(
             model = zoo.create(name, size, backend=backend).model
             subjects[name] = model.to(memory_format=torch.channels_last) if channels_last else model
         gmacs = {name: complexity(model, size).macs / 1e9 for name, model in subjects.items()}
-        for case in _cases(size, dtypes, modes, batch_sizes):
+        for case in _cases(size, dtypes, modes, batch_sizes, channels_last):
             new = compare(
                 subjects,
                 case,
@@ -197,6 +198,8 @@ def compare(
 def build_step(model: nn.Module, case: Case, batch: int, device: torch.device) -> Callable[[], object]:
     """One step of `case` on random images, as a function to be called again and again."""
     images = torch.randn(batch, _in_chans(model), case.size, case.size, device=device)
+    if case.channels_last:
+        images = images.to(memory_format=torch.channels_last)
     targets = torch.zeros(batch, dtype=torch.long, device=device)
     autocast = torch.autocast(device.type, DTYPES[case.dtype], enabled=case.dtype != "float32")
     training = case.mode == "train"
@@ -277,9 +280,11 @@ def plot(timings: Sequence[Timing], device: str, path: Path) -> None:
         save_figure(figure, path)
 
 
-def _cases(size: int, dtypes: Sequence[str], modes: Sequence[str], batches: Sequence[int | None]) -> list[Case]:
+def _cases(
+    size: int, dtypes: Sequence[str], modes: Sequence[str], batches: Sequence[int | None], channels_last: bool
+) -> list[Case]:
     return [
-        Case(size, dtype, mode, batch)
+        Case(size, dtype, mode, batch, channels_last)
         for mode in modes
         for dtype in dtypes
         for batch in dict.fromkeys([1, *batches] if mode == "forward" else batches)
@@ -309,7 +314,7 @@ def _row(timing: Timing) -> dict[str, Any]:
 
 def _page(timings: Sequence[Timing], settings: dict[str, Any]) -> str:
     compiled = f"torch.compile ({settings['compile']}), " if settings["compile"] else ""
-    layout = "channels-last images" if settings["channels_last"] else "PyTorch's default layout"
+    layout = "channels-last images and weights" if settings["channels_last"] else "PyTorch's default layout"
     return (
         f"# Throughput\n\n"
         f"{settings['device']}, PyTorch {settings['torch']}, {compiled}{layout}, backend {settings['backend']}, "
