@@ -203,7 +203,7 @@ def remove(path: Path) -> None:
         (lambda root: [remove(f) for f in (root / "train").iterdir()], "has no folder of a class: it holds nothing"),
         (
             lambda root: (root / "train" / "owl").mkdir(),
-            r"has 3 classes, but MODEL.NUM_CLASSES is 2; set it to 3 \(main",
+            r"has 3 classes \(cat, dog, owl\), but MODEL.NUM_CLASSES is 2; set it to 3 \(main",
         ),
         (
             lambda root: [
@@ -211,6 +211,10 @@ def remove(path: Path) -> None:
                 (root / "train" / "dog").symlink_to(".."),
             ],
             r"no image in class dog \(left out: 1 linked to a folder it lies in \('.*/dog'\)\); fill",
+        ),
+        (
+            lambda root: [(root / "train" / name).mkdir() for name in ("~", "a", "b", "c", "@")],
+            r"has 7 classes \(@, a, b, c, cat, ..., ~\), but MODEL.NUM_CLASSES is 2",
         ),
         (lambda root: (root / "train" / "owl").symlink_to(root / "gone"), "owl' is a link that leads nowhere; mend"),
     ],
@@ -227,25 +231,47 @@ def test_what_broken_training_folders_say(tmp_path, break_it, message):
 
 def test_systems_folders_and_hidden_files_are_no_classes_and_no_images(tmp_path, caplog):
     make_folders(tmp_path)
-    for file in ("__MACOSX/cat/0.png", "@eaDir/0.png", "cat/@eaDir/0.png", "cat/._0.png", "dog/.0.png"):
+    for file in (
+        "__MACOSX/cat/0.png",
+        "@tmp/0.png",
+        "~snapshot/0.png",
+        "Network Trash Folder/0.png",
+        "@eaDir/0.png",
+        "cat/@eaDir/0.png",
+        "cat/._0.png",
+        "dog/.0.png",
+    ):
         path = tmp_path / "train" / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("no image")
     (tmp_path / "train" / "cat" / "up").symlink_to("..")
+    (tmp_path / "train" / ".c").symlink_to("nowhere")
     source = opened(tmp_path)
     assert len(source) == 4 and [pixels(source, i) for i in range(4)]
 
 
 def test_what_is_left_out_is_told_once_with_its_number(tmp_path, caplog):
     make_folders(tmp_path)
-    for name in ("cat/a.heic", "dog/b.HEIC", "dog/c.xml", "dog/d.jfif", "e.png"):
-        (tmp_path / "train" / name).touch()
+    for name in (
+        "cat/a.heic",
+        "dog/a.heic",
+        "dog/b.HEIC",
+        "dog/c.xml",
+        "dog/d.jfif",
+        "e.png",
+        ".net/f.png",
+        "dog/.more/g.png",
+    ):
+        path = tmp_path / "train" / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
     for rank in (0, 1, 2):
         assert len(opened(tmp_path, rank=rank, world_size=3)) == 5
     (record,) = caplog.records
     sentence = record.getMessage()
-    assert record.name == "vmamba" and sentence.startswith(f"left out of '{tmp_path / 'train'}': 2 .heic ('")
-    assert "1 .xml ('" in sentence and f"1 beside the folders of classes ('{tmp_path / 'train' / 'e.png'}')" in sentence
+    assert record.name == "vmamba" and sentence.startswith(f"left out of '{tmp_path / 'train'}': 3 .heic ('")
+    assert f"2 hidden folder ('{tmp_path / 'train' / '.net'}', ...)" in sentence and "1 .xml ('" in sentence
+    assert f"1 beside the folders of classes ('{tmp_path / 'train' / 'e.png'}')" in sentence
     opened(tmp_path, training=False)
     assert len(caplog.records) == 1
 
@@ -309,6 +335,14 @@ def test_validation_must_have_the_same_classes(tmp_path):
     make_folders(tmp_path, train=("cat", "dog"), val=("cat", "eel", "fox"))
     message = "other classes in val/ than in train/; only in val/: eel, fox; only in train/: dog"
     with pytest.raises(UserError, match=message):
+        opened(tmp_path, training=False)
+
+
+def test_classes_that_look_the_same_are_told_apart(tmp_path):
+    make_folders(tmp_path, train=("caf\u00e9", "dog"), val=("cafe\u0301", "dog"))
+    if len(list(tmp_path.rglob("caf\u00e9"))) > 1:
+        pytest.skip("this file system takes both for one name")
+    with pytest.raises(UserError, match=r"in train/: café; some look the same in other Unicode forms \(NFC, NFD\): re"):
         opened(tmp_path, training=False)
 
 

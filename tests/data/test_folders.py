@@ -20,6 +20,10 @@ def below(root: Path, left_out: LeftOut | None = None) -> list[str]:
     return [Path(path).relative_to(root).as_posix() for path in image_files(root, left_out)]
 
 
+def look_into(folder: Path) -> None:
+    listing(folder, LeftOut())
+
+
 def deny(monkeypatch, name: str, number: int = errno.EACCES) -> None:
     """Let the system refuse to list or to look at what is called `name`; root may read everything."""
 
@@ -57,8 +61,22 @@ def test_what_systems_put_beside_images_is_passed_over(tmp_path):
     )
     left_out = LeftOut()
     assert below(tmp_path, left_out) == ["1.png", "a/4.png"]
-    assert str(left_out) == f"1 hidden ('{tmp_path / '._1.png'}')"
-    assert listing(tmp_path) == (["a"], ["._1.png", "1.png"])
+    assert left_out.examples == {
+        "hidden image": str(tmp_path / "._1.png"),
+        "hidden folder": str(tmp_path / ".cache"),
+    }
+    assert listing(tmp_path, LeftOut()) == (["a"], ["._1.png", "1.png"])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_what_would_keep_its_reader_waiting_is_left_out_and_told(tmp_path):
+    make(tmp_path, "1.png")
+    os.mkfifo(tmp_path / "p.png")
+    for name, target in {"2.png": "1.png", "3.png": "p.png", "4.png": "/dev/zero", "5.png": "gone.png"}.items():
+        (tmp_path / name).symlink_to(target)
+    left_out = LeftOut()
+    assert below(tmp_path, left_out) == ["1.png", "2.png", "5.png"]
+    assert left_out.counts == {"pipe or device": 3}
 
 
 def test_links_are_followed_but_not_back_up(tmp_path):
@@ -102,7 +120,7 @@ def test_a_folder_that_links_to_where_it_lies_holds_nothing(tmp_path, target, th
 def test_a_folder_that_may_not_be_read_is_named_wherever_it_is(tmp_path, monkeypatch):
     make(tmp_path, "a/b/1.png")
     deny(monkeypatch, "b")
-    for look in (image_files, listing, contents):
+    for look in (image_files, look_into, contents):
         folder = tmp_path if look is image_files else tmp_path / "a" / "b"
         with pytest.raises(UserError, match="cannot read '.*a/b': Permission denied; make it readable"):
             look(folder)
@@ -110,7 +128,7 @@ def test_a_folder_that_may_not_be_read_is_named_wherever_it_is(tmp_path, monkeyp
 
 def test_a_link_in_a_circle_is_named(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
-    for look in (lambda: listing(tmp_path), lambda: what_is(tmp_path / "loop")):
+    for look in (lambda: listing(tmp_path, LeftOut()), lambda: what_is(tmp_path / "loop")):
         with pytest.raises(UserError, match="cannot read '.*loop': Too many levels of symbolic links"):
             look()
 
