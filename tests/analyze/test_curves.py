@@ -142,3 +142,43 @@ def test_what_is_no_run_is_said(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing of training\n")
     with pytest.raises(UserError, match=r"notes.txt' has no epoch"):
         read_run(tmp_path / "notes.txt")
+
+
+DAMAGED = [
+    (LOG[1].replace("2024-01-01", "2024-13-01"), "'2024-13-01 10:00:00' is no date or number in the line '.2024-13-01"),
+    (LOG[1].replace("lr 1e-06", "lr 1.2.3"), "'1.2.3' is no date or number in the line"),
+    (LOG[1].replace("(7.1)", "(7,1)"), "'7,1' is no date or number in the line"),
+    (LOG[1].replace("grad_norm 1.5", "grad_norm 1.5\x00"), r"'1.5\\x00' is no date or number in the line"),
+]
+
+
+@pytest.mark.parametrize(("line", "sentence"), DAMAGED)
+def test_a_damaged_line_of_a_log_is_named(line, sentence, tmp_path):
+    assert line != LOG[1]
+    path = tmp_path / "log_rank0.txt"
+    path.write_text("\n".join([*LOG, line]))
+    with pytest.raises(UserError, match=f"{sentence}.*' of {path}; mend or remove it"):
+        read_run(path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"seconds": None}, "metrics.jsonl' has None for seconds in the round of epoch 1, which is no number; mend"),
+        ({"epoch": "one", "step": 1}, "has 'one' for epoch in the round of epoch 'one', which is no number"),
+        ({"lr": "1e-3"}, "has '1e-3' for lr in the round of epoch 1"),
+        ({"loss": [2.0]}, r"has \[2.0\] for val_loss in the round of epoch 1"),
+    ],
+)
+def test_a_damaged_round_is_named(changed, sentence, tmp_path):
+    entry = {"epoch": 1, "train_loss": 2.0, "acc1": None, "seconds": 3600}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(entry | changed) + "\n")
+    with pytest.raises(UserError, match=sentence):
+        read_run(tmp_path)
+
+
+def test_bytes_of_a_log_that_are_no_text_do_not_matter(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "train_loss": 2.0, "seconds": 3600}) + "\n")
+    step = LOG[1].encode()
+    (tmp_path / "log.txt").write_bytes(b"of a user called \xe9\n" + step + b"\n")
+    assert read_run(tmp_path)["grad_norm"] == [(0, 0, 1.5)]

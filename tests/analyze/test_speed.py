@@ -131,7 +131,16 @@ def test_what_does_not_fit_has_no_time(monkeypatch):
     [
         ({"models": ["resnt18"]}, "did you mean 'resnet18'"),
         ({"relative_to": "resnet50"}, "model in --relative-to 'resnet50'"),
+        ({"models": ["resnet18.nope"]}, "unknown model 'resnet18.nope'; did you mean 'resnet18"),
+        ({"models": ["vmamba_tiny.pth"]}, "unknown model 'vmamba_tiny.pth'; did you mean 'vmamba_tiny"),
         ({"device": "cuda:77"}, "--device cuda:77"),
+        ({"device": "meta"}, "--device meta holds no numbers to compute with; use cpu"),
+        ({"device": "vulkan"}, "--device vulkan is not to be had .[^\n]{,100}; use cpu"),
+        ({"device": "hpu"}, r"--device hpu is not to be had \([^\n]+\); use cpu"),
+        (
+            {"models": ["resnet18"], "sizes": [32], "modes": ["train"], "batch_sizes": [1]},
+            r"resnet18 cannot train with batches of 1 image of 32 pixels \(Expected more than 1 value .*\); give other",
+        ),
     ],
 )
 def test_what_the_user_can_mend(changed, sentence, tmp_path):

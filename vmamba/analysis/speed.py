@@ -21,7 +21,7 @@ from vmamba.analysis import zoo
 from vmamba.analysis.plotting import STYLE, line_style, new_figure, save_figure
 from vmamba.analysis.tables import markdown as markdown_table
 from vmamba.analysis.tables import parameters, write_json
-from vmamba.errors import unknown
+from vmamba.errors import UserError, unknown
 from vmamba.files import write_text
 from vmamba.models.compilation import COMPILE_MODES
 from vmamba.models.flops import complexity
@@ -94,7 +94,7 @@ def throughput(
         warm_up, repeats: steps before the timed ones, and these.
         markdown: one more file for the table.
 
-    Raises UserError for a model that is unknown or does not take a size.
+    Raises UserError for a model that is unknown or does not take a size or a batch.
     """
     reference = relative_to or models[0]
     if reference not in models:
@@ -168,6 +168,11 @@ def compare(
             steps[name] = step
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
+        except ValueError as error:  # of a batch norm that is given one value a channel
+            raise UserError(
+                f"{name} cannot {case.mode} with batches of {counted(batches[name], 'image')} of {case.size} pixels "
+                f"({error}); give other --batch-sizes, --sizes or --modes"
+            ) from error
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
