@@ -142,6 +142,7 @@ def recorded_steps(model: nn.Module) -> Iterator[dict[int, list[Step]]]:
             )
             kernel = dilation * (side - 1) + 1
             if stride > 1:
+                padding = _padding_in_front(module, args[0].shape[axis], output.shape[axis], kernel, stride, padding)
                 shift = (kernel - 1) / 2 - padding - (stride - 1) / 2
                 steps[axis].append(Step(args[0].shape[axis], stride, kernel, shift))
 
@@ -152,6 +153,18 @@ def recorded_steps(model: nn.Module) -> Iterator[dict[int, list[Step]]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _padding_in_front(module: nn.Module, pixels: int, cells: int, kernel: int, stride: int, padding: int) -> int:
+    """What a convolution or pool put before the first of `pixels`.
+
+    It is `padding`, as the module says, unless that does not give so many `cells`: then the module pads by itself as
+    TensorFlow does ("SAME", timm's tf_ models), half of what the cells need in front, the odd pixel behind.
+    """
+    as_told = (pixels + 2 * padding - kernel) // stride + 1
+    if cells == as_told or getattr(module, "ceil_mode", False):
+        return padding
+    return ((cells - 1) * stride + kernel - pixels) // 2
 
 
 def centre(steps: dict[int, list[Step]], axis: int, pixels: int, cells: int) -> float:
