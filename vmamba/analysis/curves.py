@@ -16,7 +16,7 @@ from vmamba.analysis.plotting import STYLE, new_figure, save_figure
 from vmamba.analysis.tables import parameters, write_json
 from vmamba.config import get_config
 from vmamba.errors import UserError
-from vmamba.files import cannot_read
+from vmamba.files import cannot_read, check_writable
 from vmamba.runtime.records import read_metrics
 from vmamba.text import printable
 
@@ -55,6 +55,7 @@ def curves(
 
     Returns the series of each run.  Raises UserError for a run that is not there or has nothing to draw.
     """
+    check_writable(Path(output, "curves.json"))
     found = {_name(run, runs): read_run(Path(run)) for run in runs}
     labels = {name: f"{name}: {describe(Path(run))}" for name, run in zip(found, runs, strict=True)}
     plot(found, labels, by, smooth, Path(output) / "curves")

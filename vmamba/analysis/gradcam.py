@@ -13,6 +13,7 @@ from vmamba.analysis.attention import find_block
 from vmamba.analysis.plotting import STYLE, new_figure, save_figure
 from vmamba.analysis.tables import write_tensors
 from vmamba.errors import UserError
+from vmamba.files import check_writable
 
 
 def gradcam(
@@ -32,6 +33,7 @@ def gradcam(
     `output`, and returns the maps, (layers, size, size), of values in 0..1.
     Raises UserError for an unknown model or layer, a class that is not there, or where grad-cam is not installed.
     """
+    check_writable(Path(output, "gradcam.pt"))
     subject = zoo.create(model, size, weights) if weights else zoo.create_untrained(model, size, None)
     place = zoo.choose_device(device)
     photograph = images.square(image, size)

@@ -23,7 +23,7 @@ from vmamba.analysis import images, zoo
 from vmamba.analysis.plotting import STYLE, new_figure, save_figure
 from vmamba.analysis.tables import markdown, write_json, write_tensors
 from vmamba.errors import UserError
-from vmamba.files import write_text
+from vmamba.files import check_writable, write_text
 from vmamba.text import counted
 
 MODELS = ("vmamba_tiny_s1l8", "swin_tiny_patch4_window7_224", "convnext_tiny", "resnet50", "deit_small_patch16_224")
@@ -48,6 +48,7 @@ def erf(
     Raises UserError for unknown models, weights that do not fit, images that cannot be read.
     """
     place = zoo.choose_device(device)
+    check_writable(Path(output, "erf.json"))
     photographs = images.squares(images_from, num_images, size)
     columns = []  # a model each: its subjects and their maps
     rows = []

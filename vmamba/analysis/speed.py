@@ -22,7 +22,7 @@ from vmamba.analysis.plotting import STYLE, line_style, new_figure, save_figure
 from vmamba.analysis.tables import markdown as markdown_table
 from vmamba.analysis.tables import parameters, write_json
 from vmamba.errors import UserError, unknown
-from vmamba.files import write_text
+from vmamba.files import check_writable, write_text
 from vmamba.models.compilation import COMPILE_MODES
 from vmamba.models.flops import complexity
 from vmamba.models.vssm import VSSM
@@ -99,6 +99,7 @@ def throughput(
     reference = relative_to or models[0]
     if reference not in models:
         raise unknown("model in --relative-to", reference, models)
+    check_writable(*filter(None, [Path(output, "throughput.json"), markdown]))
     place = zoo.choose_device(device)
     timings = []
     for size in sizes:
