@@ -6,6 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from vmamba.analysis.curves import curves, describe, read_log, read_run
+from vmamba.analysis.plotting import COLOURS
 from vmamba.errors import UserError
 from vmamba.runtime.records import read_metrics
 
@@ -104,6 +105,20 @@ def test_the_legend_of_many_runs_covers_no_curve(drawn, tmp_path):
     for axes in figure.axes:
         assert axes.get_legend() is None
         assert not any(axes.get_window_extent().overlaps(legend) for legend in legends)
+
+
+@pytest.mark.parametrize("count", [2, 9])
+def test_no_two_runs_are_drawn_alike(count, drawn, tmp_path):
+    entry = {"epoch": 1, "seconds": 60, "train_loss": 2.0}
+    lines = "".join(json.dumps(entry | {"epoch": epoch}) + "\n" for epoch in range(1, 5))
+    for number in range(count):
+        (tmp_path / f"{number}").mkdir()
+        (tmp_path / f"{number}" / "metrics.jsonl").write_text(lines)
+    curves([str(tmp_path / f"{number}") for number in range(count)], output=str(tmp_path))
+    styles = [(line.get_color(), line.get_marker()) for line in drawn[0].axes[0].lines]
+    assert len(set(styles)) == len(styles) == count
+    assert {colour for colour, _ in styles} <= {*COLOURS}
+    assert styles == [(line.get_color(), line.get_marker()) for line in drawn[0].legends[0].get_lines()]
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,7 @@ def test_what_does_not_fit_has_no_time(monkeypatch):
         ({"models": ["resnet18.nope"]}, "unknown model 'resnet18.nope'; did you mean 'resnet18"),
         ({"models": ["vmamba_tiny.pth"]}, "unknown model 'vmamba_tiny.pth'; did you mean 'vmamba_tiny"),
         ({"device": "cuda:77"}, "--device cuda:77"),
+        ({"compile": "cudagraphs"}, "--compile cudagraphs needs a GPU, and this runs on cpu; leave it out"),
         ({"device": "meta"}, "--device meta holds no numbers to compute with; use cpu"),
         ({"device": "vulkan"}, "--device vulkan is not to be had .[^\n]{,100}; use cpu"),
         ({"device": "hpu"}, r"--device hpu is not to be had \([^\n]+\); use cpu"),

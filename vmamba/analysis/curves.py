@@ -12,7 +12,7 @@ from matplotlib import rc_context
 from matplotlib.lines import Line2D
 
 from vmamba.analysis import zoo
-from vmamba.analysis.plotting import STYLE, new_figure, save_figure
+from vmamba.analysis.plotting import COLOURS, STYLE, line_style, new_figure, save_figure
 from vmamba.analysis.tables import parameters, write_json
 from vmamba.config import get_config
 from vmamba.errors import UserError
@@ -156,11 +156,15 @@ def _ours(folder: Path) -> dict[str, Series]:
 
 
 def plot(runs: dict[str, dict[str, Series]], labels: dict[str, str], by: str, smooth: int, path: Path) -> None:
-    """A panel for each of `PANELS`, a colour a run, which the legend calls by its label."""
+    """A panel for each of `PANELS`, a colour a run, which the legend calls by its label; of more runs than colours, a
+    colour and a marker."""
     unit, seconds = "epoch", 1
     if by == "time":
         latest = 3600 * max(hours for series in runs.values() for points in series.values() for _, hours, _ in points)
         unit, seconds = max((unit for unit in UNITS if latest >= 2 * unit[1]), key=itemgetter(1), default=UNITS[0])
+    styles = [line_style(number) for number in range(len(runs))]
+    if len(runs) <= len(COLOURS):  # colours alone tell them apart
+        styles = [{"color": style["color"]} for style in styles]
     drawn = {}  # kinds of lines: what they are
     with rc_context(STYLE):
         figure = new_figure(11, 3.4 + 0.17 * len(runs))
@@ -171,15 +175,16 @@ def plot(runs: dict[str, dict[str, Series]], labels: dict[str, str], by: str, sm
                     if points:
                         epochs, hours, values = zip(*points, strict=True)
                         along = epochs if by == "epoch" else [3600 * moment / seconds for moment in hours]
-                        marker = "." if len(points) < 3 else None
-                        axes.plot(along, values, line, color=f"C{number}", marker=marker)
+                        marker = styles[number].get("marker") or ("." if len(points) < 3 else None)
+                        every = max(1, len(points) // 8)
+                        axes.plot(along, values, line, color=styles[number]["color"], marker=marker, markevery=every)
                         drawn[line] = what
             axes.set(title=title, xlabel=unit)
             axes.ticklabel_format(axis="y", scilimits=(-3, 4))
             axes.grid(alpha=0.3)
             if not axes.lines:
                 axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center")
-        colours = [Line2D([], [], color=f"C{number}", label=label) for number, label in enumerate(labels.values())]
+        colours = [Line2D([], [], **style, label=label) for style, label in zip(styles, labels.values(), strict=True)]
         figure.legend(handles=colours, loc="outside lower left", fontsize=8)
         kinds = [Line2D([], [], color="black", linestyle=line, label=what) for line, what in drawn.items()]
         figure.legend(handles=kinds, loc="outside upper right", ncols=len(kinds), fontsize=8)

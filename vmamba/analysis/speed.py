@@ -101,6 +101,8 @@ def throughput(
         raise unknown("model in --relative-to", reference, models)
     check_writable(*filter(None, [Path(output, "throughput.json"), markdown]))
     place = zoo.choose_device(device)
+    if compile == "cudagraphs" and place.type != "cuda":
+        raise UserError(f"--compile cudagraphs needs a GPU, and this runs on {place.type}; leave it out")
     timings = []
     for size in sizes:
         subjects = {}
