@@ -31,7 +31,6 @@ PANELS = {  # panel -> its series, each a key, a kind of line and what that line
     "learning rate": {"lr": ("-", "training")},
     "gradient norm": {"grad_norm": ("-", "training")},
 }
-OLDER = {"loss": "val_loss", "ema_loss": "ema_val_loss"}  # keys of metrics.jsonl until November 2026
 UNITS = (("seconds", 1), ("minutes", 60), ("hours", 3600), ("days", 86400))
 
 # What a step's line says, in our log.txt and in the logs of Swin and of the released VMamba.
@@ -136,7 +135,7 @@ def _ours(folder: Path) -> dict[str, Series]:
     series: dict[str, Series] = {key: [] for keys in PANELS.values() for key in keys}
     seconds = 0.0
     for entry in read_metrics(folder / "metrics.jsonl"):
-        entry = {OLDER.get(key, key): value for key, value in entry.items() if value is not None}
+        entry = {key: value for key, value in entry.items() if value is not None}
         for key in ("epoch", "seconds", *(series.keys() & entry.keys())):
             if not isinstance(entry.get(key), (int, float)):
                 raise UserError(
