@@ -136,7 +136,7 @@ def _ours(folder: Path) -> dict[str, Series]:
     seconds = 0.0
     for entry in read_metrics(folder / "metrics.jsonl"):
         entry = {key: value for key, value in entry.items() if value is not None}
-        for key in ("epoch", "seconds", *(series.keys() & entry.keys())):
+        for key in ("seconds", *(series.keys() & entry.keys())):
             if not isinstance(entry.get(key), (int, float)):
                 raise UserError(
                     f"'{folder / 'metrics.jsonl'}' has {entry.get(key)!r:.60} for {key} in the round of epoch "
