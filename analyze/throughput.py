@@ -31,7 +31,7 @@ def parser() -> Parser:
         choices=COMPILE_MODES,
         help="torch.compile every model; cudagraphs launches its kernels as they are as CUDA graphs (default: not)",
     )
-    parser.flag("--channels-last", action="store_true", help="channels-last convolution weights")
+    parser.flag("--channels-last", action="store_true", help="channels-last images and weights of convolutions")
     parser.flag("--backend", help="of our models' scans")
     parser.flag("--warm-up", type=whole(1), metavar="STEPS", help="steps before the timed ones")
     parser.flag("--repeats", type=whole(1), metavar="STEPS", help="timed steps, of which the median counts")

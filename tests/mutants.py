@@ -154,8 +154,8 @@ MUTANTS = (
     Mutant(
         "the newest file resumed, not the furthest state",
         "vmamba/runtime/checkpoint.py",
-        'states.append((content.get("step", 0), recorded, path.name == LAST, path))',
-        "states.append((path.stat().st_mtime_ns, recorded, path.name == LAST, path))",
+        "states.append((_position(content), name == LAST, path))",
+        "states.append((path.stat().st_mtime_ns, name == LAST, path))",
         "tests/runtime/test_checkpoint.py",
     ),
     Mutant(

@@ -1,11 +1,15 @@
 """Files that one process holds at a time, on systems with and without POSIX's locks."""
 
+import os
 import sys
 import threading
 import time
 import types
 
+import pytest
+
 from vmamba import files
+from vmamba.errors import UserError
 
 
 def test_one_at_a_time_whoever_comes_and_goes(tmp_path):
@@ -42,3 +46,16 @@ def test_without_posix_windows_locks_are_waited_for(tmp_path, monkeypatch):
     with files.held(tmp_path / "lock"):
         assert (tmp_path / "lock").exists()
     assert asked == [(1, 1)] * 3
+
+
+def test_that_a_file_cannot_be_written_is_known_before_it_is(tmp_path, monkeypatch):
+    files.check_writable(tmp_path / "new" / "folder" / "file", str(tmp_path / "other"))
+    assert (tmp_path / "new" / "folder").is_dir() and not (tmp_path / "other").exists()
+    with pytest.raises(UserError, match="cannot write '.*new': it is a folder; free"):
+        files.check_writable(tmp_path / "new")
+    (tmp_path / "other").touch()
+    with pytest.raises(UserError, match="cannot write '.*other': "):
+        files.check_writable(tmp_path / "other" / "file")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(UserError, match="cannot write '.*file': Permission denied; free"):
+        files.check_writable(tmp_path / "file")

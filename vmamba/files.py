@@ -1,6 +1,7 @@
 """Files written wholly or not at all, or held by one process at a time; text in the encodings it comes in."""
 
 import codecs
+import errno
 import os
 import re
 import secrets
@@ -55,6 +56,19 @@ def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     make_folder(path.parent)
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def check_writable(*paths: str | Path) -> None:
+    """That files can be written at `paths`, before hours go into what they will hold; their folders are made.
+
+    Raises UserError as writing them would.
+    """
+    for path in map(Path, paths):
+        make_folder(path.parent)
+        if path.is_dir():
+            raise cannot_write(path, IsADirectoryError(errno.EISDIR, "it is a folder"))
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise cannot_write(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 def make_folder(path: str | Path) -> None:

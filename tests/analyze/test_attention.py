@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vmamba import create_model
-from vmamba.analysis.attention import activation_map, find_mixer, maps, mean_matrix, routes, scan_input
+from vmamba.analysis.attention import activation_map, find_block, maps, mean_matrix, routes, scan_input
 from vmamba.errors import UserError
 from vmamba.models.ss2d import SS2D, SSD2D
 from vmamba_kernels import ROUTES, cross_merge, cross_selective_scan, cross_ssd
@@ -61,7 +61,7 @@ def test_the_routes_together_and_the_skip_are_what_the_module_computes(mixer):
 def test_the_hook_sees_what_the_scan_is_given():
     torch.manual_seed(0)
     model = create_model("vmamba_digits", num_classes=10, in_chans=1).eval().requires_grad_(False)
-    mixer = find_mixer(model, "1.0")
+    mixer = find_block(model, "1.0").op
     given = []
     scan = mixer.scan
     mixer.scan = lambda x: given.append(x) or scan(x)
@@ -122,7 +122,7 @@ def test_the_door_writes_figure_and_numbers(digits_run, tmp_path):
         ({"at": (1.5, 0.0)}, "from 0 to 1"),
         ({"channels": [99]}, "no channel 99"),
         ({"channels": [None, 1]}, "names mean and others"),
-        ({"model": "resnet18"}, "ResNet has no scan"),
+        ({"model": "resnet18"}, "ResNet is none of our models, whose blocks are drawn; name one"),
         ({"image": "absent.jpg"}, "cannot read 'absent.jpg'"),
     ],
 )

@@ -21,6 +21,7 @@ from vmamba.analysis.speed import throughput
 from vmamba.analysis.summary import summary
 from vmamba.analysis.tables import parameters
 from vmamba.config import get_config, save_config
+from vmamba.errors import UserError
 from vmamba.models.variants import VARIANTS, build_model
 from vmamba.text import counted
 
@@ -172,6 +173,35 @@ def test_of_timms_weights_the_tag_is_told_and_of_a_file_nothing(tmp_path, monkey
     assert label == "weights mine.pth, trained on unknown data (1,000 classes)"
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **options: build(name, **options))
     assert zoo.create("resnet10t", 32, "pretrained").weights == "timm's weights c3_in1k (1,000 classes)"
+
+
+def test_timms_weights_that_cannot_be_downloaded_are_a_sentence(monkeypatch):
+    build = timm.create_model
+
+    def offline(name, pretrained, **options):
+        if pretrained:
+            raise FileNotFoundError("cannot find the file on the Hub\nand no cached copy")
+        return build(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    message = r"cannot download timm's weights of resnet10t \(cannot find the file on the Hub\); give a file of them"
+    with pytest.raises(UserError, match=message):
+        zoo.create("resnet10t", 32, "pretrained")
+
+
+def test_a_file_that_does_not_fit_one_of_timms_models_says_where(flowers, tmp_path):
+    with pytest.raises(UserError, match=r"last.pth' is of another architecture: \d+ missing: bn1.bias, .*unexpected"):
+        summary("resnet10t", weights=flowers, size=32)
+    with pytest.raises(UserError, match="no checkpoint 'absent.pth'"):
+        summary("resnet10t", weights="absent.pth", size=32)
+    for content in ({"model": {"a": 1}}, [1], {"epoch": 1}, torch.zeros(1)):
+        torch.save(content, tmp_path / "other.pth")
+        with pytest.raises(UserError, match="other.pth' holds no state dict"):
+            summary("resnet10t", weights=str(tmp_path / "other.pth"), size=32)
+    weights = {f"module.{name}": weight for name, weight in timm.create_model("resnet10t").state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": {}, "state_dict_ema": weights}, tmp_path / "timms.pth")
+    model = zoo.create("resnet10t", 32, tmp_path / "timms.pth").model
+    assert torch.equal(model.fc.weight, weights["module.fc.weight"])
 
 
 def test_the_untrained_model_of_a_file_has_its_classes(flowers):

@@ -6,6 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from vmamba.analysis.curves import curves, describe, read_log, read_run
+from vmamba.analysis.plotting import COLOURS
 from vmamba.errors import UserError
 from vmamba.runtime.records import read_metrics
 
@@ -106,6 +107,20 @@ def test_the_legend_of_many_runs_covers_no_curve(drawn, tmp_path):
         assert not any(axes.get_window_extent().overlaps(legend) for legend in legends)
 
 
+@pytest.mark.parametrize("count", [2, 9])
+def test_no_two_runs_are_drawn_alike(count, drawn, tmp_path):
+    entry = {"epoch": 1, "seconds": 60, "train_loss": 2.0}
+    lines = "".join(json.dumps(entry | {"epoch": epoch}) + "\n" for epoch in range(1, 5))
+    for number in range(count):
+        (tmp_path / f"{number}").mkdir()
+        (tmp_path / f"{number}" / "metrics.jsonl").write_text(lines)
+    curves([str(tmp_path / f"{number}") for number in range(count)], output=str(tmp_path))
+    styles = [(line.get_color(), line.get_marker()) for line in drawn[0].axes[0].lines]
+    assert len(set(styles)) == len(styles) == count
+    assert {colour for colour, _ in styles} <= {*COLOURS}
+    assert styles == [(line.get_color(), line.get_marker()) for line in drawn[0].legends[0].get_lines()]
+
+
 @pytest.mark.parametrize(
     ("seconds", "unit", "last"), [(30, "seconds", 60), (70, "minutes", 140 / 60), (4000, "hours", 8 / 3.6)]
 )
@@ -142,3 +157,42 @@ def test_what_is_no_run_is_said(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing of training\n")
     with pytest.raises(UserError, match=r"notes.txt' has no epoch"):
         read_run(tmp_path / "notes.txt")
+
+
+DAMAGED = [
+    (LOG[1].replace("2024-01-01", "2024-13-01"), "'2024-13-01 10:00:00' is no date or number in the line '.2024-13-01"),
+    (LOG[1].replace("lr 1e-06", "lr 1.2.3"), "'1.2.3' is no date or number in the line"),
+    (LOG[1].replace("(7.1)", "(7,1)"), "'7,1' is no date or number in the line"),
+    (LOG[1].replace("grad_norm 1.5", "grad_norm 1.5\x00"), r"'1.5\\x00' is no date or number in the line"),
+]
+
+
+@pytest.mark.parametrize(("line", "sentence"), DAMAGED)
+def test_a_damaged_line_of_a_log_is_named(line, sentence, tmp_path):
+    assert line != LOG[1]
+    path = tmp_path / "log_rank0.txt"
+    path.write_text("\n".join([*LOG, line]))
+    with pytest.raises(UserError, match=f"{sentence}.*' of {path}; mend or remove it"):
+        read_run(path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"seconds": None}, "metrics.jsonl' has None for seconds in the round of epoch 1, which is no number; mend"),
+        ({"lr": "1e-3"}, "has '1e-3' for lr in the round of epoch 1"),
+        ({"loss": [2.0]}, r"has \[2.0\] for val_loss in the round of epoch 1"),
+    ],
+)
+def test_a_damaged_round_is_named(changed, sentence, tmp_path):
+    entry = {"epoch": 1, "train_loss": 2.0, "acc1": None, "seconds": 3600}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(entry | changed) + "\n")
+    with pytest.raises(UserError, match=sentence):
+        read_run(tmp_path)
+
+
+def test_bytes_of_a_log_that_are_no_text_do_not_matter(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "train_loss": 2.0, "seconds": 3600}) + "\n")
+    step = LOG[1].encode()
+    (tmp_path / "log.txt").write_bytes(b"of a user called \xe9\n" + step + b"\n")
+    assert read_run(tmp_path)["grad_norm"] == [(0, 0, 1.5)]

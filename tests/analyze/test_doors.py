@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from vmamba.errors import UserError
+
 ROOT = Path(__file__).parents[2]
 DOORS = sorted(path.stem for path in (ROOT / "analyze").glob("[a-z]*.py"))
 
@@ -85,6 +87,25 @@ def test_a_flag_that_makes_no_sense_is_named(door, flags, sentence, parser_of, c
 def test_words_among_numbers_stand_for_none(parser_of):
     assert parser_of("throughput").parse_args(["--batch-sizes", "1", "auto"]).batch_sizes == [1, None]
     assert parser_of("activation_map").parse_args(["--channels", "0", "7"]).channels == [0, 7]
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_where_nothing_can_be_written_is_said_before_the_work(door, parser_of, monkeypatch, tmp_path):
+    def work(*_, **__):
+        raise AssertionError("it has begun")
+
+    for name in ("zoo.create", "zoo.create_untrained", "complexity.create", "curves.read_run", "images.squares"):
+        monkeypatch.setattr(f"vmamba.analysis.{name}", work)
+    function = parser_of(door).function
+    (tmp_path / "file").touch()
+    runs = [["run"]] if door == "curves" else []
+    file = "file/x" if door == "summary" else "file"
+    with pytest.raises(UserError, match="cannot write '.*file.*; free some space or choose another folder"):
+        function(*runs, output=str(tmp_path / file))
+    if door in ("summary", "throughput"):
+        flag = "output" if door == "summary" else "markdown"
+        with pytest.raises(UserError, match=f"cannot write '{tmp_path}': it is a folder"):
+            function(**{"output": str(tmp_path / "new"), flag: str(tmp_path)})
 
 
 @pytest.fixture

@@ -45,6 +45,14 @@ def test_a_class_that_is_not_there_is_named(digits_run, tmp_path):
         gradcam(model="vmamba_digits", weights=str(digits_run / "best.pth"), size=32, target=10, device="cpu")
 
 
+def test_the_blocks_are_those_of_our_models(tmp_path):
+    settings = dict(size=32, device="cpu", output=str(tmp_path))
+    with pytest.raises(UserError, match="ResNet is none of our models, whose blocks are drawn; name one of vmamba"):
+        gradcam(model="resnet10t", **settings)
+    with pytest.raises(UserError, match=r"no layer '2.0'; this model has 0.0 to 0.1, 1.0 to 1.1"):
+        gradcam(model="vmamba_digits", layers=["2.0"], **settings)
+
+
 def test_without_the_package_one_sentence_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_grad_cam", None)
     with pytest.raises(UserError, match="needs the package grad-cam"):

@@ -29,7 +29,7 @@ def test_a_folder_with_too_few_images_says_what_it_holds_besides(tmp_path):
         (tmp_path / name).touch()
     assert [image.size for image in squares(str(tmp_path), 1, 8)] == [(8, 8)]
     with pytest.raises(
-        UserError, match=r"holds 1 image of the 2 asked for \(left out: 1 hidden .*, 1 .heic .*\); lower"
+        UserError, match=r"holds 1 image of the 2 asked for \(left out: 1 hidden image .*, 1 .heic .*\); lower"
     ):
         squares(str(tmp_path), 2, 8)
     with pytest.raises(UserError, match="cannot read '.*none': No such file or directory; check that it is there"):

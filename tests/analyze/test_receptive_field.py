@@ -5,6 +5,7 @@ import json
 import pytest
 import timm
 import torch
+from timm.layers import AvgPool2dSame, Conv2dSame
 from torch import nn
 
 from vmamba import create_model
@@ -22,6 +23,10 @@ def constant(*modules: nn.Module) -> nn.Module:
 
 def conv(side: int, stride: int = 1, padding: int = 0, **options: int) -> nn.Module:
     return nn.Conv2d(2, 2, side, stride, padding, bias=False, **options)
+
+
+def same(side: int, stride: int) -> nn.Module:
+    return Conv2dSame(2, 2, side, stride, bias=False)
 
 
 @pytest.mark.parametrize(("side", "layers", "reach"), [(1, 1, 0), (3, 1, 1), (3, 2, 2), (5, 1, 2)])
@@ -56,6 +61,8 @@ LINEAR = {  # modules, and sides of images whose border the middle cells do not 
     "a later VMamba's": (lambda: [conv(3, 2, 1) for _ in range(5)], [96, 97, 128]),
     "patches": (lambda: [conv(4, 4), *(conv(2, 2) for _ in range(3))], [96, 100, 128]),
     "pools": (lambda: [nn.AvgPool2d(2), conv(4, 2, 1), nn.AvgPool2d(3, 2, 1)], [64, 72]),
+    "TensorFlow's": (lambda: [same(3, 2), AvgPool2dSame(2, 2), same(5, 2), same(3, 2), same(5, 2)], [224, 225, 230]),
+    "rounded up": (lambda: [nn.AvgPool2d(3, 2, ceil_mode=True), conv(3, 2, 1)], [64, 66]),
     "dilated": (lambda: [conv(3, 2, 2, dilation=2), conv(5, 4, 1)], [64, 72]),
 }
 
@@ -75,6 +82,7 @@ def test_the_field_of_a_linear_model_lies_about_the_image_s_centre(kind, pixels)
         (lambda: timm.create_model("resnet18"), 1 + 15.5 / 32),  # cells at 0, 32 and 64 of 96 pixels
         (lambda: timm.create_model("pvt_v2_b0"), 1 + 15.5 / 32),  # its attention has strided branches
         (lambda: timm.create_model("convnext_atto"), 1),
+        (lambda: timm.create_model("tf_efficientnet_b0"), 1 - 15.5 / 32),
         (lambda: create_model("vmamba_digits", in_chans=3), (12 - 1) / 2 + 3.5 / 8),
         (lambda: create_model("vmamba_digits", patch_embed="v1", downsample="v1"), (12 - 1) / 2),
     ],

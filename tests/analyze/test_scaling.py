@@ -1,8 +1,12 @@
 """What sizes cost and bring, and what a model is made of."""
 
 import json
+from pathlib import Path
 
 import pytest
+import timm
+import torch
+import yaml
 
 from vmamba import create_model
 from vmamba.analysis import zoo
@@ -31,6 +35,36 @@ def test_costs_grow_with_the_pixels_and_accuracy_is_that_of_the_run(digits_run, 
 def test_accuracy_needs_weights_and_data(tmp_path):
     with pytest.raises(UserError, match="needs both --weights"):
         scale(models=["vmamba_digits"], cfg="configs/vmamba_digits.yaml", output=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("model", "classes", "channels", "sentence"),
+    [
+        ("vmamba_digits", 2, 1, r"last.pth' has MODEL.NUM_CLASSES 10, but '.*other.yaml' has 2; name the config that"),
+        ("vmamba_digits", 10, 3, r"last.pth' has MODEL.IN_CHANS 1, but '.*other.yaml' has 3; name the config that"),
+        ("resnet10t", 10, 3, r"mine.pth' has MODEL.NUM_CLASSES 1000, but '.*other.yaml' has 10; name the config that"),
+    ],
+)
+def test_accuracy_is_of_weights_with_the_config_s_classes_and_channels(
+    model, classes, channels, sentence, digits_run, tmp_path
+):
+    """Ten classes' weights on a data set of two had an accuracy, two classes' on one of ten a traceback."""
+    weights = digits_run / "last.pth"
+    if model == "resnet10t":
+        weights = tmp_path / "mine.pth"
+        torch.save(timm.create_model(model).state_dict(), weights)
+    config = {"BASE": str(Path("configs/vmamba_digits.yaml").resolve())}
+    config["MODEL"] = {"NUM_CLASSES": classes, "IN_CHANS": channels}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=sentence):
+        scale(
+            models=[model],
+            sizes=[32],
+            weights=[str(weights)],
+            cfg=str(tmp_path / "other.yaml"),
+            device="cpu",
+            output=str(tmp_path),
+        )
 
 
 def test_the_stages_of_the_summary_are_the_whole_model_and_what_the_modules_are():

@@ -82,6 +82,23 @@ def test_the_models_take_turns_and_the_median_counts(monkeypatch):
     assert (first.gmacs, second.gmacs) == (1, 2)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_channels_last_are_the_images_and_the_weights(channels_last, monkeypatch, tmp_path):
+    seen = []
+
+    def peek(work, model, device):
+        model.conv1.register_forward_hook(lambda module, images, _: seen.extend([images[0], module.weight]))
+        work()
+
+    monkeypatch.setattr(speed, "peak_memory_mb", peek)
+    settings = dict(models=["resnet18"], modes=["train"], sizes=[64], relative_to=None, repeats=1)
+    speed.throughput(**SETTINGS | settings | dict(channels_last=channels_last, output=str(tmp_path)))
+    assert len(seen) >= 4
+    assert all(tensor.is_contiguous(memory_format=torch.channels_last) == channels_last for tensor in seen)
+    layout = "channels-last images and weights" if channels_last else "PyTorch's default layout"
+    assert f", {layout}, " in (tmp_path / "throughput.md").read_text()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_step_does_what_its_mode_says(dtype):
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
@@ -114,7 +131,17 @@ def test_what_does_not_fit_has_no_time(monkeypatch):
     [
         ({"models": ["resnt18"]}, "did you mean 'resnet18'"),
         ({"relative_to": "resnet50"}, "model in --relative-to 'resnet50'"),
+        ({"models": ["resnet18.nope"]}, "unknown model 'resnet18.nope'; did you mean 'resnet18"),
+        ({"models": ["vmamba_tiny.pth"]}, "unknown model 'vmamba_tiny.pth'; did you mean 'vmamba_tiny"),
         ({"device": "cuda:77"}, "--device cuda:77"),
+        ({"compile": "cudagraphs"}, "--compile cudagraphs needs a GPU, and this runs on cpu; leave it out"),
+        ({"device": "meta"}, "--device meta holds no numbers to compute with; use cpu"),
+        ({"device": "vulkan"}, "--device vulkan is not to be had .[^\n]{,100}; use cpu"),
+        ({"device": "hpu"}, r"--device hpu is not to be had \([^\n]+\); use cpu"),
+        (
+            {"models": ["resnet18"], "sizes": [32], "modes": ["train"], "batch_sizes": [1]},
+            r"resnet18 cannot train with batches of 1 image of 32 pixels \(Expected more than 1 value .*\); give other",
+        ),
     ],
 )
 def test_what_the_user_can_mend(changed, sentence, tmp_path):

@@ -5,7 +5,6 @@ import hashlib
 import io
 import os
 import pickle
-import re
 import zipfile
 from pathlib import Path
 
@@ -195,11 +194,28 @@ def remove(path: Path) -> None:
     [
         (lambda root: remove(root), "does not exist"),
         (lambda root: remove(root / "train"), "has no train/ folder: it holds val"),
-        (lambda root: [remove(root / "train"), (root / "train.zip").touch()], "for archives add --zip"),
+        (
+            lambda root: [remove(root / "train"), (root / "train.zip").touch()],
+            r"set DATA.ZIP_MODE true \(--zip\)",
+        ),
         (lambda root: (root / "train" / "dog" / "0.png").rename(root / "x"), None),
         (lambda root: [f.unlink() for f in (root / "train" / "dog").iterdir()], r"no image in class dog; fill"),
         (lambda root: [remove(f) for f in (root / "train").iterdir()], "has no folder of a class: it holds nothing"),
-        (lambda root: (root / "train" / "owl").mkdir(), "has 3 classes, but MODEL.NUM_CLASSES is 2"),
+        (
+            lambda root: (root / "train" / "owl").mkdir(),
+            r"has 3 classes \(cat, dog, owl\), but MODEL.NUM_CLASSES is 2; set it to 3 \(main",
+        ),
+        (
+            lambda root: [
+                remove(root / "train" / "dog"),
+                (root / "train" / "dog").symlink_to(".."),
+            ],
+            r"no image in class dog \(left out: 1 linked to a folder it lies in \('.*/dog'\)\); fill",
+        ),
+        (
+            lambda root: [(root / "train" / name).mkdir() for name in ("~", "a", "b", "c", "@")],
+            r"has 7 classes \(@, a, b, c, cat, ..., ~\), but MODEL.NUM_CLASSES is 2",
+        ),
         (lambda root: (root / "train" / "owl").symlink_to(root / "gone"), "owl' is a link that leads nowhere; mend"),
     ],
 )
@@ -215,25 +231,47 @@ def test_what_broken_training_folders_say(tmp_path, break_it, message):
 
 def test_systems_folders_and_hidden_files_are_no_classes_and_no_images(tmp_path, caplog):
     make_folders(tmp_path)
-    for file in ("__MACOSX/cat/0.png", "@eaDir/0.png", "cat/@eaDir/0.png", "cat/._0.png", "dog/.0.png"):
+    for file in (
+        "__MACOSX/cat/0.png",
+        "@tmp/0.png",
+        "~snapshot/0.png",
+        "Network Trash Folder/0.png",
+        "@eaDir/0.png",
+        "cat/@eaDir/0.png",
+        "cat/._0.png",
+        "dog/.0.png",
+    ):
         path = tmp_path / "train" / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("no image")
     (tmp_path / "train" / "cat" / "up").symlink_to("..")
+    (tmp_path / "train" / ".c").symlink_to("nowhere")
     source = opened(tmp_path)
     assert len(source) == 4 and [pixels(source, i) for i in range(4)]
 
 
 def test_what_is_left_out_is_told_once_with_its_number(tmp_path, caplog):
     make_folders(tmp_path)
-    for name in ("cat/a.heic", "dog/b.HEIC", "dog/c.xml", "dog/d.jfif", "e.png"):
-        (tmp_path / "train" / name).touch()
+    for name in (
+        "cat/a.heic",
+        "dog/a.heic",
+        "dog/b.HEIC",
+        "dog/c.xml",
+        "dog/d.jfif",
+        "e.png",
+        ".net/f.png",
+        "dog/.more/g.png",
+    ):
+        path = tmp_path / "train" / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
     for rank in (0, 1, 2):
         assert len(opened(tmp_path, rank=rank, world_size=3)) == 5
     (record,) = caplog.records
     sentence = record.getMessage()
-    assert record.name == "vmamba" and sentence.startswith(f"left out of '{tmp_path / 'train'}': 2 .heic ('")
-    assert "1 .xml ('" in sentence and f"1 beside the folders of classes ('{tmp_path / 'train' / 'e.png'}')" in sentence
+    assert record.name == "vmamba" and sentence.startswith(f"left out of '{tmp_path / 'train'}': 3 .heic ('")
+    assert f"2 hidden folder ('{tmp_path / 'train' / '.net'}', ...)" in sentence and "1 .xml ('" in sentence
+    assert f"1 beside the folders of classes ('{tmp_path / 'train' / 'e.png'}')" in sentence
     opened(tmp_path, training=False)
     assert len(caplog.records) == 1
 
@@ -300,6 +338,14 @@ def test_validation_must_have_the_same_classes(tmp_path):
         opened(tmp_path, training=False)
 
 
+def test_classes_that_look_the_same_are_told_apart(tmp_path):
+    make_folders(tmp_path, train=("caf\u00e9", "dog"), val=("cafe\u0301", "dog"))
+    if len(list(tmp_path.rglob("caf\u00e9"))) > 1:
+        pytest.skip("this file system takes both for one name")
+    with pytest.raises(UserError, match=r"in train/: café; some look the same in other Unicode forms \(NFC, NFD\): re"):
+        opened(tmp_path, training=False)
+
+
 def test_only_imagenet_comes_in_archives():
     with pytest.raises(UserError, match="--zip reads archives of imagenet's form, but DATA.DATASET is 'digits'"):
         opened("", "DATA.ZIP_MODE", True, dataset="digits", classes=10)
@@ -321,6 +367,11 @@ def test_a_data_path_is_needed_and_is_a_folder(tmp_path):
         ("train_map.txt", "n0/a 0.png\t0\nn1/a 1.png\t-1\n", r"line 2: "),
         ("train_map.txt", "n0/a 0.png\t0\nn1/a 1.png\t2\n", r"line 2: label 2 is out of range; MODEL.NUM_CLASSES is 2"),
         ("train_map.txt", "n0/a 0.png\t0\n", r"has no image of class 1; MODEL.NUM_CLASSES is 2"),
+        (
+            "train_map.txt",
+            "n0/a 0.png\t0\nn1/no.png\t1\n",
+            r"train.zip' lacks 1 of the 2 files .* 'n1/no.png'; it holds",
+        ),
         ("train_map.txt", "", "names no image"),
         ("train_map.txt", None, "has no train_map.txt: it holds train.zip, val.zip, val_map.txt"),
         ("train.zip", None, "has no train.zip"),
@@ -335,16 +386,6 @@ def test_what_broken_archives_say(tmp_path, file, content, message):
         (tmp_path / file).write_text(content)
     with pytest.raises(UserError, match=message):
         opened(tmp_path, "DATA.ZIP_MODE", True)
-
-
-def test_a_map_may_name_a_file_the_archive_lacks(tmp_path):
-    make_archives(tmp_path)
-    with (tmp_path / "train_map.txt").open("a") as file:
-        file.write("n1/absent.png\t1\n")
-    for mode in ("no", "full"):
-        source = opened(tmp_path, "DATA.ZIP_MODE", True, "DATA.CACHE_MODE", mode)
-        with pytest.raises(UnreadableImage, match=re.escape(str(tmp_path / "train.zip" / "n1/absent.png"))):
-            source.load(5, 3)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])

@@ -86,7 +86,8 @@ def test_the_log_says_what_runs_and_how_it_goes(trained):
     assert len(steps) == 6
     names = "eta lr wd time data loss grad_norm loss_scale mem"
     assert [re.search(rf" {name} (\S+)", steps[-1]) is not None for name in names.split()] == [True] * 9
-    assert f"EMA loss {results['ema_val_loss']:.4f}, top-1 {results['ema_acc1']:.2f}%" in log(config)
+    assert f"; held-out loss {results['val_loss']:.4f}, top-1 {results['acc1']:.2f}%" in log(config)
+    assert f"EMA held-out loss {results['ema_val_loss']:.4f}, top-1 {results['ema_acc1']:.2f}%" in log(config)
 
 
 def test_evaluation_counts_every_image_once(trained):

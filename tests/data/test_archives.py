@@ -161,7 +161,7 @@ def test_an_archive_that_memory_does_not_hold(tmp_path):
     archive = Archive(tmp_path / "a.zip", make(tmp_path / "a.zip", contents(3)))
     archive._size = 2**62
     with pytest.raises(
-        UserError, match=r"a.zip' does not fit into memory \(4611686018.4 GB\); choose --cache-mode part"
+        UserError, match=r"a.zip' does not fit into memory \(4611686018.4 GB\); choose DATA.CACHE_MODE part"
     ):
         archive.hold()
 
@@ -183,11 +183,11 @@ def test_whatever_is_damaged_is_told_of_the_file_alone(tmp_path, compression, he
     entry = data.index(names[7].encode(), directory) - 46
     data[entry + 24 : entry + 28] = (2**31 - 1).to_bytes(4, "little")  # its size: more than there is
     path.write_bytes(data)
-    archive = Archive(path, [*names, "n0/absent.png"])
+    archive = Archive(path, names)
     if held:
         archive.hold()
-    for index, name in enumerate([*names, "n0/absent.png"]):
-        if index in (2, 5, 7, 10):
+    for index, name in enumerate(names):
+        if index in (2, 5, 7):
             with pytest.raises(UnreadableImage, match=f"cannot read '{name}': [^\n]+$"), reading(name):
                 archive.read(index)
         else:
@@ -200,6 +200,25 @@ def test_a_truncated_archive_is_a_sentence(tmp_path, bytes_left):
     (tmp_path / "a.zip").write_bytes((tmp_path / "a.zip").read_bytes()[:bytes_left])
     with pytest.raises(UserError, match="a.zip' is not a zip archive, or is truncated or damaged: "):
         Archive(tmp_path / "a.zip", names)
+
+
+def test_an_archive_without_its_beginning_is_a_sentence(tmp_path):
+    names = make(tmp_path / "a.zip", contents(10))
+    (tmp_path / "a.zip").write_bytes((tmp_path / "a.zip").read_bytes()[50:])
+    with pytest.raises(UserError, match="a.zip' is .*damaged: 'n0/a 0.png' begins before the archive, whose first"):
+        Archive(tmp_path / "a.zip", names)
+
+
+def test_files_that_an_archive_lacks_are_told_when_it_is_opened(tmp_path):
+    names = make(tmp_path / "a.zip", contents(10))
+    with zipfile.ZipFile(tmp_path / "a.zip", "a") as archive:
+        archive.writestr("n3/", "")
+    with pytest.raises(UserError, match=r"a.zip' lacks 1 of the 11 files listed for it, the first is 'n3/x\\n.png';"):
+        Archive(tmp_path / "a.zip", [*names, "n3/x\n.png"])
+    for prefix in ("./", "train/"):
+        message = rf"lacks 10 of the 10 files listed for it, the first is '{prefix}n0/a 0.png'; it holds n0/a 0.png, n"
+        with pytest.raises(UserError, match=message):
+            Archive(tmp_path / "a.zip", [prefix + name for name in names])
 
 
 def test_any_damage_of_a_directory_is_a_sentence(tmp_path):

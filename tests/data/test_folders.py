@@ -20,6 +20,10 @@ def below(root: Path, left_out: LeftOut | None = None) -> list[str]:
     return [Path(path).relative_to(root).as_posix() for path in image_files(root, left_out)]
 
 
+def look_into(folder: Path) -> None:
+    listing(folder, LeftOut())
+
+
 def deny(monkeypatch, name: str, number: int = errno.EACCES) -> None:
     """Let the system refuse to list or to look at what is called `name`; root may read everything."""
 
@@ -57,8 +61,22 @@ def test_what_systems_put_beside_images_is_passed_over(tmp_path):
     )
     left_out = LeftOut()
     assert below(tmp_path, left_out) == ["1.png", "a/4.png"]
-    assert str(left_out) == f"1 hidden ('{tmp_path / '._1.png'}')"
-    assert listing(tmp_path) == (["a"], ["._1.png", "1.png"])
+    assert left_out.examples == {
+        "hidden image": str(tmp_path / "._1.png"),
+        "hidden folder": str(tmp_path / ".cache"),
+    }
+    assert listing(tmp_path, LeftOut()) == (["a"], ["._1.png", "1.png"])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_what_would_keep_its_reader_waiting_is_left_out_and_told(tmp_path):
+    make(tmp_path, "1.png")
+    os.mkfifo(tmp_path / "p.png")
+    for name, target in {"2.png": "1.png", "3.png": "p.png", "4.png": "/dev/zero", "5.png": "gone.png"}.items():
+        (tmp_path / name).symlink_to(target)
+    left_out = LeftOut()
+    assert below(tmp_path, left_out) == ["1.png", "2.png", "5.png"]
+    assert left_out.counts == {"pipe or device": 3}
 
 
 def test_links_are_followed_but_not_back_up(tmp_path):
@@ -80,10 +98,29 @@ def test_links_are_followed_but_not_back_up(tmp_path):
     assert left_out.counts == {"linked to a folder it lies in": 5}
 
 
+@pytest.mark.parametrize("target", ["..", ".", "../train", "{root}", "{root}/..", "{disk}"])
+@pytest.mark.parametrize("through", ["data", "elsewhere/../data", "link"])
+def test_a_folder_that_links_to_where_it_lies_holds_nothing(tmp_path, target, through):
+    """As a class of a data set it would hold the other classes, and the images held out."""
+    make(tmp_path, "disk/train/a/1.png", "data/val/a/2.png", "elsewhere/3.png")
+    (tmp_path / "data" / "train").symlink_to(tmp_path / "disk" / "train")
+    (tmp_path / "link").symlink_to("data")
+    link = tmp_path / "data" / "train" / "c"
+    link.symlink_to(target.format(root=tmp_path / "data", disk=tmp_path / "disk"))
+    left_out = LeftOut()
+    assert image_files(tmp_path / through / "train" / "c", left_out) == []
+    assert left_out.counts == {"linked to a folder it lies in": 1}
+    link.unlink()
+    link.symlink_to(tmp_path / "elsewhere")
+    assert len(image_files(tmp_path / through / "train" / "c")) == 1
+    (tmp_path / "elsewhere" / "up").symlink_to("..")  # of what a link leads to
+    assert len(image_files(tmp_path / through / "train" / "c")) == 1
+
+
 def test_a_folder_that_may_not_be_read_is_named_wherever_it_is(tmp_path, monkeypatch):
     make(tmp_path, "a/b/1.png")
     deny(monkeypatch, "b")
-    for look in (image_files, listing, contents):
+    for look in (image_files, look_into, contents):
         folder = tmp_path if look is image_files else tmp_path / "a" / "b"
         with pytest.raises(UserError, match="cannot read '.*a/b': Permission denied; make it readable"):
             look(folder)
@@ -91,7 +128,7 @@ def test_a_folder_that_may_not_be_read_is_named_wherever_it_is(tmp_path, monkeyp
 
 def test_a_link_in_a_circle_is_named(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
-    for look in (lambda: listing(tmp_path), lambda: what_is(tmp_path / "loop")):
+    for look in (lambda: listing(tmp_path, LeftOut()), lambda: what_is(tmp_path / "loop")):
         with pytest.raises(UserError, match="cannot read '.*loop': Too many levels of symbolic links"):
             look()
 

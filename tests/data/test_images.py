@@ -94,25 +94,25 @@ def test_a_file_may_say_that_another_value_is_white():
 @pytest.mark.parametrize(
     "dark",
     [
-        encoded(Image.fromarray(np.array([[0, 4095]], dtype=np.uint16))),
+        encoded(Image.fromarray(np.array([[0, 16383]], dtype=np.uint16))),
         encoded(Image.fromarray(np.array([[0, 255]], dtype=np.uint16)), "TIFF"),
-        png(1, 1, 16, 2, b"\0" + struct.pack(">3H", 4095, 0, 100)),
-        png(1, 1, 16, 6, b"\0" + struct.pack(">4H", 4095, 0, 100, 65535)),  # what is transparent does not count
+        png(1, 1, 16, 2, b"\0" + struct.pack(">3H", 16383, 0, 100)),
+        png(1, 1, 16, 6, b"\0" + struct.pack(">4H", 16383, 0, 100, 65535)),  # what is transparent does not count
     ],
 )
-def test_what_is_all_but_black_in_16_bits_is_told_once(dark, caplog):
+def test_what_is_dark_in_16_bits_is_told_once(dark, caplog):
     for name in ("first.png", "second.png"):
         decode(dark, 3, name)
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    assert "'first.png' is all but black: 65535 is white in it, and nothing is brighter than 4095" in caplog.text
+    assert "'first.png' is dark: 65535 is white in it, and nothing is brighter than 16383" in caplog.text
 
 
 def test_what_is_dark_in_8_bits_or_bright_or_black_is_not_told(caplog):
-    bright = np.array([[0, 4096]], dtype=np.uint16)
+    bright = np.array([[0, 16384]], dtype=np.uint16)
     for image in (Image.new("RGB", (2, 2), (9, 9, 9)), Image.fromarray(bright), Image.fromarray(bright * 0)):
         decode(encoded(image), 3, "it")
-    decode(png(1, 1, 16, 2, b"\0" + struct.pack(">3H", 4096, 0, 100)), 3, "it")
+    decode(png(1, 1, 16, 2, b"\0" + struct.pack(">3H", 16384, 0, 100)), 3, "it")
     assert not caplog.records
 
 

@@ -10,7 +10,7 @@ from torch.utils.data import get_worker_info
 
 from vmamba.config import get_config
 from vmamba.data.images import UnreadableImage
-from vmamba.data.loaders import EvalLoader, Examples, _lacking
+from vmamba.data.loaders import EvalLoader, Examples, TrainLoader, _lacking
 from vmamba.errors import UserError
 from vmamba.signals import STOP_SIGNALS
 
@@ -101,3 +101,20 @@ def test_batches_are_pinned_for_a_gpu(monkeypatch):
         config = get_config(None, ["DATA.NUM_WORKERS", "0", "DATA.PIN_MEMORY", pin, "DEVICE", device])
         loading = EvalLoader(config, Examples(config, Slow(), nothing, training=False), 0, 1)
         assert loading._loader.pin_memory is pinned
+
+
+def test_an_unreadable_sample_counts_once_though_it_is_drawn_in_the_place_of_others():
+    met = []
+
+    class Half(Slow):
+        def load(self, index):
+            if index % 2:
+                met.append(index)
+                raise UnreadableImage(f"cannot read {index}")
+            return torch.zeros(1)
+
+    options = ["DATA.NUM_WORKERS", "0", "DATA.SKIP_BAD_IMAGES", "true", "DATA.BATCH_SIZE", "4", "DEVICE", "cpu"]
+    config = get_config(None, options)
+    loading = TrainLoader(config, Examples(config, Half(), nothing, training=True), 0, 1)
+    assert len(list(loading)) == 15
+    assert loading.skipped == len(set(met)) == 30 < len(met)

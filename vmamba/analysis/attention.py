@@ -25,6 +25,7 @@ from vmamba.analysis import images, zoo
 from vmamba.analysis.plotting import STYLE, new_figure, save_figure
 from vmamba.analysis.tables import write_tensors
 from vmamba.errors import UserError
+from vmamba.files import check_writable
 from vmamba.models.ss2d import SS2D, Mixer2D
 from vmamba.models.vssm import VSSM
 from vmamba_kernels import cross_scan
@@ -63,8 +64,9 @@ def activation_map(
     chosen = None if None in channels else list(channels)
     if chosen is None and len(channels) > 1:
         raise UserError("--channels names mean and others; name mean alone, or numbers")
+    check_writable(Path(output, "activation_map.pt"))
     subject = zoo.create(model, size, weights) if weights else zoo.create_untrained(model, size, None)
-    mixer = find_mixer(subject.model, layer)
+    mixer = find_block(subject.model, layer).op
     photograph = images.square(image, size)
     x = scan_input(subject.model.to(place), mixer, images.tensor(photograph, subject).to(place))
     found = maps(mixer, x, at, chosen)
@@ -114,15 +116,17 @@ class Route:
         return image.unflatten(0, (height, width))
 
 
-def find_mixer(model: nn.Module, layer: str) -> Mixer2D:
-    """The scan module of a block, "stage.block" counted from zero.  Raises UserError where there is none."""
+def find_block(model: nn.Module, layer: str) -> nn.Module:
+    """A block of one of our models, "stage.block" counted from zero.  Raises UserError where there is none."""
     if not isinstance(model, VSSM):
-        raise UserError(f"{type(model).__name__} has no scan; name one of vmamba.list_models()")
+        raise UserError(
+            f"{type(model).__name__} is none of our models, whose blocks are drawn; name one of vmamba.list_models()"
+        )
     try:
         stage, block = (int(number) for number in layer.split("."))
         if stage < 0 or block < 0:
             raise IndexError
-        return model.layers[stage].blocks[block].op
+        return model.layers[stage].blocks[block]
     except (ValueError, IndexError):
         depths = ", ".join(f"{i}.0 to {i}.{len(stage.blocks) - 1}" for i, stage in enumerate(model.layers))
         raise UserError(f"there is no layer '{layer}'; this model has {depths}") from None

@@ -1,21 +1,24 @@
 """Training curves of runs, overlaid: of ours from their folders, of the released ones from their text logs."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib import rc_context
 from matplotlib.lines import Line2D
 
 from vmamba.analysis import zoo
-from vmamba.analysis.plotting import STYLE, new_figure, save_figure
+from vmamba.analysis.plotting import COLOURS, STYLE, line_style, new_figure, save_figure
 from vmamba.analysis.tables import parameters, write_json
 from vmamba.config import get_config
 from vmamba.errors import UserError
+from vmamba.files import cannot_read, check_writable
 from vmamba.runtime.records import read_metrics
+from vmamba.text import printable
 
 Series = list[tuple[float, float, float]]  # (epochs, hours since the start, value)
 PANELS = {  # panel -> its series, each a key, a kind of line and what that line is
@@ -28,7 +31,6 @@ PANELS = {  # panel -> its series, each a key, a kind of line and what that line
     "learning rate": {"lr": ("-", "training")},
     "gradient norm": {"grad_norm": ("-", "training")},
 }
-OLDER = {"loss": "val_loss", "ema_loss": "ema_val_loss"}  # keys of metrics.jsonl until November 2026
 UNITS = (("seconds", 1), ("minutes", 60), ("hours", 3600), ("days", 86400))
 
 # What a step's line says, in our log.txt and in the logs of Swin and of the released VMamba.
@@ -52,6 +54,7 @@ def curves(
 
     Returns the series of each run.  Raises UserError for a run that is not there or has nothing to draw.
     """
+    check_writable(Path(output, "curves.json"))
     found = {_name(run, runs): read_run(Path(run)) for run in runs}
     labels = {name: f"{name}: {describe(Path(run))}" for name, run in zip(found, runs, strict=True)}
     plot(found, labels, by, smooth, Path(output) / "curves")
@@ -69,7 +72,7 @@ def describe(path: Path) -> str:
         with torch.device("meta"):
             subject = zoo.of_config(get_config(config))
         return f"{subject.title}, {subject.facts}"
-    size = _PARAMETERS.search(path.read_text(encoding="utf-8", errors="replace"))
+    size = _PARAMETERS.search(_text(path))
     return f"{parameters(int(size[1]))}, data unknown" if size else "model and data unknown"
 
 
@@ -79,7 +82,7 @@ def read_run(path: Path) -> dict[str, Series]:
     if (folder / "metrics.jsonl").is_file():
         series = _ours(folder)
     elif path.is_file():
-        series = read_log(path.read_text(encoding="utf-8", errors="replace").splitlines())
+        series = read_log(_text(path).splitlines(), path)
     else:
         raise UserError(f"there is no run '{path}'; name a folder with metrics.jsonl, or a text log")
     if not any(series.values()):
@@ -87,18 +90,27 @@ def read_run(path: Path) -> dict[str, Series]:
     return series
 
 
-def read_log(lines: Iterable[str]) -> dict[str, Series]:
+def read_log(lines: Iterable[str], source: str | Path = "the log") -> dict[str, Series]:
     """The series of a text log of Swin's kind, or of the steps in one of ours.
 
     Steps give learning rate, gradient norm and, at an epoch's last step, its mean loss; of several accuracies between
     two epochs the first is the plain weights', the second the EMA's.
+    Raises UserError, naming `source`, for a line whose date or number is none.
     """
     series: dict[str, Series] = {key: [] for keys in PANELS.values() for key in keys}
     losses: dict[int, tuple[float, float, float]] = {}  # by epoch
     start, hours, epochs, accuracies = None, 0.0, 0.0, 0
+
+    def read(kind: Callable[[str], Any], text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError as error:
+            place = f"the line '{printable(line.strip()):.60}...' of {source}"
+            raise UserError(f"'{printable(text)}' is no date or number in {place}; mend or remove it") from error
+
     for line in lines:
         if moment := _MOMENT.match(line):
-            now = datetime.fromisoformat(moment[1])
+            now = read(datetime.fromisoformat, moment[1])
             start = start or now
             hours = (now - start).total_seconds() / 3600
         if step := _STEP.search(line):
@@ -108,9 +120,9 @@ def read_log(lines: Iterable[str]) -> dict[str, Series]:
             values = {key: found for key, pattern in _VALUE.items() if (found := pattern.search(line))}
             for key in ("lr", "grad_norm"):
                 if key in values:
-                    series[key].append((epochs, hours, float(values[key][1])))
+                    series[key].append((epochs, hours, read(float, values[key][1])))
             if "loss" in values and values["loss"][2]:  # the epoch's mean so far: its last line counts
-                losses[epoch] = (epochs, hours, float(values["loss"][2]))
+                losses[epoch] = (epochs, hours, read(float, values["loss"][2]))
         elif (accuracy := _ACCURACY.search(line)) and accuracies < 2:
             series[("acc1", "ema_acc1")[accuracies]].append((float(round(epochs)), hours, float(accuracy[1])))
             accuracies += 1
@@ -123,26 +135,35 @@ def _ours(folder: Path) -> dict[str, Series]:
     series: dict[str, Series] = {key: [] for keys in PANELS.values() for key in keys}
     seconds = 0.0
     for entry in read_metrics(folder / "metrics.jsonl"):
+        entry = {key: value for key, value in entry.items() if value is not None}
+        for key in ("seconds", *(series.keys() & entry.keys())):
+            if not isinstance(entry.get(key), (int, float)):
+                raise UserError(
+                    f"'{folder / 'metrics.jsonl'}' has {entry.get(key)!r:.60} for {key} in the round of epoch "
+                    f"{entry.get('epoch')!r:.60}, which is no number; mend or remove that line"
+                )
         seconds += entry["seconds"]
-        for key, value in entry.items():
-            key = OLDER.get(key, key)
-            if key in series and value is not None:
-                series[key].append((entry["epoch"], seconds / 3600, value))
+        for key in series.keys() & entry.keys():
+            series[key].append((entry["epoch"], seconds / 3600, entry[key]))
     log = folder / "log.txt"
     if log.is_file():
-        lines = (line for line in log.read_text(encoding="utf-8").splitlines() if _STEP.search(line))
-        norms = read_log(lines)["grad_norm"]
+        lines = (line for line in _text(log).splitlines() if _STEP.search(line))
+        norms = read_log(lines, log)["grad_norm"]
         latest = {epochs: point for epochs, *point in norms}  # where a run was resumed, steps stand there twice
         series["grad_norm"] = [(epochs, *latest[epochs]) for epochs in sorted(latest)]
     return series
 
 
 def plot(runs: dict[str, dict[str, Series]], labels: dict[str, str], by: str, smooth: int, path: Path) -> None:
-    """A panel for each of `PANELS`, a colour a run, which the legend calls by its label."""
+    """A panel for each of `PANELS`, a colour a run, which the legend calls by its label; of more runs than colours, a
+    colour and a marker."""
     unit, seconds = "epoch", 1
     if by == "time":
         latest = 3600 * max(hours for series in runs.values() for points in series.values() for _, hours, _ in points)
         unit, seconds = max((unit for unit in UNITS if latest >= 2 * unit[1]), key=itemgetter(1), default=UNITS[0])
+    styles = [line_style(number) for number in range(len(runs))]
+    if len(runs) <= len(COLOURS):  # colours alone tell them apart
+        styles = [{"color": style["color"]} for style in styles]
     drawn = {}  # kinds of lines: what they are
     with rc_context(STYLE):
         figure = new_figure(11, 3.4 + 0.17 * len(runs))
@@ -153,15 +174,16 @@ def plot(runs: dict[str, dict[str, Series]], labels: dict[str, str], by: str, sm
                     if points:
                         epochs, hours, values = zip(*points, strict=True)
                         along = epochs if by == "epoch" else [3600 * moment / seconds for moment in hours]
-                        marker = "." if len(points) < 3 else None
-                        axes.plot(along, values, line, color=f"C{number}", marker=marker)
+                        marker = styles[number].get("marker") or ("." if len(points) < 3 else None)
+                        every = max(1, len(points) // 8)
+                        axes.plot(along, values, line, color=styles[number]["color"], marker=marker, markevery=every)
                         drawn[line] = what
             axes.set(title=title, xlabel=unit)
             axes.ticklabel_format(axis="y", scilimits=(-3, 4))
             axes.grid(alpha=0.3)
             if not axes.lines:
                 axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center")
-        colours = [Line2D([], [], color=f"C{number}", label=label) for number, label in enumerate(labels.values())]
+        colours = [Line2D([], [], **style, label=label) for style, label in zip(styles, labels.values(), strict=True)]
         figure.legend(handles=colours, loc="outside lower left", fontsize=8)
         kinds = [Line2D([], [], color="black", linestyle=line, label=what) for line, what in drawn.items()]
         figure.legend(handles=kinds, loc="outside upper right", ncols=len(kinds), fontsize=8)
@@ -172,6 +194,14 @@ def _medians(series: Series, several: int) -> Iterator[tuple[float, float, float
     for start in range(0, len(series), several):
         part = series[start : start + several]
         yield (*part[len(part) // 2][:2], sorted(value for _, _, value in part)[len(part) // 2])
+
+
+def _text(log: Path) -> str:
+    """Of a log, in which a killed process or another encoding may have left bytes that are no text."""
+    try:
+        return log.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise cannot_read(log, error) from error
 
 
 def _folder(path: Path) -> Path:

@@ -9,10 +9,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vmamba.analysis import images, zoo
-from vmamba.analysis.attention import find_mixer
+from vmamba.analysis.attention import find_block
 from vmamba.analysis.plotting import STYLE, new_figure, save_figure
 from vmamba.analysis.tables import write_tensors
 from vmamba.errors import UserError
+from vmamba.files import check_writable
 
 
 def gradcam(
@@ -32,6 +33,7 @@ def gradcam(
     `output`, and returns the maps, (layers, size, size), of values in 0..1.
     Raises UserError for an unknown model or layer, a class that is not there, or where grad-cam is not installed.
     """
+    check_writable(Path(output, "gradcam.pt"))
     subject = zoo.create(model, size, weights) if weights else zoo.create_untrained(model, size, None)
     place = zoo.choose_device(device)
     photograph = images.square(image, size)
@@ -52,15 +54,13 @@ def gradcam(
 
 def class_map(model: nn.Module, layer: str, inputs: Tensor, target: int) -> Tensor:
     """(H, W) of the image, from 0 to 1: what of the output of block `layer` speaks for class `target`."""
+    block = find_block(model, layer)
     try:
         from pytorch_grad_cam import GradCAM
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
     except ImportError as error:
         raise UserError("Grad-CAM needs the package grad-cam; pip install -e '.[analysis]'") from error
-    find_mixer(model, layer)  # says what is wrong with the name
-    stage, block = layer.split(".")
-    blocks = model.layers[int(stage)].blocks
-    with GradCAM(model, [blocks[int(block)]], reshape_transform=lambda x: x.permute(0, 3, 1, 2)) as cam:
+    with GradCAM(model, [block], reshape_transform=lambda x: x.permute(0, 3, 1, 2)) as cam:
         return torch.from_numpy(cam(inputs, [ClassifierOutputTarget(target)])[0])
 
 

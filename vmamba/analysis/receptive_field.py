@@ -23,7 +23,7 @@ from vmamba.analysis import images, zoo
 from vmamba.analysis.plotting import STYLE, new_figure, save_figure
 from vmamba.analysis.tables import markdown, write_json, write_tensors
 from vmamba.errors import UserError
-from vmamba.files import write_text
+from vmamba.files import check_writable, write_text
 from vmamba.text import counted
 
 MODELS = ("vmamba_tiny_s1l8", "swin_tiny_patch4_window7_224", "convnext_tiny", "resnet50", "deit_small_patch16_224")
@@ -48,6 +48,7 @@ def erf(
     Raises UserError for unknown models, weights that do not fit, images that cannot be read.
     """
     place = zoo.choose_device(device)
+    check_writable(Path(output, "erf.json"))
     photographs = images.squares(images_from, num_images, size)
     columns = []  # a model each: its subjects and their maps
     rows = []
@@ -142,6 +143,7 @@ def recorded_steps(model: nn.Module) -> Iterator[dict[int, list[Step]]]:
             )
             kernel = dilation * (side - 1) + 1
             if stride > 1:
+                padding = _padding_in_front(module, args[0].shape[axis], output.shape[axis], kernel, stride, padding)
                 shift = (kernel - 1) / 2 - padding - (stride - 1) / 2
                 steps[axis].append(Step(args[0].shape[axis], stride, kernel, shift))
 
@@ -152,6 +154,18 @@ def recorded_steps(model: nn.Module) -> Iterator[dict[int, list[Step]]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _padding_in_front(module: nn.Module, pixels: int, cells: int, kernel: int, stride: int, padding: int) -> int:
+    """What a convolution or pool put before the first of `pixels`.
+
+    It is `padding`, as the module says, unless that does not give so many `cells`: then the module pads by itself as
+    TensorFlow does ("SAME", timm's tf_ models), half of what the cells need in front, the odd pixel behind.
+    """
+    as_told = (pixels + 2 * padding - kernel) // stride + 1
+    if cells == as_told or getattr(module, "ceil_mode", False):
+        return padding
+    return ((cells - 1) * stride + kernel - pixels) // 2
 
 
 def centre(steps: dict[int, list[Step]], axis: int, pixels: int, cells: int) -> float:

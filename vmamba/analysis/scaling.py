@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
+from yacs.config import CfgNode
 
 from vmamba.analysis import zoo
 from vmamba.analysis.plotting import STYLE, line_style, new_figure, save_figure
 from vmamba.analysis.tables import markdown, parameters, write_json
 from vmamba.config import get_config
 from vmamba.errors import UserError
-from vmamba.files import write_text
+from vmamba.files import check_writable, write_text
 from vmamba.models.flops import complexity
 from vmamba.runtime.evaluation import evaluate_alone
 
@@ -33,10 +34,11 @@ def scale(
     """Count each model at each size and, where `cfg` names a data set and `weights` the models', evaluate it there.
 
     Writes scale.{md,json,pdf,png} into `output`, prints the table and returns its rows.
-    Raises UserError for unknown models, weights that do not fit, or a data set that cannot be read.
+    Raises UserError for unknown models, weights that do not fit model or config, or a data set that cannot be read.
     """
     if bool(weights) != bool(cfg):
         raise UserError("accuracy needs both --weights, one a model, and --cfg, whose data set is evaluated")
+    check_writable(Path(output, "scale.json"))
     place = zoo.choose_device(device)
     rows = []
     for name, path in zip(models, zoo.pair_weights(models, weights), strict=True):
@@ -48,6 +50,7 @@ def scale(
             if cfg:
                 changes = ["DATA.IMG_SIZE", str(size), *(["DATA.DATA_PATH", data_path] if data_path else [])]
                 config = get_config(cfg, changes)
+                _check_trained_so(subject, path, config, cfg)
                 row |= {"weights": subject.weights, "file": path, "data": zoo.data_of(config), ACCURACY: None}
                 if path:
                     row[ACCURACY] = evaluate_alone(config, subject.model, place)["acc1"]
@@ -59,6 +62,16 @@ def scale(
     print(markdown(rows))
     print(f"written to {folder}")
     return rows
+
+
+def _check_trained_so(subject: zoo.Subject, path: str | None, config: CfgNode, cfg: str) -> None:
+    """Raises UserError for weights of other classes or channels than `config`, of the file `cfg`, has."""
+    for key, own in (("NUM_CLASSES", subject.model.num_classes), ("IN_CHANS", subject.in_chans)):
+        if path and own != config.MODEL[key]:
+            raise UserError(
+                f"'{path}' has MODEL.{key} {own}, but '{cfg}' has {config.MODEL[key]}; name the config that these "
+                f"weights were trained with (of a run its config.yaml), or weights of that config"
+            )
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:

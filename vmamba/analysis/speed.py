@@ -21,8 +21,8 @@ from vmamba.analysis import zoo
 from vmamba.analysis.plotting import STYLE, line_style, new_figure, save_figure
 from vmamba.analysis.tables import markdown as markdown_table
 from vmamba.analysis.tables import parameters, write_json
-from vmamba.errors import unknown
-from vmamba.files import write_text
+from vmamba.errors import UserError, unknown
+from vmamba.files import check_writable, write_text
 from vmamba.models.compilation import COMPILE_MODES
 from vmamba.models.flops import complexity
 from vmamba.models.vssm import VSSM
@@ -44,6 +44,7 @@ class Case:
     dtype: str  # of autocast; float32: none
     mode: str  # forward: without gradients; train: forward, cross-entropy, backward, AdamW
     batch: int | None
+    channels_last: bool = False  # the images
 
 
 @dataclass(frozen=True)
@@ -88,17 +89,20 @@ def throughput(
         modes: of `MODES`.
         relative_to: the model that ratios are given to; None: the first.
         compile: of `COMPILE_MODES`; None: not compiled.
-        channels_last: give convolutions channels-last weights.
+        channels_last: give the models channels-last images and weights.
         backend: of our models' scans.
         warm_up, repeats: steps before the timed ones, and these.
         markdown: one more file for the table.
 
-    Raises UserError for a model that is unknown or does not take a size.
+    Raises UserError for a model that is unknown or does not take a size or a batch.
     """
     reference = relative_to or models[0]
     if reference not in models:
         raise unknown("model in --relative-to", reference, models)
+    check_writable(*filter(None, [Path(output, "throughput.json"), markdown]))
     place = zoo.choose_device(device)
+    if compile == "cudagraphs" and place.type != "cuda":
+        raise UserError(f"--compile cudagraphs needs a GPU, and this runs on {place.type}; leave it out")
     timings = []
     for size in sizes:
         subjects = {}
@@ -106,7 +110,7 @@ def throughput(
             model = zoo.create(name, size, backend=backend).model
             subjects[name] = model.to(memory_format=torch.channels_last) if channels_last else model
         gmacs = {name: complexity(model, size).macs / 1e9 for name, model in subjects.items()}
-        for case in _cases(size, dtypes, modes, batch_sizes):
+        for case in _cases(size, dtypes, modes, batch_sizes, channels_last):
             new = compare(
                 subjects,
                 case,
@@ -167,6 +171,11 @@ def compare(
             steps[name] = step
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
+        except ValueError as error:  # of a batch norm that is given one value a channel
+            raise UserError(
+                f"{name} cannot {case.mode} with batches of {counted(batches[name], 'image')} of {case.size} pixels "
+                f"({error}); give other --batch-sizes, --sizes or --modes"
+            ) from error
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
@@ -197,6 +206,8 @@ def compare(
 def build_step(model: nn.Module, case: Case, batch: int, device: torch.device) -> Callable[[], object]:
     """One step of `case` on random images, as a function to be called again and again."""
     images = torch.randn(batch, _in_chans(model), case.size, case.size, device=device)
+    if case.channels_last:
+        images = images.to(memory_format=torch.channels_last)
     targets = torch.zeros(batch, dtype=torch.long, device=device)
     autocast = torch.autocast(device.type, DTYPES[case.dtype], enabled=case.dtype != "float32")
     training = case.mode == "train"
@@ -277,9 +288,11 @@ def plot(timings: Sequence[Timing], device: str, path: Path) -> None:
         save_figure(figure, path)
 
 
-def _cases(size: int, dtypes: Sequence[str], modes: Sequence[str], batches: Sequence[int | None]) -> list[Case]:
+def _cases(
+    size: int, dtypes: Sequence[str], modes: Sequence[str], batches: Sequence[int | None], channels_last: bool
+) -> list[Case]:
     return [
-        Case(size, dtype, mode, batch)
+        Case(size, dtype, mode, batch, channels_last)
         for mode in modes
         for dtype in dtypes
         for batch in dict.fromkeys([1, *batches] if mode == "forward" else batches)
@@ -309,7 +322,7 @@ def _row(timing: Timing) -> dict[str, Any]:
 
 def _page(timings: Sequence[Timing], settings: dict[str, Any]) -> str:
     compiled = f"torch.compile ({settings['compile']}), " if settings["compile"] else ""
-    layout = "channels-last images" if settings["channels_last"] else "PyTorch's default layout"
+    layout = "channels-last images and weights" if settings["channels_last"] else "PyTorch's default layout"
     return (
         f"# Throughput\n\n"
         f"{settings['device']}, PyTorch {settings['torch']}, {compiled}{layout}, backend {settings['backend']}, "

@@ -9,7 +9,7 @@ from torch import nn
 
 from vmamba.analysis import zoo
 from vmamba.analysis.tables import markdown
-from vmamba.files import write_text
+from vmamba.files import check_writable, write_text
 from vmamba.models.flops import complexity
 from vmamba.models.vssm import VSSM
 
@@ -26,6 +26,7 @@ def summary(
 
     Its modules are listed down to `depth` names.  Raises UserError for an unknown model, or weights that do not fit.
     """
+    check_writable(*filter(None, [output]))
     subject = zoo.create(model, size, weights)
     cost = complexity(subject.model, size)
     parts = [

@@ -14,17 +14,18 @@ from urllib.parse import unquote
 
 import timm
 import torch
-from timm.models import load_checkpoint as load_timm
-from torch import nn
+from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from vmamba.analysis.tables import parameters
 from vmamba.errors import UserError, unknown
 from vmamba.models.download import is_url
-from vmamba.models.pretrained import Checkpoint, load_checkpoint, load_pretrained
+from vmamba.models.formats import read_file
+from vmamba.models.pretrained import Checkpoint, load_checkpoint, load_pretrained, local_file
 from vmamba.models.variants import VARIANTS, build_model, create_model, list_models
 from vmamba.models.vssm import VSSM
-from vmamba.text import counted
+from vmamba.models.weights import load_weights, without_wrappers
+from vmamba.text import counted, printable
 
 UNTRAINED = "random weights"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of a channel
@@ -123,14 +124,20 @@ def pair_weights(models: Sequence[str], weights: Sequence[str]) -> list[str | No
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto" is the GPU where there is one.  Raises UserError for a device that PyTorch does not know or reach."""
+    """ "auto" is the GPU where there is one.
+
+    Raises UserError for a device that PyTorch does not know or reach, and for "meta", which computes nothing.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} is not to be had ({str(error).splitlines()[0]}); use cpu") from error
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0]  # lists of backends follow
+        raise UserError(f"--device {name} is not to be had ({reason}); use cpu") from error
+    if device.type == "meta":
+        raise UserError(f"--device {name} holds no numbers to compute with; use cpu")
     return device
 
 
@@ -187,9 +194,19 @@ def _unknown(weights: str | Path, model: nn.Module) -> str:
 
 
 def _timm(name: str, size: int, weights: str | Path | None) -> Subject:
-    settings = timm.get_pretrained_cfg(name)
+    try:
+        settings = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # of what stands behind the dot for weights: "resnet18.a1_in1k"
+        architecture = name.partition(".")[0]
+        raise unknown("model", name, [architecture, *timm.list_pretrained(f"{architecture}.*")]) from error
     options = {"img_size": size} if settings.fixed_input_size else {}  # position embeddings, windows of that size
-    model = timm.create_model(name, pretrained=weights == "pretrained", **options)
+    try:
+        model = timm.create_model(name, pretrained=weights == "pretrained", **options)
+    except Exception as error:  # of the network, the hub's libraries, the file
+        if weights != "pretrained":
+            raise
+        reason = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
+        raise UserError(f"cannot download timm's weights of {name} ({reason}); give a file of them") from error
     _check_size(name, model, size)
     if weights is None:
         label = UNTRAINED
@@ -197,11 +214,21 @@ def _timm(name: str, size: int, weights: str | Path | None) -> Subject:
         label = f"timm's weights {settings.tag} ({counted(model.num_classes, 'class', 'classes')})"
     else:
         label = _unknown(weights, model)
-        try:
-            load_timm(model, str(weights))
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"cannot load '{weights}' into {name}: {str(error).splitlines()[0]}") from error
+        load_weights(model, _timms_weights(weights), weights)
     return Subject(name, model, label, mean=settings.mean, std=settings.std)
+
+
+def _timms_weights(path: str | Path) -> dict[str, Tensor]:
+    """The weights in a file of timm's, the averaged ones where there are, or a state dict."""
+    weights = read_file(local_file(path))
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(weights, Mapping) and isinstance(weights.get(key), Mapping):
+            weights = weights[key]
+            break
+    named = isinstance(weights, Mapping) and all(isinstance(name, str) for name in weights)
+    if not named or not all(isinstance(weight, Tensor) for weight in weights.values()):
+        raise UserError(f"'{path}' holds no state dict of tensors alone, nor a file of timm's; save one")
+    return without_wrappers(weights)
 
 
 def _check_size(name: str, model: nn.Module, size: int) -> None:

@@ -5,6 +5,7 @@
 
 import logging
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from vmamba.data.folders import LeftOut, contents, data_path, image_files, listi
 from vmamba.data.images import decode, reading, suffixes
 from vmamba.errors import UserError, unknown
 from vmamba.files import cannot_read, read_text
-from vmamba.text import printable, some
+from vmamba.text import counted, printable, some
 
 logger = logging.getLogger("vmamba")
 
@@ -146,7 +147,7 @@ def _folders(config: CfgNode, training: bool, tell: bool) -> Source:
     classes = _classes(root, split, left_out)
     if split != names_from:
         _check_same_classes(root, split, classes, names_from, _classes(root, names_from, LeftOut()))
-    _check_class_count(f"'{printable(root / split)}'", len(classes), config, training)
+    _check_class_count(f"'{printable(root / split)}'", len(classes), config, training, classes)
     samples = [
         (path, label)
         for label, name in enumerate(classes)
@@ -171,13 +172,13 @@ def _folders(config: CfgNode, training: bool, tell: bool) -> Source:
 def _classes(root: Path, split: str, left_out: LeftOut) -> list[str]:
     folder = root / split
     if what_is(folder) != "folder":
-        hint = "; for archives add --zip" if what_is(root / f"{split}.zip") == "file" else ""
+        hint = "; for archives set DATA.ZIP_MODE true (--zip)" if what_is(root / f"{split}.zip") == "file" else ""
         raise UserError(f"data path '{printable(root)}' has no {split}/ folder: {contents(root)}{hint}")
-    classes, files = listing(folder)
+    classes, files = listing(folder, left_out)
     known = suffixes()
     for file in files:
         path = os.path.join(folder, file)
-        if what_is(path) is None:
+        if what_is(path) is None and not file.startswith("."):
             raise UserError(f"'{printable(path)}' is a link that leads nowhere; mend or remove it")
         if os.path.splitext(file)[1].lower() in known and not file.startswith("."):
             left_out.add("beside the folders of classes", path)
@@ -193,6 +194,9 @@ def _check_same_classes(root: Path, split: str, classes: list[str], names_from: 
         if names
     ]
     if differences:
+        forms = ({unicodedata.normalize("NFC", name) for name in names} for names in (classes, named))
+        if len(set.intersection(*forms)) > len({*classes} & {*named}):
+            differences.append("some look the same in other Unicode forms (NFC, NFD): rename the folders in one")
         raise UserError(
             f"'{printable(root)}' has other classes in {split}/ than in {names_from}/; {'; '.join(differences)}"
         )
@@ -243,11 +247,15 @@ def _read_map(path: Path, classes: int) -> list[tuple[str, int]]:
 # ------------------------------------------------------------------------------------------------ checks
 
 
-def _check_class_count(what: str, classes: int, config: CfgNode, training: bool) -> None:
+def _check_class_count(what: str, classes: int, config: CfgNode, training: bool, names: Sequence[str] = ()) -> None:
+    """Raises UserError where `what` does not have the model's classes; `names` are those of its folders, sorted."""
     if classes == 1 and training:
         raise UserError(f"{what} has one class, and training tells classes apart; add another or choose other data")
     if classes != config.MODEL.NUM_CLASSES:
+        shown = [*names[:5], "...", names[-1]] if len(names) > 6 else names  # at the ends lies what is no word
+        named = f" ({', '.join(map(printable, shown))})" if names else ""
         raise UserError(
-            f"{what} has {classes} {'class' if classes == 1 else 'classes'}, but MODEL.NUM_CLASSES is "
-            f"{config.MODEL.NUM_CLASSES}; add --opts MODEL.NUM_CLASSES {classes} or choose another data path"
+            f"{what} has {counted(classes, 'class', 'classes')}{named}, but MODEL.NUM_CLASSES is "
+            f"{config.MODEL.NUM_CLASSES}; set it to {classes} (main.py: --opts MODEL.NUM_CLASSES {classes}) or choose "
+            "another data path"
         )

@@ -63,7 +63,7 @@ class Task:
         return Accuracy(world, self.config.DATA.DATA_PATH)
 
     def describe(self, results: Results) -> str:
-        return f"loss {results['val_loss']:.4f}, top-1 {results['acc1']:.2f}%, top-5 {results['acc5']:.2f}%"
+        return f"held-out loss {results['val_loss']:.4f}, top-1 {results['acc1']:.2f}%, top-5 {results['acc5']:.2f}%"
 
     def describe_data(self, train: TrainLoader, held_out: EvalLoader) -> str:
         data = self.config.DATA

@@ -5,7 +5,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 
 from vmamba.errors import UserError
 from vmamba.files import cannot_read
-from vmamba.text import printable
+from vmamba.text import counted, printable, some
 
 logger = logging.getLogger("vmamba")
 
@@ -28,8 +28,8 @@ class Archive:
     The archive's directory is read once, here: what is kept of it is a table of 29 bytes a file, which worker processes
     share (fork) or are given (spawn).  They share the open file too: reading at a place moves nobody else's.
 
-    Raises UserError when the archive cannot be read, or holds one of the files encrypted or compressed in a rare way.
-    A name that it does not hold is told by `read`.
+    Raises UserError when the archive cannot be read, lacks one of the files, or holds one encrypted or compressed in a
+    rare way.
     """
 
     def __init__(self, path: str | Path, names: Sequence[str]):
@@ -51,8 +51,6 @@ class Archive:
     def read(self, index: int) -> bytes:
         """The bytes of a file.  A damaged archive may make this raise any Exception (see `images.reading`)."""
         header, packed, size, checksum, deflated = self._table[index].item()
-        if header < 0:
-            raise FileNotFoundError("the archive holds no such file")
         signature, name_length, extra_length = _HEADER.unpack(self._read_at(header, _HEADER.size))
         if signature != b"PK\3\4":
             raise zipfile.BadZipFile("the archive's directory names a place where no file begins")
@@ -94,22 +92,22 @@ class Archive:
         except (RuntimeError, MemoryError) as error:
             size = f"{self._size / 1e9:.1f} GB"
             raise UserError(
-                f"'{printable(self.path)}' does not fit into memory ({size}); choose --cache-mode part"
+                f"'{printable(self.path)}' does not fit into memory ({size}); choose DATA.CACHE_MODE part"
             ) from error
         self._held = held
 
     def _read_directory(self, names: Sequence[str]) -> np.ndarray:
-        """The table of `names`; the header of one that is not there is at -1."""
+        """The table of `names`."""
         table = np.zeros(len(names), _ENTRY)
-        table["header"] = -1
         try:
             with zipfile.ZipFile(self._file) as archive:
                 members = archive.NameToInfo
-            for index, name in enumerate(names):
-                if member := members.get(name):
-                    self._check(member)
-                    deflated = member.compress_type == zipfile.ZIP_DEFLATED
-                    table[index] = (member.header_offset, member.compress_size, member.file_size, member.CRC, deflated)
+            if lacking := [name for name in names if name not in members]:
+                raise self._lacks(lacking, names, members)
+            for index, member in enumerate(map(members.get, names)):
+                self._check(member)
+                deflated = member.compress_type == zipfile.ZIP_DEFLATED
+                table[index] = (member.header_offset, member.compress_size, member.file_size, member.CRC, deflated)
         except UserError:
             raise
         except Exception as error:  # what is wrong in a directory may raise anything
@@ -118,7 +116,16 @@ class Archive:
             ) from error
         return table
 
+    def _lacks(self, lacking: Sequence[str], names: Sequence[str], members: Iterable[str]) -> UserError:
+        return UserError(
+            f"'{printable(self.path)}' lacks {len(lacking):,} of the {counted(len(names), 'file')} listed for it, the "
+            f"first is '{printable(lacking[0])}'; it holds {some([name for name in members if name[-1] != '/'])}; list "
+            "what it holds, as it is called there"
+        )
+
     def _check(self, member: zipfile.ZipInfo) -> None:
+        if member.header_offset < 0:
+            raise zipfile.BadZipFile(f"'{member.filename}' begins before the archive, whose first bytes are missing")
         if member.flag_bits & 1:
             how = "encrypted"
         elif member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):

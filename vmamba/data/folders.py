@@ -18,10 +18,17 @@ _SYSTEMS = {
     "@eaDir",
     "@Recycle",
     "@Recently-Snapshot",
+    "@sharebin",
+    "@tmp",
     "#recycle",
     "#snapshot",
+    "~snapshot",
     "$RECYCLE.BIN",
     "System Volume Information",
+    "Network Trash Folder",
+    "Temporary Items",
+    "TheFindByContentFolder",
+    "TheVolumeSettingsFolder",
     "lost+found",
     "__pycache__",
 }
@@ -42,7 +49,7 @@ class LeftOut:
         return bool(self.counts)
 
     def __str__(self) -> str:
-        """Such as "12 .heic ('a/1.heic', ...), 1 hidden ('a/._1.png')"."""
+        """Such as "12 .heic ('a/1.heic', ...), 1 hidden image ('a/._1.png')"."""
         return ", ".join(
             f"{count:,} {kind} ('{printable(self.examples[kind])}'{', ...' if count > 1 else ''})"
             for kind, count in self.counts.most_common()
@@ -62,18 +69,24 @@ def what_is(path: str | Path) -> str | None:
         raise cannot_read(path, error) from error
 
 
-def listing(folder: str | Path) -> tuple[list[str], list[str]]:
-    """The names of (folders, files) in `folder`, sorted, links followed; hidden and systems' folders are passed over.
+def listing(folder: str | Path, left_out: LeftOut) -> tuple[list[str], list[str]]:
+    """The names of (folders, files) in `folder`, sorted, links followed; of links that lead nowhere among the files.
 
+    Systems' folders are passed over.  Hidden ones are added to `left_out`, and so is what would keep its reader
+    waiting: pipes, devices, sockets.
     Raises UserError where it, or what a link in it leads to, cannot be looked into.
     """
     folders, files = [], []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if not entry.is_dir():
+                if entry.is_file() or (entry.is_symlink() and not os.path.exists(entry)):
                     files.append(entry.name)
-                elif not entry.name.startswith(".") and entry.name not in _SYSTEMS:
+                elif not entry.is_dir():
+                    left_out.add("pipe or device", entry.path)
+                elif entry.name.startswith("."):
+                    left_out.add("hidden folder", entry.path)
+                elif entry.name not in _SYSTEMS:
                     folders.append(entry.name)
     except OSError as error:
         raise cannot_read(error.filename or folder, error) from error
@@ -104,23 +117,22 @@ def image_files(folder: str | Path, left_out: LeftOut | None = None) -> list[str
     """The paths of the images in `folder` and the folders below it: folder by folder, by name in each.
 
     What has a suffix that `decode` reads is one.  Links are followed, but not to a folder they lie in, which would
-    never end.  What is not taken is added to `left_out`: files of other suffixes, hidden images, such links.
+    never end; what is above a class holds the other classes and the other split.  What is not taken is added to
+    `left_out`: files of other suffixes, what is hidden, such links.
     Raises UserError where a folder cannot be looked into.
     """
     left_out = LeftOut() if left_out is None else left_out
-    place = Path(folder).absolute()
-    above = [_identity(parent) for parent in Path(os.path.realpath(place)).parents]
     found: dict[str, list[str]] = {}
-    _walk(str(folder), above, suffixes(), found, left_out)
+    _walk(str(folder), _above(folder), suffixes(), found, left_out)
     return [path for place in sorted(found) for path in found[place]]
 
 
-def _walk(folder: str, above: list, known: set[str], found: dict[str, list[str]], left_out: LeftOut) -> None:
+def _walk(folder: str, above: set, known: set[str], found: dict[str, list[str]], left_out: LeftOut) -> None:
     identity = _identity(folder)
     if identity in above:
         left_out.add("linked to a folder it lies in", folder)
         return
-    folders, files = listing(folder)
+    folders, files = listing(folder, left_out)
     found[folder] = []
     for name in files:
         path, suffix = os.path.join(folder, name), os.path.splitext(name)[1].lower()
@@ -128,11 +140,21 @@ def _walk(folder: str, above: list, known: set[str], found: dict[str, list[str]]
             if not name.startswith("."):
                 left_out.add(suffix or "without a suffix", path)
         elif name.startswith("."):
-            left_out.add("hidden", path)
+            left_out.add("hidden image", path)
         else:
             found[folder].append(path)
     for name in folders:
-        _walk(os.path.join(folder, name), [*above, identity], known, found, left_out)
+        path = os.path.join(folder, name)
+        lies_in = above | {identity} | (_above(path) if os.path.islink(path) else set())
+        _walk(path, lies_in, known, found, left_out)
+
+
+def _above(folder: str | Path) -> set[tuple[int, int]]:
+    """The folders that `folder` lies in: those of its path as it is written, and those of where links lead."""
+    parts = Path(folder).absolute().parts
+    start = max((place for place, part in enumerate(parts, 1) if part == ".."), default=1)
+    written = Path(os.path.realpath(Path(*parts[:start])), *parts[start:])  # what is behind the last ..
+    return {_identity(parent) for path in (written, Path(os.path.realpath(folder))) for parent in path.parents}
 
 
 def _identity(folder: str | Path) -> tuple[int, int]:

@@ -5,7 +5,7 @@ Of several frames the first counts.  Transparency, EXIF orientation and colour p
 Of values with more than 8 bits the file must say which one is white:
 
 - unsigned 16 bits: 65535, as PNG, PGM, TIFF and JPEG 2000 have it, and what the file names where it names another
-  (a TIFF of 12 bits, a PGM).  Values of 12 bits that lie unscaled in a file of 16 are all but black, and cannot be told
+  (a TIFF of 12 bits, a PGM).  Values of 10 to 14 bits that lie unscaled in a file of 16 are dark, and cannot be told
   from a picture taken in the dark: the first such image that a process meets is named in the log.
 - signed, 32 bits, floating point: no format says it, so these are refused.
 """
@@ -30,7 +30,7 @@ _NO_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 _EIGHT_BITS = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}  # modes that become L and RGB
 _BY_WAY_OF = {"La": "LA", "RGBa": "RGBA", "LAB": "RGB", "HSV": "RGB"}
 _WHITE_IS_65535 = (None, "PNG", "PPM", "TIFF", "JPEG2000")  # formats of 16-bit images; None: made in memory
-_DARK = 16  # what stays below this part of white (4096 in 16 bits) is all but black
+_DARK = 4  # what stays below this part of white is dark: of 14 bits in 16
 _told: set[str] = set()  # of what this process has warned
 
 
@@ -123,7 +123,7 @@ def _tell_dark(name: str | Path, white: int) -> None:
         return
     _told.add("dark")
     logger.warning(
-        "'%s' is all but black: %d is white in it, and nothing is brighter than %d; if its values have fewer bits than "
+        "'%s' is dark: %d is white in it, and nothing is brighter than %d; if its values have fewer bits than "
         "its file, scale the images to the whole range (others like it are not named)",
         printable(name),
         white,

@@ -73,7 +73,8 @@ class Examples(Dataset):
 class Loader:
     """Iterates over batches.  A UserError met in a worker process is raised here, as one sentence.
 
-    `skipped` counts the unreadable images this process met since the iteration began (DATA.SKIP_BAD_IMAGES).
+    `skipped` counts the unreadable images that this process met since the iteration began (DATA.SKIP_BAD_IMAGES), each
+    once: drawn to replace another it is met again.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Loader:
         collate: Callable[[list[Any]], Any] = default_collate,
     ):
         workers = config.DATA.NUM_WORKERS
-        self.skipped = 0
+        self._skipped: set[str] = set()
         self._named: set[str] = set()
         self._loader = DataLoader(
             examples,
@@ -100,8 +101,12 @@ class Loader:
     def __len__(self) -> int:
         return len(self._loader)
 
+    @property
+    def skipped(self) -> int:
+        return len(self._skipped)
+
     def __iter__(self) -> Iterator[Any]:
-        self.skipped = 0
+        self._skipped = set()
         try:
             for loaded in self._iterator():
                 if isinstance(loaded, str):
@@ -123,7 +128,7 @@ class Loader:
         return iterator
 
     def _count(self, unreadable: list[str]) -> None:
-        self.skipped += len(unreadable)
+        self._skipped.update(unreadable)
         for sentence in unreadable:
             if sentence not in self._named:
                 self._named.add(sentence)

@@ -102,7 +102,8 @@ def _rounds(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         except json.JSONDecodeError:
             others.append(line)
             continue
-        if isinstance(entry, dict) and isinstance(entry.get("epoch"), (int, float)):
+        places = (entry.get("epoch"), entry.get("step", 0)) if isinstance(entry, dict) else (None,)
+        if all(isinstance(place, (int, float)) for place in places):
             rounds.append({_OLDER.get(name, name): value for name, value in entry.items()})
         else:
             others.append(line)
