@@ -1,19 +1,7 @@
-"""Train, evaluate (--eval) or time (--throughput) a model: python main.py --cfg configs/vmamba_tiny.yaml
+"""Opens main.py: python classification/main.py --cfg configs/vmamba_tiny.yaml"""
 
-Alone, under torchrun, under torch.distributed.launch or under srun; --help lists the flags.
-"""
-
-import sys
+import runpy
 from pathlib import Path
 
-# This checkout's packages, whatever else is called so.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from vmamba.config import argument_parser, config_from_args
-from vmamba.runtime.cli import exit_code
-from vmamba.runtime.trainer import run
-
 if __name__ == "__main__":
-    args = argument_parser(__doc__).parse_args()
-    sys.exit(exit_code(lambda: run(config_from_args(args))))
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "main.py"), run_name="__main__")

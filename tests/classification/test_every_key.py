@@ -73,6 +73,7 @@ CHANGED = {
     "TRAIN.ACCUMULATION_STEPS": (3,),
     "TRAIN.SAVE_STEPS": (1,),
     "TRAIN.MAX_BAD_STEPS": (2, "TRAIN.WARMUP_LR", 1e38, "TRAIN.BASE_LR", 1e38),
+    "TRAIN.FREEZE": (["layers.0"],),
     "TRAIN.USE_CHECKPOINT": (True,),
     "TRAIN.COMPILE": ("default",),
     "TRAIN.OPTIMIZER.NAME": ("sgd",),
