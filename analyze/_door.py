@@ -41,6 +41,17 @@ def place(text: str) -> tuple[float, float]:
     return x, y
 
 
+def share(text: str) -> float:
+    """The type of a flag that takes a number from 0 to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number from 0 to 1")
+    return number
+
+
 def or_word(word: str, type_: Callable[[str], Any]) -> Callable[[str], Any]:
     """The type of a flag that takes `word`, which stands for None, or else what `type_` does."""
 

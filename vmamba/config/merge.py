@@ -53,6 +53,18 @@ def merge(cfg_file: str | Path | None, more: Sequence[Setting]) -> CfgNode:
     return config
 
 
+def restored(saved: Mapping[str, Any]) -> CfgNode:
+    """The frozen config of a checkpoint, given as plain values, of this version or an earlier one: a key that it lacks
+    has its default, and one that there is no more is left out."""
+    schema = Schema(saved.get("TASK", "classification"))
+    config = schema.defaults()
+    for key, value, source in schema.flat([(name, value, "the checkpoint's config") for name, value in saved.items()]):
+        if key in schema.keys or key.rpartition(".")[0] == OPTIONS:
+            schema.set(config, key, value, source)
+    config.freeze()
+    return config
+
+
 def save_config(config: CfgNode, path: str | Path) -> None:
     """Write the whole config as YAML; `get_config(path)` gives the same one back.
 

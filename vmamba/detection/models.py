@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from yacs.config import CfgNode
 
+from vmamba.config import restored
 from vmamba.detection.mask_rcnn import MaskRCNN
 from vmamba.detection.roi_heads import PredictionSettings
 from vmamba.detection.rpn import ProposalSettings
@@ -74,7 +75,7 @@ def load_detector(path_or_url: str | Path, weights: str = "auto") -> MaskRCNN:
     checkpoint = open_checkpoint(path_or_url, weights)
     held = checkpoint.whole
     if checkpoint.config.get("TASK") == "detection":
-        model = build_model(CfgNode(checkpoint.config))
+        model = build_model(restored(checkpoint.config))
     elif "roi_head.bbox_head.fc_cls.weight" not in held:
         raise UserError(f"'{path_or_url}' holds no detector: it has no roi_head.bbox_head.fc_cls.weight")
     else:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from yacs.config import CfgNode
 
+from vmamba.config import restored
 from vmamba.errors import UserError, unknown
 from vmamba.models.backbones import build_backbone, create_backbone
 from vmamba.models.pretrained import open_checkpoint
@@ -68,7 +69,7 @@ def load_segmenter(path_or_url: str | Path, weights: str = "auto") -> UperNet:
     checkpoint = open_checkpoint(path_or_url, weights)
     held = checkpoint.whole
     if checkpoint.config.get("TASK") == "segmentation":
-        model = build_model(CfgNode(checkpoint.config))
+        model = build_model(restored(checkpoint.config))
     elif "decode_head.conv_seg.weight" not in held:
         raise UserError(f"'{path_or_url}' holds no segmenter: it has no decode_head.conv_seg.weight")
     else:

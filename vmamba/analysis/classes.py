@@ -1,0 +1,73 @@
+"""What the classes of a data set are called."""
+
+from pathlib import Path
+
+from timm.data import ImageNetInfo
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
+from yacs.config import CfgNode
+
+from vmamba.data import scenes
+from vmamba.data.folders import listing, what_is
+from vmamba.detection.annotations import read_annotations
+from vmamba.errors import UserError
+
+# The 150 classes of ADE20K's scene parsing, in the order of their numbers.
+ADE20K = tuple(
+    """wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, door,
+    table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug, field, armchair,
+    seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion, base, box, column, signboard, chest of drawers,
+    counter, sand, sink, skyscraper, fireplace, refrigerator, grandstand, path, stairs, runway, case, pool table,
+    pillow, screen door, stairway, river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill, bench, countertop,
+    stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, hovel, bus, towel, light, truck,
+    tower, chandelier, awning, streetlight, booth, television receiver, airplane, dirt track, apparel, pole, land,
+    bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship, fountain, conveyer belt, canopy, washer,
+    plaything, swimming pool, stool, barrel, basket, waterfall, tent, bag, minibike, cradle, oven, ball, food, step,
+    tank, trade name, microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase,
+    traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock,
+    flag""".replace("\n    ", " ").split(", ")
+)
+
+
+def class_names(config: CfgNode) -> list[str]:
+    """A name for each class of a config's data, "class 3" where nothing tells them."""
+    classes = config.MODEL.NUM_CLASSES
+    names = _KNOWN[config.TASK](config)
+    return names if len(names) == classes else [f"class {number}" for number in range(classes)]
+
+
+def _classification(config: CfgNode) -> list[str]:
+    data, classes = config.DATA, config.MODEL.NUM_CLASSES
+    if data.DATASET == "digits":
+        return list(scenes.CLASSES)
+    folder = Path(data.DATA_PATH, "train")
+    if data.DATASET == "imagenet" and classes == 1000:
+        known = ImageNetInfo("imagenet-1k")
+        return [known.index_to_description(index).partition(",")[0] for index in range(1000)]
+    if data.DATASET == "imagenet" and data.DATA_PATH and what_is(folder) == "folder":
+        return listing(folder)[0]
+    return []
+
+
+def _detection(config: CfgNode) -> list[str]:
+    data = config.DATA
+    if data.DATASET == "scenes":
+        return list(scenes.CLASSES)
+    file = Path(data.DATA_PATH, data.VAL_ANNOTATIONS)
+    if data.DATA_PATH and what_is(file) == "file":
+        try:
+            return [name for _, name in read_annotations(file)[0].categories]
+        except UserError:
+            return []
+    if config.MODEL.NUM_CLASSES == 80:
+        return [name for name in MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"] if name not in _NO_CLASS]
+    return []
+
+
+def _segmentation(config: CfgNode) -> list[str]:
+    if config.DATA.DATASET == "scenes":
+        return ["background", *scenes.CLASSES]
+    return list(ADE20K) if len(ADE20K) == config.MODEL.NUM_CLASSES else []
+
+
+_NO_CLASS = ("__background__", "N/A")  # numbers that COCO leaves out
+_KNOWN = {"classification": _classification, "detection": _detection, "segmentation": _segmentation}
