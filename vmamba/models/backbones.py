@@ -11,10 +11,9 @@ from vmamba.errors import UserError, unknown
 from vmamba.models.backbone import Backbone
 from vmamba.models.layers import LayerNorm
 from vmamba.models.options import check_configured
-from vmamba.models.variants import VARIANTS, create_model
+from vmamba.models.variants import TIMM, VARIANTS, create_model
 
 STRIDES = (4, 8, 16, 32)
-_TIMM = "timm/"
 
 
 def create_backbone(name: str, pretrained: bool = False, **options: Any) -> nn.Module:
@@ -32,7 +31,7 @@ def create_backbone(name: str, pretrained: bool = False, **options: Any) -> nn.M
     """
     if name in VARIANTS:
         return Backbone(create_model(name, pretrained, **options))
-    return TimmBackbone(name.removeprefix(_TIMM), pretrained, **options)
+    return TimmBackbone(name.removeprefix(TIMM), pretrained, **options)
 
 
 def build_backbone(config: CfgNode) -> nn.Module:

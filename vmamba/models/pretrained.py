@@ -151,13 +151,15 @@ def load_pretrained(model: nn.Module, checkpoint: Checkpoint, drop_head: bool = 
     file of RGB images adapted to another number of channels as timm does.
 
     Args:
-        model: a `VSSM`, or a `Backbone`, which takes no classifier.
+        model: a `VSSM`; a `Backbone`, which takes no classifier; or one of timm's models, with its file's own names.
         drop_head: keep the model's own head instead of the file's; from a file without a classifier, such as a
             detector's, its norm as well, and leave out the norms of the backbone's outputs.
 
     Raises UserError, listing every difference, when anything else does not fit; nothing is loaded then.
     """
     model = unwrapped(model)
+    if not isinstance(model, (VSSM, Backbone)):
+        return _load_timm(model, checkpoint, drop_head)
     own = without_wrappers(model.state_dict())
     ours = {name.removeprefix("model."): weight for name, weight in own.items()} if isinstance(model, Backbone) else own
     weights = adapted(checkpoint.state_dict, ours)
@@ -173,6 +175,17 @@ def load_pretrained(model: nn.Module, checkpoint: Checkpoint, drop_head: bool = 
             raise
         place = f"in place of the file's of {in_file}" if in_file else "where the file has no classifier"
         raise UserError(f"{error}; for a new head of {classes} classes {place}, use --drop-head") from None
+
+
+def _load_timm(model: nn.Module, checkpoint: Checkpoint, drop_head: bool) -> None:
+    own, weights = model.state_dict(), checkpoint.whole
+    if drop_head:
+        heads = model.pretrained_cfg["classifier"]
+        heads = tuple(f"{name}." for name in ([heads] if isinstance(heads, str) else heads))
+        kept = {name: weight for name, weight in own.items() if name.startswith(heads)}
+        weights = {name: weight for name, weight in weights.items() if not name.startswith(heads)} | kept
+        logger.info(f"{checkpoint.path}: dropped the head; the model's of {model.num_classes} classes starts at random")
+    load_weights(model, weights, checkpoint.path)
 
 
 def local_file(path_or_url: str | Path) -> Path:

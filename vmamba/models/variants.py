@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import timm
+from torch import nn
 from yacs.config import CfgNode
 
 from vmamba.errors import UserError, unknown
@@ -32,6 +34,7 @@ class Variant:
     sha256: str | None = None  # of that file, where known
 
 
+TIMM = "timm/"  # in front of the names of its models
 _V0 = "https://github.com/MzeroMiko/VMamba/releases/download/%23v0cls/"  # the releases are called #v0cls and #v2cls
 _V2 = "https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/"
 
@@ -204,11 +207,15 @@ def create_model(name: str, pretrained: bool = False, **options: Any) -> VSSM:
     return model
 
 
-def build_model(config: CfgNode) -> VSSM:
-    """The model of a config: MODEL.NAME with MODEL.OPTIONS on top.  Raises UserError as `create_model` does.
+def build_model(config: CfgNode) -> nn.Module:
+    """The model of a config: MODEL.NAME with MODEL.OPTIONS on top, or one of timm's.
+
+    Raises UserError as `create_model` does.
 
     Where MODEL.DROP_PATH_RATE is None the variant's own holds.
     """
+    if config.MODEL.NAME.startswith(TIMM):
+        return _timm_model(config)
     options = {name: check_configured(name, value) for name, value in config.MODEL.OPTIONS.items()}
     if config.MODEL.DROP_PATH_RATE is not None:
         options["drop_path_rate"] = config.MODEL.DROP_PATH_RATE
@@ -221,4 +228,22 @@ def build_model(config: CfgNode) -> VSSM:
         **options,
     )
     model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
+    return model
+
+
+def _timm_model(config: CfgNode) -> nn.Module:
+    """The baselines of the tables: MODEL.NAME timm/swin_tiny_patch4_window7_224."""
+    settings, name = config.MODEL, config.MODEL.NAME.removeprefix(TIMM)
+    if not timm.is_model(name):
+        raise unknown("model", name, timm.list_models())
+    if settings.OPTIONS:
+        raise UserError(f"MODEL.OPTIONS are of our models, and MODEL.NAME is {settings.NAME}; leave them out")
+    options = {} if settings.DROP_PATH_RATE is None else {"drop_path_rate": settings.DROP_PATH_RATE}
+    if timm.get_pretrained_cfg(name).fixed_input_size:
+        options["img_size"] = config.DATA.IMG_SIZE
+    try:
+        model = timm.create_model(name, num_classes=settings.NUM_CLASSES, in_chans=settings.IN_CHANS, **options)
+        model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"timm cannot build '{name}' with these settings: {error or type(error).__name__}") from error
     return model
