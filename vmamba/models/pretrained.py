@@ -21,7 +21,7 @@ from vmamba.models.backbone import Backbone
 from vmamba.models.download import download, is_url
 from vmamba.models.formats import read_file
 from vmamba.models.released import backbone_weights, keys_from_released
-from vmamba.models.vssm import resize_pos_embed
+from vmamba.models.vssm import VSSM, resize_pos_embed
 from vmamba.models.weights import is_beyond, is_image, is_plain, load_weights, unwrapped, without_wrappers
 
 logger = logging.getLogger("vmamba")
@@ -179,13 +179,22 @@ def load_pretrained(model: nn.Module, checkpoint: Checkpoint, drop_head: bool = 
 
 def _load_timm(model: nn.Module, checkpoint: Checkpoint, drop_head: bool) -> None:
     own, weights = model.state_dict(), checkpoint.whole
+    heads = model.pretrained_cfg["classifier"]
+    heads = tuple(f"{name}." for name in ([heads] if isinstance(heads, str) else heads))
     if drop_head:
-        heads = model.pretrained_cfg["classifier"]
-        heads = tuple(f"{name}." for name in ([heads] if isinstance(heads, str) else heads))
         kept = {name: weight for name, weight in own.items() if name.startswith(heads)}
         weights = {name: weight for name, weight in weights.items() if not name.startswith(heads)} | kept
         logger.info(f"{checkpoint.path}: dropped the head; the model's of {model.num_classes} classes starts at random")
-    load_weights(model, weights, checkpoint.path)
+    try:
+        load_weights(model, weights, checkpoint.path)
+    except UserError as error:
+        if any(
+            weights.get(name) is not None and weights[name].shape != own[name].shape
+            for name in own
+            if name.startswith(heads)
+        ):
+            raise UserError(f"{error}; for a new head of {model.num_classes} classes, use --drop-head") from None
+        raise
 
 
 def local_file(path_or_url: str | Path) -> Path:
