@@ -4,7 +4,6 @@ What a picture or a table says of a model and of its weights is said here.  "Ima
 the released ones, and timm's by their tags.  Of a run's weights its own config tells the data; of others nobody does.
 """
 
-import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,7 @@ from vmamba.errors import UserError, unknown
 from vmamba.models.download import is_url
 from vmamba.models.formats import read_file
 from vmamba.models.pretrained import Checkpoint, load_checkpoint, load_pretrained, local_file
-from vmamba.models.variants import VARIANTS, build_model, create_model, list_models
+from vmamba.models.variants import VARIANTS, build_model, check_size, create_model, list_models
 from vmamba.models.vssm import VSSM
 from vmamba.models.weights import load_weights, without_wrappers
 from vmamba.text import counted, printable
@@ -207,7 +206,7 @@ def _timm(name: str, size: int, weights: str | Path | None) -> Subject:
             raise
         reason = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
         raise UserError(f"cannot download timm's weights of {name} ({reason}); give a file of them") from error
-    _check_size(name, model, size)
+    check_size(name, model, 3, (size, size))
     if weights is None:
         label = UNTRAINED
     elif weights == "pretrained":
@@ -229,20 +228,6 @@ def _timms_weights(path: str | Path) -> dict[str, Tensor]:
     if not named or not all(isinstance(weight, Tensor) for weight in weights.values()):
         raise UserError(f"'{path}' holds no state dict of tensors alone, nor a file of timm's; save one")
     return without_wrappers(weights)
-
-
-def _check_size(name: str, model: nn.Module, size: int) -> None:
-    """Raises UserError where one of timm's models cannot be run at `size`.  Ours say so themselves."""
-    shapes = copy.deepcopy(model).to("meta").eval()
-    try:
-        shapes(torch.empty(1, 3, size, size, device="meta"))
-    except NotImplementedError:  # of shapes alone this model cannot be run
-        return
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(
-            f"{name} does not take images of {size} x {size} pixels ({reason}); give another size"
-        ) from error
 
 
 def _plain(value: Any) -> Any:

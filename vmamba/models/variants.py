@@ -4,6 +4,7 @@ Names and numbers are those of the tables of VMamba (arXiv 2401.10166 and its la
 "VMamba-T" in papers means `vmamba_tiny_s1l8`; here `vmamba_tiny` is the model of January 2024.
 """
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 from yacs.config import CfgNode
 
@@ -246,4 +248,20 @@ def _timm_model(config: CfgNode) -> nn.Module:
         model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"timm cannot build '{name}' with these settings: {error or type(error).__name__}") from error
+    size = config.DATA.IMG_SIZE
+    check_size(name, model, settings.IN_CHANS, (size, size) if isinstance(size, int) else tuple(size))
     return model
+
+
+def check_size(name: str, model: nn.Module, in_chans: int, size: tuple[int, int]) -> None:
+    """Raises UserError where one of timm's models cannot be run on images of `size`.  Ours say so themselves."""
+    shapes = copy.deepcopy(model).to("meta").eval()
+    try:
+        shapes(torch.empty(1, in_chans, *size, device="meta"))
+    except NotImplementedError:  # of shapes alone this model cannot be run
+        return
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"{name} does not take images of {size[0]} x {size[1]} pixels ({reason}); give another size"
+        ) from error

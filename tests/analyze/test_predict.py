@@ -1,0 +1,120 @@
+"""predict.py: what a checkpoint of each task says of images, as JSON and as pictures."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import vmamba
+from vmamba.analysis.prediction import find_images, predict
+from vmamba.classification.transforms import build_transform
+from vmamba.config import get_config
+from vmamba.data.scenes import scene
+from vmamba.errors import UserError
+from vmamba.runtime.task import open_task
+
+SMALL = ["MODEL.OPTIONS.dims", 8]
+CONFIGS = {
+    "classification": ("configs/vmamba_digits.yaml", []),
+    "detection": ("configs/scenes_detection.yaml", ["MODEL.CHANNELS", 16, "MODEL.HIDDEN", 16, "TEST.SCORE", 0.0]),
+    "segmentation": ("configs/scenes_segmentation.yaml", ["MODEL.CHANNELS", 16, "MODEL.AUX_CHANNELS", 8]),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Of each task: (file, config, model)."""
+    folder, found = tmp_path_factory.mktemp("checkpoints"), {}
+    for task, (file, options) in CONFIGS.items():
+        config = get_config(file, [*SMALL, *options])
+        torch.manual_seed(0)
+        model = open_task(config).build_model().eval()
+        content = {"model": model.state_dict(), "config": yaml.safe_load(config.dump())}
+        torch.save(content, folder / f"{task}.pth")
+        found[task] = folder / f"{task}.pth", config, model
+    return found
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    scene(0, False, 64).image.save(folder / "scene.png")
+    scene(1, False, 64).image.convert("L").save(folder / "more" / "scene.png")
+    Image.new("RGB", (300, 3), "red").save(folder / "wide.bmp")
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    return folder
+
+
+@pytest.mark.parametrize("task", CONFIGS)
+def test_every_image_has_a_picture_and_an_entry(checkpoints, pictures, tmp_path, task, caplog):
+    file, *_ = checkpoints[task]
+    told = predict(str(file), [str(pictures)], score=0.0, device="cpu", output=str(tmp_path / "out"))
+    assert set(told) == {str(pictures / name) for name in ("scene.png", "more/scene.png", "wide.bmp")}
+    assert {each["picture"] for each in told.values()} == {"scene.png", "more_scene.png", "wide.png"}
+    assert "left out: cannot read" in caplog.text and "broken.jpg" in caplog.text
+    assert json.loads((tmp_path / "out" / "predictions.json").read_text())["images"] == told
+    with Image.open(tmp_path / "out" / "scene.png") as picture:
+        assert picture.height >= 256  # small images are enlarged to be readable
+
+
+def test_the_best_classes_are_the_models(checkpoints, pictures, tmp_path):
+    file, config, model = checkpoints["classification"]
+    (told,) = predict(str(file), [str(pictures / "scene.png")], device="cpu", output=str(tmp_path / "out")).values()
+    image = build_transform(config, training=False)(scene(0, False, 64).image.convert("L"))
+    chances = model(image[None]).softmax(1)[0]
+    assert [each["class"] for each in told["top"]] == chances.topk(5).indices.tolist()
+    assert [each["name"] for each in told["top"]] == [str(each["class"]) for each in told["top"]]
+    np.testing.assert_allclose([each["probability"] for each in told["top"]], chances.topk(5).values.tolist(), 1e-5)
+
+
+def test_shares_of_classes_are_those_of_the_pixels(checkpoints, pictures, tmp_path):
+    file, *_ = checkpoints["segmentation"]
+    told = predict(str(file), [str(pictures / "wide.bmp")], device="cpu", output=str(tmp_path / "out"))
+    shares = next(iter(told.values()))["classes"]
+    assert sum(shares.values()) == pytest.approx(1) and list(shares.values()) == sorted(shares.values(), reverse=True)
+    assert set(shares) <= {"background", *map(str, range(10))}
+
+
+def test_objects_are_in_cocos_form_and_in_the_pixels_of_the_file(checkpoints, pictures, tmp_path):
+    file, *_ = checkpoints["detection"]
+    told = predict(str(file), [str(pictures / "wide.bmp")], device="cpu", output=str(tmp_path / "out"))
+    objects = next(iter(told.values()))["objects"]
+    assert objects and all(each["segmentation"]["size"] == [3, 300] for each in objects)
+    for each in objects:
+        x, y, width, height = each["bbox"]
+        assert 0 <= x <= x + width <= 300.01 and 0 <= y <= y + height <= 3.01
+        assert each["name"] == str(each["category_id"])
+
+
+def test_names_of_a_file_and_patterns(checkpoints, pictures, tmp_path):
+    (tmp_path / "names.txt").write_text("\n".join(f"digit {number}" for number in range(10)))
+    options = dict(device="cpu", output=str(tmp_path / "out"))
+    file = str(checkpoints["classification"][0])
+    (told,) = predict(file, [str(pictures / "s*.png")], names=str(tmp_path / "names.txt"), **options).values()
+    assert told["top"][0]["name"] == f"digit {told['top'][0]['class']}"
+    (tmp_path / "names.txt").write_text("one\ntwo")
+    with pytest.raises(UserError, match=r"names.txt' names 2 classes, and the model has 10"):
+        predict(file, [str(pictures)], names=str(tmp_path / "names.txt"), **options)
+
+
+def test_a_released_file_says_by_its_weights_what_it_is(pictures, tmp_path):
+    model = vmamba.create_model("vmamba_nano", num_classes=4)
+    torch.save({"model": vmamba.to_released(model)}, tmp_path / "released.pth")
+    told = predict(
+        str(tmp_path / "released.pth"), [str(pictures / "scene.png")], device="cpu", output=str(tmp_path / "out")
+    )
+    assert len(next(iter(told.values()))["top"]) == 4
+    torch.save({"model": {"weight": torch.zeros(3)}}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="holds neither a config nor a head that is known; give --cfg"):
+        predict(str(tmp_path / "other.pth"), [str(pictures)], device="cpu", output=str(tmp_path / "out"))
+
+
+def test_what_is_no_image_is_a_sentence(checkpoints, pictures, tmp_path):
+    with pytest.raises(UserError, match="there is no image at '.*nowhere"):
+        find_images([str(tmp_path / "nowhere*")])
+    with pytest.raises(UserError, match="none of 1 image could be read"):
+        predict(str(checkpoints["classification"][0]), [str(pictures / "broken.jpg")], output=str(tmp_path / "out"))
