@@ -1,53 +1,60 @@
 #!/usr/bin/env bash
-# One command a published number: how each classification model is trained, and how its number is measured.
+# One command a published number of the three tables: how each model is trained, and how its number is measured.
 #
-#   ./modelcard.sh                                  every command
-#   ./modelcard.sh NAME train|eval [ARGUMENT ...]   run one, with further arguments for main.py
-#   ./modelcard.sh --dry-run NAME train|eval [...]  print it
+#   ./modelcard.sh                                    every command
+#   ./modelcard.sh CONFIG train|eval [ARGUMENT ...]   run one, with further arguments for main.py
+#   ./modelcard.sh --dry-run CONFIG train|eval [...]  print it
 #
-# DATA: folder of ImageNet's train/ and val/ (data/imagenet).  GPUS: of this host (8).  WEIGHTS: what eval measures;
+# CONFIG is a file below configs/ without its .yaml.  DATA: folder of ImageNet's train/ and val/ (data/imagenet); COCO
+# and ADE likewise (data/coco, data/ADEChallengeData2016).  GPUS: of this host (8).  WEIGHTS: what eval measures;
 # without it the released file in weights/, where there is one, else the best checkpoint of the training command.
 set -euo pipefail
 cd "$(dirname "$0")"
 PATH=$PWD/.venv/bin:$PATH  # what make sets up
 
-DATA=${DATA:-data/imagenet}
 GPUS=${GPUS:-8}
 fail() {
     echo "modelcard.sh: $1" >&2
     exit 2
 }
 
-# A line a model: name, published top-1 on ImageNet-1K (-: none), address of the released file (-: none).
+# A line a row of the tables: config, address of the released file (-: none), name and published numbers.
 models() {
     local remedy="make setup installs what it needs"
-    PYTHONPATH=$PWD:$PWD/kernels python -c '
-from vmamba.models.variants import VARIANTS
-for name, variant in VARIANTS.items():
-    if variant.released_as:
-        print(name, variant.accuracy or "-", variant.weights or "-")' 2>/dev/null || fail "cannot read vmamba/models/variants.py; $remedy"
+    PYTHONPATH=$PWD:$PWD/kernels python -m vmamba.models.published 2>/dev/null || fail "cannot read vmamba/models/published.py; $remedy"
 }
 
-# The command of model $1, whose released file is $2 (-: none), for task $3, as the array COMMAND; the rest is main.py's.
+# The command of config $1, whose released file is $2 (-: none), for task $3, as the array COMMAND; the rest is main.py's.
 compose() {
-    local name=$1 released=$2 task=$3
+    local config=$1 released=$2 task=$3 data
     shift 3
-    COMMAND=(torchrun --nproc_per_node "$GPUS" main.py --cfg "configs/$name.yaml" --data-path "$DATA")
-    if [[ $task == eval ]]; then
-        local weights=output/$name/default/best.pth
-        [[ $released == - ]] || weights=weights/${released##*/}
-        COMMAND+=(--eval --pretrained "${WEIGHTS:-$weights}")
-    fi
+    case $config in
+        detection/*) data=${COCO:-data/coco} ;;
+        segmentation/*) data=${ADE:-data/ADEChallengeData2016} ;;
+        *) data=${DATA:-data/imagenet} ;;
+    esac
+    COMMAND=(torchrun --nproc_per_node "$GPUS" main.py --cfg "configs/$config.yaml" --data-path "$data")
+    local weights=output/${config##*/}/default/best.pth
+    [[ $released == - ]] || weights=weights/$(file_of "$released")
+    [[ $task == train ]] || COMMAND+=(--eval --pretrained "${WEIGHTS:-$weights}")
     COMMAND+=("$@")
 }
 
+# What a released file is called here: timm's are all called model.safetensors there.
+file_of() {
+    case $1 in
+        */model.safetensors) local hub=${1%/resolve/*}; echo "${hub##*/}.safetensors" ;;
+        *) echo "${1##*/}" ;;
+    esac
+}
+
 list() {
-    local name accuracy released task
-    models | while read -r name accuracy released; do
-        [[ $accuracy == - ]] && echo "# $name: no published number" || echo "# $name: $accuracy% top-1"
+    local config released text task
+    models | while IFS=$'\t' read -r config released text; do
+        echo "# $text"
         for task in train eval; do
-            [[ $task == eval && $released != - ]] && echo "curl --location --create-dirs -o weights/${released##*/} $released"
-            compose "$name" "$released" "$task"
+            [[ $task == eval && $released != - ]] && echo "curl --location --create-dirs -o weights/$(file_of "$released") $released"
+            compose "$config" "$released" "$task"
             echo "${COMMAND[*]}"
         done
     done
@@ -62,10 +69,10 @@ if [[ $1 == --dry-run ]]; then
     DRY_RUN=yes
     shift
 fi
-[[ $# -ge 2 ]] || fail "expected NAME and train or eval; without arguments it lists every command"
+[[ $# -ge 2 ]] || fail "expected CONFIG and train or eval; without arguments it lists every command"
 [[ $2 == train || $2 == eval ]] || fail "unknown task '$2'; train or eval"
-row=$(models | awk -v name="$1" '$1 == name')
+row=$(models | awk -F '\t' -v name="$1" '$1 == name { print $2 }')
 [[ $row ]] || fail "unknown model '$1'; ./modelcard.sh lists them"
-compose "$1" "${row##* }" "${@:2}"
+compose "$1" "$row" "${@:2}"
 [[ $DRY_RUN ]] && echo "${COMMAND[*]}" && exit
 exec "${COMMAND[@]}"

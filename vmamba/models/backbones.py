@@ -1,9 +1,9 @@
 """Backbones by name, for detectors and segmenters: our models, and any of timm's that have feature maps."""
 
+import logging
 from typing import Any
 
 import timm
-from timm.layers import Format
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
@@ -11,8 +11,11 @@ from vmamba.errors import UserError, unknown
 from vmamba.models.backbone import Backbone
 from vmamba.models.layers import LayerNorm
 from vmamba.models.options import check_configured
+from vmamba.models.pretrained import Checkpoint
 from vmamba.models.variants import TIMM, VARIANTS, create_model
+from vmamba.models.weights import load_weights
 
+logger = logging.getLogger("vmamba")
 STRIDES = (4, 8, 16, 32)
 
 
@@ -67,24 +70,29 @@ class TimmBackbone(nn.Module):
         # Swin's of timm are of one size of image unless told otherwise; the other models do not know the option.
         sizes = {"strict_img_size": False} if name.startswith("swin") else {}
         try:
-            every = timm.create_model(name, features_only=True, **sizes, **options).feature_info.reduction()
+            sizes |= {"features_only": True, "feature_cls": "getter"}  # under the names of the whole model's weights
+            every = timm.create_model(name, **sizes, **options).feature_info.reduction()
             stages = [len(every) - 1 - every[::-1].index(stride) for stride in STRIDES]
-            self.model = timm.create_model(
-                name, pretrained=pretrained, features_only=True, out_indices=stages, **sizes, **options
-            )
+            self.model = timm.create_model(name, pretrained=pretrained, out_indices=stages, **sizes, **options)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"timm's '{name}' gives no feature maps of strides {', '.join(map(str, STRIDES))}: {error}"
             ) from error
         self.channels: list[int] = self.model.feature_info.channels()
-        self.channels_last = getattr(self.model, "output_fmt", None) == Format.NHWC
         batch_norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules())
         for stage, dim in enumerate(self.channels):
             self.add_module(f"outnorm{stage}", nn.Identity() if batch_norms else LayerNorm(dim, keep_float32=True))
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> four maps (B, channels, H', W')."""
-        maps = self.model(images)
-        if not self.channels_last:
-            maps = [each.permute(0, 2, 3, 1) for each in maps]
-        return [self.get_submodule(f"outnorm{stage}")(each).permute(0, 3, 1, 2) for stage, each in enumerate(maps)]
+        return [
+            self.get_submodule(f"outnorm{stage}")(each.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            for stage, each in enumerate(self.model(images))
+        ]
+
+    def start_from(self, checkpoint: Checkpoint) -> None:
+        """Take over the weights of a classifier of timm's, but for its head.  Raises UserError where they do not fit."""
+        own = self.model.model.state_dict()
+        weights = {name: weight for name, weight in checkpoint.whole.items() if name in own}
+        load_weights(self.model.model, weights, checkpoint.path)
+        logger.info(f"{checkpoint.path}: ignoring {len(checkpoint.whole) - len(weights)} weights of the classifier")

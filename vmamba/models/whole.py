@@ -59,7 +59,10 @@ def start_whole(model: nn.Module, checkpoint: Checkpoint, drop_head: bool) -> No
     """
     heads = {name.partition(".")[0] for name in model.state_dict()} - {_BACKBONE[:-1]}
     if not any(name.partition(".")[0] in heads for name in checkpoint.whole):
-        load_pretrained(model.backbone, checkpoint)
+        if isinstance(model.backbone, Backbone):
+            load_pretrained(model.backbone, checkpoint)
+        else:
+            model.backbone.start_from(checkpoint)
         return
     weights = _our_names(model, checkpoint.whole)
     if drop_head:
