@@ -18,16 +18,17 @@ fail() {
     exit 2
 }
 
-# A line a row of the tables: config, address of the released file (-: none), name and published numbers.
+# A line a row of the tables: config, addresses of the released file and of the weights that training starts from (-:
+# none), name and published numbers.
 models() {
     local remedy="make setup installs what it needs"
     PYTHONPATH=$PWD:$PWD/kernels python -m vmamba.models.published 2>/dev/null || fail "cannot read vmamba/models/published.py; $remedy"
 }
 
-# The command of config $1, whose released file is $2 (-: none), for task $3, as the array COMMAND; the rest is main.py's.
+# The command of config $1 with the addresses $2 and $3, for task $4, as the array COMMAND; the rest is main.py's.
 compose() {
-    local config=$1 released=$2 task=$3 data
-    shift 3
+    local config=$1 released=$2 start=$3 task=$4 data
+    shift 4
     case $config in
         detection/*) data=${COCO:-data/coco} ;;
         segmentation/*) data=${ADE:-data/ADEChallengeData2016} ;;
@@ -36,7 +37,11 @@ compose() {
     COMMAND=(torchrun --nproc_per_node "$GPUS" main.py --cfg "configs/$config.yaml" --data-path "$data")
     local weights=output/${config##*/}/default/best.pth
     [[ $released == - ]] || weights=weights/$(file_of "$released")
-    [[ $task == train ]] || COMMAND+=(--eval --pretrained "${WEIGHTS:-$weights}")
+    if [[ $task == eval ]]; then
+        COMMAND+=(--eval --pretrained "${WEIGHTS:-$weights}")
+    elif [[ $start != - ]]; then
+        COMMAND+=(--pretrained "$start")
+    fi
     COMMAND+=("$@")
 }
 
@@ -49,12 +54,12 @@ file_of() {
 }
 
 list() {
-    local config released text task
-    models | while IFS=$'\t' read -r config released text; do
+    local config released start text task
+    models | while IFS=$'\t' read -r config released start text; do
         echo "# $text"
         for task in train eval; do
             [[ $task == eval && $released != - ]] && echo "curl --location --create-dirs -o weights/$(file_of "$released") $released"
-            compose "$config" "$released" "$task"
+            compose "$config" "$released" "$start" "$task"
             echo "${COMMAND[*]}"
         done
     done
@@ -71,8 +76,8 @@ if [[ $1 == --dry-run ]]; then
 fi
 [[ $# -ge 2 ]] || fail "expected CONFIG and train or eval; without arguments it lists every command"
 [[ $2 == train || $2 == eval ]] || fail "unknown task '$2'; train or eval"
-row=$(models | awk -F '\t' -v name="$1" '$1 == name { print $2 }')
+row=$(models | awk -F '\t' -v name="$1" '$1 == name { print $2, $3 }')
 [[ $row ]] || fail "unknown model '$1'; ./modelcard.sh lists them"
-compose "$1" "$row" "${@:2}"
+compose "$1" "${row% *}" "${row#* }" "${@:2}"
 [[ $DRY_RUN ]] && echo "${COMMAND[*]}" && exit
 exec "${COMMAND[@]}"

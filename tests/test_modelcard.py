@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from vmamba.config import argument_parser, config_from_args
-from vmamba.models.variants import VARIANTS
+from vmamba.config import argument_parser, config_from_args, get_config
+from vmamba.models.published import PUBLISHED
+from vmamba.runtime.task import open_task
 
 ROOT = Path(__file__).parents[1]
-NAMES = sorted(path.stem for path in (ROOT / "configs").glob("vmamba_*.yaml") if path.stem != "vmamba_digits")
 
 
 def modelcard(*args: str) -> subprocess.CompletedProcess:
@@ -22,24 +23,39 @@ def modelcard(*args: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_it_lists_a_training_and_an_evaluation_of_every_config_and_the_published_numbers():
+def test_it_lists_a_training_and_an_evaluation_of_every_row_and_the_published_numbers():
     lines = modelcard().stdout.splitlines()
     commands = [shlex.split(line) for line in lines if line.startswith("torchrun")]
     parsed = [argument_parser().parse_args(command[command.index("main.py") + 1 :]) for command in commands]
     configs = [config_from_args(args) for args in parsed]
-    assert sorted((config.MODEL.NAME, config.EVAL_MODE) for config in configs) == [
-        (name, task) for name in NAMES for task in (False, True)
+    assert [(args.cfg, config.EVAL_MODE) for args, config in zip(parsed, configs, strict=True)] == [
+        (f"configs/{row.config}.yaml", evaluates) for row in PUBLISHED for evaluates in (False, True)
     ]
-    assert all(bool(config.MODEL.PRETRAINED) is config.EVAL_MODE for config in configs)
+    assert all(config.MODEL.PRETRAINED for config in configs if config.EVAL_MODE)
+    assert {config.TASK for config in configs if config.MODEL.PRETRAINED and not config.EVAL_MODE} == {
+        *("detection", "segmentation")
+    }
     fetched = [line.split() for line in lines if line.startswith("curl")]
-    assert [line[-1] for line in fetched] == [variant.weights for variant in VARIANTS.values() if variant.weights]
+    assert [line[-1] for line in fetched] == [row.weights for row in PUBLISHED if row.weights]
+    assert len({line[-2] for line in fetched}) == len(fetched)
     evaluated = [config.MODEL.PRETRAINED for config in configs if config.EVAL_MODE]
     assert [line[-2] for line in fetched] == [path for path in evaluated if path.startswith("weights/")]
     numbers = [line for line in lines if line.startswith("#")]
-    expected = [(name, variant.accuracy) for name, variant in VARIANTS.items() if variant.released_as]
-    assert numbers == [
-        f"# {name}: {f'{number}% top-1' if number else 'no published number'}" for name, number in expected
-    ]
+    assert "# VMamba-T[s1l8]: 82.6% top-1" in numbers
+    assert "# mamba2 tiny, not trained by its authors: no published number" in numbers
+    assert "# UperNet, VMamba-T[s1l8]: 47.9% mIoU, 48.8% mIoU at several scales" in numbers
+
+
+@pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: row.config)
+def test_a_row_is_the_model_of_its_config(row):
+    config = get_config(ROOT / "configs" / f"{row.config}.yaml")
+    assert row.table == config.TASK
+    with torch.device("meta"):
+        model = open_task(config).build_model()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert parameters / 1e6 == pytest.approx(row.parameters, abs=1.0)
+    header = (ROOT / "configs" / f"{row.config}.yaml").read_text()
+    assert all(f"{number:g}" in header for number in row.numbers.values())
 
 
 def test_a_dry_run_prints_one_command_with_its_further_arguments():

@@ -91,7 +91,7 @@ class TimmBackbone(nn.Module):
         ]
 
     def start_from(self, checkpoint: Checkpoint) -> None:
-        """Take over the weights of a classifier of timm's, but for its head.  Raises UserError where they do not fit."""
+        """Take over the weights of a classifier of timm's but its head.  Raises UserError where they do not fit."""
         own = self.model.model.state_dict()
         weights = {name: weight for name, weight in checkpoint.whole.items() if name in own}
         load_weights(self.model.model, weights, checkpoint.path)

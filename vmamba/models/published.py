@@ -21,7 +21,8 @@ class Row:
     numbers: Mapping[str, float]  # what it is called there: percent
     parameters: float  # millions
     gflops: float
-    weights: str | None = None
+    weights: str = ""  # address of the released file
+    start: str = ""  # of the classifier's whose backbone training starts from
 
     @property
     def table(self) -> str:
@@ -32,30 +33,39 @@ class Row:
 def _ours() -> list[Row]:
     rows = []
     for name, variant in VARIANTS.items():
-        if variant.released_as and variant.parameters:
+        if variant.released_as:
             numbers = {} if variant.accuracy is None else {"top-1": variant.accuracy}
-            rows.append(
-                Row(name, variant.released_as, numbers, variant.parameters / 1e6, variant.gflops or 0, variant.weights)
-            )
+            millions = variant.parameters / 1e6
+            rows.append(Row(name, variant.released_as, numbers, millions, variant.gflops, variant.weights or ""))
     return rows
 
 
+def _of_timm(hub: str) -> str:
+    return f"{_TIMM}{hub}/resolve/main/model.safetensors"
+
+
 def _baseline(config: str, name: str, top1: float, parameters: float, gflops: float, hub: str) -> Row:
-    weights = f"{_TIMM}{hub}/resolve/main/model.safetensors"
-    return Row(config, name, {"top-1": top1}, parameters, gflops, weights)
+    return Row(config, name, {"top-1": top1}, parameters, gflops, _of_timm(hub))
+
+
+def _start(backbone: str) -> str:
+    """The weights of a backbone, called as in the names of the configs."""
+    if backbone.startswith("swin"):
+        return _of_timm(f"{backbone}_patch4_window7_224.ms_in1k")
+    return VARIANTS[backbone].weights or ""
 
 
 def _mask_rcnn(
     backbone: str, name: str, schedule: str, box: float, mask: float, parameters: float, gflops: float, file: str = ""
 ) -> Row:
-    config = f"detection/mask_rcnn_{backbone}_{schedule}"
     return Row(
-        config,
+        f"detection/mask_rcnn_{backbone}_{schedule}",
         f"Mask R-CNN {schedule}, {name}",
         {"box AP": box, "mask AP": mask},
         parameters,
         gflops,
         file and _DET + file,
+        _start(backbone),
     )
 
 
@@ -63,7 +73,15 @@ def _upernet(
     config: str, name: str, single: float, several: float | None, parameters: float, gflops: float, file: str = ""
 ) -> Row:
     numbers = {"mIoU": single} | ({} if several is None else {"mIoU at several scales": several})
-    return Row(f"segmentation/upernet_{config}", f"UperNet, {name}", numbers, parameters, gflops, file and _SEG + file)
+    return Row(
+        f"segmentation/upernet_{config}",
+        f"UperNet, {name}",
+        numbers,
+        parameters,
+        gflops,
+        file and _SEG + file,
+        _start(config.removesuffix("_640")),
+    )
 
 
 _D, _S = "mask_rcnn_vssm_fpn_coco_", "upernet_vssm_4xb4-160k_ade20k-512x512_"
@@ -109,4 +127,4 @@ PUBLISHED: tuple[Row, ...] = (
 if __name__ == "__main__":  # what modelcard.sh reads: a line a row
     for row in PUBLISHED:
         numbers = ", ".join(f"{number:g}% {name}" for name, number in row.numbers.items()) or "no published number"
-        print(row.config, row.weights or "-", f"{row.name}: {numbers}", sep="\t")
+        print(row.config, row.weights or "-", row.start or "-", f"{row.name}: {numbers}", sep="\t")
