@@ -124,7 +124,7 @@ def throughput(
             print(markdown_table([_row(timing) for timing in new]), flush=True)
             timings += new
     settings = {
-        "device": _describe(place),
+        "device": describe(place),
         "torch": torch.__version__,
         "date": str(date.today()),
         "optimizer": "fused AdamW" if place.type == "cuda" else "AdamW",
@@ -337,7 +337,7 @@ def _page(timings: Sequence[Timing], settings: dict[str, Any]) -> str:
     )
 
 
-def _describe(device: torch.device) -> str:
+def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{counted(torch.get_num_threads(), 'thread')} of a CPU ({platform.machine()})"
