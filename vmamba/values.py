@@ -68,7 +68,9 @@ class Takes:
     def __str__(self) -> str:
         """In words, for a table of settings."""
         if self.choices is not None and not callable(self.choices):
-            return ", ".join(choice or "''" for choice in self.choices)
+            others = tuple(kind for kind in self.kinds if kind not in (str, [str]))
+            words = [choice or "''" for choice in self.choices]
+            return ", ".join([*words, f"{_describe(others)} {self.bounds()}".strip()] if others else words)
         return " ".join(filter(None, [_describe(self.kinds), self.bounds()]))
 
 

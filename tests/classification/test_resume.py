@@ -199,6 +199,34 @@ def test_records_of_a_run_whose_checkpoints_are_gone_are_kept_beside(tmp_path):
     assert "is of an earlier run and this one starts anew" in log(config)
 
 
+def test_records_beside_a_state_from_elsewhere_are_another_runs(tmp_path, uninterrupted):
+    config = tiny_config(tmp_path, "MODEL.RESUME", output_folder(uninterrupted) / "last.pth", "TRAIN.EPOCHS", 3)
+    output_folder(config).mkdir(parents=True)
+    (output_folder(config) / "metrics.jsonl").write_text('{"epoch": 9, "step": 27, "acc1": 99}\n')
+    run(config)
+    assert [line["epoch"] for line in metrics(config)] == [3]
+    (output_folder(config) / "best.pth").unlink()
+    run(config)
+    assert "this run is finished and seeks none" in log(config)
+    assert [line["epoch"] for line in metrics(config)] == [3]  # now its own state is the furthest, and these its own
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_signal_while_a_file_is_read_is_no_error_of_the_file(tmp_path, monkeypatch, number):
+    run(tiny_config(tmp_path, "TRAIN.EPOCHS", 1))
+    load, calls = torch.load, []
+
+    def interrupted(*args, **options):
+        calls.append(args)
+        if len(calls) == number:
+            signal.raise_signal(signal.SIGTERM)
+        return load(*args, **options)
+
+    monkeypatch.setattr(torch, "load", interrupted)
+    with pytest.raises(Stopped, match="nothing was trained since the start"):
+        run(tiny_config(tmp_path))
+
+
 @pytest.mark.parametrize(("options", "place"), [(("EVAL_MODE", True), "add"), ((), "__init__")])
 def test_a_signal_where_nothing_is_trained_ends_the_run_at_once(tmp_path, uninterrupted, monkeypatch, options, place):
     config = tiny_config(tmp_path, "MODEL.RESUME", output_folder(uninterrupted) / "last.pth", *options)

@@ -253,9 +253,20 @@ def test_a_head_is_dropped_from_some_weights_only(tmp_path):
         run(tiny_config(tmp_path, "MODEL.DROP_HEAD", True))
 
 
-def test_in_a_thread(tmp_path, trained):
+def test_in_a_thread_and_never_two_at_a_time(tmp_path, trained, monkeypatch):
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(run, tiny_config(tmp_path)).result() == trained[1]
+        whole, refused = Accuracy.results, []
+
+        def meanwhile(self):
+            with pytest.raises(UserError, match="another run goes on in this process") as error:
+                run(tiny_config(tmp_path, "TAG", "second"))
+            refused.append(error)
+            return whole(self)
+
+        monkeypatch.setattr(Accuracy, "results", meanwhile)
+        assert pool.submit(run, tiny_config(tmp_path, "TAG", "first")).result() == trained[1]
+        assert refused and not output_folder(tiny_config(tmp_path, "TAG", "second")).exists()
 
 
 def test_the_device_is_waited_for_once_a_step_and_once_an_evaluation(tmp_path, monkeypatch):
@@ -327,13 +338,16 @@ def test_another_architecture_in_the_folder_is_neither_skipped_nor_overwritten(t
     assert (output_folder(config) / "last.pth").read_bytes() == before
 
 
-def test_a_config_of_somebody_else_is_not_overwritten(tmp_path):
+@pytest.mark.parametrize(
+    "text", ["mine: 1", "TRAIN: {BASE_LR: 0.1}  # by hand", "MODEL: {TYPE: vssm, VSSM: {}}", "- 1"]
+)
+def test_a_config_of_somebody_else_is_not_overwritten(tmp_path, text):
     config = tiny_config(tmp_path)
     output_folder(config).mkdir(parents=True)
-    (output_folder(config) / "config.yaml").write_text("mine: 1")
-    with pytest.raises(UserError, match="'mine'.*config.yaml' would be overwritten: move it away"):
+    (output_folder(config) / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"config\.yaml'"):
         run(config)
-    assert (output_folder(config) / "config.yaml").read_text() == "mine: 1"
+    assert (output_folder(config) / "config.yaml").read_text() == text
 
 
 def test_starting_over_in_a_used_folder_is_refused(trained):

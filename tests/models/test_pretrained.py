@@ -302,6 +302,13 @@ def test_averaged_weights_are_found_or_named(tmp_path, plain, averaged, said, co
     assert ("passing over" in said()) == bool(over)
 
 
+@pytest.mark.parametrize("odd", [{"module": {"module": {}}}, {"params": {"a": 1}}, [torch.zeros(2)], "ema.pth"])
+def test_averaged_weights_that_are_none_are_named(tmp_path, plain, said, odd):
+    torch.save({"model": plain, "model_ema": odd}, tmp_path / "w.pth")
+    assert vmamba.load_checkpoint(tmp_path / "w.pth").source == "model"
+    assert "passing over 'model_ema', which is no state dict" in said()
+
+
 @pytest.mark.parametrize("name", ["model_ema", "state_dict_ema", "ema"])
 def test_averaged_weights_have_their_own_accuracy(tmp_path, plain, averaged, name):
     torch.save({"model": plain, name: averaged, "max_accuracy": 81.0, "max_accuracy_ema": 82.0}, tmp_path / "w.pth")

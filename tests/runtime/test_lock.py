@@ -5,6 +5,7 @@ import os
 import pytest
 
 from vmamba.errors import UserError
+from vmamba.runtime import lock as lock_module
 from vmamba.runtime.lock import FolderLock
 
 
@@ -33,13 +34,29 @@ def test_a_second_writer_is_refused_while_the_first_lives(tmp_path):
     for name in (".last.pth.0123abcd.tmp", ".notes.tmp"):
         (folder / name).write_text("what a killed process left, and what somebody keeps there")
     assert f"is being written by process {os.getpid()} on " in in_another_process(folder)
-    with pytest.raises(UserError, match="is being written by another run of this process; wait for its end"):
-        FolderLock(folder).acquire()
     lock.release()
     assert sorted(os.listdir(folder)) == [".last.pth.0123abcd.tmp", ".notes.tmp"]
     assert in_another_process(folder) == "free"  # and its end frees it again, though its file stays
     lock.acquire()
     assert sorted(os.listdir(folder)) == [".lock", ".notes.tmp"]
+    lock.release()
+
+
+def test_a_file_that_its_holder_has_just_removed_holds_nobody_out(tmp_path, monkeypatch):
+    """The holder may end between opening its file and locking it: another file has to be opened then."""
+    whole, opened = lock_module._lock_for_this_process, []
+
+    def removed_meanwhile(file):
+        if not opened:
+            (tmp_path / ".lock").unlink()
+        opened.append(file)
+        return whole(file)
+
+    monkeypatch.setattr(lock_module, "_lock_for_this_process", removed_meanwhile)
+    lock = FolderLock(tmp_path)
+    lock.acquire()
+    assert len(opened) == 2
+    assert f"is being written by process {os.getpid()} on " in in_another_process(tmp_path)
     lock.release()
 
 

@@ -2,11 +2,12 @@
 
 import json
 import re
+from unittest.mock import Mock
 
 import pytest
 
 from vmamba.errors import UserError
-from vmamba.runtime import logging
+from vmamba.runtime import logging, records
 from vmamba.runtime.distributed import World
 from vmamba.runtime.logging import Pace, create_logger, megabytes, memory_mb, progress
 from vmamba.runtime.records import read_metrics, write_metrics
@@ -69,6 +70,15 @@ def test_what_is_no_round_stays_and_older_names_are_read_as_todays(tmp_path):
     write_metrics(path, {"epoch": 2, "val_loss": 0.3})
     assert path.read_text(errors="surrogateescape").splitlines()[:4] == notes
     assert read_metrics(path) == [{"epoch": 1, "val_loss": 0.5, "ema_val_loss": 0.4}, {"epoch": 2, "val_loss": 0.3}]
+
+
+def test_events_after_the_place_of_a_resumed_run_are_superseded(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(records, "SummaryWriter", lambda folder, **options: made.append(options) or Mock())
+    resumed = records.Records(tmp_path, {})
+    resumed.write_events({"train/loss": 1.0}, 7)
+    resumed.write_events({"train/loss": 1.0}, 8)
+    assert made == [{"purge_step": 7}]
 
 
 def test_numbers_that_json_has_no_name_for_are_null(tmp_path):

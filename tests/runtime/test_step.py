@@ -37,6 +37,18 @@ def test_the_gradient_is_clipped_and_its_norm_reported_before(tiny, clip):
     assert report.grad_norm > 0.01
 
 
+def test_in_float16_the_gradient_is_clipped_without_its_scale(tiny):
+    """Clipping before the scale is taken off would shrink every step to nothing."""
+    options = ("TRAIN.CLIP_GRAD", "0.01", "TRAIN.OPTIMIZER.NAME", "momentum", "TRAIN.WEIGHT_DECAY", "0")
+    case = tiny("AMP.ENABLE", "True", "AMP.DTYPE", "float16", *options)
+    case.state.schedule.set_rate = lambda step: None
+    before = case.weights()
+    case.train(1)
+    assert case.state.scaler.get_scale() > 1
+    moved = sum((case.weights()[name] - before[name]).pow(2).sum() for name, _ in case.state.model.named_parameters())
+    assert moved.sqrt().item() == pytest.approx(0.1 * 0.01, rel=1e-2)
+
+
 def test_what_the_model_draws_depends_on_the_step_alone(tiny):
     one, other = tiny(), tiny()
     other.state.step = 7

@@ -15,6 +15,7 @@ from vmamba.files import write_atomically
 from vmamba.models.options import CONFIGURABLE, check_configured
 from vmamba.models.released_yaml import from_released_config
 
+_WHOLE = ("OUTPUT", "TAG", "DEVICE", "DATA", "MODEL", "TRAIN", "AMP")  # which only the whole config of a run has all
 OPTIONS = "MODEL.OPTIONS"  # a section that takes the options of the model
 
 
@@ -68,13 +69,10 @@ def restored(saved: Mapping[str, Any]) -> CfgNode:
 def save_config(config: CfgNode, path: str | Path) -> None:
     """Write the whole config as YAML; `get_config(path)` gives the same one back.
 
-    Raises UserError where the file there is no config.
+    Raises UserError where the file there was not written so.
     """
-    if Path(path).exists():
-        try:
-            get_config(path)
-        except UserError as error:
-            raise UserError(f"{error}; '{path}' would be overwritten: move it away, or choose another --tag") from error
+    if Path(path).exists() and not {*_WHOLE} <= {key for key, *_ in settings(Path(path))}:
+        raise UserError(f"'{path}' is no run's config and would be overwritten; move it away, or choose another --tag")
     write_atomically(path, lambda file: file.write(config.dump().encode()))
 
 

@@ -140,6 +140,8 @@ def weights_in(content: Any, source: object) -> dict[str, tuple[str, dict[str, T
         if not found:
             raise UserError(f"'{source}' holds no weights: neither a state dict nor one under 'model' or 'state_dict'")
         held = {"model": next(iter(found))}
+    for name in (name for names in _WHERE.values() for name in names if name not in found and content.get(name)):
+        logger.warning(f"{source}: passing over '{name}', which is no state dict")
     more = [name for name, weights in found.items() if name not in held.values() and any(map(_STEM.fullmatch, weights))]
     if more:
         logger.info(f"{source}: passing over the weights under {_listed(more)}")

@@ -16,7 +16,6 @@ except ImportError:  # Windows, which has msvcrt
     fcntl = None
 
 logger = logging.getLogger("vmamba")
-_held: set[tuple[int, str]] = set()  # (process, file): a process is not kept out by its own locks
 _FAR = 2**30  # the byte that is locked on Windows, where the locked part of a file cannot be read
 
 
@@ -28,10 +27,8 @@ class FolderLock:
         self._file: IO[str] | None = None
 
     def acquire(self) -> None:
-        """Raises UserError, naming the holder, where another run holds it, of this process or another."""
+        """Raises UserError, naming the holder, where another process holds it."""
         make_folder(self.path.parent)
-        if self._key() in _held:
-            raise self._refusal("another run of this process")
         while self._file is None:
             try:
                 file = self.path.open("a+", encoding="utf-8")
@@ -41,7 +38,6 @@ class FolderLock:
             with suppress(FileNotFoundError):  # else the holder has just ended, and removed the file that we opened
                 if os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
                     self._file = file
-        _held.add(self._key())
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._file.flush()
@@ -53,24 +49,18 @@ class FolderLock:
                 self.path.unlink()
             self._file.close()
             self._file = None
-            _held.discard(self._key())
 
     def _lock(self, file: IO[str]) -> None:
         try:
             _lock_for_this_process(file)
         except (BlockingIOError, PermissionError):  # by POSIX either says that it is held, on Windows the second
             file.seek(0)
-            raise self._refusal(file.read().strip() or "another process") from None
+            holder = file.read().strip() or "another process"
+            raise UserError(
+                f"'{self.path.parent}' is being written by {holder}; wait for its end, or choose another --tag"
+            ) from None
         except OSError as error:
             logger.warning(f"'{self.path}' cannot be locked ({error.strerror}): nothing keeps a second run out")
-
-    def _key(self) -> tuple[int, str]:
-        return os.getpid(), os.path.realpath(self.path)
-
-    def _refusal(self, holder: str) -> UserError:
-        return UserError(
-            f"'{self.path.parent}' is being written by {holder}; wait for its end, or choose another --tag"
-        )
 
 
 def _lock_for_this_process(file: IO[str]) -> None:

@@ -69,9 +69,9 @@ def resume(run: Run, state: TrainState) -> Path | None:
         for change in report.changes(saved["config"], state.config):
             run.logger.info(f"changed since: {change}")
         if state.best and not on_main(lambda: is_there(run.folder / BEST)):
-            run.logger.info(
-                f"the best so far lies elsewhere{report.best_so_far(run.task, state)}; here it is sought anew"
-            )
+            finished = state.recorded >= state.schedule.plan.steps
+            here = "this run is finished and seeks none" if finished else "here it is sought anew"
+            run.logger.info(f"the best so far lies elsewhere{report.best_so_far(run.task, state)}; {here}")
             state.best = {}
         return Path(path)
     if path or config.MODEL.PRETRAINED:

@@ -14,8 +14,11 @@ from vmamba.runtime.distributed import World, gather, sum_over_processes
 from vmamba.signals import STOP_SIGNALS
 
 
-class Stopped(Exception):
-    """A run was asked to stop and has saved its state, which the same command resumes; or it had nothing to save."""
+class Stopped(BaseException):
+    """A run was asked to stop and has saved its state, which the same command resumes; or it had nothing to save.
+
+    As KeyboardInterrupt it is no Exception: it may be raised anywhere, and what handles errors there is not meant.
+    """
 
     def __init__(self, signum: int, checkpoint: Path | None = None):
         name = signal.Signals(signum).name

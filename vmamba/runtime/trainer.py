@@ -1,6 +1,7 @@
 """The story of a run of any task: build model, data and state; train, evaluate or time.  The doors call `run`."""
 
 import math
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from yacs.config import CfgNode
 
 from vmamba.config import output_folder, save_config
 from vmamba.data.loaders import Loader, TrainLoader
+from vmamba.errors import UserError
 from vmamba.runtime import report
 from vmamba.runtime.checkpoint import BEST, LAST
 from vmamba.runtime.distributed import on_main, processes
@@ -31,12 +33,24 @@ from vmamba.runtime.step import OptimizerStep, StepReport, parallelise
 from vmamba.runtime.task import Results, open_task
 from vmamba.text import counted
 
+_one_at_a_time = threading.Lock()
+
 
 def run(config: CfgNode) -> Results:
     """Train, or only evaluate (EVAL_MODE) or time (THROUGHPUT_MODE), and return the last numbers.
 
     Raises UserError for what the user can mend, and Stopped when a signal ended it; training has saved its state then.
+    A second run at the same time in one process is refused: they would draw from the same generators.
     """
+    if not _one_at_a_time.acquire(blocking=False):
+        raise UserError("another run goes on in this process; wait for its end, or start a process for each")
+    try:
+        return _run_alone(config)
+    finally:
+        _one_at_a_time.release()
+
+
+def _run_alone(config: CfgNode) -> Results:
     folder = None if config.THROUGHPUT_MODE else output_folder(config)
     with processes(config.DEVICE) as world, _only_writer(config, folder):
         logger = create_logger(world, folder)
@@ -90,7 +104,7 @@ def train(run: Run, model: nn.Module) -> Results:
     warn_of_the_warmup(run, plan)
     source = resume(run, state)
     records = Records(run.folder, task.panels)
-    if source is None:
+    if source is None or source.resolve().parent != run.folder.resolve():
         on_main(records.start_over)
     if source == run.folder / BEST:
         run.save(state, LAST)  # killed between the two: what a run leaves does not depend on where
