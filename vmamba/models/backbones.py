@@ -15,7 +15,6 @@ from vmamba.models.variants import VARIANTS, create_model
 
 STRIDES = (4, 8, 16, 32)
 _TIMM = "timm/"
-_POSITIONS = ("relative_position_bias_table", "pos_embed", "absolute_pos_embed")
 
 
 def create_backbone(name: str, pretrained: bool = False, **options: Any) -> nn.Module:
@@ -90,7 +89,3 @@ class TimmBackbone(nn.Module):
         if not self.channels_last:
             maps = [each.permute(0, 2, 3, 1) for each in maps]
         return [self.get_submodule(f"outnorm{stage}")(each).permute(0, 3, 1, 2) for stage, each in enumerate(maps)]
-
-    def no_weight_decay(self) -> set[str]:
-        """Position maps and biases, as the models' own recipes say; timm's wrapper for features does not pass it on."""
-        return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in _POSITIONS}

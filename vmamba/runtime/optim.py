@@ -83,14 +83,11 @@ def rate_scale(config: CfgNode, global_batch: int) -> float:
 def parameter_groups(model: nn.Module, weight_decay: float, decay_ssm: bool = True) -> list[dict]:
     """The trainable parameters, decayed and not.
 
-    Decay goes by what a parameter is: not to biases and norms, nor to what `no_weight_decay()` of the model, or of a
-    part of it such as a backbone, names.
+    Decay goes by what a parameter is: not to biases and norms, nor to what `model.no_weight_decay()` names.
     `decay_ssm=False` spares the A_logs and Ds of the state-space models too, as Mamba asks.
     """
-    spared = set()
+    spared = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     for path, module in model.named_modules():
-        if hasattr(module, "no_weight_decay"):
-            spared |= {f"{path}.{name}" if path else name for name in module.no_weight_decay()}
         for name, _ in module.named_parameters(recurse=False):
             is_norm = "Norm" in type(module).__name__
             is_ssm = name in ("A_logs", "Ds")
