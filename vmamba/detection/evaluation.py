@@ -53,8 +53,9 @@ def as_results(image_id: int, prediction: Mapping[str, Tensor], numbers: Sequenc
     """A prediction of `MaskRCNN` in COCO's form of results; `numbers` are the categories' of label 0, 1, ..."""
     boxes = prediction["boxes"].double().cpu()
     boxes[:, 2:] -= boxes[:, :2]
-    # One by one: of a photograph's size a hundred are gigabytes, and would be copied.
-    lengths = [run_lengths.encode(np.asfortranarray(mask.cpu().numpy(), np.uint8)) for mask in prediction["masks"]]
+    # One by one: a hundred of a photograph's size are gigabytes, and turning them copies them.
+    masks = prediction["masks"].cpu().numpy()
+    lengths = [run_lengths.encode(np.asfortranarray(mask, np.uint8)) for mask in masks]
     scores, labels = prediction["scores"].tolist(), prediction["labels"].tolist()
     return [
         {
