@@ -15,6 +15,9 @@ from pycocotools.cocoeval import COCOeval
 from vmamba.config import output_folder
 from vmamba.detection import datasets
 from vmamba.detection.evaluation import NUMBERS, as_results, evaluate
+from vmamba.detection.task import Task
+from vmamba.errors import UserError
+from vmamba.runtime.evaluation import evaluate_alone
 from vmamba.runtime.trainer import run
 
 from .tiny import CATEGORIES, annotation, read, shape, tiny_config
@@ -196,17 +199,11 @@ def test_saved_predictions_are_what_was_evaluated(tmp_path):
 
 
 def test_an_unreadable_image_is_left_out_of_the_truth(tmp_path, monkeypatch):
-    config = tiny_config(tmp_path, "TRAIN.EPOCHS", 1, "TRAIN.EMA.ENABLE", False, "DATA.SKIP_BAD_IMAGES", True)
-    run(config)
-    seen = []
-
-    def watched(truth, found, images):
-        seen.append(sorted(images))
-        return evaluate(truth, found, images)
-
-    monkeypatch.setattr("vmamba.detection.evaluation.evaluate", watched)
+    config, seen = tiny_config(tmp_path), []
+    monkeypatch.setattr("vmamba.detection.evaluation.evaluate", lambda truth, found, images: (seen.append(images), {}))
     (tmp_path / "data" / "val2017" / "001.png").unlink()
-    run(tiny_config(tmp_path, "EVAL_MODE", True, "DATA.SKIP_BAD_IMAGES", True))
+    device, model = torch.device("cpu"), Task(config).build_model()
+    evaluate_alone(tiny_config(tmp_path, "DATA.SKIP_BAD_IMAGES", True), model, device)
     assert seen == [[100, 102, 103, 104]]
-    with pytest.raises(ValueError, match=r"cannot read '.*001.png': No such file.*set DATA.SKIP_BAD_IMAGES true"):
-        run(tiny_config(tmp_path, "EVAL_MODE", True))
+    with pytest.raises(UserError, match=r"cannot read '.*001.png': No such file.*set DATA.SKIP_BAD_IMAGES true"):
+        evaluate_alone(config, model, device)

@@ -50,7 +50,7 @@ def test_a_run_tells_data_losses_and_both_accuracies(trained):
     for part in (
         "coco in ",
         "7 images to train on, 5 held out, 3 classes",
-        "left out: 1 crowds, 1 images without an object",
+        "7 images, left out: crowds (1), images without an object or below DATA.LEAST_SIDE (1)",
         "loss_rpn_cls ",
         "loss_rpn_bbox ",
         "loss_cls ",

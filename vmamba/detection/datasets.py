@@ -80,10 +80,10 @@ class Coco:
         if not any(each.instances for each in images):
             raise UserError(
                 f"'{printable(self.file)}' has no image{' to train on' * training} with an object"
-                f"{_listed(reasons)}; there is nothing to learn from it, nor to find"
+                f"{_left_out(reasons)}; there is nothing to learn from it, nor to find"
             )
         if tell and any(reasons.values()):
-            logger.info(f"'{printable(self.file)}'{_listed(reasons)}")
+            logger.info(f"'{printable(self.file)}': {counted(len(images), 'image')}{_left_out(reasons)}")
         if not training:
             images = [replace(each, instances=()) for each in images]
         self.shapes = [(each.height, each.width) for each in images]
@@ -170,9 +170,10 @@ class Scenes:
         return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def _listed(reasons: Mapping[str, int]) -> str:
-    told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
-    return f" (left out: {told})" if told else ""
+def _left_out(reasons: Mapping[str, int]) -> str:
+    """In words, for the end of a clause; empty where nothing is."""
+    told = ", ".join(f"{reason} ({count:,})" for reason, count in reasons.items() if count)
+    return f", left out: {told}" if told else ""
 
 
 def open_dataset(config: CfgNode, training: bool, tell: bool = False) -> Dataset:
