@@ -184,6 +184,8 @@ def test_pasted_masks_are_the_boxes_part_of_the_image(monkeypatch):
     monkeypatch.setattr("vmamba.detection.roi_heads._PASTED", 1)  # one at a time
     assert torch.equal(paste_masks(logits, boxes, size, 0.5)[1:], found[1:])
     assert paste_masks(logits[:0], boxes[:0], size, 0.5).shape == (0, *size)
+    without_area = torch.tensor([[10.5, 12.0, 10.5, 40.0], [70.0, 50.0, 70.0, 50.0], [0.0, 0.0, 0.0, 0.0]])
+    assert not paste_masks(logits.abs(), without_area, size, 0.5).any()
 
 
 def test_losses_of_the_second_stage_by_hand():

@@ -12,7 +12,7 @@ from vmamba.detection.boxes import BOX_STDS, assign, cut, decode, encode, sample
 
 STRIDES = (4, 8, 16, 32)
 _FINEST = 56  # sides from which a box is read one level up
-_PASTED = 1 << 28  # numbers of masks of the image's size that are made at a time
+_PASTED = 1 << 25  # pixels of masks of the image's size that are made at a time: some 600 MB
 
 
 @dataclass(frozen=True)
