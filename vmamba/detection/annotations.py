@@ -4,10 +4,9 @@ A box is four numbers x, y, width, height; a mask is polygons, or run lengths; b
 """
 
 import json
-import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ from faster_coco_eval.core import mask as run_lengths
 from vmamba.errors import UserError
 from vmamba.files import read_text
 from vmamba.text import printable, some
+
+_LARGEST = 1e6  # side or coordinate in pixels; a polygon takes memory by its length
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ def read_annotations(path: Path) -> tuple[Annotations, dict[str, Any]]:
     """What a file of COCO's form holds, and its content.  Raises UserError, naming file and place."""
     try:
         content = json.loads(read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"'{printable(path)}' is truncated or no JSON ({error}); fetch it again") from error
     return parse(content, path), content
 
@@ -72,33 +75,36 @@ def parse(content: Any, path: Path) -> Annotations:
                 f"and categories"
             )
     reader = _Reader(path)
-    categories = sorted(
-        (reader.number(each, "id", "category"), str(each.get("name", ""))) for each in content["categories"]
-    )
-    label_of = {number: label for label, (number, _) in enumerate(categories)}
-    entries = {reader.number(each, "id", "image"): each for each in content["images"]}
-    instances, left_out = defaultdict(list), Counter()
-    for each in content["annotations"]:
-        which = reader.number(each, "id", "annotation")
-        image = reader.number(each, "image_id", f"annotation {which}")
-        if image not in entries:
-            raise UserError(f"'{printable(path)}': annotation {which} is of image {image}, which is not listed")
-        reason, instance = reader.instance(each, which, label_of, entries[image])
-        if reason:
-            left_out[reason] += 1
-        else:
-            instances[image].append(instance)
-    images = tuple(
-        ImageEntry(
+    categories = reader.by_number(content["categories"], "category")
+    if not categories:
+        raise reader.wrong("it has no categories, so nothing to tell apart")
+    label_of = {number: label for label, number in enumerate(sorted(categories))}
+    entries = reader.by_number(content["images"], "image")
+    images = {
+        number: ImageEntry(
             number,
             reader.text(each, "file_name", f"image {number}"),
             reader.side(each, "height", number),
             reader.side(each, "width", number),
-            tuple(instances[number]),
+            (),
         )
         for number, each in entries.items()
+    }
+    instances, left_out = defaultdict(list), Counter()
+    for which, each in reader.by_number(content["annotations"], "annotation").items():
+        number = reader.number(each, "image_id", f"annotation {which}")
+        if number not in images:
+            raise reader.wrong(f"annotation {which} is of image {number}, which is not listed")
+        reason, instance = reader.instance(each, which, label_of, images[number])
+        if reason:
+            left_out[reason] += 1
+        else:
+            instances[number].append(instance)
+    return Annotations(
+        tuple((number, str(categories[number].get("name", ""))) for number in label_of),
+        tuple(replace(each, instances=tuple(instances[each.id])) for each in images.values()),
+        left_out,
     )
-    return Annotations(tuple(categories), images, left_out)
 
 
 class _Reader:
@@ -110,78 +116,123 @@ class _Reader:
     def wrong(self, what: str) -> UserError:
         return UserError(f"'{printable(self.path)}': {printable(what)}")
 
+    def by_number(self, entries: list, what: str) -> dict[int, Mapping]:
+        found: dict[int, Mapping] = {}
+        for each in entries:
+            number = self.number(each, "id", what)
+            if number in found:
+                raise self.wrong(f"{what} {number} is listed twice; give each a number of its own")
+            found[number] = each
+        return found
+
     def number(self, entry: Any, name: str, what: str) -> int:
         value = entry.get(name) if isinstance(entry, Mapping) else None
         if isinstance(value, bool) or not isinstance(value, int):
-            raise self.wrong(f"{what} has {name} {value!r}; expected a whole number")
+            raise self.wrong(f"{what} has {name} {value!r:.60}; expected a whole number")
         return value
 
     def text(self, entry: Mapping, name: str, what: str) -> str:
         value = entry.get(name)
         if not isinstance(value, str) or not value:
-            raise self.wrong(f"{what} has {name} {value!r}; expected text")
+            raise self.wrong(f"{what} has {name} {value!r:.60}; expected text")
         return value
 
     def side(self, entry: Mapping, name: str, image: int) -> int:
         value = self.number(entry, name, f"image {image}")
-        if value < 1:
-            raise self.wrong(f"image {image} has {name} {value}; expected 1 or more")
+        if not 1 <= value <= _LARGEST:
+            raise self.wrong(f"image {image} has {name} {value:.6g}; expected 1 to {_LARGEST:.0f}")
         return value
 
     def instance(
-        self, entry: Mapping, which: int, label_of: Mapping[int, int], image: Mapping
+        self, entry: Mapping, which: int, label_of: Mapping[int, int], image: ImageEntry
     ) -> tuple[str, Instance | None]:
         """An annotation as an instance, or the reason why it is left out."""
         category = self.number(entry, "category_id", f"annotation {which}")
         if category not in label_of:
             known = some(list(label_of))
             raise self.wrong(f"annotation {which} has category {category}, which is not listed; there are {known}")
-        box = entry.get("bbox")
-        if not _is_numbers(box, 4):
+        box, area = entry.get("bbox"), entry.get("area", 1)
+        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
             raise self.wrong(
-                f"annotation {which} has bbox {box!r:.60}; expected four finite numbers x, y, width, height"
+                f"annotation {which} has bbox {box!r:.60}; expected four finite numbers x, y, width, height in pixels"
             )
+        if not _is_number(area, _LARGEST**2):
+            raise self.wrong(f"annotation {which} has area {area!r:.60}; expected a finite number, or leave it out")
+        if entry.get("iscrowd", 0) not in (0, 1):
+            raise self.wrong(f"annotation {which} has iscrowd {entry['iscrowd']!r:.60}; expected 0 or 1")
+        x, y, width, height = map(float, box)
+        mask = entry.get("segmentation")
+        # Evaluation reads those too that are left out of training.
+        self._check_mask(mask, which, image)
         if entry.get("iscrowd"):
             return "crowds", None
-        x, y, width, height = map(float, box)
-        inside_x = min(x + width, image["width"]) - max(x, 0)
-        inside_y = min(y + height, image["height"]) - max(y, 0)
-        if width < 1 or height < 1 or entry.get("area", 1) <= 0:
+        if width < 1 or height < 1 or area <= 0:
             return "boxes without area", None
+        inside_x = min(x + width, image.width) - max(x, 0)
+        inside_y = min(y + height, image.height) - max(y, 0)
         if inside_x <= 0 or inside_y <= 0:
             return "boxes outside of their image", None
-        mask = entry.get("segmentation")
-        self._check_mask(mask, which, image)
         return "", Instance((x, y, x + width, y + height), label_of[category], mask)
 
-    def _check_mask(self, mask: Any, which: int, image: Mapping) -> None:
+    def _check_mask(self, mask: Any, which: int, image: ImageEntry) -> None:
+        if not mask:
+            raise self.wrong(
+                f"annotation {which} has no mask (segmentation is {mask!r}), and Mask R-CNN learns and is judged by "
+                f"boxes and masks; add polygons or run lengths"
+            )
+        size = [image.height, image.width]
         if isinstance(mask, Mapping):
-            size = [image["height"], image["width"]]
             if mask.get("size") != size:
                 raise self.wrong(
-                    f"annotation {which} has a mask of size {mask.get('size')} (height, width), and its image is {size}"
+                    f"annotation {which} has a mask of size {mask.get('size')!r:.60} (height, width), and its image is "
+                    f"{size}"
                 )
-            counts = mask.get("counts")
-            if isinstance(counts, list) and sum(counts) != size[0] * size[1]:
+            pixels = _pixels(mask.get("counts"))
+            if pixels is None:
+                raise self.wrong(f"annotation {which} has run lengths that are damaged; write its mask again")
+            if pixels != size[0] * size[1]:
                 raise self.wrong(
-                    f"annotation {which} has run lengths of {sum(counts)} pixels in an image of {size[0] * size[1]}"
+                    f"annotation {which} has run lengths of {pixels} pixels in an image of {size[0] * size[1]}"
                 )
-            if isinstance(counts, (str, bytes, list)):
-                return
-        elif isinstance(mask, list) and mask and all(map(_is_polygon, mask)):
-            return
-        raise self.wrong(
-            f"annotation {which} has segmentation {mask!r:.60}; expected polygons of three points or more, or run "
-            f"lengths"
-        )
+        elif not isinstance(mask, list) or not all(map(_is_polygon, mask)):
+            raise self.wrong(
+                f"annotation {which} has segmentation {mask!r:.60}; expected polygons of three points or more, x and y "
+                f"in turn, or run lengths"
+            )
 
 
-def _is_numbers(values: Any, count: int | None = None) -> bool:
-    if not isinstance(values, list) or (count is not None and len(values) != count):
-        return False
-    numbers = (isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
-    return all(numbers) and all(map(math.isfinite, values))
+def _is_number(value: Any, largest: float = _LARGEST) -> bool:
+    return type(value) in (int, float) and -largest <= value <= largest
 
 
 def _is_polygon(values: Any) -> bool:
-    return _is_numbers(values) and len(values) >= 6 and len(values) % 2 == 0
+    return isinstance(values, list) and len(values) >= 6 and len(values) % 2 == 0 and all(map(_is_number, values))
+
+
+def _pixels(counts: Any) -> int | None:
+    """How many pixels run lengths have, compressed ones or a list; None for what are none."""
+    if isinstance(counts, str):
+        counts = _uncompressed(counts)
+    if not isinstance(counts, list) or not all(type(count) is int and count >= 0 for count in counts):
+        return None
+    return sum(counts)
+
+
+def _uncompressed(text: str) -> list[int] | None:
+    """COCO's text of run lengths: five bits a character, the lowest first, from the fourth on differences to the
+    one before the last."""
+    counts: list[int] = []
+    number = bits = 0
+    for character in text:
+        value = ord(character) - 48
+        if not 0 <= value < 64:
+            return None
+        number |= (value & 31) << bits
+        bits += 5
+        if value & 32:
+            continue
+        if value & 16:
+            number -= 1 << bits
+        counts.append(number + (counts[-2] if len(counts) > 2 else 0))
+        number = bits = 0
+    return None if bits else counts

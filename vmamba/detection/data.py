@@ -5,14 +5,23 @@ from yacs.config import CfgNode
 from vmamba.data.loaders import EvalLoader, Examples, TrainLoader
 from vmamba.detection.datasets import Dataset, open_dataset
 from vmamba.detection.transforms import Collate, Transform
+from vmamba.errors import UserError
+from vmamba.text import printable
 
 
-def build_train_loader(config: CfgNode, *, rank: int, world_size: int) -> TrainLoader:
+def build_train_loader(config: CfgNode, held_out: Dataset, *, rank: int, world_size: int) -> TrainLoader:
     """The training images in micro-batches of upright or wide ones (DATA.GROUP_BY_ASPECT).
 
-    Raises UserError when the data is not there, does not fit the config, or does not fill one batch.
+    Raises UserError when the data is not there, does not fit the config, does not fill one batch, or has other
+    categories than what is held out.
     """
     dataset = open_dataset(config, training=True, tell=rank == 0)
+    for one, other in zip(dataset.categories, held_out.categories, strict=True):
+        if one != other:
+            raise UserError(
+                f"the training images have category {one[0]} '{printable(one[1])}' where those held out have "
+                f"{other[0]} '{printable(other[1])}'; both files of annotations must list the same"
+            )
     if config.DATA.GROUP_BY_ASPECT:
         dataset.groups = [int(height > width) for height, width in dataset.shapes]
     examples = Examples(config, dataset, Transform(config, training=True), training=True)

@@ -3,7 +3,8 @@
 import logging
 import pickle
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,7 +15,7 @@ from yacs.config import CfgNode
 from vmamba.data import scenes
 from vmamba.data.folders import contents, data_path, what_is
 from vmamba.data.images import decode
-from vmamba.detection.annotations import ImageEntry, read_annotations
+from vmamba.detection.annotations import ImageEntry, as_run_lengths, read_annotations
 from vmamba.errors import UserError
 from vmamba.text import counted, printable
 
@@ -30,13 +31,19 @@ class Sample:
     image_id: int
 
 
+def without_objects(image: Image.Image, image_id: int) -> Sample:
+    masks = np.zeros((0, image.height, image.width), np.uint8)
+    return Sample(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), masks, image_id)
+
+
 class Dataset(Protocol):
     categories: list[tuple[int, str]]  # number in the file and name of label 0, 1, ...
     shapes: list[tuple[int, int]]  # (height, width) of each image
 
     def __len__(self) -> int: ...
 
-    def load(self, index: int) -> Sample: ...
+    def load(self, index: int) -> Sample:
+        """Held out, without objects: those are in `truth`."""
 
     def truth(self) -> dict[str, Any]:
         """COCO's form of what is to be found."""
@@ -52,14 +59,15 @@ class Coco:
     def __init__(self, config: CfgNode, training: bool, tell: bool):
         data, split = config.DATA, "TRAIN" if training else "VAL"
         root = data_path(config)
-        self.folder, self.file = root / data[f"{split}_IMAGES"], root / data[f"{split}_ANNOTATIONS"]
-        for path, kind in ((self.folder, "folder"), (self.file, "file")):
-            if what_is(path) != kind:
+        for kind, key in (("folder", f"{split}_IMAGES"), ("file", f"{split}_ANNOTATIONS")):
+            if what_is(root / data[key]) != kind:
                 raise UserError(
-                    f"data path '{printable(root)}' has no {kind} {path.relative_to(root)}: {contents(root)}"
+                    f"data path '{printable(root)}' has no {kind} '{printable(data[key])}', as DATA.{key} says: "
+                    f"{contents(root)}"
                 )
+        self.folder, self.file = root / data[f"{split}_IMAGES"], root / data[f"{split}_ANNOTATIONS"]
         found, _ = read_annotations(self.file)
-        self.categories, self.most = list(found.categories), data.MOST_OBJECTS if training else None
+        self.categories, self.most = list(found.categories), data.MOST_OBJECTS
         if len(self.categories) != config.MODEL.NUM_CLASSES:
             raise UserError(
                 f"'{printable(self.file)}' has {counted(len(self.categories), 'category', 'categories')}, but "
@@ -69,11 +77,15 @@ class Coco:
         if training:
             images = [each for each in images if each.instances and min(each.height, each.width) >= data.LEAST_SIDE]
             reasons["images without an object or below DATA.LEAST_SIDE"] = len(found.images) - len(images)
-        if not images:
-            raise UserError(f"'{printable(self.file)}' has no image with an object; there is nothing to learn from it")
-        told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
-        if tell and told:
-            logger.info(f"left out of '{printable(self.file)}': {told}")
+        if not any(each.instances for each in images):
+            raise UserError(
+                f"'{printable(self.file)}' has no image{' to train on' * training} with an object"
+                f"{_left_out(reasons)}; there is nothing to learn from it, nor to find"
+            )
+        if tell and any(reasons.values()):
+            logger.info(f"'{printable(self.file)}': {counted(len(images), 'image')}{_left_out(reasons)}")
+        if not training:
+            images = [replace(each, instances=()) for each in images]
         self.shapes = [(each.height, each.width) for each in images]
         # As bytes, or every loading process would copy a million objects as it counts who refers to them.
         self.images = [pickle.dumps(each) for each in images]
@@ -90,8 +102,8 @@ class Coco:
                 f"'{printable(path)}' is {image.width} x {image.height} pixels, and '{printable(self.file)}' says "
                 f"{entry.width} x {entry.height}; mend whichever is wrong"
             )
-        instances = list(entry.instances)
-        if self.most is not None and len(instances) > self.most:
+        instances = entry.instances
+        if len(instances) > self.most:
             chosen = np.random.choice(len(instances), self.most, replace=False)
             instances = [instances[number] for number in sorted(chosen)]
         masks = [each.bitmap(entry.height, entry.width) for each in instances]
@@ -104,7 +116,16 @@ class Coco:
         )
 
     def truth(self) -> dict[str, Any]:
-        return read_annotations(self.file)[1]
+        """The file's content with what other tools may leave out, and numbers of annotations from 1: pycocotools takes
+        an object of number 0 for one that nothing has found."""
+        found, content = read_annotations(self.file)
+        shapes = {each.id: (each.height, each.width) for each in found.images}
+        annotations = []
+        for number, each in enumerate(content["annotations"], 1):
+            mask = as_run_lengths(each["segmentation"], *shapes[each["image_id"]])
+            area = each["area"] if "area" in each else float(run_lengths.area(mask))
+            annotations.append(each | {"id": number, "area": area, "iscrowd": int(each.get("iscrowd", 0))})
+        return content | {"annotations": annotations}
 
 
 class Scenes:
@@ -124,6 +145,8 @@ class Scenes:
 
     def load(self, index: int) -> Sample:
         made = scenes.scene(index, self.training, self.side)
+        if not self.training:
+            return without_objects(made.image, index)
         return Sample(made.image, made.boxes(), made.labels, made.masks.astype(np.uint8), index)
 
     def truth(self) -> dict[str, Any]:
@@ -145,6 +168,12 @@ class Scenes:
                 )
         categories = [{"id": number, "name": name} for number, name in self.categories]
         return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _left_out(reasons: Mapping[str, int]) -> str:
+    """In words, for the end of a clause; empty where nothing is."""
+    told = ", ".join(f"{reason} ({count:,})" for reason, count in reasons.items() if count)
+    return f", left out: {told}" if told else ""
 
 
 def open_dataset(config: CfgNode, training: bool, tell: bool = False) -> Dataset:

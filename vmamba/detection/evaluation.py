@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as run_lengths
 from torch import Tensor, nn
@@ -15,7 +14,6 @@ from vmamba.errors import UserError
 from vmamba.runtime.distributed import gather, on_main
 from vmamba.runtime.task import Results
 
-KINDS = ("bbox", "segm")
 # COCO's twelve numbers in its order: average precision, over all thresholds, at two, by size; recall likewise.
 NUMBERS = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l", "AR_1", "AR_10", "AR_100", "AR_s", "AR_m", "AR_l")
 
@@ -27,7 +25,7 @@ class Detections:
         self.dataset, self.keep = dataset, keep
         self.found: list[dict[str, Any]] = []  # in COCO's form of results
         self.seen: list[int] = []
-        self.all: list[dict[str, Any]] = []  # of all processes, once they are gathered
+        self.all: list[dict[str, Any]] | None = None  # of all processes, once they are gathered
         self.by_class: dict[str, Any] = {}
 
     def add(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
@@ -48,15 +46,16 @@ class Detections:
         return self.by_class
 
     def files(self) -> dict[str, bytes]:
-        return {"results.json": json.dumps(self.all).encode()} if self.keep and self.all else {}
+        return {"results.json": json.dumps(self.all).encode()} if self.keep and self.all is not None else {}
 
 
 def as_results(image_id: int, prediction: Mapping[str, Tensor], numbers: Sequence[int]) -> list[dict[str, Any]]:
     """A prediction of `MaskRCNN` in COCO's form of results; `numbers` are the categories' of label 0, 1, ..."""
     boxes = prediction["boxes"].double().cpu()
     boxes[:, 2:] -= boxes[:, :2]
-    masks = np.asfortranarray(prediction["masks"].permute(1, 2, 0).to(torch.uint8).cpu().numpy())
-    lengths = run_lengths.encode(masks) if len(boxes) else []
+    # One by one: a hundred of a photograph's size are gigabytes, and turning them copies them.
+    masks = prediction["masks"].cpu().numpy()
+    lengths = [run_lengths.encode(np.asfortranarray(mask, np.uint8)) for mask in masks]
     scores, labels = prediction["scores"].tolist(), prediction["labels"].tolist()
     return [
         {
@@ -64,7 +63,7 @@ def as_results(image_id: int, prediction: Mapping[str, Tensor], numbers: Sequenc
             "category_id": numbers[label],
             "bbox": box,
             "score": score,
-            "segmentation": {"size": list(masks.shape[:2]), "counts": _text(length["counts"])},
+            "segmentation": {"size": list(length["size"]), "counts": _text(length["counts"])},
         }
         for box, score, label, length in zip(boxes.tolist(), scores, labels, lengths, strict=True)
     ]
@@ -79,17 +78,20 @@ def evaluate(
     results: Results = {}
     by_class: dict[str, Any] = {}
     reference = COCO(dict(truth))
-    for kind in KINDS:
-        numbers, precision = [0.0] * len(NUMBERS), {}
-        if found:
-            evaluation = COCOeval_faster(reference, reference.loadRes([dict(each) for each in found]), kind)
-            evaluation.params.imgIds = sorted(images)
-            evaluation.run()
-            numbers = [float(number) for number in evaluation.stats[: len(NUMBERS)]]
-            precision = _by_class(evaluation, truth)
-        results |= {f"{kind}_{name}": 100 * number for name, number in zip(NUMBERS, numbers, strict=True)}
-        by_class[f"{kind}_mAP"] = precision
+    for kind, other in (("bbox", "segmentation"), ("segm", "bbox")):
+        # Without the other's, since it takes areas from boxes where there are any.
+        results_of_kind = [{name: value for name, value in each.items() if name != other} for each in found]
+        evaluation = COCOeval_faster(reference, _as_coco(results_of_kind, reference), kind)
+        evaluation.params.imgIds = sorted(images)
+        evaluation.run()
+        numbers = zip(NUMBERS, evaluation.stats[: len(NUMBERS)], strict=True)
+        results |= {f"{kind}_{name}": 100 * float(number) for name, number in numbers}
+        by_class[f"{kind}_mAP"] = _by_class(evaluation, truth)
     return results, by_class
+
+
+def _as_coco(found: list[dict[str, Any]], reference: COCO) -> COCO:
+    return reference.loadRes(found) if found else COCO({**reference.dataset, "annotations": []})
 
 
 def _by_class(evaluation: COCOeval_faster, truth: Mapping[str, Any]) -> dict[str, float | None]:

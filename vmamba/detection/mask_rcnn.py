@@ -8,13 +8,14 @@ import re
 from collections import OrderedDict
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from vmamba.detection.boxes import check_targets
 from vmamba.detection.roi_heads import PredictionSettings, RoIHead, paste_masks
 from vmamba.detection.rpn import ProposalSettings, RPNHead
+from vmamba.errors import UserError
 
 TRAINING_PROPOSALS, PROPOSALS, PREDICTIONS = ProposalSettings(nms_pre=2000), ProposalSettings(), PredictionSettings()
 Target = dict[str, Tensor]  # boxes (N, 4) in pixels, labels (N,) from 0, masks (N, H, W) of the padded image
@@ -94,22 +95,24 @@ class MaskRCNN(nn.Module):
         Args:
             images: (B, 3, H, W), normalised, padded at the right and below.
             image_sizes: (h, w) of each without its padding; None: none is padded.
-            targets: of each image `boxes` (N, 4) in pixels, `labels` (N,) from 0 and `masks` (N, H, W).
+            targets: of each image `boxes` (N, 4) in pixels, `labels` (N,) int64 from 0 and `masks` (N, H, W) of 0 and
+                1, padded as the images are.
             padded_sizes: (h, w) of each with the padding that it would have alone; anchors beyond it do not count in
                 training, as in mmdetection.  None: that of the batch.
             output_sizes: (H, W) of each that predictions are in, such as its file's; None: `image_sizes`.
 
         Returns for each image `boxes` (n, 4), `scores` (n,), `labels` (n,), the best first, and `masks` (n, h, w); or
         `loss_rpn_cls`, `loss_rpn_bbox`, `loss_cls`, `loss_bbox` and `loss_mask`, to be added up, and `acc`, the box
-        head's share of right classes in percent.
+        head's share of right classes in percent.  Raises UserError for targets of other shapes or classes.
         """
         if image_sizes is None:
             image_sizes = [images.shape[2:]] * len(images)
+        if targets is not None:
+            _check_targets(targets, images, self.num_classes)
         maps = self.pyramid(images)
         scores, offsets = self.rpn_head(maps)
         if targets is None:
             return self._predict(maps, scores, offsets, image_sizes, output_sizes or image_sizes)
-        check_targets(targets, self.num_classes)
         if padded_sizes is None:
             padded_sizes = [images.shape[2:]] * len(images)
         losses = self.rpn_head.losses(scores, offsets, padded_sizes, [each["boxes"] for each in targets])
@@ -131,3 +134,28 @@ class MaskRCNN(nn.Module):
             each["boxes"] = each["boxes"] * each["boxes"].new_tensor(scale)
             each["masks"] = paste_masks(each.pop("mask_logits"), each["boxes"], wanted, self.predictions.mask_thr)
         return predictions
+
+
+def _check_targets(targets: Sequence[Target], images: Tensor, num_classes: int) -> None:
+    """See `MaskRCNN.forward`.  Waits for the device, when it has nothing to do yet."""
+    if len(targets) != len(images):
+        raise UserError(f"there are {len(targets)} targets for {len(images)} images; give one for each")
+    for number, target in enumerate(targets):
+        missing = {"boxes", "labels", "masks"} - target.keys()
+        if missing:
+            raise UserError(f"targets[{number}] lacks {', '.join(sorted(missing))}; give boxes, labels and masks")
+        count = len(target["boxes"])
+        for name, shape in (("boxes", (count, 4)), ("labels", (count,)), ("masks", (count, *images.shape[2:]))):
+            if target[name].shape != shape:
+                raise UserError(
+                    f"targets[{number}]['{name}'] has the shape {tuple(target[name].shape)}; expected {shape}, for "
+                    f"{count} boxes in images of {images.shape[2]} x {images.shape[3]} (height, width)"
+                )
+        if target["labels"].dtype != torch.int64:
+            raise UserError(f"targets[{number}]['labels'] is of {target['labels'].dtype}; expected int64")
+    labels = torch.cat([target["labels"] for target in targets])
+    if len(labels):
+        least, most = torch.stack(labels.aminmax()).tolist()
+        if least < 0 or most >= num_classes:
+            wrong = least if least < 0 else most
+            raise UserError(f"a label is {wrong}, and the model has {num_classes} classes, counted from 0")

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import batched_nms, roi_align
 
-from vmamba.detection.boxes import BOX_STDS, assign, decode, encode, sample
+from vmamba.detection.boxes import BOX_STDS, assign, cut, decode, encode, sample
 
 STRIDES = (4, 8, 16, 32)
 _FINEST = 56  # sides from which a box is read one level up
-_PASTED = 1 << 28  # numbers of masks of the image's size that are made at a time
+_PASTED = 1 << 25  # pixels of masks of the image's size that are made at a time: some 600 MB
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,18 @@ class PredictionSettings:
 
 
 def read_regions(maps: Sequence[Tensor], boxes: Sequence[Tensor], side: int) -> Tensor:
-    """Of each image's boxes (N, 4) the maps' part, (all N, C, side, side), from the level that suits a box."""
+    """Of each image's boxes (N, 4) the maps' part, (all N, C, side, side), from the level that suits a box.  Waits for
+    the device once."""
     rois = torch.cat([F.pad(each, (1, 0), value=image) for image, each in enumerate(boxes)])
     areas = (rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])
     levels = (areas.sqrt() / _FINEST + 1e-6).log2().floor().clamp(0, len(STRIDES) - 1)
-    regions = maps[0].new_zeros(len(rois), maps[0].shape[1], side, side)
-    for level, stride in enumerate(STRIDES):
-        mine = (levels == level).nonzero()[:, 0]
-        part = roi_align(
-            maps[level], rois[mine].to(maps[level].dtype), side, 1 / stride, sampling_ratio=0, aligned=True
-        )
-        regions = regions.index_copy(0, mine, part)
-    return regions
+    order = levels.argsort(stable=True)
+    counts = torch.stack([(levels == level).sum() for level in range(len(STRIDES))]).tolist()
+    parts = [
+        roi_align(map_, part.to(map_.dtype), side, 1 / stride, sampling_ratio=0, aligned=True)
+        for map_, part, stride in zip(maps, rois[order].split(counts), STRIDES, strict=False)  # the last has no boxes
+    ]
+    return torch.cat(parts)[order.argsort()]
 
 
 class BoxHead(nn.Module):
@@ -110,28 +110,43 @@ class RoIHead(nn.Module):
         self, maps: Sequence[Tensor], proposals: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]
     ) -> dict[str, Tensor]:
         """`proposals`: of each image boxes (N, 4), to which its true ones are added."""
-        positives, boxes, labels, truths, masks = [], [], [], [], []
+        assigned, candidates = [], []
         for proposed, target in zip(proposals, targets, strict=True):
-            count = len(target["boxes"])
-            assigned = assign(proposed, target["boxes"], above=0.5, below=0.5, least=0.5)
-            assigned = torch.cat([torch.arange(count, device=assigned.device), assigned])
-            candidates = torch.cat([target["boxes"], proposed])
-            positive, negative = sample(assigned, self.samples, 0.25)
-            stands_for = assigned[positive]
-            positives.append(candidates[positive])
-            boxes.append(candidates[torch.cat([positive, negative])])
-            background = torch.full_like(negative, self.num_classes)
-            labels.append(torch.cat([target["labels"][stands_for], background]))
+            own = torch.arange(len(target["boxes"]), device=proposed.device)
+            assigned.append(torch.cat([own, assign(proposed, target["boxes"], above=0.5, below=0.5, least=0.5)]))
+            candidates.append(torch.cat([target["boxes"], proposed]))
+        positives, boxes, truths, classes, masks = [], [], [], [], []
+        for image, (positive, negative) in enumerate(sample(assigned, self.samples, 0.25)):
+            chosen, stands_for, target = candidates[image][positive], assigned[image][positive], targets[image]
+            positives.append(chosen)
+            boxes.append(torch.cat([chosen, candidates[image][negative]]))
             truths.append(target["boxes"][stands_for])
-            masks.append(_mask_targets(target["masks"], candidates[positive], stands_for, 2 * MaskHead.side))
-        scores, offsets = self.bbox_head(read_regions(maps, boxes, BoxHead.side))
-        losses = _box_losses(scores.float(), offsets.float(), torch.cat(labels), torch.cat(boxes), torch.cat(truths))
+            classes.append(target["labels"][stands_for])
+            masks.append(_mask_targets(target["masks"], chosen, stands_for, 2 * MaskHead.side))
+        losses = self._box_losses(maps, boxes, truths, classes)
+        classes = torch.cat(classes)
         logits = self.mask_head(read_regions(maps, positives, MaskHead.side)).float()
-        classes = torch.cat(labels)[torch.cat(labels) < self.num_classes]
         chosen = logits[torch.arange(len(classes), device=logits.device), classes]
         mask_loss = F.binary_cross_entropy_with_logits(chosen, torch.cat(masks), reduction="sum")
-        losses["loss_mask"] = mask_loss / max(chosen.numel(), 1)
-        return losses
+        return losses | {"loss_mask": mask_loss / max(chosen.numel(), 1)}
+
+    def _box_losses(
+        self, maps: Sequence[Tensor], boxes: Sequence[Tensor], truths: Sequence[Tensor], classes: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """Of each image: boxes, of which the first stand for `truths` of `classes`, and the others for background."""
+        scores, offsets = (x.float() for x in self.bbox_head(read_regions(maps, boxes, BoxHead.side)))
+        sizes, count = [len(each) for each in boxes], max(len(scores), 1)
+        images = zip(boxes, truths, classes, scores.split(sizes), offsets.split(sizes), strict=True)
+        classification, regression, right = 0, 0, 0
+        for box, truth, label, score, offset in images:
+            positives = len(label)
+            labels = F.pad(label, (0, len(box) - positives), value=self.num_classes)
+            classification = classification + F.cross_entropy(score, labels, reduction="sum")
+            target = encode(box[:positives], truth, BOX_STDS)
+            chosen = offset[torch.arange(positives, device=label.device), label]
+            regression = regression + (chosen - target).abs().sum()
+            right = right + (score.detach().argmax(1) == labels).sum()
+        return {"loss_cls": classification / count, "loss_bbox": regression / count, "acc": 100 * right / count}
 
     def predict(
         self,
@@ -147,29 +162,17 @@ class RoIHead(nn.Module):
         for boxes, size, score, offset in zip(
             proposals, image_sizes, scores.float().split(counts), offsets.float().split(counts), strict=True
         ):
-            predictions.append(_choose(decode(boxes, offset, BOX_STDS, size), score.softmax(1)[:, :-1], settings))
+            boxes = cut(decode(boxes[:, None], offset, BOX_STDS), size)  # (N, classes, 4)
+            predictions.append(_choose(boxes, score.softmax(1)[:, :-1], settings))
         logits = self.mask_head(read_regions(maps, [each["boxes"] for each in predictions], MaskHead.side)).float()
         for each, its_logits in zip(predictions, logits.split([len(p["boxes"]) for p in predictions]), strict=True):
             each["mask_logits"] = its_logits[torch.arange(len(its_logits), device=logits.device), each["labels"]]
         return predictions
 
 
-def _box_losses(scores: Tensor, offsets: Tensor, labels: Tensor, boxes: Tensor, truths: Tensor) -> dict[str, Tensor]:
-    positive = (labels < scores.shape[1] - 1).nonzero()[:, 0]
-    target = encode(boxes[positive], truths, BOX_STDS)
-    count = max(len(labels), 1)
-    return {
-        "loss_cls": F.cross_entropy(scores, labels, reduction="sum") / count,
-        "loss_bbox": (offsets[positive, labels[positive]] - target).abs().sum() / count,
-        "acc": 100 * (scores.detach().argmax(1) == labels).sum() / count,
-    }
-
-
 def _mask_targets(masks: Tensor, boxes: Tensor, stands_for: Tensor, side: int) -> Tensor:
     """Masks (truths, H, W) and boxes (N, 4) -> (N, side, side) of 0 and 1: what of its truth's mask lies in each."""
-    height, width = masks.shape[1:]
-    limits = boxes.new_tensor([width, height, width, height])
-    rois = torch.cat([stands_for[:, None].to(boxes.dtype), torch.minimum(boxes.clamp(min=0), limits)], 1)
+    rois = torch.cat([stands_for[:, None].to(boxes.dtype), cut(boxes, masks.shape[1:])], 1)
     part = roi_align(masks[:, None].to(boxes.dtype), rois, side, 1.0, sampling_ratio=0, aligned=True)
     return (part[:, 0] >= 0.5).to(boxes.dtype)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import batched_nms
 
-from vmamba.detection.boxes import RPN_STDS, anchors, assign, decode, encode, sample
+from vmamba.detection.boxes import RPN_STDS, anchors, assign, cut, decode, encode, sample
 
 STRIDES = (4, 8, 16, 32, 64)
 _RATIOS = 3
@@ -50,20 +50,17 @@ class RPNHead(nn.Module):
         settings: ProposalSettings,
     ) -> list[tuple[Tensor, Tensor]]:
         """For each image boxes (N, 4) and their scores (N,), the best first."""
-        grids = _grids(scores)
-        flat_scores, flat_offsets = _flat(scores, 1), _flat(offsets, 4)
-        found = []
-        for image, size in enumerate(image_sizes):
-            boxes, chances, levels = [], [], []
-            for level, grid in enumerate(grids):
-                chance = flat_scores[level][image, :, 0].float().sigmoid()
-                best = chance.sort(descending=True, stable=True).indices[: settings.nms_pre]
-                offset = flat_offsets[level][image, best].float()
-                boxes.append(decode(grid[best], offset[:, None], RPN_STDS, size)[:, 0])
-                chances.append(chance[best])
-                levels.append(torch.full_like(best, level))
-            found.append(_suppress(torch.cat(boxes), torch.cat(chances), torch.cat(levels), settings))
-        return found
+        boxes, chances, levels = [], [], []
+        flat = zip(_grids(scores), _flat(scores, 1), _flat(offsets, 4), strict=True)
+        for level, (grid, score, offset) in enumerate(flat):
+            chance, best = _best(score[..., 0].float().sigmoid(), settings.nms_pre)  # (B, n)
+            offset = offset.gather(1, best[..., None].expand(-1, -1, 4)).float()
+            boxes.append(decode(grid[best], offset, RPN_STDS))
+            chances.append(chance)
+            levels.append(torch.full_like(best[0], level))
+        found = zip(torch.cat(boxes, 1), torch.cat(chances, 1), image_sizes, strict=True)
+        levels = torch.cat(levels)
+        return [_suppress(cut(box, size), chance, levels, settings) for box, chance, size in found]
 
     def losses(
         self,
@@ -73,23 +70,21 @@ class RPNHead(nn.Module):
         truths: Sequence[Tensor],
     ) -> dict[str, Tensor]:
         """`truths`: of each image the boxes (N, 4).  Anchors outside of its padded size do not count."""
-        grids = _grids(scores)
-        grid = torch.cat(grids)
+        grid = torch.cat(_grids(scores))
         flat_scores = torch.cat(_flat(scores, 1), 1)[..., 0].float()  # (B, anchors)
         flat_offsets = torch.cat(_flat(offsets, 4), 1).float()
         sizes = [map_.shape[2:] for map_ in scores]
-        classification, regression, samples = flat_scores.sum() * 0, flat_offsets.sum() * 0, 0
-        for image, boxes in enumerate(truths):
-            valid = _valid(sizes, padded_sizes[image], grid.device)
-            assigned = assign(grid[valid], boxes, above=0.7, below=0.3, least=0.3)
-            positive, negative = sample(assigned, self.samples, 0.5)
-            stands_for = assigned[positive]
-            positive, negative = valid[positive], valid[negative]
-            score = torch.cat([flat_scores[image, positive], flat_scores[image, negative]])
+        assigned = [
+            assign(grid, boxes, above=0.7, below=0.3, least=0.3, counts=_inside(sizes, padded, grid.device))
+            for boxes, padded in zip(truths, padded_sizes, strict=True)
+        ]
+        classification, regression, samples = 0, 0, 0
+        for image, (positive, negative) in enumerate(sample(assigned, self.samples, 0.5)):
+            score = flat_scores[image, torch.cat([positive, negative])]
             wanted = torch.zeros_like(score)
             wanted[: len(positive)] = 1
             classification = classification + F.binary_cross_entropy_with_logits(score, wanted, reduction="sum")
-            target = encode(grid[positive], boxes[stands_for], RPN_STDS)
+            target = encode(grid[positive], truths[image][assigned[image][positive]], RPN_STDS)
             regression = regression + (flat_offsets[image, positive] - target).abs().sum()
             samples += len(score)
         return {"loss_rpn_cls": classification / max(samples, 1), "loss_rpn_bbox": regression / max(samples, 1)}
@@ -105,15 +100,22 @@ def _grids(maps: Sequence[Tensor]) -> list[Tensor]:
     return [anchors(x.shape[2:], stride, x.device) for x, stride in zip(maps, STRIDES, strict=True)]
 
 
-def _valid(sizes: Sequence[Sequence[int]], padded_size: Sequence[int], device: torch.device) -> Tensor:
-    """Indices of the anchors whose cell lies in the image with its own padding, not in the rest of the batch's."""
+def _best(chances: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` highest of each row (B, N) and their indices, the highest first, of equal ones the first."""
+    chosen = chances.topk(min(count, chances.shape[1]), sorted=False).indices.sort().values
+    values, order = chances.gather(1, chosen).sort(descending=True, stable=True)
+    return values, chosen.gather(1, order)
+
+
+def _inside(sizes: Sequence[Sequence[int]], padded_size: Sequence[int], device: torch.device) -> Tensor:
+    """Which anchors' cells lie in the image with its own padding, not in the rest of the batch's."""
     height, width = padded_size
     flags = []
     for size, stride in zip(sizes, STRIDES, strict=True):
         rows = torch.arange(size[0], device=device) < -(-height // stride)
         columns = torch.arange(size[1], device=device) < -(-width // stride)
         flags.append((rows[:, None] & columns).reshape(-1, 1).expand(-1, _RATIOS).reshape(-1))
-    return torch.cat(flags).nonzero()[:, 0]
+    return torch.cat(flags)
 
 
 def _suppress(boxes: Tensor, scores: Tensor, levels: Tensor, settings: ProposalSettings) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ class Task:
         start_whole(model, checkpoint, drop_head=self.config.MODEL.DROP_HEAD)
 
     def train_loader(self, world: World) -> TrainLoader:
-        return build_train_loader(self.config, rank=world.rank, world_size=world.size)
+        return build_train_loader(self.config, self.held_out, rank=world.rank, world_size=world.size)
 
     def eval_loader(self, world: World) -> EvalLoader:
         return build_eval_loader(self.config, self.held_out, rank=world.rank, world_size=world.size)

@@ -19,7 +19,7 @@ from vmamba.detection.datasets import Sample
 @dataclass(frozen=True)
 class Example:
     image: Tensor  # (3, h, w) float32
-    target: dict[str, Tensor]  # boxes (N, 4), labels (N,), masks (N, h, w) uint8
+    target: dict[str, Tensor]  # boxes (N, 4), labels (N,), masks (N, h, w) uint8; held out, none of them
     image_id: int
     size: tuple[int, int]  # (h, w) of the file
 

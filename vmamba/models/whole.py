@@ -48,6 +48,11 @@ def load_whole(
     A model whose names of heads are not the released ones has `name_of_head`.  Raises UserError, naming `source` and
     listing every difference.
     """
+    if not any(name.startswith(_BACKBONE) for name in state_dict):
+        raise UserError(
+            f"'{source}' holds no weights under '{_BACKBONE[:-1]}', so they are of a classifier or a backbone alone; "
+            f"it can start a training (--pretrained), and is nothing to evaluate"
+        )
     load_weights(model, _our_names(model, state_dict), source)
 
 

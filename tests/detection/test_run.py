@@ -1,0 +1,219 @@
+"""Runs of detection: what they leave, stopped and resumed ones, several processes, weights to start from."""
+
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import vmamba
+from vmamba.config import output_folder
+from vmamba.detection.task import Task
+from vmamba.errors import UserError
+from vmamba.models.pretrained import open_checkpoint
+from vmamba.runtime.distributed import World
+from vmamba.runtime.step import OptimizerStep
+from vmamba.runtime.stop import Stopped
+from vmamba.runtime.trainer import run
+
+from ..classification.tiny import ALONE, differences, log, metrics, saved
+from .tiny import command, tiny_config
+
+NO_CHANCE = (
+    "MODEL.DROP_PATH_RATE",
+    0,
+    "MODEL.RPN_SAMPLES",
+    10**6,
+    "MODEL.SAMPLES",
+    10**6,
+)  # each process draws its own
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    monkeypatch.setattr("vmamba.runtime.records.Records.draw", lambda self: None)  # which takes half a second
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(config, results) of two epochs."""
+    config = tiny_config(tmp_path_factory.mktemp("trained"))
+    return config, run(config)
+
+
+def test_a_run_tells_data_losses_and_both_accuracies(trained):
+    config, results = trained
+    text = log(config)
+    for part in (
+        "coco in ",
+        "7 images to train on, 5 held out, 3 classes",
+        "7 images, left out: crowds (1), images without an object or below DATA.LEAST_SIDE (1)",
+        "loss_rpn_cls ",
+        "loss_rpn_bbox ",
+        "loss_cls ",
+        "loss_bbox ",
+        "loss_mask ",
+        f"box AP {results['bbox_mAP']:.2f}%, mask AP {results['segm_mAP']:.2f}%",
+    ):
+        assert part in text
+    assert len(results) == 4 * 12 and {"ema_segm_AR_100", "bbox_mAP_75"} <= results.keys()
+    steps = [line for line in text.splitlines() if "train [" in line]
+    for line in steps:
+        whole, *parts = (float(number) for number in re.findall(r"loss(?:_\w+)? ([\d.]+)", line)[:6])
+        assert whole == pytest.approx(sum(parts[:5]), abs=1e-3)
+
+
+@pytest.mark.parametrize(("step", "workers"), [(1, 2), (3, 0)])
+def test_stopped_in_the_middle_of_an_epoch_and_resumed(tmp_path, trained, monkeypatch, step, workers):
+    config = tiny_config(tmp_path, "DATA.NUM_WORKERS", workers)
+    whole_step = OptimizerStep.__call__
+
+    def interrupted(self, state, *args, **options):
+        if state.step == step:
+            signal.raise_signal(signal.SIGTERM)
+        return whole_step(self, state, *args, **options)
+
+    monkeypatch.setattr(OptimizerStep, "__call__", interrupted)
+    with pytest.raises(Stopped, match="SIGTERM"):
+        run(config)
+    monkeypatch.setattr(OptimizerStep, "__call__", whole_step)
+    assert saved(config)["step"] == step + 2
+    run(config)
+    one, other = saved(config), saved(trained[0])
+    assert not differences({**one, "config": None}, {**other, "config": None})
+    assert metrics(config) == metrics(trained[0])
+
+
+def launch(folder, port, *arguments):
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    done = subprocess.run(
+        [sys.executable, *launcher, *command(folder, *arguments)[1:]], capture_output=True, timeout=300, **ALONE
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_two_processes_give_the_curve_of_one_and_count_every_image_once(tmp_path):
+    """Also where a process has only images without an object, as after a crop."""
+    opts = [*map(str, NO_CHANCE), "DATA.GROUP_BY_ASPECT", "false", "AUG.CROP", "1.0", "AUG.CROP_SHORT_SIDES", "[40]"]
+    opts += ["AUG.CROP_SIDES", "[12, 12]"]
+    one = tiny_config(tmp_path, *opts, "TAG", "one")
+    run(one)
+    launch(tmp_path, 29627, "--opts", *opts, "TAG", "two", "DATA.BATCH_SIZE", "1")
+    two = tiny_config(tmp_path, *opts, "TAG", "two")
+    assert "2 processes on CPU" in log(two)
+    # The mean of two processes' means is that of all boxes only where both have as many, so losses are near, not equal.
+    for left, right in zip(metrics(one), metrics(two), strict=True):
+        assert right["train_loss"] == pytest.approx(left["train_loss"], rel=0.1)
+    results = run(tiny_config(tmp_path, *opts, "TAG", "two", "EVAL_MODE", True))
+    assert results == pytest.approx({name: metrics(two)[-1][name] for name in results}, abs=1e-6)
+
+
+def test_fewer_images_than_processes(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path)
+    task = Task(config)
+    assert [len(list(task.eval_loader(World(rank, 6, rank, torch.device("cpu"))))) for rank in range(6)] == [1] * 5 + [
+        0
+    ]
+    found = [{"image_id": 100, "category_id": 3, "bbox": [1.0, 1.0, 9.0, 9.0], "score": 0.5}]
+    found[0]["segmentation"] = {"size": [64, 40], "counts": "`00S2"}
+    gathered = iter([[found, []], [[100], []]])  # of this process, and of one that had no image
+    monkeypatch.setattr("vmamba.detection.evaluation.gather", lambda value: next(gathered))
+    assert task.meter(World(1, 2, 1, torch.device("cpu"))).results()["bbox_mAP"] == 0
+    with pytest.raises(UserError, match="7 training images do not fill one batch of 8"):
+        run(tiny_config(tmp_path, "DATA.BATCH_SIZE", 8))
+
+
+def test_evaluating_and_starting_from_a_file(tmp_path, trained):
+    config, results = trained
+    checkpoint = output_folder(config) / "last.pth"
+    assert run(tiny_config(config.OUTPUT, "EVAL_MODE", True)) == results
+    options = ("MODEL.PRETRAINED", checkpoint, "MODEL.WEIGHTS", "model", "TRAIN.EPOCHS", 0)
+    started = run(tiny_config(tmp_path, *options))
+    assert started["bbox_mAP"] == started["ema_bbox_mAP"] == results["bbox_mAP"]
+
+
+def test_a_detector_of_other_classes_needs_a_new_head(tmp_path, trained):
+    """As one of COCO's 80 classes, to go on with on another data set."""
+    config, _ = trained
+    checkpoint = open_checkpoint(output_folder(config) / "last.pth", "model")
+    task = Task(tiny_config(tmp_path, "MODEL.NUM_CLASSES", 10))
+    model = task.build_model()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for load in (task.start_from, task.load):
+        with pytest.raises(UserError, match=r"fc_cls.weight.*\(4, 16\).*\(11, 16\)"):
+            load(model, checkpoint)
+    assert not differences(before, dict(model.state_dict()))
+    Task(tiny_config(tmp_path, "MODEL.NUM_CLASSES", 10, "MODEL.DROP_HEAD", True)).start_from(model, checkpoint)
+    made, source = model.state_dict(), checkpoint.whole
+    dropped = {
+        name for name in source if made[name].shape != source[name].shape or differences(made[name], source[name])
+    }
+    layers = ("bbox_head.fc_cls", "bbox_head.fc_reg", "mask_head.conv_logits")
+    assert dropped == {f"roi_head.{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+
+
+def test_a_classifiers_weights_start_a_run_and_are_no_detector(tmp_path):
+    torch.manual_seed(0)
+    classifier = vmamba.create_model("vmamba_nano", num_classes=7, depths=(1, 1, 1, 1), dims=8)
+    path = tmp_path / "classifier.pth"
+    torch.save({"model": classifier.state_dict()}, path)
+    task = Task(tiny_config(tmp_path))
+    model = task.build_model()
+    task.start_from(model, open_checkpoint(path))
+    for name, weight in classifier.state_dict().items():
+        if not name.startswith("classifier"):
+            assert torch.equal(model.state_dict()[f"backbone.model.{name}"], weight)
+    with pytest.raises(UserError, match="classifier.pth' holds no weights under 'backbone', so they are of a class"):
+        run(tiny_config(tmp_path, "MODEL.PRETRAINED", path, "EVAL_MODE", True))
+    with pytest.raises(UserError, match="holds no detector: it has no roi_head.bbox_head.fc_cls.weight"):
+        vmamba.load_detector(path)
+
+
+def test_a_step_waits_for_the_device_a_few_times(tmp_path, monkeypatch):
+    """Once for the labels, for the samples of each stage, for the levels of boxes and of masks; the proposals aside."""
+    waits, building = [], []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "nonzero"):
+        whole = getattr(torch.Tensor, name)
+
+        def counting(self, *args, whole=whole, **named):
+            place = sys._getframe(1).f_code
+            if building and "vmamba/detection" in place.co_filename and place.co_name != "_suppress":
+                waits.append(place.co_name)
+            return whole(self, *args, **named)
+
+        monkeypatch.setattr(torch.Tensor, name, counting)
+    forward = nn.Module.__call__
+
+    def watched(self, *args, **named):
+        if isinstance(self, vmamba.detection.mask_rcnn.MaskRCNN) and self.training:
+            building.append(1)
+            try:
+                return forward(self, *args, **named)
+            finally:
+                building.pop()
+        return forward(self, *args, **named)
+
+    monkeypatch.setattr(nn.Module, "__call__", watched)
+    run(tiny_config(tmp_path, "TRAIN.STEPS", 1, "TRAIN.EPOCHS", 0, "TRAIN.WARMUP_EPOCHS", 0, "TRAIN.EMA.ENABLE", False))
+    assert sorted(waits) == ["_check_targets", "read_regions", "read_regions", "sample", "sample"]
+
+
+def test_throughput_and_half_precision(tmp_path, capsys):
+    measured = run(tiny_config(tmp_path, "THROUGHPUT_MODE", True, "DATA.DATA_PATH", "nowhere"))
+    assert measured["images_per_second"] > 0
+    config = tiny_config(tmp_path, "AMP.ENABLE", True, "TRAIN.EPOCHS", 1, "TRAIN.EMA.ENABLE", False)
+    run(config)
+    assert "bfloat16 autocast" in log(config) and metrics(config)[0]["bad_steps"] == 0
+
+
+def test_an_unknown_detector_names_those_there_are(tmp_path):
+    with pytest.raises(UserError, match="MODEL.DETECTOR 'mask_rnn'; did you mean 'mask_rcnn'"):
+        tiny_config(tmp_path, "MODEL.DETECTOR", "mask_rnn")
+    with pytest.raises(UserError, match="detector 'mask_rnn'; did you mean 'mask_rcnn'"):
+        vmamba.create_detector("mask_rnn")
+    with pytest.raises(UserError, match="option of MaskRCNN 'hiden'; did you mean 'hidden'"):
+        vmamba.create_detector("mask_rcnn", "vmamba_nano", hiden=3)
