@@ -29,13 +29,13 @@ _WIDE = ("I", "I;16", "I;16L", "I;16B")
 class Sample:
     image: Image.Image  # RGB
     classes: np.ndarray  # (H, W) uint8, what does not count being `ignore_index`
-    name: str
+    name: str  # no other image of the split has it; "a/b" of a/b.jpg
 
 
 class Folders:
     """Pairs of an image and a map of the same name, from two folders.
 
-    Raises UserError where a folder is missing or empty, or an image has no map.
+    Raises UserError where a folder is missing or empty, an image has no map, or two have one name.
     """
 
     def __init__(self, config: CfgNode, training: bool):
@@ -45,30 +45,27 @@ class Folders:
         images, maps = (_folder(root, places[f"{split}_{kind}"]) for kind in ("IMAGES", "MAPS"))
         self.classes, self.ignored = config.MODEL.NUM_CLASSES, data.IGNORE_INDEX
         self.from_one = data.ZERO_IS_IGNORED or data.DATASET == "ade20k"
-        maps_of = {os.path.splitext(os.path.relpath(path, maps))[0]: path for path in image_files(maps)}
-        found = {os.path.splitext(os.path.relpath(path, images))[0]: path for path in image_files(images)}
-        if not found:
-            raise UserError(f"'{printable(images)}' has no image: {contents(images)}")
+        found, maps_of = _by_name(images), _by_name(maps)
         lacking = [name for name in found if name not in maps_of]
         if lacking:
             raise UserError(
                 f"'{printable(maps)}' has no map of {some(lacking)}, images in '{printable(images)}'; a map has its "
                 f"image's name with another suffix"
             )
-        self.pairs = [(path, maps_of[name]) for name, path in found.items()]
+        self.examples = [(name, path, maps_of[name]) for name, path in found.items()]
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.examples)
 
     def load(self, index: int) -> Sample:
-        path, map_path = self.pairs[index]
+        name, path, map_path = self.examples[index]
         image, classes = decode(path, 3, path), self._read_map(map_path)
         if classes.shape != (image.height, image.width):
             raise UserError(
                 f"the map '{printable(map_path)}' is {classes.shape[1]} x {classes.shape[0]} pixels and its image "
                 f"{image.width} x {image.height}; make it again for that image"
             )
-        return Sample(image, classes, path)
+        return Sample(image, classes, name)
 
     def _read_map(self, path: str) -> np.ndarray:
         with reading(path), Image.open(path) as file:
@@ -106,7 +103,7 @@ class Scenes:
 
     def load(self, index: int) -> Sample:
         made = scene(index, self.training, self.side)
-        return Sample(made.image, made.classes(), f"scene {index}")
+        return Sample(made.image, made.classes(), f"scene{index}")
 
 
 def open_dataset(config: CfgNode, training: bool) -> Folders | Scenes:
@@ -119,3 +116,19 @@ def _folder(root: Path, name: str) -> Path:
     if what_is(folder) != "folder":
         raise UserError(f"data path '{printable(root)}' has no folder {name}: {contents(root)}")
     return folder
+
+
+def _by_name(folder: Path) -> dict[str, str]:
+    """The images in `folder` and below it, by their paths in it without suffix."""
+    found: dict[str, str] = {}
+    for path in image_files(folder):
+        name = os.path.splitext(os.path.relpath(path, folder))[0]
+        if name in found:
+            raise UserError(
+                f"'{printable(found[name])}' and '{printable(path)}' differ in their suffixes alone, and an image and "
+                f"its map are told by the rest; rename or remove one"
+            )
+        found[name] = path
+    if not found:
+        raise UserError(f"'{printable(folder)}' has no image: {contents(folder)}")
+    return found
