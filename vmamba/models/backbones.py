@@ -1,10 +1,13 @@
 """Backbones by name, for detectors and segmenters: our models, and any of timm's that have feature maps."""
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
 from timm.layers import Format
 from torch import Tensor, nn
+from torch.nn import functional as F
 from yacs.config import CfgNode
 
 from vmamba.errors import UserError, unknown
@@ -67,25 +70,39 @@ class TimmBackbone(nn.Module):
             raise unknown("model", name, [*VARIANTS, *timm.list_models()])
         # Swin's of timm are of one size of image unless told otherwise; the other models do not know the option.
         sizes = {"strict_img_size": False} if name.startswith("swin") else {}
+        create = partial(timm.create_model, name, features_only=True, **sizes, **options)
         try:
-            every = timm.create_model(name, features_only=True, **sizes, **options).feature_info.reduction()
+            every = create().feature_info.reduction()
             stages = [len(every) - 1 - every[::-1].index(stride) for stride in STRIDES]
-            self.model = timm.create_model(
-                name, pretrained=pretrained, features_only=True, out_indices=stages, **sizes, **options
-            )
+            self.model = create(pretrained=pretrained, out_indices=stages)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"timm's '{name}' gives no feature maps of strides {', '.join(map(str, STRIDES))}: {error}"
             ) from error
+        self.create, self.name = partial(create, out_indices=stages), name
         self.channels: list[int] = self.model.feature_info.channels()
         self.channels_last = getattr(self.model, "output_fmt", None) == Format.NHWC
         batch_norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules())
         for stage, dim in enumerate(self.channels):
             self.add_module(f"outnorm{stage}", nn.Identity() if batch_norms else LayerNorm(dim, keep_float32=True))
 
+    def start_from(self, path: str | Path) -> None:
+        """Take over the weights of a file of the whole model, of timm or of its authors.
+
+        Raises UserError, loading nothing, when it is of another model.
+        """
+        try:
+            loaded = self.create(pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise UserError(f"'{path}' is no file of weights of timm's '{self.name}': {error}") from error
+        self.model.load_state_dict(loaded.state_dict())
+
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> four maps (B, channels, H', W')."""
-        maps = self.model(images)
+        """(B, 3, H, W) -> four maps (B, channels, H', W').
+
+        Zeros at the right and bottom make the sides multiples of 4, which Swin's patches need.
+        """
+        maps = self.model(F.pad(images, (0, -images.shape[3] % STRIDES[0], 0, -images.shape[2] % STRIDES[0])))
         if not self.channels_last:
             maps = [each.permute(0, 2, 3, 1) for each in maps]
         return [self.get_submodule(f"outnorm{stage}")(each).permute(0, 3, 1, 2) for stage, each in enumerate(maps)]

@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from vmamba.errors import UserError, unknown
 from vmamba.models.backbone import Backbone
+from vmamba.models.backbones import TimmBackbone
 from vmamba.models.pretrained import Checkpoint, load_pretrained
 from vmamba.models.released import backbone_weights, from_released, keys_from_released
 from vmamba.models.variants import VARIANTS, create_model
 from vmamba.models.weights import load_weights
+from vmamba.text import some
 
 logger = logging.getLogger("vmamba")
 _BACKBONE = "backbone."
@@ -48,6 +50,12 @@ def load_whole(
     A model whose names of heads are not the released ones has `name_of_head`.  Raises UserError, naming `source` and
     listing every difference.
     """
+    heads = _heads(model)
+    if not _has(heads, state_dict):
+        raise UserError(
+            f"'{source}' holds no whole {type(model).__name__}: it has none of {', '.join(heads)}; weights of a backbone "
+            f"are to start from, with --pretrained"
+        )
     load_weights(model, _our_names(model, state_dict), source)
 
 
@@ -57,16 +65,33 @@ def start_whole(model: nn.Module, checkpoint: Checkpoint, drop_head: bool) -> No
 
     Raises UserError, listing every difference, when anything else does not fit; nothing is loaded then.
     """
-    heads = {name.partition(".")[0] for name in model.state_dict()} - {_BACKBONE[:-1]}
-    if not any(name.partition(".")[0] in heads for name in checkpoint.whole):
-        load_pretrained(model.backbone, checkpoint)
+    if not _has(_heads(model), checkpoint.whole):
+        if isinstance(model.backbone, TimmBackbone):
+            model.backbone.start_from(checkpoint.path)
+        else:
+            load_pretrained(model.backbone, checkpoint)
         return
     weights = _our_names(model, checkpoint.whole)
+    own = {name: weight for name, weight in model.state_dict().items() if name.startswith(model.class_layers)}
+    others = [name for name in own if name in weights and weights[name].shape != own[name].shape]
     if drop_head:
-        own = {name: weight for name, weight in model.state_dict().items() if name.startswith(model.class_layers)}
         weights = {name: weight for name, weight in weights.items() if not name.startswith(model.class_layers)} | own
         logger.info(f"{checkpoint.path}: dropped the layers of its classes, which start at random")
-    load_weights(model, weights, checkpoint.path)
+    try:
+        load_weights(model, weights, checkpoint.path)
+    except UserError as error:
+        if drop_head or not others:
+            raise
+        raise UserError(f"{error}; for new layers in place of the file's {some(others)}, use --drop-head") from None
+
+
+def _heads(model: nn.Module) -> list[str]:
+    """The parts of a whole model beside its backbone."""
+    return [name for name, _ in model.named_children() if name != _BACKBONE[:-1]]
+
+
+def _has(heads: Sequence[str], state_dict: Mapping[str, Tensor]) -> bool:
+    return any(name.partition(".")[0] in heads for name in state_dict)
 
 
 def _our_names(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -94,7 +94,7 @@ class Scenes:
 
     def __init__(self, config: CfgNode, training: bool):
         self.training, self.count = training, config.DATA.SCENES[not training]
-        self.side = max(sides(config.DATA.CROP_SIZE))
+        self.side, self.data = max(sides(config.DATA.CROP_SIZE)), config.DATA
         if config.MODEL.NUM_CLASSES != 11:
             raise UserError(f"scenes have 11 classes, and MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}")
 
@@ -102,8 +102,9 @@ class Scenes:
         return self.count
 
     def load(self, index: int) -> Sample:
-        made = scene(index, self.training, self.side)
-        return Sample(made.image, made.classes(), f"scene{index}")
+        data = self.data
+        made = scene(index, self.training, self.side, data.DIGITS, data.DIGIT_SIZES, data.CONTRAST)
+        return Sample(made.image, made.classes, f"scene{index}")
 
 
 def open_dataset(config: CfgNode, training: bool) -> Folders | Scenes:

@@ -17,6 +17,18 @@ from vmamba.runtime.task import Results
 from vmamba.segmentation.upernet import resize
 
 
+def check_inference(config: CfgNode) -> None:
+    """Raises UserError for TEST's settings that would leave pixels out."""
+    test, window = config.TEST, config.DATA.CROP_SIZE
+    if not test.SCALES:
+        raise UserError("TEST.SCALES is []; name at least one, such as [1.0]")
+    if test.MODE == "slide" and any(step > side for step, side in zip(sides(test.STRIDE), sides(window), strict=True)):
+        raise UserError(
+            f"TEST.STRIDE is {test.STRIDE} and DATA.CROP_SIZE {window}: windows would leave pixels out between them; "
+            f"choose a smaller stride"
+        )
+
+
 class Inference:
     """Class probabilities of images of any size, as TEST says: whole or by windows, at several scales, mirrored too."""
 
