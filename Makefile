@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: setup train test check figures mutants graph
+.PHONY: setup train train-segmentation test check figures mutants graph
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml setup.py
@@ -14,6 +14,9 @@ $(VENV)/.installed: pyproject.toml setup.py
 
 train: setup
 	$(RUN) main.py --cfg configs/vmamba_digits.yaml
+
+train-segmentation: setup
+	$(RUN) main.py --cfg configs/scenes_segmentation.yaml
 
 test: setup
 	$(RUN) -m pytest

@@ -12,8 +12,10 @@ import vmamba
 from vmamba.config import get_config
 from vmamba.errors import UserError
 from vmamba.models.flops import complexity
+from vmamba.models.pretrained import open_checkpoint
 from vmamba.models.released import to_released
 from vmamba.models.variants import VARIANTS
+from vmamba.models.whole import start_whole
 from vmamba.segmentation.models import build_model, create_segmenter, load_segmenter, segmenter_from_released
 
 from .tiny import CLASSES, ROOT
@@ -133,16 +135,24 @@ def test_names_and_shapes_are_the_released_ones(name, case):
     assert {key: shape for key, shape in shapes.items() if ".layers." not in key} == expected
 
 
-def test_timms_backbones_start_from_a_file_of_the_whole_model(tmp_path):
-    whole = timm.create_model("resnet18", num_classes=10)
-    torch.save(whole.state_dict(), tmp_path / "resnet18.pth")
-    model = create_segmenter("upernet", "timm/resnet18", CLASSES, channels=8, aux_channels=4)
-    model.backbone.start_from(tmp_path / "resnet18.pth")
-    for name, weight in whole.state_dict().items():
-        if not name.startswith("fc."):
-            assert torch.equal(model.backbone.model.state_dict()[name], weight)
-    with pytest.raises(UserError, match=r"resnet18\.pth' is no file of weights of timm's 'resnet34'"):
-        create_segmenter("upernet", "timm/resnet34", CLASSES).backbone.start_from(tmp_path / "resnet18.pth")
+@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224"])
+def test_timms_backbones_start_from_a_file_of_the_whole_model(tmp_path, name):
+    whole = timm.create_model(name, num_classes=10)
+    torch.save({"model": whole.state_dict()}, tmp_path / "whole.pth")
+    model = create_segmenter("upernet", f"timm/{name}", CLASSES, channels=8, aux_channels=4)
+    backbone = model.backbone
+    start_whole(model, open_checkpoint(tmp_path / "whole.pth"), drop_head=False)
+    image = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        features = whole.eval().forward_intermediates(image, intermediates_only=True)
+        last = backbone.eval().model(image)[-1]
+    assert torch.equal(last.permute(0, 3, 1, 2) if backbone.channels_last else last, features[-1])
+    lacking = {key: weight for key, weight in whole.state_dict().items() if "norm" not in key and "bn" not in key}
+    torch.save(lacking, tmp_path / "lacking.pth")
+    with pytest.raises(
+        UserError, match=rf"lacking\.pth' is no file of weights of timm's '{name}': it lacks .*(norm|bn)"
+    ):
+        backbone.start_from(tmp_path / "lacking.pth")
 
 
 def test_the_api_names_what_is_unknown():

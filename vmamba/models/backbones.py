@@ -1,5 +1,7 @@
 """Backbones by name, for detectors and segmenters: our models, and any of timm's that have feature maps."""
 
+import re
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from vmamba.models.backbone import Backbone
 from vmamba.models.layers import LayerNorm
 from vmamba.models.options import check_configured
 from vmamba.models.variants import VARIANTS, create_model
+from vmamba.text import some
 
 STRIDES = (4, 8, 16, 32)
 _TIMM = "timm/"
@@ -70,7 +73,8 @@ class TimmBackbone(nn.Module):
             raise unknown("model", name, [*VARIANTS, *timm.list_models()])
         # Swin's of timm are of one size of image unless told otherwise; the other models do not know the option.
         sizes = {"strict_img_size": False} if name.startswith("swin") else {}
-        create = partial(timm.create_model, name, features_only=True, **sizes, **options)
+        self.name, self.options = name, sizes | options
+        create = partial(timm.create_model, name, features_only=True, **self.options)
         try:
             every = create().feature_info.reduction()
             stages = [len(every) - 1 - every[::-1].index(stride) for stride in STRIDES]
@@ -79,7 +83,6 @@ class TimmBackbone(nn.Module):
             raise UserError(
                 f"timm's '{name}' gives no feature maps of strides {', '.join(map(str, STRIDES))}: {error}"
             ) from error
-        self.create, self.name = partial(create, out_indices=stages), name
         self.channels: list[int] = self.model.feature_info.channels()
         self.channels_last = getattr(self.model, "output_fmt", None) == Format.NHWC
         batch_norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules())
@@ -87,15 +90,30 @@ class TimmBackbone(nn.Module):
             self.add_module(f"outnorm{stage}", nn.Identity() if batch_norms else LayerNorm(dim, keep_float32=True))
 
     def start_from(self, path: str | Path) -> None:
-        """Take over the weights of a file of the whole model, of timm or of its authors.
+        """Take over the weights of a file of the whole model, timm's or its authors', without its classifier.
 
         Raises UserError, loading nothing, when it is of another model.
         """
+        whole = timm.create_model(self.name, **self.options)
+        filtered = getattr(sys.modules[timm.model_entrypoint(self.name).__module__], "checkpoint_filter_fn", None)
+        weights = timm.models.load_state_dict(str(path))
+        classifier = whole.default_cfg["classifier"]
         try:
-            loaded = self.create(pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+            weights = filtered(weights, whole) if filtered else weights
+            kept = {name: weight for name, weight in weights.items() if not name.startswith(classifier)}
+            found = whole.load_state_dict(kept, strict=False)
         except (RuntimeError, KeyError, ValueError) as error:
             raise UserError(f"'{path}' is no file of weights of timm's '{self.name}': {error}") from error
-        self.model.load_state_dict(loaded.state_dict())
+        missing = [name for name in found.missing_keys if not name.startswith(classifier)]
+        if missing or found.unexpected_keys:
+            raise UserError(
+                f"'{path}' is no file of weights of timm's '{self.name}': it lacks {some(missing)}, and has "
+                f"{some(found.unexpected_keys)} too many"
+            )
+        held = whole.state_dict()
+        flat = {re.sub(r"\.(\d+)", r"_\1", name, count=1): weight for name, weight in held.items()}  # timm's layers_0
+        own = self.model.state_dict()
+        self.model.load_state_dict({name: held[name] if name in held else flat[name] for name in own})
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> four maps (B, channels, H', W').

@@ -53,8 +53,8 @@ def load_whole(
     heads = _heads(model)
     if not _has(heads, state_dict):
         raise UserError(
-            f"'{source}' holds no whole {type(model).__name__}: it has none of {', '.join(heads)}; weights of a backbone "
-            f"are to start from, with --pretrained"
+            f"'{source}' holds no whole {type(model).__name__}: it has none of {', '.join(heads)}; start from weights "
+            f"of a backbone with --pretrained, in training"
         )
     load_weights(model, _our_names(model, state_dict), source)
 
