@@ -15,6 +15,7 @@ $(VENV)/.installed: pyproject.toml setup.py
 train: setup
 	$(RUN) main.py --cfg configs/vmamba_digits.yaml
 
+# A small UperNet on scenes of digits (about eight minutes on one core).
 train-segmentation: setup
 	$(RUN) main.py --cfg configs/scenes_segmentation.yaml
 

@@ -173,7 +173,7 @@ def test_a_classifiers_weights_start_the_backbone_and_are_no_segmenter(tmp_path,
     assert "starting from the weights in" in log(tiny_config(tmp_path))
     with pytest.raises(
         UserError,
-        match=r"classifier\.pth' holds no whole UperNet: it has none of decode_head, auxiliary_head; .*--pretrained",
+        match=r"classifier\.pth' holds no weights under 'backbone', .*nothing to evaluate",
     ):
         run(tiny_config(tmp_path, "EVAL_MODE", True, "MODEL.PRETRAINED", files / "classifier.pth"))
     with pytest.raises(UserError, match=r"classifier\.pth' holds no segmenter: it has no decode_head.conv_seg.weight"):

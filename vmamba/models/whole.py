@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,10 @@ def load_whole(
     A model whose names of heads are not the released ones has `name_of_head`.  Raises UserError, naming `source` and
     listing every difference.
     """
-    heads = _heads(model)
-    if not _has(heads, state_dict):
+    if not any(name.startswith(_BACKBONE) for name in state_dict):
         raise UserError(
-            f"'{source}' holds no whole {type(model).__name__}: it has none of {', '.join(heads)}; start from weights "
-            f"of a backbone with --pretrained, in training"
+            f"'{source}' holds no weights under '{_BACKBONE[:-1]}', so they are of a classifier or a backbone alone; "
+            f"it can start a training (--pretrained), and is nothing to evaluate"
         )
     load_weights(model, _our_names(model, state_dict), source)
 
@@ -65,7 +64,8 @@ def start_whole(model: nn.Module, checkpoint: Checkpoint, drop_head: bool) -> No
 
     Raises UserError, listing every difference, when anything else does not fit; nothing is loaded then.
     """
-    if not _has(_heads(model), checkpoint.whole):
+    heads = {name.partition(".")[0] for name in model.state_dict()} - {_BACKBONE[:-1]}
+    if not any(name.partition(".")[0] in heads for name in checkpoint.whole):
         if isinstance(model.backbone, TimmBackbone):
             model.backbone.start_from(checkpoint.path)
         else:
@@ -83,15 +83,6 @@ def start_whole(model: nn.Module, checkpoint: Checkpoint, drop_head: bool) -> No
         if drop_head or not others:
             raise
         raise UserError(f"{error}; for new layers in place of the file's {some(others)}, use --drop-head") from None
-
-
-def _heads(model: nn.Module) -> list[str]:
-    """The parts of a whole model beside its backbone."""
-    return [name for name, _ in model.named_children() if name != _BACKBONE[:-1]]
-
-
-def _has(heads: Sequence[str], state_dict: Mapping[str, Tensor]) -> bool:
-    return any(name.partition(".")[0] in heads for name in state_dict)
 
 
 def _our_names(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
