@@ -86,7 +86,7 @@ def test_held_out_images_are_fitted_into_each_scale_and_keep_their_map(folder):
 def test_every_held_out_image_comes_once(folder):
     names = [name for rank in range(2) for batch in build_eval_loader(tiny_config(folder), rank=rank, world_size=2)
              for _, _, name in batch]  # fmt: skip
-    assert sorted(names) == sorted(f"{number % 2}/{number:02}" for number in range(HELD_OUT))
+    assert sorted(names) == sorted(f"{number % 2}/{number // 2:02}" for number in range(HELD_OUT))
     assert list(build_eval_loader(tiny_config(folder), rank=7, world_size=8)) == []  # fewer images than processes
     with pytest.raises(UserError, match=f"{TRAINING} training images do not fill one batch of 32"):
         build_train_loader(tiny_config(folder), rank=0, world_size=8)

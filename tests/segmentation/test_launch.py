@@ -14,9 +14,9 @@ LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "
 VARIED = ("MODEL.INIT_STD", 1.0)
 
 
-def launch(folder, *arguments):
+def launch(folder, *arguments, door="main.py"):
     done = subprocess.run(
-        [*LAUNCHER, *command(folder, *map(str, arguments))[1:]],
+        [*LAUNCHER, *command(folder, *map(str, arguments), door=door)[1:]],
         capture_output=True,
         timeout=300,
         **ALONE,
@@ -34,7 +34,7 @@ def test_two_processes_train_and_count_as_one(tmp_path):
     one = run(tiny_config(tmp_path, *options, "EVAL_MODE", True))
     alone = json.loads((output_folder(config) / "evaluation.json").read_text())
     assert one == {name: metrics(config)[-1][name] for name in one}
-    out = launch(tmp_path, "--eval", "--save-predictions", "--opts", *options)
+    out = launch(tmp_path, "--eval", "--save-predictions", "--opts", *options, door="segmentation/main.py")
     both = json.loads((output_folder(config) / "evaluation.json").read_text())
     assert both == alone  # each class's too
     assert f"mIoU {one['mIoU']:.2f}%" in re.search("last.pth: (.*)", out).group(1)

@@ -48,7 +48,10 @@ def tiny_file(folder):
 
 
 def make_images(folder):
-    """The same images wherever they are made: gray noise, with blocks of the classes 1 to 4 and what does not count."""
+    """The same images wherever they are made: gray noise, with blocks of the classes 1 to 4 and of what does not count.
+
+    Each name is in two folders.
+    """
     random = np.random.default_rng(0)
     for split, images in (("training", TRAINING), ("validation", HELD_OUT)):
         for number in range(images):
@@ -59,7 +62,7 @@ def make_images(folder):
                 y, x = random.integers(0, height - 16), random.integers(0, width - 16)
                 classes[y : y + 14, x : x + 14] = label
                 image[y : y + 14, x : x + 14] += np.uint8(label % 5 * 30)
-            write(folder, split, f"{number % 2}/{number:02}", image, classes)
+            write(folder, split, f"{number % 2}/{number // 2:02}", image, classes)
 
 
 def write(folder, split, name, image=None, classes=None):
@@ -71,6 +74,6 @@ def write(folder, split, name, image=None, classes=None):
             Image.fromarray(array).save(path)
 
 
-def command(folder, *arguments):
+def command(folder, *arguments, door="main.py"):
     """The command line of a run in `folder`, without a launcher."""
-    return [sys.executable, str(ROOT / "main.py"), "--cfg", str(tiny_file(folder)), "--output", str(folder), *arguments]
+    return [sys.executable, str(ROOT / door), "--cfg", str(tiny_file(folder)), "--output", str(folder), *arguments]
