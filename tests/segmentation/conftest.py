@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from vmamba.runtime.records import Records
+
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
@@ -10,3 +12,9 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def without_curves(monkeypatch):
+    """A picture of them takes half a second; the runs that a module's tests share draw one."""
+    monkeypatch.setattr(Records, "draw", lambda self: None)

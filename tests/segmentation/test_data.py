@@ -217,6 +217,20 @@ def test_what_a_wrong_folder_says(tmp_path):
     assert re.search("folders' is read from a folder; name it with --data-path", refusal(""))
 
 
+def test_what_is_left_out_is_told(tmp_path, caplog):
+    write(tmp_path, "validation", "a", PICTURE, MAP)
+    write(tmp_path, "validation", "b", None, MAP)
+    (tmp_path / "images/validation/c.heic").touch()
+    assert len(open_dataset(folders(tmp_path), training=False)) == 1
+    assert re.search(
+        r"left out of '.*images/validation' and '.*': 1 \.heic \('.*\), 1 map without an image \('.*b\.png'",
+        caplog.text,
+    )
+    caplog.clear()
+    open_dataset(folders(tmp_path), training=False, tell=False)
+    assert not caplog.text
+
+
 def test_more_classes_than_a_byte_holds_are_refused():
     with pytest.raises(UserError, match="MODEL.NUM_CLASSES is 300; it must be between 1 and 254"):
         folders("nowhere", "MODEL.NUM_CLASSES", 300)

@@ -4,7 +4,6 @@ import pytest
 
 from vmamba.config.keys import COMMON, keys_of
 from vmamba.errors import UserError
-from vmamba.runtime.records import Records
 from vmamba.runtime.trainer import run
 
 from .tiny import ROOT, differences, metrics, saved, tiny_config
@@ -56,11 +55,6 @@ def test_no_key_is_left_out():
     assert CHANGED.keys() | ELSEWHERE.keys() == own and not CHANGED.keys() & ELSEWHERE.keys()
     tests = "".join(path.read_text() for path in (ROOT / "tests/segmentation").glob("test_*.py"))
     assert [name for name in ELSEWHERE.values() if f"def {name}(" not in tests] == []
-
-
-@pytest.fixture(autouse=True)
-def without_curves(monkeypatch):
-    monkeypatch.setattr(Records, "draw", lambda self: None)  # which takes half a second
 
 
 def traces(folder, tag, *opts):

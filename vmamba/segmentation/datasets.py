@@ -1,5 +1,6 @@
 """Images with maps of their pixels' classes, by index: ADE20K, any two folders, and scenes made here."""
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,13 @@ from PIL import Image
 from yacs.config import CfgNode
 
 from vmamba.config import sides
-from vmamba.data.folders import contents, data_path, image_files, what_is
+from vmamba.data.folders import LeftOut, contents, data_path, image_files, what_is
 from vmamba.data.images import decode, reading
 from vmamba.data.scenes import scene
 from vmamba.errors import UserError
 from vmamba.text import printable, some
 
+logger = logging.getLogger("vmamba")
 _ADE20K = {
     "TRAIN_IMAGES": "images/training",
     "TRAIN_MAPS": "annotations/training",
@@ -35,23 +37,29 @@ class Sample:
 class Folders:
     """Pairs of an image and a map of the same name, from two folders.
 
+    What is in the folders beside is told in the log.
     Raises UserError where a folder is missing or empty, an image has no map, or two have one name.
     """
 
-    def __init__(self, config: CfgNode, training: bool):
+    def __init__(self, config: CfgNode, training: bool, tell: bool):
         data, split = config.DATA, "TRAIN" if training else "VAL"
         places = _ADE20K if data.DATASET == "ade20k" else data
         root = data_path(config)
         images, maps = (_folder(root, places[f"{split}_{kind}"]) for kind in ("IMAGES", "MAPS"))
         self.classes, self.ignored = config.MODEL.NUM_CLASSES, data.IGNORE_INDEX
         self.from_one = data.ZERO_IS_IGNORED or data.DATASET == "ade20k"
-        found, maps_of = _by_name(images), _by_name(maps)
+        left_out = LeftOut()
+        found, maps_of = _by_name(images, left_out), _by_name(maps, left_out)
         lacking = [name for name in found if name not in maps_of]
         if lacking:
             raise UserError(
                 f"'{printable(maps)}' has no map of {some(lacking)}, images in '{printable(images)}'; a map has its "
                 f"image's name with another suffix"
             )
+        for name in maps_of.keys() - found.keys():
+            left_out.add("map without an image", maps_of[name])
+        if left_out and tell:
+            logger.warning("left out of '%s' and '%s': %s", printable(images), printable(maps), left_out)
         self.examples = [(name, path, maps_of[name]) for name, path in found.items()]
 
     def __len__(self) -> int:
@@ -92,7 +100,7 @@ class Folders:
 class Scenes:
     """Scenes of digits, `DATA.CROP_SIZE` pixels wide: the background and ten digits."""
 
-    def __init__(self, config: CfgNode, training: bool):
+    def __init__(self, config: CfgNode, training: bool, tell: bool):
         self.training, self.count = training, config.DATA.SCENES[not training]
         self.side, self.data = max(sides(config.DATA.CROP_SIZE)), config.DATA
         if config.MODEL.NUM_CLASSES != 11:
@@ -107,9 +115,10 @@ class Scenes:
         return Sample(made.image, made.classes, f"scene{index}")
 
 
-def open_dataset(config: CfgNode, training: bool) -> Folders | Scenes:
+def open_dataset(config: CfgNode, training: bool, tell: bool = True) -> Folders | Scenes:
+    """DATA.DATASET's images to train on, or held out; `tell`: the log what is left out of their folders."""
     kind = Scenes if config.DATA.DATASET == "scenes" else Folders
-    return kind(config, training)
+    return kind(config, training, tell)
 
 
 def _folder(root: Path, name: str) -> Path:
@@ -119,10 +128,10 @@ def _folder(root: Path, name: str) -> Path:
     return folder
 
 
-def _by_name(folder: Path) -> dict[str, str]:
+def _by_name(folder: Path, left_out: LeftOut) -> dict[str, str]:
     """The images in `folder` and below it, by their paths in it without suffix."""
     found: dict[str, str] = {}
-    for path in image_files(folder):
+    for path in image_files(folder, left_out):
         name = os.path.splitext(os.path.relpath(path, folder))[0]
         if name in found:
             raise UserError(
