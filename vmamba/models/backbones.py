@@ -111,9 +111,10 @@ class TimmBackbone(nn.Module):
                 f"{some(found.unexpected_keys)} too many"
             )
         held = whole.state_dict()
-        flat = {re.sub(r"\.(\d+)", r"_\1", name, count=1): weight for name, weight in held.items()}  # timm's layers_0
-        own = self.model.state_dict()
-        self.model.load_state_dict({name: held[name] if name in held else flat[name] for name in own})
+        known = dict(held)  # and as timm names the parts of a model with features_only
+        for name, weight in held.items():
+            known[f"model.{name}"] = known[re.sub(r"\.(\d+)", r"_\1", name, count=1)] = weight
+        self.model.load_state_dict({name: known[name] for name in self.model.state_dict()})
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> four maps (B, channels, H', W').
