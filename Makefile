@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: setup train train-detection test check figures mutants graph
+.PHONY: setup train train-detection train-segmentation test check figures mutants graph
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml setup.py
@@ -18,6 +18,10 @@ train: setup
 # A small Mask R-CNN on scenes of digits (about eight minutes on two cores).
 train-detection: setup
 	$(RUN) main.py --cfg configs/scenes_detection.yaml
+
+# A small UperNet on scenes of digits (about eight minutes on one core).
+train-segmentation: setup
+	$(RUN) main.py --cfg configs/scenes_segmentation.yaml
 
 test: setup
 	$(RUN) -m pytest

@@ -1,10 +1,12 @@
 """Backbones by name, for detectors and segmenters: our models, and any of timm's that have feature maps."""
 
-import logging
+import sys
+from functools import partial
 from typing import Any
 
 import timm
 from torch import Tensor, nn
+from torch.nn import functional as F
 from yacs.config import CfgNode
 
 from vmamba.errors import UserError, unknown
@@ -15,7 +17,6 @@ from vmamba.models.pretrained import Checkpoint
 from vmamba.models.variants import TIMM, VARIANTS, create_model
 from vmamba.models.weights import load_weights
 
-logger = logging.getLogger("vmamba")
 STRIDES = (4, 8, 16, 32)
 
 
@@ -68,12 +69,13 @@ class TimmBackbone(nn.Module):
         if not timm.is_model(name):
             raise unknown("model", name, [*VARIANTS, *timm.list_models()])
         # Swin's of timm are of one size of image unless told otherwise; the other models do not know the option.
-        sizes = {"strict_img_size": False} if name.startswith("swin") else {}
+        self.name, self.options = name, ({"strict_img_size": False} if name.startswith("swin") else {}) | options
+        # A "getter" holds the model itself, under the names of its weights.
+        create = partial(timm.create_model, name, features_only=True, feature_cls="getter", **self.options)
         try:
-            sizes |= {"features_only": True, "feature_cls": "getter"}  # under the names of the whole model's weights
-            every = timm.create_model(name, **sizes, **options).feature_info.reduction()
+            every = create().feature_info.reduction()
             stages = [len(every) - 1 - every[::-1].index(stride) for stride in STRIDES]
-            self.model = timm.create_model(name, pretrained=pretrained, out_indices=stages, **sizes, **options)
+            self.model = create(pretrained=pretrained, out_indices=stages)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"timm's '{name}' gives no feature maps of strides {', '.join(map(str, STRIDES))}: {error}"
@@ -83,16 +85,34 @@ class TimmBackbone(nn.Module):
         for stage, dim in enumerate(self.channels):
             self.add_module(f"outnorm{stage}", nn.Identity() if batch_norms else LayerNorm(dim, keep_float32=True))
 
+    def start_from(self, checkpoint: Checkpoint) -> None:
+        """Take over the weights of the whole model, in timm's names or its authors', without its classifier.
+
+        Raises UserError, loading nothing, when they are of another model.
+        """
+        whole = timm.create_model(self.name, **self.options)
+        own, heads = whole.state_dict(), whole.default_cfg["classifier"]
+        heads = tuple(f"{name}." for name in ([heads] if isinstance(heads, str) else heads))
+        filtered = getattr(sys.modules[timm.model_entrypoint(self.name).__module__], "checkpoint_filter_fn", None)
+        try:
+            weights = filtered(dict(checkpoint.whole), whole) if filtered else checkpoint.whole
+        except (AttributeError, IndexError, KeyError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"'{checkpoint.path}' is no file of weights of timm's '{self.name}': {type(error).__name__} {error}"
+            ) from error
+        weights = {name: weight for name, weight in weights.items() if not name.startswith(heads)}
+        head = {name: weight for name, weight in own.items() if name.startswith(heads)}
+        load_weights(whole, weights | head, checkpoint.path)
+        loaded = whole.state_dict()
+        self.model.model.load_state_dict({name: loaded[name] for name in self.model.model.state_dict()})
+
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> four maps (B, channels, H', W')."""
+        """(B, 3, H, W) -> four maps (B, channels, H', W').
+
+        Zeros at the right and bottom make the sides multiples of 4, which Swin's patches need.
+        """
+        images = F.pad(images, (0, -images.shape[3] % STRIDES[0], 0, -images.shape[2] % STRIDES[0]))
         return [
             self.get_submodule(f"outnorm{stage}")(each.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             for stage, each in enumerate(self.model(images))
         ]
-
-    def start_from(self, checkpoint: Checkpoint) -> None:
-        """Take over the weights of a classifier of timm's but its head.  Raises UserError where they do not fit."""
-        own = self.model.model.state_dict()
-        weights = {name: weight for name, weight in checkpoint.whole.items() if name in own}
-        load_weights(self.model.model, weights, checkpoint.path)
-        logger.info(f"{checkpoint.path}: ignoring {len(checkpoint.whole) - len(weights)} weights of the classifier")

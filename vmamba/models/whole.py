@@ -16,6 +16,7 @@ from vmamba.models.pretrained import Checkpoint, load_pretrained
 from vmamba.models.released import backbone_weights, from_released, keys_from_released
 from vmamba.models.variants import VARIANTS, create_model
 from vmamba.models.weights import load_weights
+from vmamba.text import some
 
 logger = logging.getLogger("vmamba")
 _BACKBONE = "backbone."
@@ -70,11 +71,17 @@ def start_whole(model: nn.Module, checkpoint: Checkpoint, drop_head: bool) -> No
             model.backbone.start_from(checkpoint)
         return
     weights = _our_names(model, checkpoint.whole)
+    own = {name: weight for name, weight in model.state_dict().items() if name.startswith(model.class_layers)}
+    others = [name for name in own if name in weights and weights[name].shape != own[name].shape]
     if drop_head:
-        own = {name: weight for name, weight in model.state_dict().items() if name.startswith(model.class_layers)}
         weights = {name: weight for name, weight in weights.items() if not name.startswith(model.class_layers)} | own
         logger.info(f"{checkpoint.path}: dropped the layers of its classes, which start at random")
-    load_weights(model, weights, checkpoint.path)
+    try:
+        load_weights(model, weights, checkpoint.path)
+    except UserError as error:
+        if drop_head or not others:
+            raise
+        raise UserError(f"{error}; for new layers in place of the file's {some(others)}, use --drop-head") from None
 
 
 def _our_names(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -107,7 +107,7 @@ def evaluate_file(run: Run, model: nn.Module) -> Results:
 
 def save_files(meter: Meter, folder: Path) -> None:
     for name, content in meter.files().items():
-        make_folder(folder)
+        make_folder((folder / name).parent)
         write_atomically(folder / name, lambda file, content=content: file.write(content))
 
 

@@ -83,16 +83,20 @@ def rate_scale(config: CfgNode, global_batch: int) -> float:
 def parameter_groups(model: nn.Module, weight_decay: float, decay_ssm: bool = True) -> list[dict]:
     """The trainable parameters, decayed and not.
 
-    Decay goes by what a parameter is: not to biases and norms, nor to what `model.no_weight_decay()` names.
+    Decay goes by what a parameter is: not to biases, norms and Swin's maps of relative positions, nor to what the
+    `no_weight_decay()` of the model, or of a model in it, names.
     `decay_ssm=False` spares the A_logs and Ds of the state-space models too, as Mamba asks.
     """
-    spared = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    spared: set[str] = set()
     for path, module in model.named_modules():
+        inside = f"{path}." if path else ""
+        if hasattr(module, "no_weight_decay"):
+            spared |= {f"{inside}{name}" for name in module.no_weight_decay()}
         for name, _ in module.named_parameters(recurse=False):
             is_norm = "Norm" in type(module).__name__
             is_ssm = name in ("A_logs", "Ds")
-            if name == "bias" or is_norm or (is_ssm and not decay_ssm):
-                spared.add(f"{path}.{name}" if path else name)
+            if name in ("bias", "relative_position_bias_table") or is_norm or (is_ssm and not decay_ssm):
+                spared.add(f"{inside}{name}")
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     decayed = [parameter for name, parameter in trainable.items() if name not in spared]
     undecayed = [parameter for name, parameter in trainable.items() if name in spared]

@@ -12,7 +12,9 @@ def build_train_loader(config: CfgNode, *, rank: int, world_size: int) -> TrainL
 
     Raises UserError when the data is not there, does not fit the config, or does not fill one batch.
     """
-    examples = Examples(config, open_dataset(config, training=True), TrainTransform(config), training=True)
+    examples = Examples(
+        config, open_dataset(config, training=True, tell=rank == 0), TrainTransform(config), training=True
+    )
     return TrainLoader(config, examples, rank, world_size)
 
 
@@ -21,5 +23,7 @@ def build_eval_loader(config: CfgNode, *, rank: int, world_size: int) -> EvalLoa
 
     Raises UserError when they are not there or do not fit.
     """
-    examples = Examples(config, open_dataset(config, training=False), EvalTransform(config), training=False)
+    examples = Examples(
+        config, open_dataset(config, training=False, tell=rank == 0), EvalTransform(config), training=False
+    )
     return EvalLoader(config, examples, rank, world_size, collate=list)

@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,18 @@ from vmamba.errors import UserError
 from vmamba.runtime.distributed import sum_over_processes
 from vmamba.runtime.task import Results
 from vmamba.segmentation.upernet import resize
+
+
+def check_inference(config: CfgNode) -> None:
+    """Raises UserError for TEST's settings that would leave pixels out."""
+    test, window = config.TEST, config.DATA.CROP_SIZE
+    if not test.SCALES:
+        raise UserError("TEST.SCALES is []; name at least one, such as [1.0]")
+    if test.MODE == "slide" and any(step > side for step, side in zip(sides(test.STRIDE), sides(window), strict=True)):
+        raise UserError(
+            f"TEST.STRIDE is {test.STRIDE} and DATA.CROP_SIZE {window}: windows would leave pixels out between them; "
+            f"choose a smaller stride"
+        )
 
 
 class Inference:
@@ -84,7 +95,9 @@ class IoU:
             self.confusion += counted.view_as(self.confusion)
 
     def results(self) -> Results:
-        confusion = sum_over_processes(self.confusion).cpu().numpy()
+        self.confusion = sum_over_processes(self.confusion)
+        self.predicted = {}
+        confusion = self.confusion.cpu().numpy()
         if not confusion.sum():
             raise UserError(f"no pixel of the validation images counts; check DATA.DATA_PATH '{self.place}'")
         by_class = per_class(confusion)
@@ -92,13 +105,13 @@ class IoU:
         return {"mIoU": means["IoU"], "mAcc": means["Acc"], "aAcc": 100 * float(confusion.trace() / confusion.sum())}
 
     def details(self) -> dict[str, Any]:
-        """By class, null where there is none of it."""
+        """By class, null where there is none of it; after `results`, of all processes."""
         found = per_class(self.confusion.cpu().numpy())
         return {name: [None if np.isnan(value) else value for value in values] for name, values in found.items()}
 
     def files(self) -> dict[str, bytes]:
         """The maps of the batch just added, as PNG."""
-        return {f"{Path(name).stem}.png": _png(classes) for name, classes in self.predicted.items() if self.keep}
+        return {f"{name}.png": _png(classes) for name, classes in self.predicted.items() if self.keep}
 
 
 def per_class(confusion: np.ndarray) -> dict[str, list[float]]:

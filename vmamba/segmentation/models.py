@@ -53,6 +53,7 @@ def build_model(config: CfgNode) -> UperNet:
         aux_weight=options.AUX_WEIGHT,
         ignore_index=config.DATA.IGNORE_INDEX,
         dropout=options.DROPOUT,
+        init_std=options.INIT_STD,
     )
 
 

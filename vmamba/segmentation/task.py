@@ -15,7 +15,7 @@ from vmamba.models.whole import load_whole, start_whole
 from vmamba.runtime.distributed import World
 from vmamba.runtime.task import Results
 from vmamba.segmentation.data import build_eval_loader, build_train_loader
-from vmamba.segmentation.evaluation import IoU
+from vmamba.segmentation.evaluation import IoU, check_inference
 from vmamba.segmentation.models import build_model
 
 
@@ -27,6 +27,7 @@ class Task:
 
     def __init__(self, config: CfgNode):
         self.config = config
+        check_inference(config)
 
     def build_model(self) -> nn.Module:
         model = build_model(self.config)

@@ -44,6 +44,8 @@ class TrainTransform:
             top, left = (
                 random.randint(0, side - wanted) for wanted, side in zip((height, width), image.shape[1:], strict=True)
             )
+            if self.aug.MOST_OF_ONE_CLASS == 1:
+                break
             part = classes[..., top : top + height, left : left + width]
             counts = torch.bincount(part[part != self.ignored].flatten())
             if (counts > 0).sum() > 1 and counts.max() < self.aug.MOST_OF_ONE_CLASS * counts.sum():

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+_LEAST = 4  # pixels a side that any backbone takes; a smaller image gets zeros at its right and bottom
+
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """(B, C, H, W) -> (B, C, *size), bilinear between the centres of pixels."""
@@ -91,6 +93,7 @@ class UperNet(nn.Module):
         channels, aux_channels: of the heads.
         ignore_index: label of pixels that do not count.
         aux_weight: of the auxiliary head's loss; it reads the third map.
+        init_std: deviation of the weights of the predictions, at random before training.
     """
 
     class_layers = ("decode_head.conv_seg", "auxiliary_head.conv_seg")
@@ -105,6 +108,7 @@ class UperNet(nn.Module):
         ignore_index: int = 255,
         aux_weight: float = 0.4,
         dropout: float = 0.1,
+        init_std: float = 0.01,
     ):
         super().__init__()
         self.num_classes, self.ignore_index, self.aux_weight = num_classes, ignore_index, aux_weight
@@ -113,6 +117,8 @@ class UperNet(nn.Module):
         self.auxiliary_head = FCNHead(backbone.channels[2], num_classes, aux_channels, dropout)
         for head in (self.decode_head, self.auxiliary_head):
             head.apply(_initialise)
+            nn.init.normal_(head.conv_seg.weight, std=init_std)
+            nn.init.zeros_(head.conv_seg.bias)
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Tensor | dict[str, Tensor]:
         """(B, 3, H, W) -> logits (B, classes, H, W); with `targets` (B, H, W), integers, the losses by name.
@@ -120,7 +126,8 @@ class UperNet(nn.Module):
         `decode.loss_ce` and `aux.loss_ce` are to be added up; `decode.acc_seg` and `aux.acc_seg` are percent of the
         pixels that count.
         """
-        maps = self.backbone(images)
+        height, width = images.shape[2:]
+        maps = self.backbone(F.pad(images, (0, max(0, _LEAST - width), 0, max(0, _LEAST - height))))
         logits = self.decode_head(maps)
         if targets is None:
             return resize(logits, images.shape[2:])
@@ -138,9 +145,6 @@ class UperNet(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    """As mmsegmentation: convolutions by He's normal rule, predictions with a deviation of 0.01."""
+    """Convolutions by He's normal rule, as mmsegmentation."""
     if isinstance(module, ConvModule):
         nn.init.kaiming_normal_(module.conv.weight, nonlinearity="relu")
-    elif isinstance(module, (UperHead, FCNHead)):
-        nn.init.normal_(module.conv_seg.weight, std=0.01)
-        nn.init.zeros_(module.conv_seg.bias)
