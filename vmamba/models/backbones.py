@@ -53,7 +53,8 @@ def build_backbone(config: CfgNode) -> nn.Module:
         raise UserError(f"MODEL.OPTIONS are of our models, and MODEL.NAME is {settings.NAME}; leave them out")
     else:
         backbone = create_backbone(settings.NAME, in_chans=settings.IN_CHANS, **drop_path)
-    backbone.model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
+    whole = backbone.model if isinstance(backbone, Backbone) else backbone.model.model
+    whole.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
     return backbone
 
 
