@@ -65,14 +65,6 @@ class Task:
     def describe(self, results: Results) -> str:
         return f"held-out loss {results['val_loss']:.4f}, top-1 {results['acc1']:.2f}%, top-5 {results['acc5']:.2f}%"
 
-    def describe_data(self, train: TrainLoader, held_out: EvalLoader) -> str:
-        data = self.config.DATA
-        place = f" in {data.DATA_PATH}" if data.DATA_PATH else ""
-        return (
-            f"{data.DATASET}{place}: {train.images:,} images to train on, {held_out.images:,} held out, "
-            f"{self.config.MODEL.NUM_CLASSES:,} classes"
-        )
-
     def cost(self, model: nn.Module) -> str:
         height, width = image_size(self.config)
         macs = complexity(model, (height, width)).macs

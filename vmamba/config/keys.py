@@ -63,6 +63,7 @@ COMMON = (
     switch("EVAL_MODE", "evaluate only", flag="eval"),
     switch("THROUGHPUT_MODE", "measure throughput only", flag="throughput"),
     #
+    key("DATA.DATASET", "", "what a task reads, each its own", also="dataset_type"),
     key("DATA.DATA_PATH", "", "folder of the data set", flag="data-path", also="data_root data_dir"),
     key("DATA.BATCH_SIZE", 128, "images a process and micro-batch", at_least=1, flag="batch-size"),
     key("DATA.MEAN", [0.485, 0.456, 0.406], "a channel, of values in 0..1; one number serves every channel"),

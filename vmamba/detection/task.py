@@ -59,14 +59,6 @@ class Task:
     def describe(self, results: Results) -> str:
         return f"box AP {results['bbox_mAP']:.2f}%, mask AP {results['segm_mAP']:.2f}%"
 
-    def describe_data(self, train: TrainLoader, held_out: EvalLoader) -> str:
-        data = self.config.DATA
-        place = f" in {data.DATA_PATH}" if data.DATA_PATH else ""
-        return (
-            f"{data.DATASET}{place}: {train.images:,} images to train on, {held_out.images:,} held out, "
-            f"{self.config.MODEL.NUM_CLASSES:,} classes"
-        )
-
     def cost(self, model: nn.Module) -> str:
         short, long = self.config.DATA.SCALE
         size = tuple(-(-side // 32) * 32 for side in (short, min(long, 1280)))

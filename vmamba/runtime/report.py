@@ -56,6 +56,16 @@ def describe_model(config: CfgNode, world: World, task: Task, model: nn.Module) 
     )
 
 
+def describe_data(config: CfgNode, images: int, held_out: int) -> str:
+    """What is trained on."""
+    data = config.DATA
+    place = f" in {data.DATA_PATH}" if data.DATA_PATH else ""
+    return (
+        f"{data.DATASET}{place}: {images:,} images to train on, {held_out:,} held out, "
+        f"{config.MODEL.NUM_CLASSES:,} classes"
+    )
+
+
 def describe_training(config: CfgNode, world: World, plan: Plan, state: TrainState) -> str:
     """Steps, rates and optimiser as they come out of the config."""
     batch = config.DATA.BATCH_SIZE * world.size * config.TRAIN.ACCUMULATION_STEPS

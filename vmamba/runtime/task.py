@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from vmamba.data.loaders import Loader, TrainLoader
+from vmamba.data.loaders import EvalLoader, TrainLoader
 from vmamba.models.pretrained import Checkpoint
 from vmamba.runtime.distributed import World
 
@@ -48,7 +48,7 @@ class Task(Protocol):
     def train_loader(self, world: World) -> TrainLoader:
         """Raises UserError when the data is not there or does not fit the config."""
 
-    def eval_loader(self, world: World) -> Loader:
+    def eval_loader(self, world: World) -> EvalLoader:
         """This process's share of the held-out data."""
 
     def loss(self, model: nn.Module, batch: Any, *, step: int, part: int) -> Tensor | dict[str, Tensor]:
@@ -59,9 +59,6 @@ class Task(Protocol):
 
     def describe(self, results: Results) -> str:
         """The results of one set of weights in words."""
-
-    def describe_data(self, train: TrainLoader, held_out: Loader) -> str:
-        """What is trained on, in words."""
 
     def cost(self, model: nn.Module) -> str:
         """Multiply-adds of one image, in words."""

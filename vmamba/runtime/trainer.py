@@ -15,7 +15,7 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from vmamba.config import output_folder, save_config
-from vmamba.data.loaders import Loader, TrainLoader
+from vmamba.data.loaders import EvalLoader, TrainLoader
 from vmamba.errors import UserError
 from vmamba.runtime import report
 from vmamba.runtime.checkpoint import BEST, LAST
@@ -99,7 +99,7 @@ def train(run: Run, model: nn.Module) -> Results:
     train_loader, eval_loader = task.train_loader(world), task.eval_loader(world)
     plan = build_plan(config, train_loader.steps_per_epoch)
     state = build_state(run, model, plan)
-    run.logger.info(task.describe_data(train_loader, eval_loader))
+    run.logger.info(report.describe_data(config, train_loader.images, eval_loader.images))
     run.logger.info(report.describe_training(config, world, plan, state))
     warn_of_the_warmup(run, plan)
     source = resume(run, state)
@@ -149,7 +149,7 @@ class Rounds:
         state: TrainState,
         step: OptimizerStep,
         train_loader: TrainLoader,
-        eval_loader: Loader,
+        eval_loader: EvalLoader,
         records: Records,
     ):
         self.run, self.plan, self.state, self.step, self.records = run, plan, state, step, records

@@ -56,14 +56,6 @@ class Task:
     def describe(self, results: Results) -> str:
         return f"mIoU {results['mIoU']:.2f}%, mean accuracy {results['mAcc']:.2f}%, pixels {results['aAcc']:.2f}%"
 
-    def describe_data(self, train: TrainLoader, held_out: EvalLoader) -> str:
-        data = self.config.DATA
-        place = f" in {data.DATA_PATH}" if data.DATA_PATH else ""
-        return (
-            f"{data.DATASET}{place}: {train.images:,} images to train on, {held_out.images:,} held out, "
-            f"{self.config.MODEL.NUM_CLASSES:,} classes"
-        )
-
     def cost(self, model: nn.Module) -> str:
         size = tuple(self.config.DATA.SCALE)
         return f"{complexity(model, size).macs / 1e9:.3g} GFLOPs (multiply-adds) at {size[0]} x {size[1]} pixels"
