@@ -67,7 +67,8 @@ def test_two_epochs_by_hand(tmp_path, weight):
     written = re.findall(r"decode.loss_ce ([\d.]+) aux.loss_ce ([\d.]+)", log(config))
     assert np.array(written, float) == pytest.approx(np.array(told), abs=2e-4)
     assert [line["train_loss"] for line in metrics(config)] == pytest.approx(means, rel=1e-4)
-    ended = torch.cat([saved(config)["model"][name].flatten() for name, _ in model.named_parameters()])
+    weights = saved(config)["model"]
+    ended = torch.cat([weights[name].flatten() for name, _ in model.named_parameters()])
     by_hand = torch.nn.utils.parameters_to_vector(model.parameters())
     assert (ended - by_hand).norm() < 0.02 * (by_hand - start).norm()  # Adam moves what has no gradient by rounding
 
