@@ -105,8 +105,8 @@ MUTANTS = (
     Mutant(
         "USE_CHECKPOINT without effect",
         "vmamba/models/variants.py",
-        "model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)",
-        "model.set_grad_checkpointing(False)",
+        "    )\n    model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)",
+        "    )\n    model.set_grad_checkpointing(False)",
         RUNS,
     ),
     Mutant(

@@ -1,0 +1,11 @@
+"""The deliberate mistakes of mutants.py can still be made; `make mutants` makes them."""
+
+import pytest
+
+from .mutants import MUTANTS, ROOT
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_mistake_has_its_place(mutant):
+    assert (ROOT / mutant.file).read_text().count(mutant.right) == 1
+    assert mutant.right != mutant.wrong
