@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml setup.py
 train: setup
 	$(RUN) main.py --cfg configs/vmamba_digits.yaml
 
-# A small Mask R-CNN on scenes of digits (about nine minutes).
+# A small Mask R-CNN on scenes of digits (about ten minutes on two cores).
 train-detection: setup
 	$(RUN) main.py --cfg configs/scenes_detection.yaml
 
