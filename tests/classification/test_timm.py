@@ -46,6 +46,7 @@ def test_stochastic_depth_is_the_configs(config_of):
     ("opts", "sentence"),
     [
         (("MODEL.NAME", "timm/swin_tyny"), "unknown model 'swin_tyny'; did you mean"),
+        (("MODEL.NAME", "timm/test_convnext.nope"), r"unknown model 'test_convnext.nope'; did you mean 'test_convnext"),
         (("MODEL.OPTIONS.d_state", 4), "MODEL.OPTIONS are of our models, and MODEL.NAME is timm/test_convnext"),
         (("MODEL.NAME", "timm/test_vit", "DATA.IMG_SIZE", 37), "test_vit does not take images of 37 x 37 pixels"),
     ],

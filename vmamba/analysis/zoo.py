@@ -21,7 +21,7 @@ from vmamba.errors import UserError, unknown
 from vmamba.models.download import is_url
 from vmamba.models.formats import read_file
 from vmamba.models.pretrained import Checkpoint, load_checkpoint, load_pretrained, local_file
-from vmamba.models.variants import VARIANTS, build_model, check_size, create_model, list_models
+from vmamba.models.variants import VARIANTS, build_model, check_size, create_model, list_models, timm_settings
 from vmamba.models.vssm import VSSM
 from vmamba.models.weights import load_weights, without_wrappers
 from vmamba.text import counted, printable
@@ -172,9 +172,16 @@ def _ours(name: str, size: int, weights: str | Path | None, backend: str, load: 
 
 
 def _config(checkpoint: Checkpoint) -> CfgNode | None:
-    """The config in a checkpoint of one of our runs; None in another file."""
-    ours = checkpoint.config.get("MODEL", {}).get("NAME") in list_models()
-    return CfgNode(checkpoint.config) if ours else None
+    """The config in a checkpoint of one of our runs; None in another file.
+
+    Raises UserError for a run of another task, whose model is more than a classifier.
+    """
+    if checkpoint.config.get("MODEL", {}).get("NAME") not in list_models():
+        return None
+    task = checkpoint.config.get("TASK", "classification")
+    if task != "classification":
+        raise UserError(f"'{checkpoint.path}' is of a run of {task}, whose model is no classifier; see predict.py")
+    return CfgNode(checkpoint.config)
 
 
 def _released(subject: Subject, weights: str | Path) -> str | None:
@@ -193,11 +200,7 @@ def _unknown(weights: str | Path, model: nn.Module) -> str:
 
 
 def _timm(name: str, size: int, weights: str | Path | None) -> Subject:
-    try:
-        settings = timm.get_pretrained_cfg(name)
-    except RuntimeError as error:  # of what stands behind the dot for weights: "resnet18.a1_in1k"
-        architecture = name.partition(".")[0]
-        raise unknown("model", name, [architecture, *timm.list_pretrained(f"{architecture}.*")]) from error
+    settings = timm_settings(name)
     options = {"img_size": size} if settings.fixed_input_size else {}  # position embeddings, windows of that size
     try:
         model = timm.create_model(name, pretrained=weights == "pretrained", **options)

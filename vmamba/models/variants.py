@@ -13,6 +13,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import PretrainedCfg
 from torch import nn
 from yacs.config import CfgNode
 
@@ -238,10 +239,11 @@ def _timm_model(config: CfgNode) -> nn.Module:
     settings, name = config.MODEL, config.MODEL.NAME.removeprefix(TIMM)
     if not timm.is_model(name):
         raise unknown("model", name, timm.list_models())
+    fixed_size = timm_settings(name).fixed_input_size
     if settings.OPTIONS:
         raise UserError(f"MODEL.OPTIONS are of our models, and MODEL.NAME is {settings.NAME}; leave them out")
     options = {} if settings.DROP_PATH_RATE is None else {"drop_path_rate": settings.DROP_PATH_RATE}
-    if timm.get_pretrained_cfg(name).fixed_input_size:
+    if fixed_size:
         options["img_size"] = config.DATA.IMG_SIZE
     try:
         model = timm.create_model(name, num_classes=settings.NUM_CLASSES, in_chans=settings.IN_CHANS, **options)
@@ -251,6 +253,15 @@ def _timm_model(config: CfgNode) -> nn.Module:
     size = config.DATA.IMG_SIZE
     check_size(name, model, settings.IN_CHANS, (size, size) if isinstance(size, int) else tuple(size))
     return model
+
+
+def timm_settings(name: str) -> PretrainedCfg:
+    """What timm knows of one of its models' weights.  Raises UserError for a tag, behind the dot, that there is not."""
+    try:
+        return timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # "resnet18.a1_in1k"
+        architecture = name.partition(".")[0]
+        raise unknown("model", name, [architecture, *timm.list_pretrained(f"{architecture}.*")]) from error
 
 
 def check_size(name: str, model: nn.Module, in_chans: int, size: tuple[int, int]) -> None:
