@@ -9,6 +9,7 @@ import yaml
 from PIL import Image
 
 import vmamba
+from vmamba.analysis import zoo
 from vmamba.analysis.prediction import find_images, predict
 from vmamba.classification.transforms import build_transform
 from vmamba.config import get_config
@@ -111,6 +112,22 @@ def test_a_released_file_says_by_its_weights_what_it_is(pictures, tmp_path):
     torch.save({"model": {"weight": torch.zeros(3)}}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="holds neither a config nor a head that is known; give --cfg"):
         predict(str(tmp_path / "other.pth"), [str(pictures)], device="cpu", output=str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_the_doors_of_classifiers_say_that_a_checkpoint_is_of_another_task(checkpoints, task):
+    with pytest.raises(UserError, match=f"is of a run of {task}, whose model is no classifier; see predict.py"):
+        zoo.create("vmamba_nano", 64, checkpoints[task][0])
+
+
+def test_a_released_segmenter_may_lack_its_auxiliary_head(tmp_path):
+    weights = {
+        "backbone.patch_embed.0.weight": torch.zeros(2, 3, 3, 3),
+        "decode_head.conv_seg.weight": torch.zeros(1, 1, 1, 1),
+    }
+    torch.save(weights, tmp_path / "s.pth")
+    with pytest.raises(UserError, match="the backbone in .* is none of the models by name"):
+        predict(str(tmp_path / "s.pth"), [str(tmp_path / "s.pth")], output=str(tmp_path / "out"))
 
 
 def test_what_is_no_image_is_a_sentence(checkpoints, pictures, tmp_path):

@@ -23,7 +23,8 @@ from vmamba.classification.transforms import build_transform
 from vmamba.config import get_config, restored
 from vmamba.data.folders import LeftOut, image_files, what_is
 from vmamba.data.images import UnreadableImage, decode
-from vmamba.detection import datasets as detection
+from vmamba.detection import models as detection_models
+from vmamba.detection.datasets import without_objects
 from vmamba.detection.evaluation import as_results
 from vmamba.detection.transforms import Collate, Transform
 from vmamba.errors import UserError
@@ -31,7 +32,8 @@ from vmamba.files import make_folder, read_text, write_atomically
 from vmamba.models.pretrained import Checkpoint, open_checkpoint
 from vmamba.models.whole import variant_of
 from vmamba.runtime.task import open_task
-from vmamba.segmentation import datasets as segmentation
+from vmamba.segmentation import models as segmentation_models
+from vmamba.segmentation.datasets import Sample
 from vmamba.segmentation.evaluation import Inference
 from vmamba.segmentation.transforms import EvalTransform
 from vmamba.text import counted, printable, some
@@ -130,22 +132,14 @@ def config_of(checkpoint: Checkpoint, cfg: str | None) -> CfgNode:
         return get_config(cfg)
     if checkpoint.config.get("MODEL"):
         return restored(checkpoint.config)
-    held = checkpoint.whole
-    if "roi_head.bbox_head.fc_cls.weight" in held:
-        classes = len(held["roi_head.bbox_head.fc_cls.weight"]) - 1
-        known = ["TASK", "detection", "MODEL.CHANNELS", len(held["rpn_head.rpn_conv.weight"])]
-        known += ["MODEL.HIDDEN", held["roi_head.bbox_head.fc_cls.weight"].shape[1]]
-    elif "decode_head.conv_seg.weight" in held:
-        classes, channels = held["decode_head.conv_seg.weight"].shape[:2]
-        known = ["TASK", "segmentation", "MODEL.CHANNELS", channels]
-        known += ["MODEL.AUX_CHANNELS", held["auxiliary_head.conv_seg.weight"].shape[1]]
-    else:
-        head = checkpoint.state_dict.get("classifier.head.weight")
-        if head is None:
-            raise UserError(f"'{checkpoint.path}' holds neither a config nor a head that is known; give --cfg")
-        held = {f"backbone.{name}": weight for name, weight in checkpoint.state_dict.items()}
-        classes, known = len(head), []
-    return get_config(None, ["MODEL.NAME", variant_of(held, checkpoint.path), "MODEL.NUM_CLASSES", classes, *known])
+    for models in (detection_models, segmentation_models):
+        if models.HEAD in checkpoint.whole:
+            return models.config_of(checkpoint)
+    head = checkpoint.state_dict.get("classifier.head.weight")
+    if head is None:
+        raise UserError(f"'{checkpoint.path}' holds neither a config nor a head that is known; give --cfg")
+    name = variant_of(checkpoint.whole, checkpoint.path)
+    return get_config(None, ["MODEL.NAME", name, "MODEL.NUM_CLASSES", len(head)])
 
 
 def _read_names(path: str, config: CfgNode) -> list[str]:
@@ -203,9 +197,7 @@ def detector(config: CfgNode, model: nn.Module, device: torch.device, names: Seq
 
     @torch.no_grad()
     def answer(image: Image.Image) -> Answer:
-        nothing = np.zeros((0, image.height, image.width), np.uint8)
-        sample = detection.Sample(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), nothing, 0)
-        batch = collate([transform(sample)])
+        batch = collate([transform(without_objects(image, 0))])
         (found,) = model(batch["images"].to(device), batch["image_sizes"], output_sizes=batch["original_sizes"])
         objects = as_results(0, found, numbers)
         for each in objects:
@@ -225,7 +217,7 @@ def segmenter(config: CfgNode, model: nn.Module, device: torch.device, names: Se
     @torch.no_grad()
     def answer(image: Image.Image) -> Answer:
         empty = np.zeros((image.height, image.width), np.uint8)
-        images, *_ = transform(segmentation.Sample(image, empty, ""))
+        images, *_ = transform(Sample(image, empty, ""))
         classes = inference(model, [each.to(device) for each in images], empty.shape).cpu()
         counts = torch.bincount(classes.flatten().long(), minlength=len(names))
         order = [label for label in counts.argsort(descending=True).tolist() if counts[label]]

@@ -176,14 +176,10 @@ def compare(
                 f"{name} cannot {case.mode} with batches of {counted(batches[name], 'image')} of {case.size} pixels "
                 f"({error}); give other --batch-sizes, --sizes or --modes"
             ) from error
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            times[name].append(elapsed(step, device))
+    seconds = take_turns(steps, repeats, device)
     for model in models.values():
         model.zero_grad()
         model.to("cpu")
-    seconds = {name: statistics.median(several) for name, several in times.items()}
     rates = {name: batches[name] / seconds[name] for name in steps}
     return [
         Timing(
@@ -201,6 +197,15 @@ def compare(
         )
         for name, model in models.items()
     ]
+
+
+def take_turns(steps: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
+    """The median seconds of each model's step, the models taking turns, a step each, `repeats` times."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            times[name].append(elapsed(step, device))
+    return {name: statistics.median(several) for name, several in times.items()}
 
 
 def build_step(model: nn.Module, case: Case, batch: int, device: torch.device) -> Callable[[], object]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 
-from vmamba.analysis.speed import DTYPES, describe, peak_memory_mb
+from vmamba.analysis.speed import DTYPES, describe, peak_memory_mb, take_turns
 from vmamba.analysis.tables import markdown as markdown_table
 from vmamba.analysis.tables import write_json
 from vmamba.analysis.zoo import choose_device
@@ -104,11 +104,7 @@ def compare(names: Sequence[str], case: Case, device: torch.device, warm_up: int
         name: peak_memory_mb(lambda step=step: [step() for _ in range(warm_up)], models[name], device)
         for name, step in steps.items()
     }
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            times[name].append(elapsed(step, device))
-    seconds = {name: statistics.median(several) for name, several in times.items()}
+    seconds = take_turns(steps, repeats, device)
     return [
         {
             "model": name,

@@ -122,9 +122,10 @@ class Coco:
         shapes = {each.id: (each.height, each.width) for each in found.images}
         annotations = []
         for number, each in enumerate(content["annotations"], 1):
-            mask = as_run_lengths(each["segmentation"], *shapes[each["image_id"]])
-            area = each["area"] if "area" in each else float(run_lengths.area(mask))
-            annotations.append(each | {"id": number, "area": area, "iscrowd": int(each.get("iscrowd", 0))})
+            annotations.append(each | {"id": number, "iscrowd": int(each.get("iscrowd", 0))})
+            if "area" not in each:
+                mask = as_run_lengths(each["segmentation"], *shapes[each["image_id"]])
+                annotations[-1]["area"] = float(run_lengths.area(mask))
         return content | {"annotations": annotations}
 
 

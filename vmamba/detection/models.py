@@ -7,16 +7,17 @@ from typing import Any
 from torch import Tensor
 from yacs.config import CfgNode
 
-from vmamba.config import restored
+from vmamba.config import get_config, restored
 from vmamba.detection.mask_rcnn import MaskRCNN
 from vmamba.detection.roi_heads import PredictionSettings
 from vmamba.detection.rpn import ProposalSettings
 from vmamba.errors import UserError, unknown
 from vmamba.models.backbones import build_backbone, create_backbone
-from vmamba.models.pretrained import open_checkpoint
+from vmamba.models.pretrained import Checkpoint, open_checkpoint
 from vmamba.models.whole import build_whole, load_whole, released_backbone, variant_of
 
 DETECTORS = {"mask_rcnn": MaskRCNN}
+HEAD = "roi_head.bbox_head.fc_cls.weight"  # which the weights of every detector have
 _EVERY = 1 << 40  # more boxes than there are
 
 
@@ -73,18 +74,25 @@ def load_detector(path_or_url: str | Path, weights: str = "auto") -> MaskRCNN:
     Raises UserError when the file cannot be read or is of another model.
     """
     checkpoint = open_checkpoint(path_or_url, weights)
+    model = build_model(config_of(checkpoint))
+    load_whole(model, checkpoint.whole, checkpoint.path)
+    return model.eval()
+
+
+def config_of(checkpoint: Checkpoint) -> CfgNode:
+    """The config of a run in its checkpoint, or what the weights of a released file tell.
+
+    Raises UserError where they are of no detector on one of our models.
+    """
     held = checkpoint.whole
     if checkpoint.config.get("TASK") == "detection":
-        model = build_model(restored(checkpoint.config))
-    elif "roi_head.bbox_head.fc_cls.weight" not in held:
-        raise UserError(f"'{path_or_url}' holds no detector: it has no roi_head.bbox_head.fc_cls.weight")
-    else:
-        classes, hidden = held["roi_head.bbox_head.fc_cls.weight"].shape
-        channels = len(held["rpn_head.rpn_conv.weight"])
-        backbone = create_backbone(variant_of(held, path_or_url))
-        model = MaskRCNN(backbone, classes - 1, channels=channels, hidden=hidden)
-    load_whole(model, held, checkpoint.path)
-    return model.eval()
+        return restored(checkpoint.config)
+    if HEAD not in held:
+        raise UserError(f"'{checkpoint.path}' holds no detector: it has no {HEAD}")
+    classes, hidden = held[HEAD].shape
+    head = ["MODEL.NUM_CLASSES", classes - 1, "MODEL.CHANNELS", len(held["rpn_head.rpn_conv.weight"])]
+    name = variant_of(held, checkpoint.path)
+    return get_config(None, ["TASK", "detection", "MODEL.NAME", name, *head, "MODEL.HIDDEN", hidden])
 
 
 def detector_from_released(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> MaskRCNN:

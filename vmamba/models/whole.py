@@ -100,13 +100,13 @@ def _our_names(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, 
 
 
 def variant_of(state_dict: Mapping[str, Tensor], source: str | Path) -> str:
-    """Which of our models, by name, the backbone in a released file is, told from its weights' names and shapes.
+    """Which of our models, by name, the backbone or classifier in a released file is, told from its weights' names and
+    shapes.
 
     Raises UserError, naming `source`, when it is none of them.
     """
-    weights = {name: weight for name, weight in state_dict.items() if name.startswith(_BACKBONE)}
     weights = keys_from_released(
-        {name.removeprefix(_BACKBONE).removeprefix("model."): w for name, w in weights.items()}
+        {name.removeprefix(_BACKBONE).removeprefix("model."): weight for name, weight in state_dict.items()}
     )
     shapes = {name: tuple(weight.shape) for name, weight in weights.items() if name.startswith(("layers", "patch"))}
     for name in VARIANTS:

@@ -39,8 +39,7 @@ class Records:
         if path.exists():
             number = next(number for number in count(1) if not path.with_name(f"metrics.{number}.jsonl").exists())
             kept = path.with_name(f"metrics.{number}.jsonl")
-            self._try(kept.name, lambda: path.rename(kept))
-            logger.warning(f"'{path}' is of an earlier run and this one starts anew; it is {kept.name} now")
+            self._try(kept.name, lambda: self._keep(path, kept))
 
     def write(self, entry: dict[str, Any], events: Mapping[str, float | None]) -> None:
         """Record one round: its line, and `events` at its step."""
@@ -62,6 +61,10 @@ class Records:
         if self.events is not None:
             self._try("TensorBoard's events", self.events.close)
             self.events = None
+
+    def _keep(self, path: Path, kept: Path) -> None:
+        path.rename(kept)
+        logger.warning(f"'{path}' is of an earlier run and this one starts anew; it is {kept.name} now")
 
     def _draw(self) -> None:
         metrics = read_metrics(self.folder / "metrics.jsonl")

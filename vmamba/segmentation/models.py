@@ -7,14 +7,15 @@ from typing import Any
 from torch import Tensor
 from yacs.config import CfgNode
 
-from vmamba.config import restored
+from vmamba.config import get_config, restored
 from vmamba.errors import UserError, unknown
 from vmamba.models.backbones import build_backbone, create_backbone
-from vmamba.models.pretrained import open_checkpoint
+from vmamba.models.pretrained import Checkpoint, open_checkpoint
 from vmamba.models.whole import build_whole, load_whole, released_backbone, variant_of
 from vmamba.segmentation.upernet import UperNet
 
 SEGMENTERS = {"upernet": UperNet}
+HEAD = "decode_head.conv_seg.weight"  # which the weights of every segmenter have
 
 
 def create_segmenter(
@@ -68,22 +69,26 @@ def load_segmenter(path_or_url: str | Path, weights: str = "auto") -> UperNet:
     Raises UserError when the file cannot be read or is of another model.
     """
     checkpoint = open_checkpoint(path_or_url, weights)
+    model = build_model(config_of(checkpoint))
+    load_whole(model, checkpoint.whole, checkpoint.path)
+    return model.eval()
+
+
+def config_of(checkpoint: Checkpoint) -> CfgNode:
+    """The config of a run in its checkpoint, or what the weights of a released file tell.
+
+    Raises UserError where they are of no segmenter on one of our models.
+    """
     held = checkpoint.whole
     if checkpoint.config.get("TASK") == "segmentation":
-        model = build_model(restored(checkpoint.config))
-    elif "decode_head.conv_seg.weight" not in held:
-        raise UserError(f"'{path_or_url}' holds no segmenter: it has no decode_head.conv_seg.weight")
-    else:
-        classes, channels = held["decode_head.conv_seg.weight"].shape[:2]
-        auxiliary = held.get("auxiliary_head.conv_seg.weight")
-        model = UperNet(
-            create_backbone(variant_of(held, path_or_url)),
-            classes,
-            channels=channels,
-            aux_channels=auxiliary.shape[1] if auxiliary is not None else 256,
-        )
-    load_whole(model, held, checkpoint.path)
-    return model.eval()
+        return restored(checkpoint.config)
+    if HEAD not in held:
+        raise UserError(f"'{checkpoint.path}' holds no segmenter: it has no {HEAD}")
+    classes, channels = held[HEAD].shape[:2]
+    head = ["MODEL.NUM_CLASSES", classes, "MODEL.CHANNELS", channels]
+    if "auxiliary_head.conv_seg.weight" in held:
+        head += ["MODEL.AUX_CHANNELS", held["auxiliary_head.conv_seg.weight"].shape[1]]
+    return get_config(None, ["TASK", "segmentation", "MODEL.NAME", variant_of(held, checkpoint.path), *head])
 
 
 def segmenter_from_released(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> UperNet:
