@@ -18,6 +18,7 @@ from . import flops
 MODULES = {
     "cuda": "vmamba_kernels.cuda",
     "triton": "vmamba_kernels.triton",
+    "cpu": "vmamba_kernels.cpu",
     "reference": "vmamba_kernels.reference",
     "mamba_ssm": "vmamba_kernels.mamba",
     "shapes": "vmamba_kernels.shapes",
@@ -25,8 +26,8 @@ MODULES = {
 
 # Fastest first, by the measurements in docs/kernels.md.  What is not listed is used only when asked for by name.
 PREFERENCE = {
-    "selective_scan": ("cuda", "triton", "reference"),
-    "cross_selective_scan": ("cuda", "triton", "reference"),
+    "selective_scan": ("cuda", "triton", "cpu", "reference"),
+    "cross_selective_scan": ("cuda", "triton", "cpu", "reference"),
     "cross_ssd": ("triton", "reference"),
     "layer_norm": ("cuda", "reference"),
 }

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vmamba_kernels import BackendError, choice, cross_selective_scan, reference
+from vmamba_kernels import BackendError, choice, cross_selective_scan, dispatch, reference
 from vmamba_kernels.cuda import compiler, cubins, why_not
 from vmamba_kernels.cuda import operator as operator_module
 from vmamba_kernels.cuda.cross_selective_scan import KINDS
@@ -505,7 +505,7 @@ def _install(monkeypatch, folder, processors=1):
 
 @functools.cache  # once a process: the dispatcher keeps it
 def _on_cpu_tensors(operator):
-    operator_module._LIBRARY.impl(operator._operator._opname, operator._on_its_device, "CPU")
+    dispatch.LIBRARY.impl(operator._operator._opname, operator._on_its_device, "CPU")
 
 
 @needs_compiler

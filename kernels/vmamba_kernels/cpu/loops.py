@@ -1,0 +1,360 @@
+"""The inner loops of the cpu backend, as functions of numba: plain loops that LLVM turns into vector instructions of
+whatever CPU it is.  docs/kernels-design.md says how they work and what did not pay.
+
+Words: a *block* is 32 neighbouring channels, what the innermost loop runs over; a *tile* is 16 steps of a route for one
+block, held on the stack; a *pass* is one walk along a route with up to 16 of its states; a *row* is a pixel's projection,
+[ranks of the steps, padded with zeros to a multiple of 4 | B | C].  Steps are kept in units of ln 2, s = delta / ln 2,
+so that exp(delta A) = 2^(s A); a state is then h / ln 2, and C carries the ln 2 that is missing.
+
+What makes these loops fast: lengths of innermost loops are constants, so there are no remainders; tiles are on the
+stack, of which LLVM knows that they do not overlap; sums over channels may be reordered (`SUMS`), and nothing else, since
+the rounding in `exp2` would be optimised away.
+"""
+
+import math
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+BLOCK = 32
+TILE = 16
+STATES = 16  # of a pass
+TILE_OF_ONE, ALL_STATES, TILE_OF_STATES = TILE * BLOCK, STATES * BLOCK, TILE * STATES * BLOCK
+LOG2E, LN2 = np.float32(math.log2(math.e)), np.float32(math.log(2))
+ZERO, ONE = np.float32(0), np.float32(1)
+
+EXACT = {"contract", "nsz"}
+SUMS = EXACT | {"reassoc"}
+_inlined = dict(error_model="numpy", forceinline=True)
+kernel = dict(error_model="numpy", nogil=True)
+
+
+@intrinsic(prefer_literal=True)
+def _stack(context, size):
+    """A pointer to `size` floats on the stack, for `carray`."""
+    floats = ir.ArrayType(ir.FloatType(), size.literal_value)
+
+    def code(context, builder, signature, arguments):
+        memory = cgutils.alloca_once(builder, floats)
+        memory.align = 64
+        return builder.bitcast(memory, ir.FloatType().as_pointer())
+
+    return types.CPointer(types.float32)(size), code
+
+
+# ------------------------------------------------------------------------------------------------ functions of numbers
+
+
+@njit(fastmath=EXACT, **_inlined)
+def exp2(x):
+    """2 to the power of x, relative error 2e-7; below -126 as at -126, above 127 as at 127."""
+    x = min(max(x, np.float32(-126)), np.float32(127))
+    shifted = x + np.float32(1.5 * 2**23)  # its last bits are x rounded to an integer
+    f = x - (shifted - np.float32(1.5 * 2**23))
+    p = np.float32(0.001326472731307149)
+    p = p * f + np.float32(0.009671512991189957)
+    p = p * f + np.float32(0.05550733581185341)
+    p = p * f + np.float32(0.24022242426872253)
+    p = p * f + np.float32(0.6931470036506653)
+    p = p * f + ONE
+    bits = np.float32(p).view(np.int32) + (np.float32(shifted).view(np.int32) << np.int32(23))
+    return np.int32(bits).view(np.float32)
+
+
+@njit(fastmath=EXACT, **_inlined)
+def softplus2(w, z):
+    """log2(1 + 2^w) for z = 2^-|w|, relative error 1e-7 (the polynomial is log2(1 + z) / z on [0, 1])."""
+    p = np.float32(0.00754917785525322)
+    p = p * z + np.float32(-0.042567044496536255)
+    p = p * z + np.float32(0.11285616457462311)
+    p = p * z + np.float32(-0.19711895287036896)
+    p = p * z + np.float32(0.27564141154289246)
+    p = p * z + np.float32(-0.35840848088264465)
+    p = p * z + np.float32(0.48069295287132263)
+    p = p * z + np.float32(-0.7213401794433594)
+    p = p * z + np.float32(1.4426950216293335)
+    return p * z + max(w, ZERO)
+
+
+# ------------------------------------------------------------------------------------------------- a tile of one route
+
+
+@njit(**_inlined)
+def find_pixels(pixels, first, count, kind, height, width):
+    """The pixels of `count` steps from step `first` on."""
+    for t in range(count):
+        step = first + t
+        if kind >= 2:  # backwards
+            step = height * width - 1 - step
+        if kind & 1:  # by columns
+            column = step // height
+            step = (step - column * height) * width + column
+        pixels[t] = step
+
+
+@njit(**_inlined)
+def read_tile(source, image, pixels, count, channel, channels, tile):
+    """source (images, pixels, channels) -> tile; beyond `channels` the tile keeps what it has."""
+    for t in range(count):
+        if channels == BLOCK:
+            for c in range(BLOCK):
+                tile[t, c] = source[image, pixels[t], channel + c]
+        else:
+            for c in range(channels):
+                tile[t, c] = source[image, pixels[t], channel + c]
+
+
+@njit(fastmath=EXACT, **_inlined)
+def write_tile(tile, image, pixels, count, channel, channels, overwrite, target):
+    """tile -> target (images, pixels, channels), in the place of what is there or added to it."""
+    for t in range(count):
+        if channels < BLOCK:
+            for c in range(channels):
+                before = ZERO if overwrite else target[image, pixels[t], channel + c]
+                target[image, pixels[t], channel + c] = before + tile[t, c]
+        elif overwrite:
+            for c in range(BLOCK):
+                target[image, pixels[t], channel + c] = tile[t, c]
+        else:
+            for c in range(BLOCK):
+                target[image, pixels[t], channel + c] += tile[t, c]
+
+
+@njit(fastmath=EXACT, **_inlined)
+def project_steps(rows, image, pixels, count, route, weight, bias, tile):
+    """The steps before their softplus: weight (ranks, BLOCK) times each row's ranks, plus the bias."""
+    for t in range(count):
+        row = rows[image, pixels[t], route]
+        for c in range(BLOCK):
+            tile[t, c] = bias[c]
+        for r in range(0, weight.shape[0], 4):
+            for c in range(BLOCK):
+                tile[t, c] += (
+                    row[r] * weight[r, c] + row[r + 1] * weight[r + 1, c]
+                    + row[r + 2] * weight[r + 2, c] + row[r + 3] * weight[r + 3, c]
+                )  # fmt: skip
+
+
+@njit(fastmath=EXACT, **_inlined)
+def given_steps(bias, count, tile):
+    """The steps before their softplus, where they are given: in units of ln 2, plus the bias."""
+    for t in range(count):
+        for c in range(BLOCK):
+            tile[t, c] = LOG2E * tile[t, c] + bias[c]
+
+
+@njit(fastmath=SUMS, **_inlined)
+def project_bwd(rows, image, pixels, count, route, weight, ds, d_rows, d_weight):
+    """The gradients of project_steps, added to d_rows and d_weight; weight is in units of ln 2, which ds is not."""
+    for t in range(count):
+        d_row = d_rows[image, pixels[t], route]
+        for r in range(0, weight.shape[0], 4):
+            d0, d1, d2, d3 = ZERO, ZERO, ZERO, ZERO
+            for c in range(BLOCK):
+                d0 += ds[t, c] * weight[r, c]
+                d1 += ds[t, c] * weight[r + 1, c]
+                d2 += ds[t, c] * weight[r + 2, c]
+                d3 += ds[t, c] * weight[r + 3, c]
+            d_row[r] += LN2 * d0
+            d_row[r + 1] += LN2 * d1
+            d_row[r + 2] += LN2 * d2
+            d_row[r + 3] += LN2 * d3
+    for t in range(count):
+        row = rows[image, pixels[t], route]
+        for r in range(weight.shape[0]):
+            for c in range(BLOCK):
+                d_weight[r, c] += row[r] * ds[t, c]
+
+
+# ------------------------------------------------------------------------------------------------------------- a scan
+#
+# Of both kernels: x (images, pixels, channels); delta the same, of sequences, where weight has no ranks; rows
+# (images, pixels, routes, ranks + 2 states); weight (routes, blocks, ranks, BLOCK), bias and skip (routes, blocks,
+# BLOCK), A (routes, blocks, states, BLOCK): weight and bias in units of ln 2.  table (routes, 5): a route's kind, its
+# first channel, its slot of the output, whether it overwrites what is there, whether it has a skip.  dim: channels of a
+# route.  borders (images, routes, tiles, states, blocks, BLOCK): the states at the start of each tile, or empty.  The
+# routes of an image are `parts` tasks, or so many for each block; tasks start..stop are done.
+
+
+@njit(fastmath=EXACT, **kernel)
+def scan_fwd(
+    x, delta, rows, weight, bias, A, skip, table, dim, height, width, softplus, out, borders, parts, start, stop
+):  # fmt: skip
+    """out (slots, images, pixels, channels)."""
+    routes, blocks, states, _ = A.shape
+    ranks, length = weight.shape[2], height * width
+    h = carray(_stack(ALL_STATES), (STATES, BLOCK))
+    a = carray(_stack(ALL_STATES), (STATES, BLOCK))
+    s = carray(_stack(TILE_OF_ONE), (TILE, BLOCK))
+    u = carray(_stack(TILE_OF_ONE), (TILE, BLOCK))
+    y = carray(_stack(TILE_OF_ONE), (TILE, BLOCK))
+    pixels = np.empty(TILE, np.uint64)
+    for task in range(start, stop):
+        image, part, block = task // (parts * blocks), task // blocks % parts, task % blocks
+        channels = min(BLOCK, dim - block * BLOCK)
+        u[:] = ZERO
+        s[:] = ZERO
+        for route in range(part * routes // parts, (part + 1) * routes // parts):
+            kind, channel, slot = table[route, 0], table[route, 1] + block * BLOCK, table[route, 2]
+            for first_state in range(0, states, STATES):
+                of_pass = min(STATES, states - first_state)
+                overwrite = first_state == 0 and table[route, 3] != 0
+                for n in range(of_pass):
+                    for c in range(BLOCK):
+                        h[n, c] = ZERO
+                        a[n, c] = A[route, block, first_state + n, c]
+                for first in range(0, length, TILE):
+                    count = min(TILE, length - first)
+                    find_pixels(pixels, first, count, kind, height, width)
+                    if borders.size:
+                        for n in range(of_pass):
+                            for c in range(BLOCK):
+                                borders[image, route, first // TILE, first_state + n, block, c] = h[n, c]
+                    read_tile(x, image, pixels, count, channel, channels, u)
+                    if ranks:
+                        project_steps(rows, image, pixels, count, route, weight[route, block], bias[route, block], s)
+                    else:
+                        read_tile(delta, image, pixels, count, channel, channels, s)
+                        given_steps(bias[route, block], count, s)
+                    if first_state == 0:
+                        for t in range(count):
+                            for c in range(BLOCK):
+                                y[t, c] = skip[route, block, c] * u[t, c]
+                    else:
+                        y[:] = ZERO
+                    if softplus:
+                        for t in range(count):
+                            for c in range(BLOCK):
+                                s[t, c] = softplus2(s[t, c], exp2(-abs(s[t, c])))
+                    for t in range(count):
+                        for c in range(BLOCK):
+                            u[t, c] *= s[t, c]
+                    for t in range(count):
+                        row = rows[image, pixels[t], route]
+                        for n in range(of_pass):
+                            B = row[ranks + first_state + n]
+                            C = LN2 * row[ranks + states + first_state + n]
+                            for c in range(BLOCK):
+                                h[n, c] = exp2(s[t, c] * a[n, c]) * h[n, c] + u[t, c] * B
+                                y[t, c] += C * h[n, c]
+                    write_tile(y, image, pixels, count, channel, channels, overwrite, out[slot])
+
+
+@njit(fastmath=SUMS, **kernel)
+def scan_bwd(
+    x, delta, rows, weight, bias, A, skip, table, dim, height, width, softplus, borders, dy,
+    dx, d_delta, d_rows, d_weight, d_bias, d_A, d_skip, parts, start, stop,
+):  # fmt: skip
+    """dx as scan_fwd's out; d_rows starts as zeros; those of the weights (images, *their shapes), of each image."""
+    routes, blocks, states, _ = A.shape
+    ranks, length = weight.shape[2], height * width
+    carry = carray(_stack(ALL_STATES), (STATES, BLOCK))  # of the states' gradient, to the step before
+    a = carray(_stack(ALL_STATES), (STATES, BLOCK))
+    d_a = carray(_stack(ALL_STATES), (STATES, BLOCK))
+    u = carray(_stack(TILE_OF_ONE), (TILE, BLOCK))
+    s = carray(_stack(TILE_OF_ONE), (TILE, BLOCK))
+    slope = carray(_stack(TILE_OF_ONE), (TILE, BLOCK))  # of the softplus
+    g = carray(_stack(TILE_OF_ONE), (TILE, BLOCK))  # the output's gradient
+    du = carray(_stack(TILE_OF_ONE), (TILE, BLOCK))
+    ds = carray(_stack(TILE_OF_ONE), (TILE, BLOCK))
+    decays = carray(_stack(TILE_OF_STATES), (TILE, STATES, BLOCK))
+    decayed = carray(_stack(TILE_OF_STATES), (TILE, STATES, BLOCK))  # decay times the state before
+    pixels = np.empty(TILE, np.uint64)
+    for task in range(start, stop):
+        image, part = task // parts, task % parts
+        for route in range(part * routes // parts, (part + 1) * routes // parts):
+            kind, slot = table[route, 0], table[route, 2]
+            for first_state in range(0, states, STATES):
+                of_pass = min(STATES, states - first_state)
+                overwrite = first_state == 0 and table[route, 3] != 0
+                for block in range(blocks):
+                    channel, channels = table[route, 1] + block * BLOCK, min(BLOCK, dim - block * BLOCK)
+                    d_weight_here, d_bias_here = d_weight[image, route, block], d_bias[image, route, block]
+                    weight_here, bias_here = weight[route, block], bias[route, block]
+                    u[:] = ZERO
+                    s[:] = ZERO
+                    g[:] = ZERO
+                    for n in range(of_pass):
+                        for c in range(BLOCK):
+                            carry[n, c] = ZERO
+                            d_a[n, c] = ZERO
+                            a[n, c] = A[route, block, first_state + n, c]
+                    for first in range((length - 1) // TILE * TILE, -1, -TILE):
+                        count = min(TILE, length - first)
+                        find_pixels(pixels, first, count, kind, height, width)
+                        read_tile(x, image, pixels, count, channel, channels, u)
+                        read_tile(dy, image, pixels, count, channel, channels, g)
+                        if ranks:
+                            project_steps(rows, image, pixels, count, route, weight_here, bias_here, s)
+                        else:
+                            read_tile(delta, image, pixels, count, channel, channels, s)
+                            given_steps(bias_here, count, s)
+                        if softplus:
+                            for t in range(count):
+                                for c in range(BLOCK):
+                                    z = exp2(-abs(s[t, c]))
+                                    slope[t, c] = (ONE if s[t, c] >= ZERO else z) / (ONE + z)
+                                    s[t, c] = softplus2(s[t, c], z)
+                        else:
+                            slope[:] = ONE
+                        for t in range(count):  # forwards again, from the state at the border
+                            row = rows[image, pixels[t], route]
+                            for n in range(of_pass):
+                                B = row[ranks + first_state + n]
+                                if t == 0:
+                                    for c in range(BLOCK):
+                                        before = borders[image, route, first // TILE, first_state + n, block, c]
+                                        decays[t, n, c] = exp2(s[t, c] * a[n, c])
+                                        decayed[t, n, c] = decays[t, n, c] * before
+                                else:
+                                    B = rows[image, pixels[t - 1], route, ranks + first_state + n]
+                                    for c in range(BLOCK):
+                                        before = decayed[t - 1, n, c] + s[t - 1, c] * u[t - 1, c] * B
+                                        decays[t, n, c] = exp2(s[t, c] * a[n, c])
+                                        decayed[t, n, c] = decays[t, n, c] * before
+                        for t in range(count - 1, -1, -1):
+                            row, d_row = rows[image, pixels[t], route], d_rows[image, pixels[t], route]
+                            for c in range(BLOCK):
+                                du[t, c] = ZERO
+                                ds[t, c] = ZERO
+                            for n in range(of_pass):
+                                at_B, at_C = ranks + first_state + n, ranks + states + first_state + n
+                                B, C, dB, dC = row[at_B], LN2 * row[at_C], ZERO, ZERO
+                                for c in range(BLOCK):
+                                    su = s[t, c] * u[t, c]
+                                    dh = C * g[t, c] + carry[n, c]
+                                    dB += dh * su
+                                    dC += (decayed[t, n, c] + su * B) * g[t, c]
+                                    du[t, c] += dh * B
+                                    d_exponent = dh * decayed[t, n, c]
+                                    ds[t, c] += d_exponent * a[n, c]
+                                    d_a[n, c] += d_exponent * s[t, c]
+                                    carry[n, c] = decays[t, n, c] * dh
+                                d_row[at_B] += dB
+                                d_row[at_C] += LN2 * dC
+                            for c in range(BLOCK):
+                                # exp2's derivative has a ln 2, and dt = ln 2 times the step has its inverse
+                                ds[t, c] = slope[t, c] * (ds[t, c] + LOG2E * du[t, c] * u[t, c])
+                                du[t, c] *= s[t, c]
+                        if first_state == 0:
+                            for t in range(count):
+                                for c in range(BLOCK):
+                                    du[t, c] += skip[route, block, c] * g[t, c]
+                            if table[route, 4]:
+                                for t in range(count):
+                                    for c in range(BLOCK):
+                                        d_skip[image, route, block, c] += u[t, c] * g[t, c]
+                        write_tile(du, image, pixels, count, channel, channels, overwrite, dx[slot])
+                        for t in range(count):
+                            for c in range(BLOCK):
+                                d_bias_here[c] += ds[t, c]
+                        if ranks:
+                            project_bwd(rows, image, pixels, count, route, weight_here, ds, d_rows, d_weight_here)
+                        else:
+                            write_tile(ds, image, pixels, count, channel, channels, first_state == 0, d_delta)
+                    for n in range(of_pass):
+                        for c in range(BLOCK):
+                            d_A[image, route, block, first_state + n, c] = LN2 * d_a[n, c]
