@@ -4,6 +4,7 @@ A backend is a module with two names: `OPERATORS`, a dict from operator to funct
 why it cannot serve a call, or None.  It is imported when first asked for, so that an absent package costs nothing.
 """
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -32,7 +33,8 @@ PREFERENCE = {
     "layer_norm": ("cuda", "reference"),
 }
 
-
+LARGE = 96  # channels of a scan that takes long without the cpu backend
+NOT_IMPORTED = "it cannot be imported"
 _FUNCTIONS: dict[tuple[str, str], Callable[..., torch.Tensor]] = {}  # of the backends imported so far
 
 
@@ -101,7 +103,7 @@ def why_not(name: str, call: Call) -> str | None:
     try:
         module = load(name)
     except ImportError as error:
-        return f"it cannot be imported ({error})"
+        return f"{NOT_IMPORTED} ({error})"
     if call.operator not in module.OPERATORS:
         return f"it has no {call.operator}"
     return module.why_not(call)
@@ -173,4 +175,13 @@ def _choose_while_tracing(backend: str | None, **call) -> str:
 
 @lru_cache(4096)  # what the backends look at does not change while a process runs
 def _chosen(backend: str | None, **call) -> str:
-    return choose(Call(**call), backend)
+    chosen = choice(Call(**call), backend)
+    reason = chosen.declined.get("cpu", "")
+    if call["device"].type == "cpu" and call.get("dim", 0) >= LARGE and reason.startswith(NOT_IMPORTED):
+        _advise(reason)
+    return chosen.backend
+
+
+@cache  # once a process
+def _advise(reason: str) -> None:
+    warnings.warn(f"scans on this CPU take several times as long as they could: backend 'cpu': {reason}", stacklevel=7)

@@ -1,7 +1,7 @@
 """The inner loops of the cpu backend, as functions of numba: plain loops that LLVM turns into vector instructions of
 whatever CPU it is.  docs/kernels-design.md says how they work and what did not pay.
 
-Words: a *block* is 32 neighbouring channels, what the innermost loop runs over; a *tile* is 16 steps of a route for one
+Words: a *block* is 64 neighbouring channels, what the innermost loop runs over; a *tile* is 16 steps of a route for one
 block, held on the stack; a *pass* is one walk along a route with up to 16 of its states; a *row* is a pixel's projection,
 [ranks of the steps, padded with zeros to a multiple of 4 | B | C].  Steps are kept in units of ln 2, s = delta / ln 2,
 so that exp(delta A) = 2^(s A); a state is then h / ln 2, and C carries the ln 2 that is missing.
@@ -13,34 +13,46 @@ the rounding in `exp2` would be optimised away.
 
 import math
 
+import numba
 import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-BLOCK = 32
+from ..folders import own_folder
+
+BLOCK = 64
 TILE = 16
 STATES = 16  # of a pass
-TILE_OF_ONE, ALL_STATES, TILE_OF_STATES = TILE * BLOCK, STATES * BLOCK, TILE * STATES * BLOCK
 LOG2E, LN2 = np.float32(math.log2(math.e)), np.float32(math.log(2))
 ZERO, ONE = np.float32(0), np.float32(1)
 
 EXACT = {"contract", "nsz"}
 SUMS = EXACT | {"reassoc"}
 _inlined = dict(error_model="numpy", forceinline=True)
-kernel = dict(error_model="numpy", nogil=True)
 
 
-@intrinsic(prefer_literal=True)
+def _kernel(fastmath: set[str]):
+    """A function that is compiled when it is first called and kept on disk, and that lets go of the GIL."""
+
+    def decorate(function):
+        before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(own_folder("cpu"))
+        try:
+            return njit(fastmath=fastmath, error_model="numpy", nogil=True, cache=True)(function)
+        finally:
+            numba.config.CACHE_DIR = before
+
+    return decorate
+
+
+@intrinsic
 def _stack(context, size):
-    """A pointer to `size` floats on the stack, for `carray`."""
-    floats = ir.ArrayType(ir.FloatType(), size.literal_value)
+    """A pointer to `size` floats on the stack, for `carray`; to be called once, outside all loops."""
 
     def code(context, builder, signature, arguments):
-        memory = cgutils.alloca_once(builder, floats)
+        memory = builder.alloca(ir.FloatType(), size=arguments[0])
         memory.align = 64
-        return builder.bitcast(memory, ir.FloatType().as_pointer())
+        return memory
 
     return types.CPointer(types.float32)(size), code
 
@@ -99,43 +111,44 @@ def find_pixels(pixels, first, count, kind, height, width):
 def read_tile(source, image, pixels, count, channel, channels, tile):
     """source (images, pixels, channels) -> tile; beyond `channels` the tile keeps what it has."""
     for t in range(count):
+        pixel = pixels[t]
         if channels == BLOCK:
             for c in range(BLOCK):
-                tile[t, c] = source[image, pixels[t], channel + c]
+                tile[t, c] = source[image, pixel, channel + c]
         else:
             for c in range(channels):
-                tile[t, c] = source[image, pixels[t], channel + c]
+                tile[t, c] = source[image, pixel, channel + c]
 
 
 @njit(fastmath=EXACT, **_inlined)
 def write_tile(tile, image, pixels, count, channel, channels, overwrite, target):
     """tile -> target (images, pixels, channels), in the place of what is there or added to it."""
     for t in range(count):
+        pixel = pixels[t]
         if channels < BLOCK:
             for c in range(channels):
-                before = ZERO if overwrite else target[image, pixels[t], channel + c]
-                target[image, pixels[t], channel + c] = before + tile[t, c]
+                before = ZERO if overwrite else target[image, pixel, channel + c]
+                target[image, pixel, channel + c] = before + tile[t, c]
         elif overwrite:
             for c in range(BLOCK):
-                target[image, pixels[t], channel + c] = tile[t, c]
+                target[image, pixel, channel + c] = tile[t, c]
         else:
             for c in range(BLOCK):
-                target[image, pixels[t], channel + c] += tile[t, c]
+                target[image, pixel, channel + c] += tile[t, c]
 
 
 @njit(fastmath=EXACT, **_inlined)
 def project_steps(rows, image, pixels, count, route, weight, bias, tile):
     """The steps before their softplus: weight (ranks, BLOCK) times each row's ranks, plus the bias."""
     for t in range(count):
-        row = rows[image, pixels[t], route]
+        pixel = pixels[t]
         for c in range(BLOCK):
             tile[t, c] = bias[c]
         for r in range(0, weight.shape[0], 4):
+            p0, p1 = rows[image, pixel, route, r], rows[image, pixel, route, r + 1]
+            p2, p3 = rows[image, pixel, route, r + 2], rows[image, pixel, route, r + 3]
             for c in range(BLOCK):
-                tile[t, c] += (
-                    row[r] * weight[r, c] + row[r + 1] * weight[r + 1, c]
-                    + row[r + 2] * weight[r + 2, c] + row[r + 3] * weight[r + 3, c]
-                )  # fmt: skip
+                tile[t, c] += p0 * weight[r, c] + p1 * weight[r + 1, c] + p2 * weight[r + 2, c] + p3 * weight[r + 3, c]
 
 
 @njit(fastmath=EXACT, **_inlined)
@@ -150,7 +163,7 @@ def given_steps(bias, count, tile):
 def project_bwd(rows, image, pixels, count, route, weight, ds, d_rows, d_weight):
     """The gradients of project_steps, added to d_rows and d_weight; weight is in units of ln 2, which ds is not."""
     for t in range(count):
-        d_row = d_rows[image, pixels[t], route]
+        pixel = pixels[t]
         for r in range(0, weight.shape[0], 4):
             d0, d1, d2, d3 = ZERO, ZERO, ZERO, ZERO
             for c in range(BLOCK):
@@ -158,15 +171,20 @@ def project_bwd(rows, image, pixels, count, route, weight, ds, d_rows, d_weight)
                 d1 += ds[t, c] * weight[r + 1, c]
                 d2 += ds[t, c] * weight[r + 2, c]
                 d3 += ds[t, c] * weight[r + 3, c]
-            d_row[r] += LN2 * d0
-            d_row[r + 1] += LN2 * d1
-            d_row[r + 2] += LN2 * d2
-            d_row[r + 3] += LN2 * d3
-    for t in range(count):
-        row = rows[image, pixels[t], route]
-        for r in range(weight.shape[0]):
+            d_rows[image, pixel, route, r] += LN2 * d0
+            d_rows[image, pixel, route, r + 1] += LN2 * d1
+            d_rows[image, pixel, route, r + 2] += LN2 * d2
+            d_rows[image, pixel, route, r + 3] += LN2 * d3
+    for r in range(weight.shape[0]):
+        for t in range(0, count - 3, 4):
+            p0, p1 = rows[image, pixels[t], route, r], rows[image, pixels[t + 1], route, r]
+            p2, p3 = rows[image, pixels[t + 2], route, r], rows[image, pixels[t + 3], route, r]
             for c in range(BLOCK):
-                d_weight[r, c] += row[r] * ds[t, c]
+                d_weight[r, c] += p0 * ds[t, c] + p1 * ds[t + 1, c] + p2 * ds[t + 2, c] + p3 * ds[t + 3, c]
+        for t in range(count // 4 * 4, count):
+            p0 = rows[image, pixels[t], route, r]
+            for c in range(BLOCK):
+                d_weight[r, c] += p0 * ds[t, c]
 
 
 # ------------------------------------------------------------------------------------------------------------- a scan
@@ -179,18 +197,18 @@ def project_bwd(rows, image, pixels, count, route, weight, ds, d_rows, d_weight)
 # routes of an image are `parts` tasks, or so many for each block; tasks start..stop are done.
 
 
-@njit(fastmath=EXACT, **kernel)
+@_kernel(EXACT)
 def scan_fwd(
     x, delta, rows, weight, bias, A, skip, table, dim, height, width, softplus, out, borders, parts, start, stop
 ):  # fmt: skip
     """out (slots, images, pixels, channels)."""
     routes, blocks, states, _ = A.shape
     ranks, length = weight.shape[2], height * width
-    h = carray(_stack(ALL_STATES), (STATES, BLOCK))
-    a = carray(_stack(ALL_STATES), (STATES, BLOCK))
-    s = carray(_stack(TILE_OF_ONE), (TILE, BLOCK))
-    u = carray(_stack(TILE_OF_ONE), (TILE, BLOCK))
-    y = carray(_stack(TILE_OF_ONE), (TILE, BLOCK))
+    h = carray(_stack(STATES * BLOCK), (STATES, BLOCK))
+    a = carray(_stack(STATES * BLOCK), (STATES, BLOCK))
+    s = carray(_stack(TILE * BLOCK), (TILE, BLOCK))
+    u = carray(_stack(TILE * BLOCK), (TILE, BLOCK))
+    y = carray(_stack(TILE * BLOCK), (TILE, BLOCK))
     pixels = np.empty(TILE, np.uint64)
     for task in range(start, stop):
         image, part, block = task // (parts * blocks), task // blocks % parts, task % blocks
@@ -225,25 +243,23 @@ def scan_fwd(
                                 y[t, c] = skip[route, block, c] * u[t, c]
                     else:
                         y[:] = ZERO
-                    if softplus:
-                        for t in range(count):
-                            for c in range(BLOCK):
-                                s[t, c] = softplus2(s[t, c], exp2(-abs(s[t, c])))
                     for t in range(count):
                         for c in range(BLOCK):
+                            if softplus:
+                                s[t, c] = softplus2(s[t, c], exp2(-abs(s[t, c])))
                             u[t, c] *= s[t, c]
                     for t in range(count):
-                        row = rows[image, pixels[t], route]
+                        pixel = pixels[t]
                         for n in range(of_pass):
-                            B = row[ranks + first_state + n]
-                            C = LN2 * row[ranks + states + first_state + n]
+                            B = rows[image, pixel, route, ranks + first_state + n]
+                            C = LN2 * rows[image, pixel, route, ranks + states + first_state + n]
                             for c in range(BLOCK):
                                 h[n, c] = exp2(s[t, c] * a[n, c]) * h[n, c] + u[t, c] * B
                                 y[t, c] += C * h[n, c]
                     write_tile(y, image, pixels, count, channel, channels, overwrite, out[slot])
 
 
-@njit(fastmath=SUMS, **kernel)
+@_kernel(SUMS)
 def scan_bwd(
     x, delta, rows, weight, bias, A, skip, table, dim, height, width, softplus, borders, dy,
     dx, d_delta, d_rows, d_weight, d_bias, d_A, d_skip, parts, start, stop,
@@ -251,17 +267,18 @@ def scan_bwd(
     """dx as scan_fwd's out; d_rows starts as zeros; those of the weights (images, *their shapes), of each image."""
     routes, blocks, states, _ = A.shape
     ranks, length = weight.shape[2], height * width
-    carry = carray(_stack(ALL_STATES), (STATES, BLOCK))  # of the states' gradient, to the step before
-    a = carray(_stack(ALL_STATES), (STATES, BLOCK))
-    d_a = carray(_stack(ALL_STATES), (STATES, BLOCK))
-    u = carray(_stack(TILE_OF_ONE), (TILE, BLOCK))
-    s = carray(_stack(TILE_OF_ONE), (TILE, BLOCK))
-    slope = carray(_stack(TILE_OF_ONE), (TILE, BLOCK))  # of the softplus
-    g = carray(_stack(TILE_OF_ONE), (TILE, BLOCK))  # the output's gradient
-    du = carray(_stack(TILE_OF_ONE), (TILE, BLOCK))
-    ds = carray(_stack(TILE_OF_ONE), (TILE, BLOCK))
-    decays = carray(_stack(TILE_OF_STATES), (TILE, STATES, BLOCK))
-    decayed = carray(_stack(TILE_OF_STATES), (TILE, STATES, BLOCK))  # decay times the state before
+    carry = carray(_stack(STATES * BLOCK), (STATES, BLOCK))  # of the states' gradient, to the step before
+    a = carray(_stack(STATES * BLOCK), (STATES, BLOCK))
+    d_a = carray(_stack(STATES * BLOCK), (STATES, BLOCK))
+    u = carray(_stack(TILE * BLOCK), (TILE, BLOCK))
+    s = carray(_stack(TILE * BLOCK), (TILE, BLOCK))
+    slope = carray(_stack(TILE * BLOCK), (TILE, BLOCK))  # of the softplus
+    g = carray(_stack(TILE * BLOCK), (TILE, BLOCK))  # the output's gradient
+    du = carray(_stack(TILE * BLOCK), (TILE, BLOCK))
+    ds = carray(_stack(TILE * BLOCK), (TILE, BLOCK))
+    kept = min(states, STATES)  # a number that is not known when this is compiled, which takes a tenth of the time so
+    decays = carray(_stack(TILE * kept * BLOCK), (TILE, kept, BLOCK))
+    decayed = carray(_stack(TILE * kept * BLOCK), (TILE, kept, BLOCK))  # decay times the state before
     pixels = np.empty(TILE, np.uint64)
     for task in range(start, stop):
         image, part = task // parts, task % parts
@@ -301,9 +318,7 @@ def scan_bwd(
                         else:
                             slope[:] = ONE
                         for t in range(count):  # forwards again, from the state at the border
-                            row = rows[image, pixels[t], route]
                             for n in range(of_pass):
-                                B = row[ranks + first_state + n]
                                 if t == 0:
                                     for c in range(BLOCK):
                                         before = borders[image, route, first // TILE, first_state + n, block, c]
@@ -316,13 +331,14 @@ def scan_bwd(
                                         decays[t, n, c] = exp2(s[t, c] * a[n, c])
                                         decayed[t, n, c] = decays[t, n, c] * before
                         for t in range(count - 1, -1, -1):
-                            row, d_row = rows[image, pixels[t], route], d_rows[image, pixels[t], route]
+                            pixel = pixels[t]
                             for c in range(BLOCK):
                                 du[t, c] = ZERO
                                 ds[t, c] = ZERO
                             for n in range(of_pass):
                                 at_B, at_C = ranks + first_state + n, ranks + states + first_state + n
-                                B, C, dB, dC = row[at_B], LN2 * row[at_C], ZERO, ZERO
+                                B, C = rows[image, pixel, route, at_B], LN2 * rows[image, pixel, route, at_C]
+                                dB, dC = ZERO, ZERO
                                 for c in range(BLOCK):
                                     su = s[t, c] * u[t, c]
                                     dh = C * g[t, c] + carry[n, c]
@@ -333,8 +349,8 @@ def scan_bwd(
                                     ds[t, c] += d_exponent * a[n, c]
                                     d_a[n, c] += d_exponent * s[t, c]
                                     carry[n, c] = decays[t, n, c] * dh
-                                d_row[at_B] += dB
-                                d_row[at_C] += LN2 * dC
+                                d_rows[image, pixel, route, at_B] += dB
+                                d_rows[image, pixel, route, at_C] += LN2 * dC
                             for c in range(BLOCK):
                                 # exp2's derivative has a ln 2, and dt = ln 2 times the step has its inverse
                                 ds[t, c] = slope[t, c] * (ds[t, c] + LOG2E * du[t, c] * u[t, c])

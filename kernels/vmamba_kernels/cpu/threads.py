@@ -46,4 +46,5 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="vmamba_kernels")
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # the threads stay behind
+if hasattr(os, "register_at_fork"):  # the threads stay behind
+    os.register_at_fork(after_in_child=_pool.cache_clear)
