@@ -39,7 +39,9 @@ class Operator:
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, self._on_its_device, self.key)
         torch.library.register_fake(qualified, fake, lib=LIBRARY)
-        torch.library.register_autograd(qualified, backward or self._no_gradient, setup_context=setup_context, lib=LIBRARY)
+        torch.library.register_autograd(
+            qualified, backward or self._no_gradient, setup_context=setup_context, lib=LIBRARY
+        )
         self._operator = getattr(torch.ops.vmamba, name).default
         self._differentiated = None
         if backward is not None:

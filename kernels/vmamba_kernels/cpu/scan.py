@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import dispatch, reference
 from ..registry import wants_gradient
 from . import loops
-from .loops import BLOCK, TILE
+from .loops import BLOCK, STATES, TILE
 from .threads import share
 
 KINDS = {"row": 0, "col": 1, "row_rev": 2, "col_rev": 3}
@@ -94,8 +94,12 @@ class Scan:
         return *map(_array, tensors), _array(torch.tensor(table)), *self._sizes
 
     def _parts(self, tasks: int) -> int:
-        """How many tasks the routes of an image make, where it makes `tasks` with all of them in one."""
-        return 1 if tasks >= PARTS_WANTED * torch.get_num_threads() else self.routes
+        """How many parts the routes are done in, where there are `tasks` with all of them in one.
+
+        The bits are the same: a part writes what would be added.  With more passes than one a route that would be so.
+        """
+        together = tasks >= PARTS_WANTED * torch.get_num_threads() and self.states <= STATES
+        return 1 if together else self.routes
 
     def _slots(self, parts: int) -> Tensor:
         """What parts write their outputs to."""
@@ -145,6 +149,15 @@ def _added(slots: Tensor) -> Tensor:
     total = slots[0]
     for slot in slots[1:]:
         total += slot
+    return total
+
+
+def _contracted(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b, 512 rows at a time: with more, what MKL adds up first depends on the number of threads."""
+    whole = len(a) // 512 * 512
+    total = a[whole:].t() @ b[whole:]
+    if whole:
+        total += torch.bmm(a[:whole].unflatten(0, (-1, 512)).mT, b[:whole].unflatten(0, (-1, 512))).sum(0)
     return total
 
 
@@ -230,7 +243,7 @@ def _image_backward(
         g = scan.backward(borders, _float(dy).view_as(scan.x))
         d_rows = g["rows"].flatten(0, 1).flatten(1)  # (pixels of all images, rows of all routes)
         dx = g["x"].view(-1, scan.dim).addmm_(d_rows, weight)
-        d_weight = (d_rows.t() @ scan.x.view(-1, scan.dim)).unflatten(0, (scan.routes, -1))
+        d_weight = _contracted(d_rows, scan.x.view(-1, scan.dim)).unflatten(0, (scan.routes, -1))
         if scan.rank % 4:
             d_weight = torch.cat((d_weight[:, : scan.rank], d_weight[:, -2 * scan.states :]), dim=1)
         return (
