@@ -1,4 +1,4 @@
-"""Where compiled code is kept: VMAMBA_KERNELS_CACHE, or else ~/.cache/vmamba_kernels, if nobody else can write there."""
+"""Where compiled code is kept: VMAMBA_KERNELS_CACHE or ~/.cache/vmamba_kernels, if nobody else can write there."""
 
 import os
 import tempfile

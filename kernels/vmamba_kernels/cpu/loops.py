@@ -1,14 +1,16 @@
 """The inner loops of the cpu backend, as functions of numba: plain loops that LLVM turns into vector instructions of
 whatever CPU it is.  docs/kernels-design.md says how they work and what did not pay.
 
-Words: a *block* is 64 neighbouring channels, what the innermost loop runs over; a *tile* is 16 steps of a route for one
-block, held on the stack; a *pass* is one walk along a route with up to 16 of its states; a *row* is a pixel's projection,
-[ranks of the steps, padded with zeros to a multiple of 4 | B | C].  Steps are kept in units of ln 2, s = delta / ln 2,
-so that exp(delta A) = 2^(s A); a state is then h / ln 2, and C carries the ln 2 that is missing.
+Words: a *block* is 64 neighbouring channels, what the innermost loops run over; a *tile* is 16 steps of a route for one
+block, held on the stack; a *pass* is one walk along a route with up to 16 of its states; a *row* is the projection of
+one pixel for one route: the ranks of the steps, filled up with zeros to a multiple of 4, then B, then C.  Steps are in
+units of ln 2, s = delta / ln 2, so that exp(delta A) = 2^(s A); a state is then h / ln 2, and C gets the ln 2 that is
+missing.
 
-What makes these loops fast: lengths of innermost loops are constants, so there are no remainders; tiles are on the
-stack, of which LLVM knows that they do not overlap; sums over channels may be reordered (`SUMS`), and nothing else, since
-the rounding in `exp2` would be optimised away.
+What makes them fast: the lengths of the innermost loops are constants, so that nothing is left over; tiles are on the
+stack, of which LLVM knows that they do not overlap; what a loop reads once is in a local variable, since a store through
+another array might change it.  Sums over channels may be added up in any order (`SUMS`) and nothing else, or the
+rounding in `exp2` would be optimised away; what is not finite stays so.
 """
 
 import math
