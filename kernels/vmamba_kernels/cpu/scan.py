@@ -76,11 +76,8 @@ class Scan:
         return blocked
 
     def _out_of_blocks(self, t: Tensor) -> Tensor:
-        """(images, routes, blocks, columns, BLOCK) -> (routes, dim, columns), the images added one by one."""
-        total = t[0]
-        for image in range(1, self.images):
-            total += t[image]
-        return total.transpose(2, 3).flatten(1, 2)[:, : self.dim].contiguous()
+        """(images, routes, blocks, columns, BLOCK) -> (routes, dim, columns), the sum of the images."""
+        return t.sum(0).transpose(2, 3).flatten(1, 2)[:, : self.dim].contiguous()
 
     def _arguments(self, parts: int) -> tuple:
         """The first ones of both kernels."""
