@@ -302,21 +302,16 @@ LARGE = dict(batch=3, height=37, width=33, dim=2 * BLOCK + 3, states=3, rank=5)
 
 
 def test_the_same_bits_on_every_run_and_for_any_number_of_threads(set_threads):
+    image_of_one = LARGE | dict(batch=1, states=STATES + 1)
     found = []
-    for number in (
-        1,
-        1,
-        2,
-        3,
-        8,
-        40,
-    ):  # with few threads the routes of an image are one task, with many each is its own
+    for number in (1, 1, 2, 3, 8, 40):  # with few threads the routes of an image are one task, with many several
         set_threads(number)
-        found.append(
-            [*run(vk.cross_selective_scan, image(**LARGE), "cpu").values()]
-            + [*run(vk.cross_selective_scan, image(**LARGE | dict(batch=1, states=STATES + 1)), "cpu").values()]
-            + [*run(vk.selective_scan, sequence(batch=3, groups=4, dim=70, length=50), "cpu").values()]
+        results = (
+            run(vk.cross_selective_scan, image(**LARGE), "cpu"),
+            run(vk.cross_selective_scan, image(**image_of_one), "cpu"),
+            run(vk.selective_scan, sequence(batch=3, groups=4, dim=70, length=50), "cpu"),
         )
+        found.append([t for result in results for t in result.values()])
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
@@ -412,7 +407,7 @@ def test_two_processes_share_a_cache_that_is_empty_at_first(tmp_path, monkeypatc
     children = [context.Process(target=_compile, args=(queue,)) for _ in range(2)]
     for child in children:
         child.start()
-    for child in children:
+    for _ in children:
         out, path = queue.get(timeout=120)
         assert (out == want).all() and path.parent == tmp_path / "cpu"
     for child in children:

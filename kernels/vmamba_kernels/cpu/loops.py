@@ -4,13 +4,13 @@ whatever CPU it is.  docs/kernels-design.md says how they work and what did not 
 Words: a *block* is 64 neighbouring channels, what the innermost loops run over; a *tile* is 16 steps of a route for one
 block, held on the stack; a *pass* is one walk along a route with up to 16 of its states; a *row* is the projection of
 one pixel for one route: the ranks of the steps, filled up with zeros to a multiple of 4, then B, then C.  Steps are in
-units of ln 2, s = delta / ln 2, so that exp(delta A) = 2^(s A); a state is then h / ln 2, and C gets the ln 2 that is
-missing.
+units of ln 2, s = delta / ln 2, so that exp(delta A) = 2^(s A); a state is then h / ln 2, and C gets the ln 2 that
+is missing.
 
 What makes them fast: the lengths of the innermost loops are constants, so that nothing is left over; tiles are on the
-stack, of which LLVM knows that they do not overlap; what a loop reads once is in a local variable, since a store through
-another array might change it.  Sums over channels may be added up in any order (`SUMS`) and nothing else, or the
-rounding in `exp2` would be optimised away; what is not finite stays so.
+stack, of which LLVM knows that they do not overlap; what a loop reads once is in a local variable, since a store
+through another array might change it.  Sums over channels may be added up in any order (`SUMS`) and nothing else, or
+the rounding in `exp2` would be optimised away; what is not finite stays so.
 """
 
 import math
@@ -31,7 +31,11 @@ ZERO, ONE = np.float32(0), np.float32(1)
 
 EXACT = {"contract", "nsz"}
 SUMS = EXACT | {"reassoc"}
-_inlined = dict(error_model="numpy", forceinline=True)
+
+_number = njit(fastmath=EXACT, error_model="numpy", forceinline=True)  # a function that keeps its own flags
+_part = njit(
+    inline="always"
+)  # of a kernel: compiled with it, since LLVM does not vectorise again what it takes in later
 
 
 def _kernel(fastmath: set[str]):
@@ -59,10 +63,21 @@ def _stack(context, size):
     return types.CPointer(types.float32)(size), code
 
 
+@intrinsic
+def _in_wide_vectors(context):
+    """Vectors of 512 bits in the function that calls it, where the CPU has them; LLVM prefers 256."""
+
+    def code(context, builder, signature, arguments):
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')  # llvmlite's own `add` does not know it
+        return context.get_dummy_value()
+
+    return types.void(), code
+
+
 # ------------------------------------------------------------------------------------------------ functions of numbers
 
 
-@njit(fastmath=EXACT, **_inlined)
+@_number
 def exp2(x):
     """2 to the power of x, relative error 2e-7; below -126 as at -126, above 127 as at 127."""
     x = min(max(x, np.float32(-126)), np.float32(127))
@@ -78,7 +93,7 @@ def exp2(x):
     return np.int32(bits).view(np.float32)
 
 
-@njit(fastmath=EXACT, **_inlined)
+@_number
 def softplus2(w, z):
     """log2(1 + 2^w) for z = 2^-|w|, relative error 1e-7 (the polynomial is log2(1 + z) / z on [0, 1])."""
     p = np.float32(0.00754917785525322)
@@ -96,7 +111,7 @@ def softplus2(w, z):
 # ------------------------------------------------------------------------------------------------- a tile of one route
 
 
-@njit(**_inlined)
+@_part
 def find_pixels(pixels, first, count, kind, height, width):
     """The pixels of `count` steps from step `first` on."""
     for t in range(count):
@@ -109,7 +124,7 @@ def find_pixels(pixels, first, count, kind, height, width):
         pixels[t] = step
 
 
-@njit(**_inlined)
+@_part
 def read_tile(source, image, pixels, count, channel, channels, tile):
     """source (images, pixels, channels) -> tile; beyond `channels` the tile keeps what it has."""
     for t in range(count):
@@ -122,7 +137,7 @@ def read_tile(source, image, pixels, count, channel, channels, tile):
                 tile[t, c] = source[image, pixel, channel + c]
 
 
-@njit(fastmath=EXACT, **_inlined)
+@_part
 def write_tile(tile, image, pixels, count, channel, channels, overwrite, target):
     """tile -> target (images, pixels, channels), in the place of what is there or added to it."""
     for t in range(count):
@@ -139,7 +154,7 @@ def write_tile(tile, image, pixels, count, channel, channels, overwrite, target)
                 target[image, pixel, channel + c] += tile[t, c]
 
 
-@njit(fastmath=EXACT, **_inlined)
+@_part
 def project_steps(rows, image, pixels, count, route, weight, bias, tile):
     """The steps before their softplus: weight (ranks, BLOCK) times each row's ranks, plus the bias."""
     for t in range(count):
@@ -153,15 +168,19 @@ def project_steps(rows, image, pixels, count, route, weight, bias, tile):
                 tile[t, c] += p0 * weight[r, c] + p1 * weight[r + 1, c] + p2 * weight[r + 2, c] + p3 * weight[r + 3, c]
 
 
-@njit(fastmath=EXACT, **_inlined)
-def given_steps(bias, count, tile):
-    """The steps before their softplus, where they are given: in units of ln 2, plus the bias."""
-    for t in range(count):
-        for c in range(BLOCK):
-            tile[t, c] = LOG2E * tile[t, c] + bias[c]
+@_part
+def read_steps(delta, rows, image, pixels, count, route, weight, bias, channel, channels, tile):
+    """The steps before their softplus, projected; given where the weight has no ranks."""
+    if weight.shape[0]:
+        project_steps(rows, image, pixels, count, route, weight, bias, tile)
+    else:
+        read_tile(delta, image, pixels, count, channel, channels, tile)
+        for t in range(count):
+            for c in range(BLOCK):
+                tile[t, c] = LOG2E * tile[t, c] + bias[c]
 
 
-@njit(fastmath=SUMS, **_inlined)
+@_part
 def project_bwd(rows, image, pixels, count, route, weight, ds, d_rows, d_weight):
     """The gradients of project_steps, added to d_rows and d_weight; weight is in units of ln 2, which ds is not."""
     for t in range(count):
@@ -189,6 +208,57 @@ def project_bwd(rows, image, pixels, count, route, weight, ds, d_rows, d_weight)
                 d_weight[r, c] += p0 * ds[t, c]
 
 
+@_part
+def walk_again(rows, image, pixels, count, of_pass, route, at_B, s, u, a, border, decays, decayed):
+    """The states of a pass over again, from those at the tile's border: (states, BLOCK) like a.
+
+    decays, decayed (steps, states, BLOCK): the decay at a step, and with it the state of the step before.
+    """
+    for n in range(of_pass):
+        for c in range(BLOCK):
+            decays[0, n, c] = exp2(s[0, c] * a[n, c])
+            decayed[0, n, c] = decays[0, n, c] * border[n, c]
+    for t in range(1, count):
+        for n in range(of_pass):
+            B = rows[image, pixels[t - 1], route, at_B + n]
+            for c in range(BLOCK):
+                before = decayed[t - 1, n, c] + s[t - 1, c] * u[t - 1, c] * B
+                decays[t, n, c] = exp2(s[t, c] * a[n, c])
+                decayed[t, n, c] = decays[t, n, c] * before
+
+
+@_part
+def walk_back(
+    rows, image, pixels, count, of_pass, route, at_B, at_C, s, u, a, slope, g, decays, decayed, carry, du, ds, d_a, d_rows
+):  # fmt: skip
+    """The gradients of a pass: of the pixels (du) and the steps before their softplus (ds); those of A and of the rows
+    are added to.  g: the output's; carry (states, BLOCK): the states', from a step to the one before."""
+    for t in range(count - 1, -1, -1):
+        pixel = pixels[t]
+        for c in range(BLOCK):
+            du[t, c] = ZERO
+            ds[t, c] = ZERO
+        for n in range(of_pass):
+            B, C = rows[image, pixel, route, at_B + n], LN2 * rows[image, pixel, route, at_C + n]
+            dB, dC = ZERO, ZERO
+            for c in range(BLOCK):
+                su = s[t, c] * u[t, c]
+                dh = C * g[t, c] + carry[n, c]
+                dB += dh * su
+                dC += (decayed[t, n, c] + su * B) * g[t, c]
+                du[t, c] += dh * B
+                d_exponent = dh * decayed[t, n, c]
+                ds[t, c] += d_exponent * a[n, c]
+                d_a[n, c] += d_exponent * s[t, c]
+                carry[n, c] = decays[t, n, c] * dh
+            d_rows[image, pixel, route, at_B + n] += dB
+            d_rows[image, pixel, route, at_C + n] += LN2 * dC
+        for c in range(BLOCK):
+            # exp2's derivative has a ln 2, and dt = ln 2 times the step has its inverse
+            ds[t, c] = slope[t, c] * (ds[t, c] + LOG2E * du[t, c] * u[t, c])
+            du[t, c] *= s[t, c]
+
+
 # ------------------------------------------------------------------------------------------------------------- a scan
 #
 # Of both kernels: x (images, pixels, channels); delta the same, of sequences, where weight has no ranks; rows
@@ -204,6 +274,7 @@ def scan_fwd(
     x, delta, rows, weight, bias, A, skip, table, dim, height, width, softplus, out, borders, parts, start, stop
 ):  # fmt: skip
     """out (slots, images, pixels, channels)."""
+    _in_wide_vectors()
     routes, blocks, states, _ = A.shape
     ranks, length = weight.shape[2], height * width
     h = carray(_stack(STATES * BLOCK), (STATES, BLOCK))
@@ -219,6 +290,7 @@ def scan_fwd(
         s[:] = ZERO
         for route in range(part * routes // parts, (part + 1) * routes // parts):
             kind, channel, slot = table[route, 0], table[route, 1] + block * BLOCK, table[route, 2]
+            weight_here, bias_here = weight[route, block], bias[route, block]
             for first_state in range(0, states, STATES):
                 of_pass = min(STATES, states - first_state)
                 overwrite = first_state == 0 and table[route, 3] != 0
@@ -234,11 +306,7 @@ def scan_fwd(
                             for c in range(BLOCK):
                                 borders[image, route, first // TILE, first_state + n, block, c] = h[n, c]
                     read_tile(x, image, pixels, count, channel, channels, u)
-                    if ranks:
-                        project_steps(rows, image, pixels, count, route, weight[route, block], bias[route, block], s)
-                    else:
-                        read_tile(delta, image, pixels, count, channel, channels, s)
-                        given_steps(bias[route, block], count, s)
+                    read_steps(delta, rows, image, pixels, count, route, weight_here, bias_here, channel, channels, s)
                     if first_state == 0:
                         for t in range(count):
                             for c in range(BLOCK):
@@ -267,6 +335,7 @@ def scan_bwd(
     dx, d_delta, d_rows, d_weight, d_bias, d_A, d_skip, parts, start, stop,
 ):  # fmt: skip
     """dx as scan_fwd's out; d_rows starts as zeros; those of the weights (images, *their shapes), of each image."""
+    _in_wide_vectors()
     routes, blocks, states, _ = A.shape
     ranks, length = weight.shape[2], height * width
     carry = carray(_stack(STATES * BLOCK), (STATES, BLOCK))  # of the states' gradient, to the step before
@@ -278,16 +347,17 @@ def scan_bwd(
     g = carray(_stack(TILE * BLOCK), (TILE, BLOCK))  # the output's gradient
     du = carray(_stack(TILE * BLOCK), (TILE, BLOCK))
     ds = carray(_stack(TILE * BLOCK), (TILE, BLOCK))
-    kept = min(states, STATES)  # a number that is not known when this is compiled, which takes a tenth of the time so
+    # Memory of a size that is not known here: LLVM takes ten times as long for large constants.
+    kept = min(states, STATES)
     decays = carray(_stack(TILE * kept * BLOCK), (TILE, kept, BLOCK))
-    decayed = carray(_stack(TILE * kept * BLOCK), (TILE, kept, BLOCK))  # decay times the state before
+    decayed = carray(_stack(TILE * kept * BLOCK), (TILE, kept, BLOCK))
     pixels = np.empty(TILE, np.uint64)
     for task in range(start, stop):
         image, part = task // parts, task % parts
         for route in range(part * routes // parts, (part + 1) * routes // parts):
             kind, slot = table[route, 0], table[route, 2]
             for first_state in range(0, states, STATES):
-                of_pass = min(STATES, states - first_state)
+                of_pass, at_B = min(STATES, states - first_state), ranks + first_state
                 overwrite = first_state == 0 and table[route, 3] != 0
                 for block in range(blocks):
                     channel, channels = table[route, 1] + block * BLOCK, min(BLOCK, dim - block * BLOCK)
@@ -306,11 +376,9 @@ def scan_bwd(
                         find_pixels(pixels, first, count, kind, height, width)
                         read_tile(x, image, pixels, count, channel, channels, u)
                         read_tile(dy, image, pixels, count, channel, channels, g)
-                        if ranks:
-                            project_steps(rows, image, pixels, count, route, weight_here, bias_here, s)
-                        else:
-                            read_tile(delta, image, pixels, count, channel, channels, s)
-                            given_steps(bias_here, count, s)
+                        read_steps(
+                            delta, rows, image, pixels, count, route, weight_here, bias_here, channel, channels, s
+                        )  # fmt: skip
                         if softplus:
                             for t in range(count):
                                 for c in range(BLOCK):
@@ -319,44 +387,12 @@ def scan_bwd(
                                     s[t, c] = softplus2(s[t, c], z)
                         else:
                             slope[:] = ONE
-                        for t in range(count):  # forwards again, from the state at the border
-                            for n in range(of_pass):
-                                if t == 0:
-                                    for c in range(BLOCK):
-                                        before = borders[image, route, first // TILE, first_state + n, block, c]
-                                        decays[t, n, c] = exp2(s[t, c] * a[n, c])
-                                        decayed[t, n, c] = decays[t, n, c] * before
-                                else:
-                                    B = rows[image, pixels[t - 1], route, ranks + first_state + n]
-                                    for c in range(BLOCK):
-                                        before = decayed[t - 1, n, c] + s[t - 1, c] * u[t - 1, c] * B
-                                        decays[t, n, c] = exp2(s[t, c] * a[n, c])
-                                        decayed[t, n, c] = decays[t, n, c] * before
-                        for t in range(count - 1, -1, -1):
-                            pixel = pixels[t]
-                            for c in range(BLOCK):
-                                du[t, c] = ZERO
-                                ds[t, c] = ZERO
-                            for n in range(of_pass):
-                                at_B, at_C = ranks + first_state + n, ranks + states + first_state + n
-                                B, C = rows[image, pixel, route, at_B], LN2 * rows[image, pixel, route, at_C]
-                                dB, dC = ZERO, ZERO
-                                for c in range(BLOCK):
-                                    su = s[t, c] * u[t, c]
-                                    dh = C * g[t, c] + carry[n, c]
-                                    dB += dh * su
-                                    dC += (decayed[t, n, c] + su * B) * g[t, c]
-                                    du[t, c] += dh * B
-                                    d_exponent = dh * decayed[t, n, c]
-                                    ds[t, c] += d_exponent * a[n, c]
-                                    d_a[n, c] += d_exponent * s[t, c]
-                                    carry[n, c] = decays[t, n, c] * dh
-                                d_rows[image, pixel, route, at_B] += dB
-                                d_rows[image, pixel, route, at_C] += LN2 * dC
-                            for c in range(BLOCK):
-                                # exp2's derivative has a ln 2, and dt = ln 2 times the step has its inverse
-                                ds[t, c] = slope[t, c] * (ds[t, c] + LOG2E * du[t, c] * u[t, c])
-                                du[t, c] *= s[t, c]
+                        border = borders[image, route, first // TILE, first_state:, block]
+                        walk_again(rows, image, pixels, count, of_pass, route, at_B, s, u, a, border, decays, decayed)
+                        walk_back(
+                            rows, image, pixels, count, of_pass, route, at_B, at_B + states, s, u, a, slope, g,
+                            decays, decayed, carry, du, ds, d_a, d_rows,
+                        )  # fmt: skip
                         if first_state == 0:
                             for t in range(count):
                                 for c in range(BLOCK):
