@@ -229,7 +229,8 @@ def walk_again(rows, image, pixels, count, of_pass, route, at_B, s, u, a, border
 
 @_part
 def walk_back(
-    rows, image, pixels, count, of_pass, route, at_B, at_C, s, u, a, slope, g, decays, decayed, carry, du, ds, d_a, d_rows
+    rows, image, pixels, count, of_pass, route, at_B, at_C, s, u, a, slope, g, decays, decayed, carry,
+    du, ds, d_a, d_rows,
 ):  # fmt: skip
     """The gradients of a pass: of the pixels (du) and the steps before their softplus (ds); those of A and of the rows
     are added to.  g: the output's; carry (states, BLOCK): the states', from a step to the one before."""
