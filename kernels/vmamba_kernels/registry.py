@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache, lru_cache
 from importlib import import_module
+from threading import RLock
 from types import ModuleType
 
 import torch
@@ -35,6 +36,7 @@ PREFERENCE = {
 
 LARGE = 96  # channels of a scan that takes long without the cpu backend
 NOT_IMPORTED = "it cannot be imported"
+_LOADING = RLock()
 _FUNCTIONS: dict[tuple[str, str], Callable[..., torch.Tensor]] = {}  # of the backends imported so far
 
 
@@ -109,9 +111,14 @@ def why_not(name: str, call: Call) -> str | None:
     return module.why_not(call)
 
 
-@cache
 def load(name: str) -> ModuleType:
     """Import a backend: its functions can then be found, and PyTorch's FlopCounterMode knows what they cost."""
+    with _LOADING:  # two threads may scan for the first time at once
+        return _load(name)
+
+
+@cache
+def _load(name: str) -> ModuleType:
     module = import_module(MODULES[name])
     _FUNCTIONS.update({(name, operator): function for operator, function in module.OPERATORS.items()})
     flops.register(name)
