@@ -108,6 +108,19 @@ def softplus2(w, z):
     return p * z + max(w, ZERO)
 
 
+@_kernel(EXACT)
+def in_blocks(t, routes, columns, scale):
+    """t (routes or fewer, dim, up to `columns`) times scale -> (routes, blocks, columns, BLOCK), zeros in the rest."""
+    dim = t.shape[1]
+    blocked = np.zeros((routes, (dim + BLOCK - 1) // BLOCK, columns, BLOCK), np.float32)
+    for route in range(t.shape[0]):
+        for block in range(blocked.shape[1]):
+            for column in range(t.shape[2]):
+                for c in range(min(BLOCK, dim - block * BLOCK)):
+                    blocked[route, block, column, c] = scale * t[route, block * BLOCK + c, column]
+    return blocked
+
+
 # ------------------------------------------------------------------------------------------------- a tile of one route
 
 

@@ -2,8 +2,8 @@
 
 import math
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch, reference
@@ -60,20 +60,18 @@ class Scan:
         (self.routes, self.dim, self.states), self.rank = A.shape, dt_weight.shape[2]
         self.images, self.blocks = x.shape[0], -(-self.dim // BLOCK)
         ranks = rows.shape[3] - 2 * self.states
-        self.weight = self._in_blocks(LOG2E * dt_weight, ranks)
-        self.bias = self._in_blocks(None if bias is None else LOG2E * bias.unsqueeze(2), 1).flatten(2)
+        self.weight = self._in_blocks(dt_weight, ranks, LOG2E)
+        self.bias = self._in_blocks(None if bias is None else bias.unsqueeze(2), 1, LOG2E)[:, :, 0]
         self.A = self._in_blocks(A, self.states)
-        self.skip = self._in_blocks(None if D is None else D.unsqueeze(2), 1).flatten(2)
+        self.skip = self._in_blocks(None if D is None else D.unsqueeze(2), 1)[:, :, 0]
         self.skips = D is not None
         self._sizes = self.dim, height, width, softplus
 
-    def _in_blocks(self, t: Tensor | None, columns: int) -> Tensor:
-        """(routes or fewer, dim, up to `columns`) -> (routes, blocks, columns, BLOCK), filled up with zeros."""
-        blocked = self.x.new_zeros(self.routes, self.blocks, columns, BLOCK)
-        if t is not None:
-            padded = F.pad(t, (0, 0, 0, self.blocks * BLOCK - self.dim)) if self.dim % BLOCK else t
-            blocked[: t.shape[0], :, : t.shape[2]] = padded.unflatten(1, (self.blocks, BLOCK)).transpose(2, 3)
-        return blocked
+    def _in_blocks(self, t: Tensor | None, columns: int, scale: float = 1.0) -> np.ndarray:
+        """t (routes or fewer, dim, up to `columns`), times scale; None counts as zeros."""
+        if t is None:
+            return np.zeros((self.routes, self.blocks, columns, BLOCK), np.float32)
+        return loops.in_blocks(_array(t.contiguous()), self.routes, columns, scale)
 
     def _out_of_blocks(self, t: Tensor) -> Tensor:
         """(images, routes, blocks, columns, BLOCK) -> (routes, dim, columns), the sum of the images."""
@@ -87,8 +85,8 @@ class Scan:
             first = route == 0 or not self.shared
             table.append((kind, channel, slot, first or parts > 1, first and self.skips))
         delta = self.x.new_empty(0, 0, 0) if self.delta is None else self.delta
-        tensors = self.x, delta, self.rows, self.weight, self.bias, self.A, self.skip
-        return *map(_array, tensors), _array(torch.tensor(table)), *self._sizes
+        weights = self.weight, self.bias, self.A, self.skip
+        return *map(_array, (self.x, delta, self.rows)), *weights, np.array(table), *self._sizes
 
     def _parts(self, tasks: int) -> int:
         """How many parts the routes are done in, where there are `tasks` with all of them in one.
@@ -119,7 +117,7 @@ class Scan:
         parts = self._parts(self.images)
         dx, d_rows = self._slots(parts), torch.zeros_like(self.rows)
         d_delta = torch.empty_like(self.x) if self.delta is not None else self.x.new_empty(0, 0, 0)
-        d_weights = [t.new_zeros(self.images, *t.shape) for t in (self.weight, self.bias, self.A, self.skip)]
+        d_weights = [self.x.new_zeros(self.images, *t.shape) for t in (self.weight, self.bias, self.A, self.skip)]
         tensors = borders, dy, dx, d_delta, d_rows, *d_weights
         arguments = *self._arguments(parts), *map(_array, tensors), parts
         share(self.images * parts, lambda start, stop: loops.scan_bwd(*arguments, start, stop))
