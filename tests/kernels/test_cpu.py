@@ -395,9 +395,11 @@ def test_in_workers_of_a_loader():
 
 
 def _compile(queue):
-    def scan_with_two(i):
+    case = image()
+
+    def scan_with_two(_):
         torch.set_num_threads(2)
-        return vk.cross_selective_scan(**image())
+        return vk.cross_selective_scan(**case)
 
     with ThreadPoolExecutor(3) as pool:
         outs = list(pool.map(scan_with_two, range(3)))
@@ -414,7 +416,7 @@ def test_two_processes_share_a_cache_that_is_empty_at_first(tmp_path, monkeypatc
     for child in children:
         child.start()
     for _ in children:
-        out, path = queue.get(timeout=120)
+        out, path = queue.get(timeout=60)
         assert (out == want).all() and path.parent == tmp_path / "cpu"
     for child in children:
         child.join()
