@@ -14,7 +14,7 @@ from .threads import share
 
 KINDS = {"row": 0, "col": 1, "row_rev": 2, "col_rev": 3}
 LOG2E, LN2 = math.log2(math.e), math.log(2)
-PARTS_WANTED = 4  # tasks a thread
+TASKS_WANTED = 4  # a thread
 
 
 class Operator(dispatch.Operator):
@@ -93,8 +93,9 @@ class Scan:
 
         The bits are the same: a part writes what would be added.  With more passes than one a route that would be so.
         """
-        together = tasks >= PARTS_WANTED * torch.get_num_threads() and self.states <= STATES
-        return 1 if together else self.routes
+        threads = torch.get_num_threads()
+        busy = tasks % threads == 0 or tasks >= TASKS_WANTED * threads  # as many for each, or enough to even out
+        return 1 if busy and self.states <= STATES else self.routes
 
     def _slots(self, parts: int) -> Tensor:
         """What parts write their outputs to."""

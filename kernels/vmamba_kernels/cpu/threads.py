@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-PIECES = 4  # for each thread, so that one that is held up does less
+PIECES = 2  # for each thread, so that one that is held up does less
 
 
 def share(tasks: int, work: Callable[[int, int], None]) -> None:
