@@ -441,7 +441,8 @@ def test_why_triton_serves_where_it_is_the_fastest(working_gpu):
 def test_a_gpu_that_is_not_there_is_a_reason():
     chosen = choice(_call())
     assert chosen.backend == "reference" and set(chosen.declined) == {"cuda", "triton", "cpu"}
-    assert all("sees no GPU" in reason for reason in chosen.declined.values())
+    assert all("sees no GPU" in chosen.declined[name] for name in ("cuda", "triton"))
+    assert chosen.declined["cpu"] == "the tensors are on cuda:0, not on the CPU"
 
 
 def test_asked_for_on_a_cpu():
