@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torchvision.models.detection._utils import BoxCoder
-from torchvision.ops import MultiScaleRoIAlign, box_iou, roi_align
+from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, roi_align
 
 from vmamba.detection import boxes as rules
 from vmamba.detection.boxes import BOX_STDS, RPN_STDS, anchors, assign, cut, decode, encode, sample
 from vmamba.detection.roi_heads import RoIHead, _mask_targets, paste_masks, read_regions
-from vmamba.detection.rpn import _best, _inside
+from vmamba.detection.rpn import ProposalSettings, _best, _inside, _suppress
 
 CPU = torch.device("cpu")
 
@@ -221,3 +221,20 @@ def test_losses_of_the_second_stage_by_hand():
     for name, value in expected.items():
         torch.testing.assert_close(losses[name], value, rtol=1e-5, atol=1e-6)
     assert np.isfinite([value.item() for value in losses.values()]).all()
+
+
+def test_proposals_are_suppressed_as_torchvision_does_by_level():
+    torch.manual_seed(0)
+    levels = []
+    for count in (300, 200, 50, 7, 0):
+        centres, sides = torch.rand(count, 2) * 200, torch.rand(count, 2) * 60
+        sides[::17] = 0  # boxes without area are left out
+        boxes = torch.cat([centres - sides / 2, centres + sides / 2], 1).clamp(0, 200)
+        levels.append((boxes, (torch.rand(count) * 50).round() / 50))  # many of the same score
+    boxes, scores = (torch.cat(each) for each in zip(*levels, strict=True))
+    which = torch.cat([torch.full((len(box),), level) for level, (box, _) in enumerate(levels)])
+    real = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1).nonzero()[:, 0]
+    for most in (100, 1000):
+        kept = real[batched_nms(boxes[real], scores[real], which[real], 0.7)][:most]
+        ours = _suppress(levels, ProposalSettings(1000, most, 0.7))
+        assert torch.equal(ours[0], boxes[kept]) and torch.equal(ours[1], scores[kept])

@@ -15,7 +15,7 @@ from vmamba.detection.task import Task
 from vmamba.errors import UserError
 from vmamba.models.pretrained import open_checkpoint
 from vmamba.runtime.distributed import World
-from vmamba.runtime.step import OptimizerStep
+from vmamba.runtime.step import OptimizerStep, parallelise
 from vmamba.runtime.stop import Stopped
 from vmamba.runtime.trainer import run
 
@@ -217,3 +217,14 @@ def test_an_unknown_detector_names_those_there_are(tmp_path):
         vmamba.create_detector("mask_rnn")
     with pytest.raises(UserError, match="option of MaskRCNN 'hiden'; did you mean 'hidden'"):
         vmamba.create_detector("mask_rcnn", "vmamba_nano", hiden=3)
+
+
+def test_compilation_is_of_the_backbone_and_not_as_graphs(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiled.append((self, options)))
+    config = tiny_config(tmp_path, "TRAIN.COMPILE", "default")
+    model = Task(config).build_model()
+    parallelise(model, config, World(0, 1, 0, torch.device("cpu")))
+    assert compiled == [(model.backbone, {})]
+    with pytest.raises(UserError, match="cudagraphs, which would make a CUDA graph for each .* TRAIN.COMPILE default"):
+        run(tiny_config(tmp_path, "TRAIN.COMPILE", "cudagraphs"))

@@ -17,6 +17,7 @@ from vmamba.runtime.trainer import run
 from vmamba.segmentation.data import build_train_loader
 from vmamba.segmentation.evaluation import Inference, IoU, windows
 from vmamba.segmentation.models import build_model, create_segmenter
+from vmamba.segmentation.upernet import _products, resize
 
 from .tiny import CLASSES, log, metrics, saved, tiny_config
 
@@ -186,3 +187,13 @@ def test_what_is_decayed_of_a_segmenter():
         assert not [name for name in names if re.search(r"\.bias$|norm|\.bn\.|pos_embed|relative_position", name)]
         assert {"decode_head.conv_seg.weight", "decode_head.bottleneck.conv.weight"} <= names
         assert len(without_wrappers(model.state_dict())) > len(names) > 30
+
+
+@pytest.mark.parametrize("size", [(20, 28), (7, 40), (1, 1), (3, 5), (5, 7)])
+def test_resizing_by_products_is_pytorchs(size):
+    torch.manual_seed(0)
+    x, grad = torch.randn(2, 3, 5, 7, requires_grad=True), torch.randn(2, 3, *size)
+    expected, out = resize(x, size), _products(x, size)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    (theirs,), (ours,) = (torch.autograd.grad(y, x, grad) for y in (expected, out))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

@@ -7,6 +7,7 @@ anchors, matches, mask targets and aligning differ), so they are written here.
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +77,10 @@ class MaskRCNN(nn.Module):
         regions = [maps[0].new_zeros(count, maps[0].shape[1], side, side) for count, side in ((1000, 7), (100, 14))]
         boxes = self.roi_head.bbox_head(regions[0])
         return *scores, *offsets, *boxes, self.roi_head.mask_head(regions[1])
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """`nn.Module.compile` of the backbone: what follows it depends on how many boxes there are."""
+        self.backbone.compile(*args, **options)
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> five maps (B, channels, H / stride, W / stride), strides 4 to 64."""

@@ -13,8 +13,26 @@ _LEAST = 4  # pixels a side that any backbone takes; a smaller image gets zeros 
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """(B, C, H, W) -> (B, C, *size), bilinear between the centres of pixels."""
+    """(B, C, H, W) -> (B, C, *size), bilinear between the centres of pixels.
+
+    With gradients on a GPU by `_products`: PyTorch's backward adds up with atomic operations there, which took half of
+    a training step (docs/log.md).
+    """
+    if x.is_cuda and x.requires_grad:
+        return _products(x, size)
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def _products(x: Tensor, size: Sequence[int]) -> Tensor:
+    """`resize` in float32 as two matrix products, whose backward is two as well."""
+    with torch.autocast(x.device.type, enabled=False):
+        rows, columns = (_line(before, after, x.device) for before, after in zip(x.shape[2:], size, strict=True))
+        return torch.matmul(torch.matmul(x.float().mT, rows).mT, columns)
+
+
+def _line(before: int, after: int, device: torch.device) -> Tensor:
+    """(before, after): a line of pixels times it is that line resized."""
+    return F.interpolate(torch.eye(before, device=device)[None], size=after, mode="linear", align_corners=False)[0]
 
 
 class ConvModule(nn.Module):
