@@ -3,7 +3,8 @@
 The parts have the names of the released files, so that those need no mapping but the backbone's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,26 +14,43 @@ _LEAST = 4  # pixels a side that any backbone takes; a smaller image gets zeros 
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """(B, C, H, W) -> (B, C, *size), bilinear between the centres of pixels.
-
-    With gradients on a GPU by `_products`: PyTorch's backward adds up with atomic operations there, which took half of
-    a training step (docs/log.md).
-    """
-    if x.is_cuda and x.requires_grad:
-        return _products(x, size)
+    """(B, C, H, W) -> (B, C, *size), bilinear between the centres of pixels."""
+    if _in_training_on_a_gpu(x):
+        return _products(x, size, F.interpolate, mode="linear", align_corners=False)
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def _products(x: Tensor, size: Sequence[int]) -> Tensor:
-    """`resize` in float32 as two matrix products, whose backward is two as well."""
+class Pool(nn.Module):
+    """(B, C, H, W) -> (B, C, side, side), the means of parts."""
+
+    def __init__(self, side: int):
+        super().__init__()
+        self.side = side
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = (self.side, self.side)
+        if _in_training_on_a_gpu(x):
+            return _products(x, size, F.adaptive_avg_pool1d)
+        return F.adaptive_avg_pool2d(x, size)
+
+
+def _in_training_on_a_gpu(x: Tensor) -> bool:
+    """There PyTorch's backward of resizing and of pooling adds up with atomic operations: it took half of a training
+    step, and gives other bits each time (docs/log.md)."""
+    return x.is_cuda and x.requires_grad
+
+
+def _products(x: Tensor, size: Sequence[int], line: Callable[..., Tensor], **options: Any) -> Tensor:
+    """What works on lines of pixels, (1, n, H) -> (1, n, H'), along both sides of x, as two matrix products in float32.
+
+    Its matrix is what it makes of each pixel alone.
+    """
     with torch.autocast(x.device.type, enabled=False):
-        rows, columns = (_line(before, after, x.device) for before, after in zip(x.shape[2:], size, strict=True))
+        rows, columns = (
+            line(torch.eye(before, device=x.device)[None], after, **options)[0]  # (H, H') and (W, W')
+            for before, after in zip(x.shape[2:], size, strict=True)
+        )
         return torch.matmul(torch.matmul(x.float().mT, rows).mT, columns)
-
-
-def _line(before: int, after: int, device: torch.device) -> Tensor:
-    """(before, after): a line of pixels times it is that line resized."""
-    return F.interpolate(torch.eye(before, device=device)[None], size=after, mode="linear", align_corners=False)[0]
 
 
 class ConvModule(nn.Module):
@@ -67,7 +85,7 @@ class UperHead(nn.Module):
         super().__init__()
         *finer, last = in_channels
         self.psp_modules = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(scale), ConvModule(last, channels, 1)) for scale in pool_scales
+            nn.Sequential(Pool(scale), ConvModule(last, channels, 1)) for scale in pool_scales
         )
         self.bottleneck = ConvModule(last + len(pool_scales) * channels, channels, 3)
         self.lateral_convs = nn.ModuleList(ConvModule(dim, channels, 1) for dim in finer)
@@ -79,7 +97,7 @@ class UperHead(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Maps (B, C, H, W), the finest first -> logits (B, classes, H, W) of the finest's size."""
         *finer, last = maps
-        pooled = [resize(pool(last), last.shape[2:]) for pool in self.psp_modules]
+        pooled = [resize(part(last), last.shape[2:]) for part in self.psp_modules]
         coarsest = self.bottleneck(torch.cat([last, *pooled], 1))
         laterals = [conv(x) for conv, x in zip(self.lateral_convs, finer, strict=True)] + [coarsest]
         for level in range(len(finer) - 1, -1, -1):
