@@ -170,6 +170,33 @@ def test_mask_targets_are_the_truths_mask_in_the_box():
     assert (found[1, :, :14] == 0).all() and (found[1, :, 14:] == 1).all()
 
 
+@pytest.mark.parametrize("pixels", [1, 3 * 40 * 60, 1 << 25])  # a mask at a time, three, all
+def test_mask_targets_are_the_same_however_many_masks_are_read_at_a_time(monkeypatch, pixels):
+    torch.manual_seed(0)
+    masks = (torch.rand(10, 40, 60) < 0.5).byte()
+    boxes = torch.cat([random_boxes(30, 40, 3), torch.tensor([[5.0, 5.0, 5.0, 9.0], [70.0, 50.0, 90.0, 60.0]])])
+    stands_for = torch.randint(10, (32,))
+    monkeypatch.setattr("vmamba.detection.roi_heads._PIXELS", pixels)
+    regions = roi_align(masks.float()[stands_for][:, None], list(cut(boxes, (40, 60)).split(1)), 28, aligned=True)
+    assert torch.equal(_mask_targets(masks, boxes, stands_for, 28), (regions[:, 0] >= 0.5).float())
+    assert _mask_targets(masks[:0], boxes[:0], stands_for[:0], 28).shape == (0, 28, 28)
+
+
+def test_mask_targets_of_three_hundred_truths_take_little_memory(monkeypatch):
+    """In float32 their masks at once are 1.3 GB."""
+    largest = []
+
+    def watched(masks, *args, **options):
+        largest.append(masks.numel())
+        return roi_align(masks, *args, **options)
+
+    monkeypatch.setattr("vmamba.detection.roi_heads.roi_align", watched)
+    masks = torch.ones(1, 800, 1344, dtype=torch.uint8).expand(300, -1, -1)
+    targets = _mask_targets(masks, random_boxes(128, 500), torch.randint(300, (128,)), 28)
+    assert (targets == 1).all()
+    assert max(largest) <= 1 << 25 and sum(largest) == masks.numel()
+
+
 def test_pasted_masks_are_the_boxes_part_of_the_image(monkeypatch):
     torch.manual_seed(0)
     size, boxes = (50, 70), torch.tensor([[10.0, 12.0, 38.0, 40.0], [-5.0, -5.0, 200.0, 90.0], [3.2, 4.9, 3.9, 9.0]])
@@ -181,7 +208,7 @@ def test_pasted_masks_are_the_boxes_part_of_the_image(monkeypatch):
     expected = F.interpolate(logits[None, 1:2].sigmoid(), (95, 205), mode="bilinear")[0, 0, 5:55, 5:75] >= 0.5
     assert (found[1] != expected).float().mean() < 1e-3
     assert not found[2, :, 4:].any() and not found[2, :, :3].any()
-    monkeypatch.setattr("vmamba.detection.roi_heads._PASTED", 1)  # one at a time
+    monkeypatch.setattr("vmamba.detection.roi_heads._PIXELS", 1)  # one at a time
     assert torch.equal(paste_masks(logits, boxes, size, 0.5)[1:], found[1:])
     assert paste_masks(logits[:0], boxes[:0], size, 0.5).shape == (0, *size)
     without_area = torch.tensor([[10.5, 12.0, 10.5, 40.0], [70.0, 50.0, 70.0, 50.0], [0.0, 0.0, 0.0, 0.0]])
