@@ -5,6 +5,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import MultiScaleRoIAlign, box_iou, roi_align
@@ -12,7 +13,7 @@ from torchvision.ops import MultiScaleRoIAlign, box_iou, roi_align
 from vmamba.detection import boxes as rules
 from vmamba.detection.boxes import BOX_STDS, RPN_STDS, anchors, assign, cut, decode, encode, sample
 from vmamba.detection.roi_heads import RoIHead, _mask_targets, paste_masks, read_regions
-from vmamba.detection.rpn import _best, _inside
+from vmamba.detection.rpn import ProposalSettings, RPNHead, _best, _inside
 
 CPU = torch.device("cpu")
 
@@ -133,6 +134,23 @@ def test_anchors_of_the_batchs_padding_do_not_count():
         expected = torch.zeros_like(found)
         expected[: -(-32 // stride), : -(-64 // stride)] = True
         assert torch.equal(found, expected)
+
+
+def test_proposals_are_the_best_and_as_many_as_asked_for():
+    torch.manual_seed(0)
+    head, maps, sizes = RPNHead(3), pyramid(128), [(128, 128), (100, 128)]
+    nn.init.normal_(head.rpn_cls.weight)
+    with torch.no_grad():
+        scores, offsets = head(maps)
+    every = head.proposals(scores, offsets, sizes, ProposalSettings(nms_pre=40, max_per_img=10_000, rpn_nms=1.0))
+    most = 4 * 40 + 12  # the last level has 2 x 2 x 3 anchors; those outside of the image are none
+    for few, (boxes, chances) in zip(
+        head.proposals(scores, offsets, sizes, ProposalSettings(nms_pre=40, max_per_img=7, rpn_nms=1.0)),
+        every,
+        strict=True,
+    ):
+        assert most - 10 < len(boxes) <= most and torch.equal(chances, chances.sort(descending=True).values)
+        assert torch.equal(few[0], boxes[:7]) and torch.equal(few[1], chances[:7])
 
 
 def pyramid(side=256):
