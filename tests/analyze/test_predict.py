@@ -1,6 +1,7 @@
 """predict.py: what a checkpoint of each task says of images, as JSON and as pictures."""
 
 import json
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 
 import vmamba
 from vmamba.analysis import zoo
-from vmamba.analysis.prediction import colour, find_images, paint, predict, readable
+from vmamba.analysis.prediction import _label_place, colour, find_images, paint, predict, readable
 from vmamba.analysis.scene_pictures import NAMES, scene_pictures
 from vmamba.classification.transforms import build_transform
 from vmamba.config import get_config
@@ -104,6 +105,27 @@ def test_a_map_is_painted_in_its_legends_colours_but_for_the_background():
         assert found[place] == pytest.approx(grey + (np.array(colour(label)) - grey) * 160 / 255, abs=1)
     colours = [colour(number) for number in range(150)]
     assert len(set(colours)) > 140 and len(set(colours[:12])) == 12
+
+
+def test_labels_of_objects_lie_in_the_picture_and_cover_no_other():
+    random = np.random.default_rng(0)
+    taken = []
+    for _ in range(30):
+        x, y = random.uniform(0, 400, 2)
+        box = (x, y, x + random.uniform(5, 90), y + random.uniform(5, 90))
+        taken.append(_label_place(box, (40, 15), (400, 400), taken))
+        assert (taken[-1][2] - taken[-1][0], taken[-1][3] - taken[-1][1]) == pytest.approx((40, 15))
+        assert 0 <= taken[-1][0] <= taken[-1][2] <= 400 and 0 <= taken[-1][1] <= taken[-1][3] <= 400
+    covered = [
+        (a, b)
+        for a, b in combinations(taken, 2)
+        if min(a[2], b[2]) > max(a[0], b[0]) and min(a[3], b[3]) > max(a[1], b[1])
+    ]
+    assert covered == []
+    box = (100, 50, 160, 90)
+    assert _label_place(box, (40, 15), (400, 400), []) == (100, 35, 140, 50)  # above
+    assert _label_place(box, (40, 15), (400, 400), [(100, 35, 140, 50)]) == (100, 90, 140, 105)  # or below
+    assert _label_place(box, (40, 15), (400, 400), [(0, 0, 400, 400)]) == (100, 35, 140, 50)
 
 
 def test_names_of_a_file_and_patterns(checkpoints, pictures, tmp_path):

@@ -310,16 +310,39 @@ def draw_objects(
         of_it, mask = colour(number), seen["masks"][number].numpy()
         shade = Image.fromarray(mask.astype(np.uint8) * 140).resize(picture.size, Image.Resampling.NEAREST)
         picture.paste(of_it, (0, 0, *picture.size), shade)
+    boxes = (seen["boxes"].double() * torch.tensor(scale, dtype=torch.float64)).tolist()
     for number in reversed(range(len(labels))):
-        left, top, right, bottom = (side * by for side, by in zip(seen["boxes"][number].tolist(), scale, strict=True))
-        draw.rectangle((left, top, right, bottom), outline=colour(number), width=max(1, font.size // 8))
-        width, height = font.getlength(labels[number]) + 2 * pad, font.size + 2 * pad
-        left = max(0, min(left, picture.width - width))
-        top = top - height if top >= height else min(bottom, picture.height - height)
-        draw.rectangle((left, top, left + width, top + height), fill=colour(number))
+        draw.rectangle(boxes[number], outline=colour(number), width=max(1, font.size // 8))
+    taken: list[tuple[float, float, float, float]] = []
+    for number, label in enumerate(labels):  # the best choose their places first
+        place = _label_place(boxes[number], (font.getlength(label) + 2 * pad, font.size + 2 * pad), picture.size, taken)
+        taken.append(place)
+        draw.rectangle(place, fill=colour(number))
         light = np.dot(colour(number), (0.299, 0.587, 0.114)) > 140
-        draw.text((left + pad, top + pad), labels[number], fill="black" if light else "white", font=font)
+        draw.text((place[0] + pad, place[1] + pad), label, fill="black" if light else "white", font=font)
     return picture
+
+
+def _label_place(
+    box: Sequence[float],
+    size: tuple[float, float],
+    whole: tuple[int, int],
+    taken: Sequence[tuple[float, float, float, float]],
+) -> tuple[float, float, float, float]:
+    """Where at `box` a label of `size` (width, height) is in a picture of size `whole` and covers none of `taken`;
+    above the box where it must cover one.  All are x1, y1, x2, y2."""
+    (left, top, right, bottom), (width, height) = box, size
+    places = []
+    for x in (left, right - width, right, left - width):
+        for y in (top - height, bottom, top, bottom - height):
+            x1, y1 = (max(0, min(at, most - side)) for at, most, side in zip((x, y), whole, size, strict=True))
+            places.append((x1, y1, x1 + width, y1 + height))
+    free = [place for place in places if not any(_overlap(place, other) for other in taken)]
+    return (free or places)[0]
+
+
+def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def paint(picture: Image.Image, classes: Tensor, names: Sequence[str]) -> Image.Image:
