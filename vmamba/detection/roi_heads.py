@@ -176,12 +176,11 @@ def _mask_targets(masks: Tensor, boxes: Tensor, stands_for: Tensor, side: int) -
     boxes, many = cut(boxes, (height, width)), max(1, _PIXELS // (height * width))
     share = boxes.new_zeros(len(boxes), 1, side, side)
     for first in range(0, len(masks), many):
-        part = masks[first : first + many, None].to(boxes.dtype)
         place = stands_for[:, None] - first
-        here = (place >= 0) & (place < len(part))
-        # Boxes of other truths are empty in this part, and of an empty box RoIAlign reads nothing, which is 0.
-        rois = torch.cat([place.to(boxes.dtype), boxes], 1).where(here, 0)
-        share += roi_align(part, rois, side, 1.0, sampling_ratio=0, aligned=True)
+        # Boxes of other truths are empty here, and of an empty box RoIAlign reads nothing, which is 0.
+        rois = torch.cat([place.to(boxes.dtype), boxes], 1).where((place >= 0) & (place < many), 0)
+        part = masks[first : first + many, None]
+        share += roi_align(part.to(boxes.dtype), rois, side, 1.0, sampling_ratio=0, aligned=True)
     return (share[:, 0] >= 0.5).to(boxes.dtype)
 
 
