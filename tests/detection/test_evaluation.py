@@ -17,10 +17,11 @@ from vmamba.detection import datasets
 from vmamba.detection.evaluation import NUMBERS, as_results, evaluate
 from vmamba.detection.task import Task
 from vmamba.errors import UserError
+from vmamba.runtime.distributed import World
 from vmamba.runtime.evaluation import evaluate_alone
 from vmamba.runtime.trainer import run
 
-from .tiny import CATEGORIES, annotation, read, shape, tiny_config
+from .tiny import CATEGORIES, HELD_OUT, annotation, read, shape, tiny_config
 
 IMAGES, SIZE = 25, (120, 160)
 
@@ -196,6 +197,24 @@ def test_saved_predictions_are_what_was_evaluated(tmp_path):
     assert list(told["details"]["bbox_mAP"]) == ["3 disc", "7 bar", "20 ring"]
     run(tiny_config(tmp_path, "EVAL_MODE", True, "TEST.SAVE_PREDICTIONS", True, "TEST.SCORE", 1.0))
     assert json.loads((output_folder(config) / "predictions" / "results.json").read_text()) == []
+
+
+def test_neither_batches_nor_processes_change_what_is_found(tmp_path, monkeypatch):
+    """Of upright and wide images, which in one batch would be padded to each other's size."""
+    torch.manual_seed(0)
+    model, seen = Task(tiny_config(tmp_path)).build_model().eval(), []
+    for size, processes in ((1, 1), (2, 1), (4, 1), (2, 2)):
+        config = tiny_config(tmp_path, "DATA.BATCH_SIZE", size, "DATA.DIVISOR", 8, "TEST.SAVE_PREDICTIONS", True)
+        task, worlds = Task(config), [World(rank, processes, rank, torch.device("cpu")) for rank in range(processes)]
+        meters = [task.meter(world) for world in worlds]
+        for world, meter in zip(worlds, meters, strict=True):
+            for batch in task.eval_loader(world):
+                meter.add(model, batch)
+        gathered = iter([[meter.found for meter in meters], [meter.seen for meter in meters]])
+        monkeypatch.setattr("vmamba.detection.evaluation.gather", lambda value, gathered=gathered: next(gathered))
+        seen.append((meters[0].results(), meters[0].files()))
+    assert len(json.loads(seen[0][1]["results.json"])) == 10 * HELD_OUT
+    assert seen[1:] == seen[:1] * 3
 
 
 def test_an_unreadable_image_is_left_out_of_the_truth(tmp_path, monkeypatch):

@@ -28,15 +28,17 @@ class Detections:
         self.all: list[dict[str, Any]] | None = None  # of all processes, once they are gathered
         self.by_class: dict[str, Any] = {}
 
-    def add(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
-        predictions = model(batch["images"], batch["image_sizes"], output_sizes=batch["original_sizes"])
+    def add(self, model: nn.Module, batch: Sequence[Mapping[str, Any]]) -> None:
         numbers = [number for number, _ in self.dataset.categories]
-        for image_id, each in zip(batch["image_ids"], predictions, strict=True):
+        for alone in batch:
+            (found,) = model(alone["images"], alone["image_sizes"], output_sizes=alone["original_sizes"])
+            (image_id,) = alone["image_ids"]
             self.seen.append(image_id)
-            self.found += as_results(image_id, each, numbers)
+            self.found += as_results(image_id, found, numbers)
 
     def results(self) -> Results:
-        self.all = [each for part in gather(self.found) for each in part]
+        found = [each for part in gather(self.found) for each in part]
+        self.all = sorted(found, key=lambda each: each["image_id"])  # on any number of processes
         seen = [image for part in gather(self.seen) for image in part]
         results, self.by_class = on_main(lambda: evaluate(self.dataset.truth(), self.all, seen))
         return results
