@@ -135,3 +135,37 @@ def test_what_is_no_image_is_a_sentence(checkpoints, pictures, tmp_path):
         find_images([str(tmp_path / "nowhere*")])
     with pytest.raises(UserError, match="none of 1 image could be read"):
         predict(str(checkpoints["classification"][0]), [str(pictures / "broken.jpg")], output=str(tmp_path / "out"))
+
+
+def test_nothing_is_written_over_what_is_read(checkpoints, pictures, tmp_path):
+    """Under whatever path or link: of an image, of the file of names."""
+    file = str(checkpoints["classification"][0])
+    before = (pictures / "scene.png").read_bytes()
+    (tmp_path / "linked").symlink_to(pictures)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "scene.png").symlink_to(pictures / "scene.png")
+    over = "scene.png' would be written over '.*scene.png', which is read here; choose another folder with --output"
+    for output in (pictures, tmp_path / "linked", tmp_path / "links", pictures / "more" / ".."):
+        with pytest.raises(UserError, match=over):
+            predict(str(tmp_path / "not looked for"), [str(pictures / "scene.png")], output=str(output))
+    names = tmp_path / "out" / "predictions.json"
+    names.parent.mkdir()
+    names.write_text("names\n" * 10)
+    with pytest.raises(UserError, match="predictions.json' would be written over '.*predictions.json'"):
+        predict(file, [str(pictures)], names=str(names), output=str(tmp_path / "out"))
+    assert (pictures / "scene.png").read_bytes() == before and names.read_text() == "names\n" * 10
+    assert sorted(path.name for path in pictures.iterdir()) == ["broken.jpg", "more", "scene.png", "wide.bmp"]
+
+
+def test_an_image_given_twice_is_one_and_no_two_pictures_have_one_name(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("x/b.png", "y/b.png", "x_b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        scene(0, False, 32).image.save(tmp_path / name)
+    file, options = str(checkpoints["classification"][0]), dict(device="cpu", output="out")
+    told = predict(file, ["x/b.png", str(tmp_path / "x" / "b.png"), "y/../x/b.png", "x"], **options)
+    assert {name: each["picture"] for name, each in told.items()} == {"x/b.png": "b.png"}
+    told = predict(file, ["x/b.png", "y/b.png", "x_b.png"], **options)
+    assert list(told) == ["x/b.png", "y/b.png", "x_b.png"]
+    assert len({each["picture"] for each in told.values()}) == 3
+    assert all((tmp_path / "out" / each["picture"]).is_file() for each in told.values())

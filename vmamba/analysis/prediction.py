@@ -28,7 +28,7 @@ from vmamba.detection.datasets import without_objects
 from vmamba.detection.evaluation import as_results
 from vmamba.detection.transforms import Collate, Transform
 from vmamba.errors import UserError
-from vmamba.files import make_folder, read_text, write_atomically
+from vmamba.files import check_keeps, make_folder, read_text, write_atomically
 from vmamba.models.pretrained import Checkpoint, open_checkpoint
 from vmamba.models.whole import variant_of
 from vmamba.runtime.task import open_task
@@ -76,10 +76,14 @@ def predict(
         weights: as of `vmamba.load_checkpoint`.
 
     Returns what is written as JSON: for each image `top` (class, name and probability of the best five), `objects` (in
-    COCO's form of results) or `classes` (share of the pixels).  Raises UserError without any image, and for a
-    checkpoint that cannot be read; an image that cannot be read is named in the log and left out.
+    COCO's form of results, with class and name) or `classes` (class, name and share of the pixels); classes are counted
+    from 0.  Raises UserError without any image, for a checkpoint that cannot be read, and where a picture would be
+    written over what is read; an image that cannot be read is named in the log and left out.
     """
     files = find_images(images)
+    pictures = _picture_names(files)
+    read = [*files, *filter(None, [checkpoint, cfg, names])]
+    check_keeps(read, *(Path(output) / name for name in (*pictures, "predictions.json")))
     found = open_checkpoint(checkpoint, weights)
     config = config_of(found, cfg)
     place = choose_device(device)
@@ -89,7 +93,7 @@ def predict(
     called = _read_names(names, config) if names else class_names(config)
     predictor = _PREDICTORS[config.TASK](config, model.to(place).eval(), place, called, score)
     told: dict[str, Any] = {}
-    for path, picture in zip(files, _picture_names(files), strict=True):
+    for path, picture in zip(files, pictures, strict=True):
         try:
             image = decode(path, 3, path)
         except UnreadableImage as error:
@@ -108,7 +112,10 @@ def predict(
 
 
 def find_images(places: Sequence[str]) -> list[Path]:
-    """Files, those in folders, and those that match a pattern.  Raises UserError for a place where there are none."""
+    """Files, those in folders, and those that match a pattern, each once under whatever path it is given.
+
+    Raises UserError for a place where there are none.
+    """
     found: list[Path] = []
     for place in places:
         kind, left_out = what_is(place), LeftOut()
@@ -120,7 +127,10 @@ def find_images(places: Sequence[str]) -> list[Path]:
             beside = f" (left out: {left_out})" if left_out else ""
             raise UserError(f"there is no image at '{printable(place)}'{beside}; give files, folders or patterns")
         found += here
-    return list(dict.fromkeys(found))
+    first: dict[Path, Path] = {}
+    for path in found:
+        first.setdefault(path.parent.resolve() / path.name, path)
+    return list(first.values())
 
 
 def config_of(checkpoint: Checkpoint, cfg: str | None) -> CfgNode:
@@ -150,13 +160,15 @@ def _read_names(path: str, config: CfgNode) -> list[str]:
 
 
 def _picture_names(files: Sequence[Path]) -> list[Path]:
-    """A name for each picture: the image's, with what tells it from others of that name: its folders, its suffix."""
-    folder = os.path.commonpath([path.absolute().parent for path in files])
-    places = ["_".join(path.absolute().relative_to(folder).parts) for path in files]
+    """A name for each picture: the image's, with what tells it from others of that name: its folders, its suffix, and
+    where those do not, since x_b.png may lie beside x/b.png, a number."""
+    whole = [path.parent.resolve() / path.name for path in files]
+    folder = os.path.commonpath([path.parent for path in whole])
+    places = ["_".join(path.relative_to(folder).parts) for path in whole]
     for names in ([path.stem for path in files], [os.path.splitext(place)[0] for place in places], places):
-        if len(set(names)) == len(names):
+        if len({name.casefold() for name in names}) == len(names):
             return [Path(f"{name}.png") for name in names]
-    raise AssertionError(f"two of {places} are one")
+    return [Path(f"{number}_{name}.png") for number, name in enumerate(places)]
 
 
 def _readable(image: Image.Image) -> Image.Image:
