@@ -2,6 +2,7 @@
 
 import json
 import signal
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 import vmamba
 from vmamba.config import output_folder
 from vmamba.errors import UserError
+from vmamba.runtime.distributed import World
 from vmamba.runtime.step import OptimizerStep
 from vmamba.runtime.stop import Stopped
 from vmamba.runtime.trainer import run
@@ -211,3 +213,19 @@ def test_evaluating_a_segmenter_of_other_classes_is_refused(tmp_path, files):
 def test_what_cannot_run_is_one_sentence(tmp_path, options, sentence):
     with pytest.raises(UserError, match=sentence):
         run(tiny_config(tmp_path, *options))
+
+
+def test_one_image_a_process_is_refused_before_training_unless_batch_norms_are_of_several_gpus(tmp_path):
+    with pytest.raises(UserError, match="DATA.BATCH_SIZE is 1, and of one image .*; use --batch-size 2 or more"):
+        run(tiny_config(tmp_path, "DATA.BATCH_SIZE", 1))
+    assert not (output_folder(tiny_config(tmp_path)) / "last.pth").exists()
+    for device, size, opts, refused in (
+        ("cpu", 2, (), True),
+        ("cuda", 2, (), False),
+        ("cuda", 1, (), True),
+        ("cuda", 2, ("MODEL.SYNC_BN", False), True),
+    ):
+        task = Task(tiny_config(tmp_path, "DATA.BATCH_SIZE", 1, *opts))
+        with pytest.raises(UserError, match="BATCH_SIZE") if refused else nullcontext():
+            task.train_loader(World(0, size, 0, torch.device(device)))
+    assert run(tiny_config(tmp_path, "DATA.BATCH_SIZE", 1, "THROUGHPUT_MODE", True))["images_per_second"] > 0

@@ -9,6 +9,7 @@ from yacs.config import CfgNode
 
 from vmamba.config import sides
 from vmamba.data.loaders import EvalLoader, TrainLoader
+from vmamba.errors import UserError
 from vmamba.models.flops import complexity
 from vmamba.models.pretrained import Checkpoint
 from vmamba.models.whole import load_whole, start_whole
@@ -31,7 +32,8 @@ class Task:
 
     def build_model(self) -> nn.Module:
         model = build_model(self.config)
-        several = torch.distributed.is_initialized() and torch.cuda.is_available()
+        on_gpus = torch.cuda.is_available() and self.config.DEVICE != "cpu"
+        several = on_gpus and torch.distributed.is_initialized()
         return nn.SyncBatchNorm.convert_sync_batchnorm(model) if self.config.MODEL.SYNC_BN and several else model
 
     def load(self, model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -41,6 +43,13 @@ class Task:
         start_whole(model, checkpoint, drop_head=self.config.MODEL.DROP_HEAD)
 
     def train_loader(self, world: World) -> TrainLoader:
+        together = self.config.MODEL.SYNC_BN and world.device.type == "cuda" and world.size > 1
+        if self.config.DATA.BATCH_SIZE == 1 and not together:
+            raise UserError(
+                "DATA.BATCH_SIZE is 1, and of one image the coarsest pooled map is one pixel, which a batch norm cannot "
+                "learn from; use --batch-size 2 or more (TRAIN.ACCUMULATION_STEPS does not help), or several GPUs with "
+                "MODEL.SYNC_BN true"
+            )
         return build_train_loader(self.config, rank=world.rank, world_size=world.size)
 
     def eval_loader(self, world: World) -> EvalLoader:
