@@ -1,16 +1,19 @@
 """predict.py: what a checkpoint of each task says of images, as JSON and as pictures."""
 
 import json
+from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
 from PIL import Image
 
 import vmamba
 from vmamba.analysis import zoo
-from vmamba.analysis.prediction import find_images, predict
+from vmamba.analysis.prediction import _label_place, colour, find_images, paint, predict, readable
+from vmamba.analysis.scene_pictures import NAMES, scene_pictures
 from vmamba.classification.transforms import build_transform
 from vmamba.config import get_config
 from vmamba.data.scenes import scene
@@ -91,6 +94,40 @@ def test_objects_are_in_cocos_form_and_in_the_pixels_of_the_file(checkpoints, pi
         assert each["name"] == str(each["category_id"])
 
 
+def test_a_map_is_painted_in_its_legends_colours_but_for_the_background():
+    image = Image.new("RGB", (4, 2), (200, 100, 0))
+    found = np.asarray(paint(image, torch.tensor([[0, 0, 1, 2], [0, 1, 1, 2]]), ["background", "cat", "dog"])).astype(
+        int
+    )
+    grey = np.asarray(image.convert("L"))[0, 0]
+    assert (found[0, 0] == grey).all()
+    for place, label in (((0, 2), 1), ((1, 1), 1), ((1, 3), 2)):
+        assert found[place] == pytest.approx(grey + (np.array(colour(label)) - grey) * 160 / 255, abs=1)
+    colours = [colour(number) for number in range(150)]
+    assert len(set(colours)) > 140 and len(set(colours[:12])) == 12
+
+
+def test_labels_of_objects_lie_in_the_picture_and_cover_no_other():
+    random = np.random.default_rng(0)
+    taken = []
+    for _ in range(30):
+        x, y = random.uniform(0, 400, 2)
+        box = (x, y, x + random.uniform(5, 90), y + random.uniform(5, 90))
+        taken.append(_label_place(box, (40, 15), (400, 400), taken))
+        assert (taken[-1][2] - taken[-1][0], taken[-1][3] - taken[-1][1]) == pytest.approx((40, 15))
+        assert 0 <= taken[-1][0] <= taken[-1][2] <= 400 and 0 <= taken[-1][1] <= taken[-1][3] <= 400
+    covered = [
+        (a, b)
+        for a, b in combinations(taken, 2)
+        if min(a[2], b[2]) > max(a[0], b[0]) and min(a[3], b[3]) > max(a[1], b[1])
+    ]
+    assert covered == []
+    box = (100, 50, 160, 90)
+    assert _label_place(box, (40, 15), (400, 400), []) == (100, 35, 140, 50)  # above
+    assert _label_place(box, (40, 15), (400, 400), [(100, 35, 140, 50)]) == (100, 90, 140, 105)  # or below
+    assert _label_place(box, (40, 15), (400, 400), [(0, 0, 400, 400)]) == (100, 35, 140, 50)
+
+
 def test_names_of_a_file_and_patterns(checkpoints, pictures, tmp_path):
     (tmp_path / "names.txt").write_text("\n".join(f"digit {number}" for number in range(10)))
     options = dict(device="cpu", output=str(tmp_path / "out"))
@@ -169,3 +206,33 @@ def test_an_image_given_twice_is_one_and_no_two_pictures_have_one_name(checkpoin
     assert list(told) == ["x/b.png", "y/b.png", "x_b.png"]
     assert len({each["picture"] for each in told.values()}) == 3
     assert all((tmp_path / "out" / each["picture"]).is_file() for each in told.values())
+
+
+def test_held_out_scenes_are_drawn_as_predicted_beside_the_truth(checkpoints, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    files = {task: str(checkpoints[task][0]) for task in ("detection", "segmentation")}
+    options = dict(device="cpu", output=str(tmp_path / "out"), score=0.0)
+    told = scene_pictures(detector=files["detection"], segmenter=files["segmentation"], scenes=[0, 3], **options)
+    images = [axes.images[0].get_array() for axes in figures[0].axes]
+    assert len(images) == 2 * 4
+    for row, (task, (side, *settings)) in enumerate(
+        {"detection": (128,), "segmentation": (64, 2, (0.45, 0.75), True)}.items()
+    ):
+        made = scene(3, False, side, *settings)
+        made.image.save(tmp_path / f"{task}.png")
+        (alone,) = predict(files[task], [str(tmp_path / f"{task}.png")], **options).values()
+        picture = np.asarray(Image.open(tmp_path / "out" / alone.pop("picture")))
+        assert told[task][3] == alone and told[task].keys() == {0, 3}
+        seen, truth = images[4 * row + 1], images[4 * row + 3]  # predict.py's picture may have a legend at its right
+        assert np.array_equal(seen, picture[:, : seen.shape[1]]) and not np.array_equal(seen, truth)
+    assert np.array_equal(truth, np.asarray(paint(readable(made.image), torch.from_numpy(made.classes), NAMES)))
+    assert json.loads((tmp_path / "out" / "scenes.json").read_text())["detection"]["3"] == told["detection"][3]
+
+
+def test_scenes_are_for_models_of_scenes(checkpoints, tmp_path):
+    one, other = (str(checkpoints[task][0]) for task in ("detection", "segmentation"))
+    with pytest.raises(UserError, match="is of a run of segmentation on scenes; give one of configs/scenes_detection"):
+        scene_pictures(detector=other, segmenter=one, device="cpu", output=str(tmp_path))
+    with pytest.raises(UserError, match="no checkpoint '.*absent.pth'"):
+        scene_pictures(detector="absent.pth", segmenter=other, device="cpu", output=str(tmp_path))

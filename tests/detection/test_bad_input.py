@@ -266,6 +266,36 @@ def test_targets_that_do_not_fit(model, change, sentence):
         model(torch.randn(2, 3, 64, 64), targets=batch_without_objects(count=1))
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "sentence"),
+    [
+        ({"image_sizes": [(64, 64)]}, "there are 1 image_sizes for 2 images; give .height, width. for each"),
+        ({"image_sizes": []}, "there are 0 image_sizes for 2 images"),
+        ({"padded_sizes": [(64, 64)] * 3}, "there are 3 padded_sizes for 2 images"),
+        ({"output_sizes": [(90, 80)]}, "there are 1 output_sizes for 2 images"),
+        ({"image_sizes": (64, 64)}, r"image_sizes\[0\] is 64; expected two whole numbers, .height, width."),
+        ({"image_sizes": [(64, 64), (64, 64, 3)]}, r"image_sizes\[1\] is \(64, 64, 3\); expected two whole numbers"),
+        ({"output_sizes": [(90.5, 80), (9, 8)]}, r"output_sizes\[0\] is \(90.5, 80\); expected two whole numbers"),
+        ({"image_sizes": [(64, 64), (64, 65)]}, r"image_sizes\[1\] is \(64, 65\); .* in images of 64 x 64"),
+        ({"output_sizes": [(9, 8), (0, 8)]}, r"output_sizes\[1\] is \(0, 8\); expected sides of a pixel or more"),
+    ],
+)
+def test_sizes_that_do_not_fit(model, training, sizes, sentence):
+    targets = batch_without_objects() if training else None
+    with pytest.raises(UserError, match=sentence):
+        model(torch.randn(2, 3, 64, 64), targets=targets, **sizes)
+
+
+def test_sizes_may_be_a_tensor_and_images_are_a_batch(model):
+    sizes = torch.tensor([[60, 40], [64, 64]])
+    with torch.no_grad():
+        for each, size in zip(model.eval()(torch.randn(2, 3, 64, 64), sizes), sizes.tolist(), strict=True):
+            assert list(each["masks"].shape[1:]) == size
+    with pytest.raises(UserError, match=r"images have shape \(3, 64, 64\); a detector takes \(batch, channels, H, W\)"):
+        model(torch.randn(3, 64, 64))
+
+
 def test_memory_does_not_grow_over_sizes(model):
     """Fifty sizes, forwards and backwards, take what the first few of them took."""
     sizes = np.random.default_rng(0).integers(33, 96, (50, 2)).tolist()

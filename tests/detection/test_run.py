@@ -20,7 +20,7 @@ from vmamba.runtime.stop import Stopped
 from vmamba.runtime.trainer import run
 
 from ..classification.tiny import ALONE, differences, log, metrics, saved
-from .tiny import command, tiny_config
+from .tiny import command, tiny_config, train_loader
 
 NO_CHANCE = (
     "MODEL.DROP_PATH_RATE",
@@ -171,6 +171,31 @@ def test_a_classifiers_weights_start_a_run_and_are_no_detector(tmp_path):
         run(tiny_config(tmp_path, "MODEL.PRETRAINED", path, "EVAL_MODE", True))
     with pytest.raises(UserError, match="holds no detector: it has no roi_head.bbox_head.fc_cls.weight"):
         vmamba.load_detector(path)
+
+
+def test_a_step_reads_training_proposals_and_anchors_of_an_images_own_padding(tmp_path, monkeypatch):
+    shapes = ("DATA.GROUP_BY_ASPECT", False, "DATA.DIVISOR", 16)  # 64 x 48 and 48 x 64 in a batch of 64 x 64
+    config = tiny_config(tmp_path, *NO_CHANCE, *shapes, "MODEL.PROPOSALS", [20, 5])
+    task, loader = Task(config), train_loader(config)
+    model = task.build_model().train()
+    nn.init.normal_(model.rpn_head.rpn_cls.weight)  # or all anchors would have the same loss
+    batch = next(batch for batch in loader if len(set(batch["padded_sizes"])) == 2)
+    assert set(batch["padded_sizes"]) == {(64, 48), (48, 64)} and batch["images"].shape[2:] == (64, 64)
+    proposed = []
+    losses_of = model.roi_head.losses
+    monkeypatch.setattr(
+        model.roi_head, "losses", lambda maps, boxes, targets: proposed.extend(boxes) or losses_of(maps, boxes, targets)
+    )
+    losses = task.loss(model, batch, step=0, part=0)
+    assert all(5 < len(boxes) <= 20 for boxes in proposed) and len(proposed) == 2
+    scores, offsets = model.rpn_head(model.pyramid(batch["images"]))
+    truths = [target["boxes"] for target in batch["targets"]]
+    own, whole = (
+        model.rpn_head.losses(scores, offsets, sizes, truths)["loss_rpn_cls"]
+        for sizes in (batch["padded_sizes"], [(64, 64)] * 2)
+    )
+    torch.testing.assert_close(losses["loss_rpn_cls"], own)
+    assert not torch.isclose(own, whole, rtol=1e-3)
 
 
 def test_a_step_waits_for_the_device_a_few_times(tmp_path, monkeypatch):

@@ -163,3 +163,23 @@ def test_the_api_names_what_is_unknown():
     ):
         with pytest.raises(UserError, match=sentence):
             create_segmenter(*names, **options)
+
+
+@pytest.mark.parametrize(
+    ("targets", "sentence"),
+    [
+        (
+            torch.zeros(1, 32, 32, dtype=torch.long),
+            r"the shape \(1, 32, 32\); expected \(2, 32, 32\), a label",
+        ),
+        (torch.zeros(2, 16, 16, dtype=torch.long), r"the shape \(2, 16, 16\); expected \(2, 32, 32\)"),
+        (torch.zeros(2, 1, 32, 32, dtype=torch.long), r"the shape \(2, 1, 32, 32\); expected"),
+        (torch.zeros(2, 32, 32), "targets are of torch.float32; expected integers"),
+    ],
+)
+def test_targets_that_do_not_fit(targets, sentence):
+    model = create_segmenter("upernet", "vmamba_nano", CLASSES, channels=8, aux_channels=4)
+    with pytest.raises(UserError, match=sentence):
+        model(torch.randn(2, 3, 32, 32), targets)
+    with pytest.raises(UserError, match=r"images have shape \(3, 32, 32\); a segmenter takes"):
+        model(torch.randn(3, 32, 32))

@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.font_manager import findfont
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
@@ -41,6 +41,11 @@ from vmamba.text import counted, printable, some
 logger = logging.getLogger("vmamba")
 _LEAST, _MOST = 256, 2048  # sides that a picture is scaled to where its image is smaller or larger
 _LEGEND = 12  # classes in it
+BACKGROUND = "background"  # a class of this name is left as it is in the image
+_COLOURS = (  # of S. Trubetskoy's distinct colours
+    *("#e6194B", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4"),  # red, green, yellow, blue, orange, purple
+    *("#42d4f4", "#f032e6", "#bfef45", "#fabed4", "#469990", "#9A6324"),  # cyan, magenta, lime, pink, teal, brown
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class Answer:
 
     told: dict[str, Any]  # for JSON
     draw: Callable[[Image.Image], Image.Image]  # on the image, scaled to be readable
+    legend: Sequence[str] = ()  # lines to be set beside it
+    colours: Sequence[tuple[int, int, int] | None] = ()  # a line's, where they have any
 
 
 Predictor = Callable[[Image.Image], Answer]
@@ -84,14 +91,7 @@ def predict(
     pictures = _picture_names(files)
     read = [*files, *filter(None, [checkpoint, cfg, names])]
     check_keeps(read, *(Path(output) / name for name in (*pictures, "predictions.json")))
-    found = open_checkpoint(checkpoint, weights)
-    config = config_of(found, cfg)
-    place = choose_device(device)
-    task = open_task(config)
-    model = task.build_model()
-    task.load(model, found)
-    called = _read_names(names, config) if names else class_names(config)
-    predictor = _PREDICTORS[config.TASK](config, model.to(place).eval(), place, called, score)
+    predictor = open_predictor(checkpoint, cfg=cfg, names=names, score=score, weights=weights, device=device).answer
     told: dict[str, Any] = {}
     for path, picture in zip(files, pictures, strict=True):
         try:
@@ -100,7 +100,9 @@ def predict(
             logger.warning("left out: %s", error)
             continue
         answer = predictor(image)
-        drawn = answer.draw(_readable(image))
+        drawn = answer.draw(readable(image))
+        if answer.legend:
+            drawn = beside(drawn, answer.legend, answer.colours)
         make_folder((Path(output) / picture).parent)
         write_atomically(Path(output) / picture, lambda file, drawn=drawn: drawn.save(file, "png"))
         told[str(path)] = {"picture": str(picture), **answer.told}
@@ -109,6 +111,37 @@ def predict(
     write_json(Path(output) / "predictions.json", {"checkpoint": str(checkpoint), "images": told})
     print(f"{counted(len(told), 'image')} in {output}")
     return told
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint's model, ready for images."""
+
+    config: CfgNode
+    model: nn.Module
+    names: list[str]  # of the classes
+    answer: Predictor
+
+
+def open_predictor(
+    checkpoint: str,
+    *,
+    cfg: str | None = None,
+    names: str | None = None,
+    score: float = 0.5,
+    weights: str = "auto",
+    device: str = "auto",
+) -> Opened:
+    """The arguments are those of `predict`.  Raises UserError for a checkpoint that cannot be read."""
+    found = open_checkpoint(checkpoint, weights)
+    config = config_of(found, cfg)
+    place = choose_device(device)
+    task = open_task(config)
+    model = task.build_model()
+    task.load(model, found)
+    called = _read_names(names, config) if names else class_names(config)
+    answer = _PREDICTORS[config.TASK](config, model.to(place).eval(), place, called, score)
+    return Opened(config, model, called, answer)
 
 
 def find_images(places: Sequence[str]) -> list[Path]:
@@ -171,7 +204,7 @@ def _picture_names(files: Sequence[Path]) -> list[Path]:
     return [Path(f"{number}_{name}.png") for number, name in enumerate(places)]
 
 
-def _readable(image: Image.Image) -> Image.Image:
+def readable(image: Image.Image) -> Image.Image:
     """`image` with its long side between `_LEAST` and `_MOST` pixels."""
     long = max(image.size)
     scale = max(1.0, _LEAST / long) * min(1.0, _MOST / long)
@@ -198,7 +231,7 @@ def classifier(
             for chance, label in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
         lines = [f"{each['name']}  {each['probability']:.1%}" for each in top]
-        return Answer({"top": top}, lambda picture: beside(picture, lines))
+        return Answer({"top": top}, lambda picture: picture, lines)
 
     return answer
 
@@ -218,7 +251,8 @@ def detector(config: CfgNode, model: nn.Module, device: torch.device, names: Seq
         seen = {name: values[found["scores"] >= score].cpu() for name, values in found.items()}
         shown = zip(seen["labels"].tolist(), seen["scores"].tolist(), strict=True)
         labels = [f"{names[label]} {chance:.0%}" for label, chance in shown]
-        return Answer({"objects": objects}, lambda picture: _objects(picture, image.size, seen, labels))
+        nothing = () if labels else ("nothing found",)
+        return Answer({"objects": objects}, lambda picture: draw_objects(picture, image.size, seen, labels), nothing)
 
     return answer
 
@@ -234,7 +268,7 @@ def segmenter(config: CfgNode, model: nn.Module, device: torch.device, names: Se
         counts = torch.bincount(classes.flatten().long(), minlength=len(names))
         order = [label for label in counts.argsort(descending=True).tolist() if counts[label]]
         shares = {names[label]: counts[label].item() / classes.numel() for label in order}
-        return Answer({"classes": shares}, lambda picture: _map(picture, classes, order, names))
+        return Answer({"classes": shares}, lambda picture: paint(picture, classes, names), *_legend(order, names))
 
     return answer
 
@@ -246,7 +280,9 @@ _PREDICTORS = {"classification": classifier, "detection": detector, "segmentatio
 
 
 def colour(number: int) -> tuple[int, int, int]:
-    """Of a class or an object; neighbours in number are far apart in hue."""
+    """Of a class or an object: the first ones are far apart, later ones in hue from their neighbours in number."""
+    if number < len(_COLOURS):
+        return ImageColor.getrgb(_COLOURS[number])
     red, green, blue, _ = matplotlib.colormaps["hsv"](number * 0.381966 % 1, bytes=True)
     return int(red), int(green), int(blue)
 
@@ -256,9 +292,9 @@ def _font(picture: Image.Image) -> ImageFont.FreeTypeFont:
 
 
 def beside(
-    picture: Image.Image, lines: Sequence[str], colours: Sequence[tuple[int, int, int]] | None = None
+    picture: Image.Image, lines: Sequence[str], colours: Sequence[tuple[int, int, int] | None] = ()
 ) -> Image.Image:
-    """`picture` with lines of text at its right, each behind a square of its colour where there are such."""
+    """`picture` with lines of text at its right, each behind a square of its colour where it has one."""
     font = _font(picture)
     step = round(1.5 * font.size)
     indent = step if colours else 0
@@ -269,18 +305,16 @@ def beside(
     draw = ImageDraw.Draw(whole)
     for number, line in enumerate(lines):
         x, y = picture.width + step // 2, step // 4 + number * step
-        if colours:
+        if colours and colours[number]:
             draw.rectangle((x, y + step // 8, x + font.size, y + step // 8 + font.size), fill=colours[number])
         draw.text((x + indent, y), line, fill="black", font=font)
     return whole
 
 
-def _objects(
+def draw_objects(
     picture: Image.Image, size: tuple[int, int], seen: dict[str, Tensor], labels: Sequence[str]
 ) -> Image.Image:
     """Boxes, masks and labels, the best on top; `size` is what they are in."""
-    if not labels:
-        return beside(picture, ["nothing found"])
     picture, font = picture.copy(), _font(picture)
     draw, pad = ImageDraw.Draw(picture), font.size // 4
     scale = [picture.width / size[0], picture.height / size[1]] * 2
@@ -288,25 +322,53 @@ def _objects(
         of_it, mask = colour(number), seen["masks"][number].numpy()
         shade = Image.fromarray(mask.astype(np.uint8) * 140).resize(picture.size, Image.Resampling.NEAREST)
         picture.paste(of_it, (0, 0, *picture.size), shade)
+    boxes = (seen["boxes"].double() * torch.tensor(scale, dtype=torch.float64)).tolist()
     for number in reversed(range(len(labels))):
-        left, top, right, bottom = (side * by for side, by in zip(seen["boxes"][number].tolist(), scale, strict=True))
-        draw.rectangle((left, top, right, bottom), outline=colour(number), width=max(1, font.size // 8))
-        width, height = font.getlength(labels[number]) + 2 * pad, font.size + 2 * pad
-        left = max(0, min(left, picture.width - width))
-        top = top - height if top >= height else min(bottom, picture.height - height)
-        draw.rectangle((left, top, left + width, top + height), fill=colour(number))
-        light = sum(colour(number)) > 380
-        draw.text((left + pad, top + pad), labels[number], fill="black" if light else "white", font=font)
+        draw.rectangle(boxes[number], outline=colour(number), width=max(1, font.size // 8))
+    taken: list[tuple[float, float, float, float]] = []
+    for number, label in enumerate(labels):  # the best choose their places first
+        place = _label_place(boxes[number], (font.getlength(label) + 2 * pad, font.size + 2 * pad), picture.size, taken)
+        taken.append(place)
+        draw.rectangle(place, fill=colour(number))
+        light = np.dot(colour(number), (0.299, 0.587, 0.114)) > 140
+        draw.text((place[0] + pad, place[1] + pad), label, fill="black" if light else "white", font=font)
     return picture
 
 
-def _map(picture: Image.Image, classes: Tensor, order: Sequence[int], names: Sequence[str]) -> Image.Image:
+def _label_place(
+    box: Sequence[float],
+    size: tuple[float, float],
+    whole: tuple[int, int],
+    taken: Sequence[tuple[float, float, float, float]],
+) -> tuple[float, float, float, float]:
+    """Where at `box` a label of `size` (width, height) is in a picture of size `whole` and covers none of `taken`;
+    above the box where it must cover one.  All are x1, y1, x2, y2."""
+    (left, top, right, bottom), (width, height) = box, size
+    places = []
+    for x in (left, right - width, right, left - width):
+        for y in (top - height, bottom, top, bottom - height):
+            x1, y1 = (max(0, min(at, most - side)) for at, most, side in zip((x, y), whole, size, strict=True))
+            places.append((x1, y1, x1 + width, y1 + height))
+    free = [place for place in places if not any(_overlap(place, other) for other in taken)]
+    return (free or places)[0]
+
+
+def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def paint(picture: Image.Image, classes: Tensor, names: Sequence[str]) -> Image.Image:
+    """`picture` in grey under the colours of a map (h, w) of classes, but for the background."""
     colours = np.array([colour(label) for label in range(len(names))], np.uint8)
     painted = Image.fromarray(colours[classes.numpy()]).resize(picture.size, Image.Resampling.NEAREST)
-    both = Image.blend(picture, painted, 0.55)
-    shown = list(order[:_LEGEND])
-    lines = [names[label] for label in shown]
+    shares = np.array([0 if name == BACKGROUND else 160 for name in names], np.uint8)
+    shade = Image.fromarray(shares[classes.numpy()]).resize(picture.size, Image.Resampling.NEAREST)
+    return Image.composite(painted, picture.convert("L").convert("RGB"), shade)
+
+
+def _legend(order: Sequence[int], names: Sequence[str]) -> tuple[list[str], list[tuple[int, int, int] | None]]:
+    """Lines and their colours; of more classes than are told apart the last line stands for the rest."""
+    lines = [names[label] for label in order[:_LEGEND]]
     if len(order) > _LEGEND:
         lines.append(f"and {some([names[label] for label in order[_LEGEND:]])}")
-        shown.append(order[_LEGEND])
-    return beside(both, lines, [tuple(colours[label].tolist()) for label in shown])
+    return lines, [None if names[label] == BACKGROUND else colour(label) for label in order[: len(lines)]]

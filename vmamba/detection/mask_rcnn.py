@@ -4,6 +4,8 @@ The pyramid, RoIAlign and the suppression are torchvision's; the rules around th
 anchors, matches, mask targets and aligning differ), so they are written here.
 """
 
+import math
+import operator
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -108,18 +110,23 @@ class MaskRCNN(nn.Module):
 
         Returns for each image `boxes` (n, 4), `scores` (n,), `labels` (n,), the best first, and `masks` (n, h, w); or
         `loss_rpn_cls`, `loss_rpn_bbox`, `loss_cls`, `loss_bbox` and `loss_mask`, to be added up, and `acc`, the box
-        head's share of right classes in percent.  Raises UserError for targets of other shapes or classes.
+        head's share of right classes in percent.  Raises UserError for targets of other shapes or classes, and for
+        sizes that are not one (height, width) for each image, or larger than the batch where they lie in it.
         """
-        if image_sizes is None:
-            image_sizes = [images.shape[2:]] * len(images)
+        if images.ndim != 4:
+            raise UserError(f"images have shape {tuple(images.shape)}; a detector takes (batch, channels, H, W)")
+        image_sizes = _sizes("image_sizes", image_sizes, images)
+        padded_sizes = _sizes("padded_sizes", padded_sizes, images)
+        if output_sizes is None:
+            output_sizes = image_sizes
+        else:
+            output_sizes = _sizes("output_sizes", output_sizes, images, within=False)
         if targets is not None:
             _check_targets(targets, images, self.num_classes)
         maps = self.pyramid(images)
         scores, offsets = self.rpn_head(maps)
         if targets is None:
-            return self._predict(maps, scores, offsets, image_sizes, output_sizes or image_sizes)
-        if padded_sizes is None:
-            padded_sizes = [images.shape[2:]] * len(images)
+            return self._predict(maps, scores, offsets, image_sizes, output_sizes)
         losses = self.rpn_head.losses(scores, offsets, padded_sizes, [each["boxes"] for each in targets])
         proposed = self.rpn_head.proposals(scores, offsets, image_sizes, self.training_proposals)
         return losses | self.roi_head.losses(maps, [boxes for boxes, _ in proposed], targets)
@@ -139,6 +146,29 @@ class MaskRCNN(nn.Module):
             each["boxes"] = each["boxes"] * each["boxes"].new_tensor(scale)
             each["masks"] = paste_masks(each.pop("mask_logits"), each["boxes"], wanted, self.predictions.mask_thr)
         return predictions
+
+
+def _sizes(
+    name: str, sizes: Sequence[Sequence[int]] | None, images: Tensor, within: bool = True
+) -> list[tuple[int, int]]:
+    """The argument `name` of `MaskRCNN.forward` as numbers; see there.  `within`: they are sides of parts of images."""
+    batch = tuple(images.shape[2:])
+    if sizes is None:
+        return [batch] * len(images)
+    if len(sizes) != len(images):
+        raise UserError(f"there are {len(sizes)} {name} for {len(images)} images; give (height, width) for each")
+    most = batch if within else (math.inf, math.inf)
+    found = []
+    for number, size in enumerate(sizes):
+        try:
+            height, width = map(operator.index, size)
+        except (TypeError, ValueError):
+            raise UserError(f"{name}[{number}] is {size!r:.60}; expected two whole numbers, (height, width)") from None
+        if not (1 <= height <= most[0] and 1 <= width <= most[1]):
+            place = f", in images of {batch[0]} x {batch[1]} (height, width)" if within else ""
+            raise UserError(f"{name}[{number}] is {(height, width)}; expected sides of a pixel or more{place}")
+        found.append((height, width))
+    return found
 
 
 def _check_targets(targets: Sequence[Target], images: Tensor, num_classes: int) -> None:

@@ -12,7 +12,7 @@ from vmamba.detection.boxes import BOX_STDS, assign, cut, decode, encode, sample
 
 STRIDES = (4, 8, 16, 32)
 _FINEST = 56  # sides from which a box is read one level up
-_PASTED = 1 << 25  # pixels of masks of the image's size that are made at a time: some 600 MB
+_PIXELS = 1 << 25  # of masks of an image's size that are computed at a time: 130 MB where read, 600 where pasted
 
 
 @dataclass(frozen=True)
@@ -172,9 +172,16 @@ class RoIHead(nn.Module):
 
 def _mask_targets(masks: Tensor, boxes: Tensor, stands_for: Tensor, side: int) -> Tensor:
     """Masks (truths, H, W) and boxes (N, 4) -> (N, side, side) of 0 and 1: what of its truth's mask lies in each."""
-    rois = torch.cat([stands_for[:, None].to(boxes.dtype), cut(boxes, masks.shape[1:])], 1)
-    part = roi_align(masks[:, None].to(boxes.dtype), rois, side, 1.0, sampling_ratio=0, aligned=True)
-    return (part[:, 0] >= 0.5).to(boxes.dtype)
+    height, width = masks.shape[1:]
+    boxes, many = cut(boxes, (height, width)), max(1, _PIXELS // (height * width))
+    share = boxes.new_zeros(len(boxes), 1, side, side)
+    for first in range(0, len(masks), many):
+        place = stands_for[:, None] - first
+        # Boxes of other truths are empty here, and of an empty box RoIAlign reads nothing, which is 0.
+        rois = torch.cat([place.to(boxes.dtype), boxes], 1).where((place >= 0) & (place < many), 0)
+        part = masks[first : first + many, None]
+        share += roi_align(part.to(boxes.dtype), rois, side, 1.0, sampling_ratio=0, aligned=True)
+    return (share[:, 0] >= 0.5).to(boxes.dtype)
 
 
 def _choose(boxes: Tensor, scores: Tensor, settings: PredictionSettings) -> dict[str, Tensor]:
@@ -189,7 +196,7 @@ def paste_masks(logits: Tensor, boxes: Tensor, size: Sequence[int], threshold: f
     """Logits (N, 28, 28) of what lies in boxes (N, 4) -> masks (N, H, W), True where the object is."""
     height, width = size
     pasted = torch.zeros(len(boxes), height, width, dtype=torch.bool, device=boxes.device)
-    many = max(1, _PASTED // (height * width))
+    many = max(1, _PIXELS // (height * width))
     x = torch.arange(width, device=boxes.device) + 0.5
     y = torch.arange(height, device=boxes.device) + 0.5
     for first in range(0, len(boxes), many):

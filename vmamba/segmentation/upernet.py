@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vmamba.errors import UserError
+
 _LEAST = 4  # pixels a side that any backbone takes; a smaller image gets zeros at its right and bottom
 
 
@@ -160,8 +162,13 @@ class UperNet(nn.Module):
         """(B, 3, H, W) -> logits (B, classes, H, W); with `targets` (B, H, W), integers, the losses by name.
 
         `decode.loss_ce` and `aux.loss_ce` are to be added up; `decode.acc_seg` and `aux.acc_seg` are percent of the
-        pixels that count.
+        pixels that count.  Raises UserError for images that are no batch, and for targets that are not one integer for
+        each pixel.
         """
+        if images.ndim != 4:
+            raise UserError(f"images have shape {tuple(images.shape)}; a segmenter takes (batch, channels, H, W)")
+        if targets is not None:
+            _check_targets(targets, images)
         height, width = images.shape[2:]
         maps = self.backbone(F.pad(images, (0, max(0, _LEAST - width), 0, max(0, _LEAST - height))))
         logits = self.decode_head(maps)
@@ -178,6 +185,15 @@ class UperNet(nn.Module):
         right = (logits.detach().argmax(1) == targets) & counts
         accuracy = 100 * right.sum() / counts.sum().clamp(min=1)
         return {f"{name}.loss_ce": weight * losses.mean(), f"{name}.acc_seg": accuracy}
+
+
+def _check_targets(targets: Tensor, images: Tensor) -> None:
+    """See `UperNet.forward`; labels are not looked at, since that would wait for the device."""
+    expected = (len(images), *images.shape[2:])
+    if tuple(targets.shape) != expected:
+        raise UserError(f"targets have the shape {tuple(targets.shape)}; expected {expected}, a label for each pixel")
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise UserError(f"targets are of {targets.dtype}; expected integers")
 
 
 def _initialise(module: nn.Module) -> None:
