@@ -216,7 +216,7 @@ def test_what_cannot_run_is_one_sentence(tmp_path, options, sentence):
 
 
 def test_one_image_a_process_is_refused_before_training_unless_batch_norms_are_of_several_gpus(tmp_path):
-    with pytest.raises(UserError, match="DATA.BATCH_SIZE is 1, and of one image .*; use --batch-size 2 or more"):
+    with pytest.raises(UserError, match="DATA.BATCH_SIZE is 1, and of one .*; use --batch-size 2 or more"):
         run(tiny_config(tmp_path, "DATA.BATCH_SIZE", 1))
     assert not (output_folder(tiny_config(tmp_path)) / "last.pth").exists()
     for device, size, opts, refused in (

@@ -46,8 +46,8 @@ class Task:
         together = self.config.MODEL.SYNC_BN and world.device.type == "cuda" and world.size > 1
         if self.config.DATA.BATCH_SIZE == 1 and not together:
             raise UserError(
-                "DATA.BATCH_SIZE is 1, and of one image the coarsest pooled map is one pixel, which a batch norm cannot "
-                "learn from; use --batch-size 2 or more (TRAIN.ACCUMULATION_STEPS does not help), or several GPUs with "
+                "DATA.BATCH_SIZE is 1, and of one image the coarsest pooled map is one pixel, too little for its batch "
+                "norm; use --batch-size 2 or more (TRAIN.ACCUMULATION_STEPS does not help), or several GPUs with "
                 "MODEL.SYNC_BN true"
             )
         return build_train_loader(self.config, rank=world.rank, world_size=world.size)
