@@ -30,7 +30,7 @@ from vmamba.detection.transforms import Collate, Transform
 from vmamba.errors import UserError
 from vmamba.files import check_keeps, make_folder, read_text, write_atomically
 from vmamba.models.pretrained import Checkpoint, open_checkpoint
-from vmamba.models.whole import variant_of
+from vmamba.models.whole import shape_of, variant_of
 from vmamba.runtime.task import open_task
 from vmamba.segmentation import models as segmentation_models
 from vmamba.segmentation.datasets import Sample
@@ -178,11 +178,12 @@ def config_of(checkpoint: Checkpoint, cfg: str | None) -> CfgNode:
     for models in (detection_models, segmentation_models):
         if models.HEAD in checkpoint.whole:
             return models.config_of(checkpoint)
-    head = checkpoint.state_dict.get("classifier.head.weight")
-    if head is None:
+    head = "classifier.head.weight"
+    if head not in checkpoint.state_dict:
         raise UserError(f"'{checkpoint.path}' holds neither a config nor a head that is known; give --cfg")
+    classes, _ = shape_of(checkpoint.state_dict, head, 2, checkpoint.path)
     name = variant_of(checkpoint.whole, checkpoint.path)
-    return get_config(None, ["MODEL.NAME", name, "MODEL.NUM_CLASSES", len(head)])
+    return get_config(None, ["MODEL.NAME", name, "MODEL.NUM_CLASSES", classes])
 
 
 def _read_names(path: str, config: CfgNode) -> list[str]:

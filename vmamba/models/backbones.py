@@ -36,6 +36,11 @@ def create_backbone(name: str, pretrained: bool = False, **options: Any) -> nn.M
     Raises UserError for a name or option that is unknown, for weights that cannot be had, and for a model without four
     such maps.
     """
+    if not isinstance(name, str):
+        raise UserError(
+            f"the backbone is a {type(name).__name__}; give the name of a model, such as 'vmamba_tiny', or put a "
+            f"vmamba.Backbone of this one into MaskRCNN or UperNet"
+        )
     if name in VARIANTS:
         return Backbone(create_model(name, pretrained, **options))
     return TimmBackbone(name.removeprefix(TIMM), pretrained, **options)
@@ -165,6 +170,10 @@ class TimmBackbone(nn.Module):
 
         The maps are cut to what lies in the images, or partly.
         """
+        in_chans = self.options.get("in_chans", 3)
+        if images.shape[1] != in_chans:
+            shape = tuple(images.shape)
+            raise UserError(f"images have shape {shape}; this model takes (batch, {in_chans}, height, width)")
         height, width = images.shape[2:]
         below, right = (max(self.least, -(-side // self.multiple) * self.multiple) - side for side in (height, width))
         maps = []
