@@ -148,14 +148,14 @@ def test_a_prediction_in_cocos_form():
     random = np.random.default_rng(0)
     masks = torch.from_numpy(np.array([shape(random, (40, 50)), shape(random, (40, 50))]))
     boxes = torch.tensor([[1.5, 2.0, 10.0, 12.0], [0.0, 0.0, 50.0, 40.0]])
-    prediction = {"boxes": boxes, "scores": torch.tensor([0.75, 0.5]), "labels": torch.tensor([2, 0]), "masks": masks}
-    first, second = as_results(7, prediction, [3, 7, 20])
+    prediction = {"boxes": boxes, "scores": torch.tensor([0.75, 0.5]), "labels": torch.tensor([2, 0])}
+    first, second = as_results(7, prediction, masks.split(1), [3, 7, 20])
     assert (first["image_id"], first["category_id"], first["score"]) == (7, 20, 0.75)
     assert (first["bbox"], second["bbox"]) == ([1.5, 2.0, 8.5, 10.0], [0.0, 0.0, 50.0, 40.0])
     for mask, each in zip(masks, (first, second), strict=True):
         assert np.array_equal(datasets.run_lengths.decode(each["segmentation"]), mask.numpy())
     assert json.loads(json.dumps([first, second])) == [first, second]
-    assert as_results(7, {name: value[:0] for name, value in prediction.items()}, [3, 7, 20]) == []
+    assert as_results(7, {name: value[:0] for name, value in prediction.items()}, [], [3, 7, 20]) == []
 
 
 def test_the_truth_lacks_nothing_that_is_needed(tmp_path, truth, found):

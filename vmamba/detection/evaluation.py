@@ -1,7 +1,7 @@
 """How good detections are: COCO's average precision of boxes and masks, by faster-coco-eval."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,10 +31,10 @@ class Detections:
     def add(self, model: nn.Module, batch: Sequence[Mapping[str, Any]]) -> None:
         numbers = [number for number, _ in self.dataset.categories]
         for alone in batch:
-            (found,) = model(alone["images"], alone["image_sizes"], output_sizes=alone["original_sizes"])
-            (image_id,) = alone["image_ids"]
+            (found,) = model.detect(alone["images"], alone["image_sizes"], alone["original_sizes"])
+            (image_id,), (size,) = alone["image_ids"], alone["original_sizes"]
             self.seen.append(image_id)
-            self.found += as_results(image_id, found, numbers)
+            self.found += as_results(image_id, found, model.masks(found, size), numbers)
 
     def results(self) -> Results:
         found = [each for part in gather(self.found) for each in part]
@@ -51,13 +51,16 @@ class Detections:
         return {"results.json": json.dumps(self.all).encode()} if self.keep and self.all is not None else {}
 
 
-def as_results(image_id: int, prediction: Mapping[str, Tensor], numbers: Sequence[int]) -> list[dict[str, Any]]:
-    """A prediction of `MaskRCNN` in COCO's form of results; `numbers` are the categories' of label 0, 1, ..."""
+def as_results(
+    image_id: int, prediction: Mapping[str, Tensor], masks: Iterable[Tensor], numbers: Sequence[int]
+) -> list[dict[str, Any]]:
+    """A prediction of `MaskRCNN` in COCO's form of results; of `masks` some (n, H, W) come at a time, and `numbers` are
+    the categories' of label 0, 1, ..."""
     boxes = prediction["boxes"].double().cpu()
     boxes[:, 2:] -= boxes[:, :2]
-    # One by one: a hundred of a photograph's size are gigabytes, and turning them copies them.
-    masks = prediction["masks"].cpu().numpy()
-    lengths = [run_lengths.encode(np.asfortranarray(mask, np.uint8)) for mask in masks]
+    lengths = [  # turned one by one, which copies them
+        run_lengths.encode(np.asfortranarray(mask, np.uint8)) for part in masks for mask in part.cpu().numpy()
+    ]
     scores, labels = prediction["scores"].tolist(), prediction["labels"].tolist()
     return [
         {

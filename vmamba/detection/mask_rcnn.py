@@ -8,7 +8,7 @@ import math
 import operator
 import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from vmamba.detection.roi_heads import PredictionSettings, RoIHead, paste_masks
+from vmamba.detection.roi_heads import PredictionSettings, RoIHead, paste_masks, pasted_in_parts
 from vmamba.detection.rpn import ProposalSettings, RPNHead
 from vmamba.errors import UserError
 from vmamba.models.whole import check_images
@@ -123,35 +123,38 @@ class MaskRCNN(nn.Module):
         check_images(images, self.rpn_head.rpn_cls.weight, "detector")
         image_sizes = _sizes("image_sizes", image_sizes, images)
         padded_sizes = _sizes("padded_sizes", padded_sizes, images)
-        if output_sizes is None:
-            output_sizes = image_sizes
-        else:
-            output_sizes = _sizes("output_sizes", output_sizes, images, within=False)
-        if targets is not None:
-            _check_targets(targets, images, image_sizes, self.num_classes)
+        output_sizes = image_sizes if output_sizes is None else output_sizes
+        output_sizes = _sizes("output_sizes", output_sizes, images, within=False)
+        if targets is None:
+            found = self.detect(images, image_sizes, output_sizes)
+            for each, size in zip(found, output_sizes, strict=True):
+                logits = each.pop("mask_logits")
+                each["masks"] = paste_masks(logits, each["boxes"], size, self.predictions.mask_thr)
+            return found
+        _check_targets(targets, images, image_sizes, self.num_classes)
         maps = self.pyramid(images)
         scores, offsets = self.rpn_head(maps)
-        if targets is None:
-            return self._predict(maps, scores, offsets, image_sizes, output_sizes)
         losses = self.rpn_head.losses(scores, offsets, padded_sizes, [each["boxes"] for each in targets])
         proposed = self.rpn_head.proposals(scores, offsets, image_sizes, self.training_proposals)
         return losses | self.roi_head.losses(maps, [boxes for boxes, _ in proposed], targets)
 
-    def _predict(
-        self,
-        maps: Sequence[Tensor],
-        scores: Sequence[Tensor],
-        offsets: Sequence[Tensor],
-        image_sizes: Sequence[Sequence[int]],
-        output_sizes: Sequence[Sequence[int]],
+    def detect(
+        self, images: Tensor, image_sizes: Sequence[Sequence[int]], output_sizes: Sequence[Sequence[int]]
     ) -> list[dict[str, Tensor]]:
+        """Predictions as of `forward`, but with `mask_logits` (n, 28, 28) in the boxes, of which the method `masks`
+        makes masks few at a time: a hundred of a photograph's size are gigabytes."""
+        maps = self.pyramid(images)
+        scores, offsets = self.rpn_head(maps)
         proposed = self.rpn_head.proposals(scores, offsets, image_sizes, self.proposals)
         predictions = self.roi_head.predict(maps, [boxes for boxes, _ in proposed], image_sizes, self.predictions)
         for each, size, wanted in zip(predictions, image_sizes, output_sizes, strict=True):
             scale = [wanted[1] / size[1], wanted[0] / size[0]] * 2
             each["boxes"] = each["boxes"] * each["boxes"].new_tensor(scale)
-            each["masks"] = paste_masks(each.pop("mask_logits"), each["boxes"], wanted, self.predictions.mask_thr)
         return predictions
+
+    def masks(self, found: Mapping[str, Tensor], size: Sequence[int]) -> Iterator[Tensor]:
+        """The masks (n, H, W) of what `detect` found in an image of `size`, some at a time, True where it is."""
+        return pasted_in_parts(found["mask_logits"], found["boxes"], size, self.predictions.mask_thr)
 
 
 def _sizes(
