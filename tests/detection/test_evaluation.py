@@ -133,6 +133,26 @@ def test_the_numbers_of_some_of_the_images(truth, found):
     assert_the_same(truth, of_these, some)
 
 
+def test_numbers_of_images_and_categories_may_be_any(truth, found):
+    """Negative, and beyond what a double tells apart; in the same order, since equal scores count in it."""
+    renamed = copy.deepcopy(truth)
+    results = copy.deepcopy(found)
+    image = {each["id"]: each["id"] + (-120 if each["id"] < 120 else 2**70) for each in truth["images"]}
+    category = {3: -4, 7: 0, 20: 2**60, 21: 2**70}
+    for entry in renamed["images"]:
+        entry["id"] = image[entry["id"]]
+    for entry in renamed["categories"]:
+        entry["id"] = category[entry["id"]]
+    for entry in (*renamed["annotations"], *results):
+        entry["image_id"], entry["category_id"] = image[entry["image_id"]], category[entry["category_id"]]
+    before = copy.deepcopy(results)
+    numbers, details = evaluate(renamed, results, list(image.values()))
+    expected, known = evaluate(truth, found, list(image))
+    assert numbers == expected and results == before
+    assert list(details["bbox_mAP"]) == ["-4 disc", "0 bar", f"{2**60} ring", f"{2**70} absent"]
+    assert list(details["segm_mAP"].values()) == list(known["segm_mAP"].values())
+
+
 def test_nothing_found(truth):
     results = assert_the_same(truth, [], [each["id"] for each in truth["images"]])
     assert results["bbox_mAP"] == results["segm_mAP"] == 0

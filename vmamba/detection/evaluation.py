@@ -82,7 +82,8 @@ def evaluate(
         raise UserError("none of the validation images could be read; check DATA.DATA_PATH")
     results: Results = {}
     by_class: dict[str, Any] = {}
-    reference = COCO(dict(truth))
+    truth, found, images = _renumbered(truth, found, images)
+    reference = COCO(truth)
     for kind, other in (("bbox", "segmentation"), ("segm", "bbox")):
         # Without the other's, since it takes areas from boxes where there are any.
         results_of_kind = [{name: value for name, value in each.items() if name != other} for each in found]
@@ -91,21 +92,44 @@ def evaluate(
         evaluation.run()
         numbers = zip(NUMBERS, evaluation.stats[: len(NUMBERS)], strict=True)
         results |= {f"{kind}_{name}": 100 * float(number) for name, number in numbers}
-        by_class[f"{kind}_mAP"] = _by_class(evaluation, truth)
+        by_class[f"{kind}_mAP"] = _by_class(evaluation, truth["categories"])
     return results, by_class
+
+
+def _renumbered(
+    truth: Mapping[str, Any], found: Iterable[Mapping[str, Any]], images: Iterable[int]
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[int]]:
+    """With images and categories numbered from 0 in the order of their numbers, since COCOeval does not take all of
+    those that a file may have (negative ones, and from 2^53 on); a category keeps its own as `number`."""
+    image, category = (
+        {own: place for place, own in enumerate(sorted(each["id"] for each in truth[kind]))}
+        for kind in ("images", "categories")
+    )
+
+    def placed(each: Mapping[str, Any]) -> dict[str, Any]:
+        numbers = {"image_id": image[each["image_id"]], "category_id": category[each["category_id"]]}
+        return {**each, **numbers}
+
+    content = {
+        **truth,
+        "images": [{**each, "id": image[each["id"]]} for each in truth["images"]],
+        "annotations": [placed(each) for each in truth["annotations"]],
+        "categories": [{**each, "id": category[each["id"]], "number": each["id"]} for each in truth["categories"]],
+    }
+    return content, [placed(each) for each in found], [image[each] for each in images]
 
 
 def _as_coco(found: list[dict[str, Any]], reference: COCO) -> COCO:
     return reference.loadRes(found) if found else COCO({**reference.dataset, "annotations": []})
 
 
-def _by_class(evaluation: COCOeval_faster, truth: Mapping[str, Any]) -> dict[str, float | None]:
-    names = {each["id"]: each.get("name", "") for each in truth["categories"]}
+def _by_class(evaluation: COCOeval_faster, categories: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
+    names = {each["id"]: f"{each['number']} {each.get('name', '')}" for each in categories}
     precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (thresholds, recalls, classes): all sizes, most boxes
     found = {}
     for number, values in zip(evaluation.params.catIds, np.moveaxis(precision, 2, 0), strict=True):
         valid = values[values > -1]
-        found[f"{number} {names[number]}"] = float(100 * valid.mean()) if valid.size else None
+        found[names[number]] = float(100 * valid.mean()) if valid.size else None
     return found
 
 
