@@ -204,6 +204,13 @@ def test_damaged_files_are_named(tmp_path, released, plain, damage, name):
     assert "\n" not in str(error.value)
 
 
+def test_where_nothing_is_adapted_nothing_is_said_to_be(tmp_path, said):
+    torch.save(vmamba.create_model("vmamba_nano", dims=8).state_dict(), tmp_path / "narrow.pth")
+    with pytest.raises(UserError, match="of another architecture"):
+        load_pretrained(vmamba.create_model("vmamba_nano", dims=16), vmamba.load_checkpoint(tmp_path / "narrow.pth"))
+    assert "taking the weights" in said() and "adapted the" not in said()
+
+
 def test_bytes_that_are_not_those_saved_are_found(tmp_path, plain):
     """torch.load takes no notice of an archive's sums."""
     torch.save(plain, tmp_path / "whole.pth")
