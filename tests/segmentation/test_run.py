@@ -208,6 +208,11 @@ def test_evaluating_a_segmenter_of_other_classes_is_refused(tmp_path, files):
         (("TEST.SCALES", []), r"TEST.SCALES is \[\]; name at least one"),
         (("MODEL.IN_CHANS", 1), "MODEL.IN_CHANS is 1; it must be between 3 and 3"),
         (("MODEL.NAME", "timm/resnet18"), "MODEL.OPTIONS are of our models, and MODEL.NAME is timm/resnet18"),
+        (("DATA.SCALE", [96, 64]), r"DATA.SCALE is \[96, 64\]; expected the smaller first"),
+        (("AUG.RESIZE_RATIO", [2.0, 0.5]), r"AUG.RESIZE_RATIO is \[2.0, 0.5\]; expected the smaller first"),
+        (("DATA.DIGIT_SIZES", [0.5, 0.2]), r"DATA.DIGIT_SIZES is \[0.5, 0.2\]; expected the smaller first"),
+        (("DATA.IGNORE_INDEX", 0, "DATA.ZERO_IS_IGNORED", True), "IGNORE_INDEX is 0, .* those of class 1 .* at 255"),
+        (("DATA.IGNORE_INDEX", 3, "DATA.DATASET", "ade20k"), "IGNORE_INDEX is 3, and labels count from 1"),
     ],
 )
 def test_what_cannot_run_is_one_sentence(tmp_path, options, sentence):

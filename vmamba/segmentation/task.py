@@ -29,6 +29,12 @@ class Task:
     def __init__(self, config: CfgNode):
         self.config = config
         check_inference(config)
+        data = config.DATA
+        if (data.ZERO_IS_IGNORED or data.DATASET == "ade20k") and data.IGNORE_INDEX < config.MODEL.NUM_CLASSES:
+            raise UserError(
+                f"DATA.IGNORE_INDEX is {data.IGNORE_INDEX}, and labels count from 1, so that those of class "
+                f"{data.IGNORE_INDEX + 1} in the maps would not count either; leave DATA.IGNORE_INDEX at 255"
+            )
 
     def build_model(self) -> nn.Module:
         model = build_model(self.config)
