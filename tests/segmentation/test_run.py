@@ -139,8 +139,12 @@ def test_throughput_needs_no_data(tmp_path):
 def test_batch_norms_are_over_all_processes_of_gpus(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    for wanted, kind in ((True, nn.SyncBatchNorm), (False, nn.BatchNorm2d)):
-        model = Task(tiny_config(tmp_path, "MODEL.SYNC_BN", wanted)).build_model()
+    for wanted, device, kind in (
+        (True, "auto", nn.SyncBatchNorm),
+        (False, "auto", nn.BatchNorm2d),
+        (True, "cpu", nn.BatchNorm2d),  # which SyncBatchNorm refuses
+    ):
+        model = Task(tiny_config(tmp_path, "MODEL.SYNC_BN", wanted, "DEVICE", device)).build_model()
         assert type(model.decode_head.bottleneck.bn) is kind
 
 
