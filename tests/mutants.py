@@ -204,8 +204,8 @@ MUTANTS = (
     Mutant(
         "as many proposals as there are",
         "vmamba/detection/rpn.py",
-        "settings.rpn_nms)][: settings.max_per_img]",
-        "settings.rpn_nms)]",
+        ".nonzero()[: settings.max_per_img, 0]",
+        ".nonzero()[:, 0]",
         f"{DETECTION}/test_boxes.py",
     ),
     Mutant(

@@ -29,6 +29,7 @@ PREFERENCE = {
     "cross_selective_scan": ("cuda", "triton", "reference"),
     "cross_ssd": ("triton", "reference"),
     "layer_norm": ("cuda", "reference"),
+    "add_layer_norm": ("cuda", "reference"),
 }
 
 

@@ -22,7 +22,7 @@ from vmamba.analysis.zoo import choose_device
 from vmamba.detection.models import create_detector
 from vmamba.errors import unknown
 from vmamba.files import check_writable, write_text
-from vmamba.models.compilation import COMPILE_MODES
+from vmamba.models.compilation import compile_options
 from vmamba.segmentation.models import create_segmenter
 from vmamba.text import counted
 from vmamba.timing import elapsed
@@ -158,7 +158,7 @@ def build(name: str, case: Case) -> nn.Module:
     else:
         model = create_detector("mask_rcnn", backbone=name)
     if case.compile:
-        model.compile(**COMPILE_MODES[case.compile])
+        model.compile(**compile_options(model, case.compile))
     return model
 
 
