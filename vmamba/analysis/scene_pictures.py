@@ -68,9 +68,13 @@ def scene_pictures(
 def _objects(config: CfgNode, number: int) -> tuple[Image.Image, Callable[[Image.Image], Image.Image]]:
     """Of a held-out scene the image, and what draws the truth on it."""
     made = scene(number, training=False, side=config.DATA.SCENE_SIDE)
-    truth = {"boxes": torch.from_numpy(made.boxes()), "masks": torch.from_numpy(made.masks)}
-    labels = [CLASSES[label] for label in made.labels]
-    return made.image, lambda picture: draw_objects(picture, made.image.size, truth, labels)
+    boxes, masks, labels = made.boxes(), torch.from_numpy(made.masks), [CLASSES[label] for label in made.labels]
+
+    def draw(picture: Image.Image) -> Image.Image:
+        scale = [picture.width / made.image.width, picture.height / made.image.height] * 2
+        return draw_objects(picture, (boxes * scale).tolist(), masks.__getitem__, labels)
+
+    return made.image, draw
 
 
 def _classes(config: CfgNode, number: int) -> tuple[Image.Image, Callable[[Image.Image], Image.Image]]:
