@@ -39,15 +39,20 @@ check: setup
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pytest -q tests/test_imports.py
 
-# The pictures of README and docs/pictures.md, all of them anew, from a digits run of their own (about five minutes).
+# The pictures of README and docs/pictures.md, all of them anew, from runs of their own (about 25 minutes).
 override FIGURES := output/figures
 DIGITS := $(FIGURES)/vmamba_digits/default
-PICTURES := erf erf_digits activation_map gradcam curves scale
+PICTURES := tradeoff scenes erf erf_digits activation_map gradcam curves scale
 
 figures: setup
 	$(RUN) -m pip install --quiet --editable '.[analysis]'
 	rm -rf $(FIGURES)
 	$(RUN) main.py --cfg configs/vmamba_digits.yaml --output $(FIGURES)
+	$(RUN) main.py --cfg configs/scenes_detection.yaml --output $(FIGURES)
+	$(RUN) main.py --cfg configs/scenes_segmentation.yaml --output $(FIGURES)
+	$(RUN) analyze/tradeoff.py --output $(FIGURES)/tradeoff
+	$(RUN) analyze/scenes.py --detector $(FIGURES)/scenes_detection/default/best.pth \
+		--segmenter $(FIGURES)/scenes_segmentation/default/best.pth --output $(FIGURES)/scenes
 	$(RUN) analyze/erf.py --output $(FIGURES)/erf
 	$(RUN) analyze/erf.py --models vmamba_digits --weights $(DIGITS)/best.pth --size 32 --num-images 50 \
 		--output $(FIGURES)/erf_digits

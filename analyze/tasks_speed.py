@@ -7,6 +7,7 @@ from _door import Parser, side, whole
 
 from vmamba.analysis.speed import DTYPES
 from vmamba.analysis.tasks_speed import MODES, TASKS, tasks_speed
+from vmamba.models.compilation import COMPILE_MODES
 
 
 def parser() -> Parser:
@@ -22,6 +23,8 @@ def parser() -> Parser:
     parser.flag(
         "--random-sizes", type=whole(0), metavar="STEPS", help="steps of training, each at another size (default: 0)"
     )
+    parser.flag("--compile", choices=tuple(COMPILE_MODES), help="torch.compile every model (default: not)")
+    parser.flag("--deterministic", action="store_true", help="with PyTorch's deterministic algorithms")
     parser.flag("--device")
     parser.flag("--output")
     parser.flag("--markdown", metavar="FILE", help="one more file for the table (default: none)")

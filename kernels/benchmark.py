@@ -81,6 +81,7 @@ ROWS = [
     *_stages("tiny_m2", "cross_ssd", 64, 96, 6, (None, None, None)),
     Row("tiny_m2 one 1024", "cross_ssd", 1, 256, 96, 64, 6),
     *_stages("pixels of", "layer_norm", 0, 96, 1, (None, None, None)),
+    *_stages("sums of", "add_layer_norm", 0, 96, 1, (None, None, None)),
 ]
 SMALL_ROWS = [
     Row("small", "cross_selective_scan", 2, 14, 32, 1, 2),
@@ -88,6 +89,7 @@ SMALL_ROWS = [
     Row("small", "selective_scan", 2, 14, 32, 16, 0),
     Row("small", "cross_ssd", 2, 14, 32, 16, 2),
     Row("small", "layer_norm", 2, 14, 32, 0, 1),
+    Row("small", "add_layer_norm", 2, 14, 32, 0, 1),
 ]
 
 
@@ -196,6 +198,10 @@ class Case:
         elif row.operator == "layer_norm":
             self.inputs = dict(x=low(row.batch, row.side, row.side, dim), weight=full(dim), bias=full(dim))
             self.batched = ("x",)
+        elif row.operator == "add_layer_norm":  # x in float32, as under autocast
+            image = (row.batch, row.side, row.side, dim)
+            self.inputs = dict(x=full(*image), branch=low(*image), weight=full(dim), bias=full(dim))
+            self.batched = ("x", "branch")
         else:
             self.inputs = dict(
                 x=low(row.batch, row.side, row.side, dim),
@@ -231,7 +237,7 @@ class Case:
             self.row.dim, self.row.states, self.row.rank, ROUTES if self.row.operator.startswith("cross") else (),
         )  # fmt: skip
         able = [name for name in vk.backends(self.row.operator) if vk.registry.why_not(name, call) is None]
-        return able if self.row.operator == "layer_norm" else [n for n in able if n != "reference"] or able
+        return able if self.row.operator.endswith("layer_norm") else [n for n in able if n != "reference"] or able
 
     def errors(self, backend: str) -> dict[str, float]:
         """Relative errors of the output and of every gradient, in the Euclidean norm."""
@@ -254,31 +260,39 @@ class Case:
         return {name: error(name) for name in out}
 
     def _step(self, inputs: dict[str, Tensor], dy: Tensor, backend: str) -> dict[str, Tensor]:
-        y = self.operator(**inputs, backend=backend)
-        grads = torch.autograd.grad(y, list(inputs.values()), dy.to(y.dtype))
+        y, grads = self._both(inputs, dy, backend)
         return {"y": y.detach(), **dict(zip(inputs, grads, strict=True))}
+
+    def _forward(self, inputs: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+        halves = self.row.operator == "add_layer_norm" and inputs["x"].dtype != torch.float64
+        options = {"out_dtype": self.dtype} if halves else {}
+        out = self.operator(**inputs, **options, backend=backend)
+        return out if isinstance(out, tuple) else (out,)
+
+    def _both(self, inputs: dict[str, Tensor], dy: Tensor, backend: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The last result and all gradients; `dy` is that of every result."""
+        out = self._forward(inputs, backend)
+        return out[-1], torch.autograd.grad(out, list(inputs.values()), [dy.to(y.dtype) for y in out])
 
     def measure(self, backend: str, machine: Machine | None, repeats: int) -> tuple[str, ...]:
         """The table's cells after row and backend."""
-        tensors = list(self.inputs.values())
 
         def forward() -> None:
             with torch.no_grad():
-                self.operator(**self.inputs, backend=backend)
+                self._forward(self.inputs, backend)
 
         def both() -> None:
-            y = self.operator(**self.inputs, backend=backend)
-            torch.autograd.grad(y, tensors, self.dy.to(y.dtype))
+            self._both(self.inputs, self.dy, backend)
 
         fwd, fwd_bwd = (_median_ms(f, repeats, machine) for f in (forward, both))
         if machine is None:
             return f"{fwd:.3g}", *["-"] * 4, f"{fwd_bwd:.3g}", *["-"] * 6
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        y = self.operator(**self.inputs, backend=backend)
+        out = self._forward(self.inputs, backend)
         x_bytes = self.first.nbytes
-        saved = torch.cuda.memory_allocated() - before - y.nbytes + x_bytes  # x itself is kept, too
-        torch.autograd.grad(y, tensors, self.dy.to(y.dtype))
+        saved = torch.cuda.memory_allocated() - before - sum(y.nbytes for y in out) + x_bytes  # x itself is kept, too
+        torch.autograd.grad(out, list(self.inputs.values()), [self.dy.to(y.dtype) for y in out])
         peak = torch.cuda.max_memory_allocated() - before
         row = self.row
         exponentials = row.batch * len(ROUTES) * row.length * row.dim * row.states

@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = "tests/classification/test_by_hand.py"
+DETECTION, SEGMENTATION = "tests/detection", "tests/segmentation/test_by_hand.py"
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,104 @@ MUTANTS = (
         "if not math.isfinite(value)]",
         "if False]",
         "tests/classification/test_run.py -k finite",
+    ),
+    Mutant(
+        "anchors about the middle of their cells",
+        "vmamba/detection/boxes.py",
+        "columns = torch.arange(size[1], device=device, dtype=torch.float32) * stride",
+        "columns = (torch.arange(size[1], device=device, dtype=torch.float32) + 0.5) * stride",
+        f"{DETECTION}/test_boxes.py",
+    ),
+    Mutant(
+        "no anchor stands for a truth that it overlaps little",
+        "vmamba/detection/boxes.py",
+        "assigned = torch.where(low >= 0, low, assigned)",
+        "assigned = assigned",
+        f"{DETECTION}/test_boxes.py",
+    ),
+    Mutant(
+        "as many proposals as there are",
+        "vmamba/detection/rpn.py",
+        ".nonzero()[: settings.max_per_img, 0]",
+        ".nonzero()[:, 0]",
+        f"{DETECTION}/test_boxes.py",
+    ),
+    Mutant(
+        "as many proposals in training as in evaluation",
+        "vmamba/detection/mask_rcnn.py",
+        "image_sizes, self.training_proposals)",
+        "image_sizes, self.proposals)",
+        f"{DETECTION}/test_run.py -k proposals",
+    ),
+    Mutant(
+        "anchors of the batch's padding count",
+        "vmamba/detection/task.py",
+        'batch["targets"], batch["padded_sizes"])',
+        'batch["targets"])',
+        f"{DETECTION}/test_run.py -k padding",
+    ),
+    Mutant(
+        "crowds are objects",
+        "vmamba/detection/annotations.py",
+        'return "crowds", None',
+        "pass",
+        f"{DETECTION}/test_data.py",
+    ),
+    Mutant(
+        "classes of detection in the order of the file",
+        "vmamba/detection/annotations.py",
+        "enumerate(sorted(categories))",
+        "enumerate(categories)",
+        f"{DETECTION}/test_data.py",
+    ),
+    Mutant(
+        "results name labels, not the file's categories",
+        "vmamba/detection/evaluation.py",
+        '"category_id": numbers[label],',
+        '"category_id": label,',
+        f"{DETECTION}/test_evaluation.py",
+    ),
+    Mutant(
+        "masks stay where their image is mirrored",
+        "vmamba/detection/transforms.py",
+        "parts = tuple(V.horizontal_flip(part) for part in parts)",
+        "parts = (*(V.horizontal_flip(part) for part in parts[:2]), parts[2])",
+        f"{DETECTION}/test_data.py",
+    ),
+    Mutant(
+        "pixels that do not count are right or wrong",
+        "vmamba/segmentation/evaluation.py",
+        "truth.long() * self.classes + predicted, self.classes**2)",
+        "truth.long() * self.classes + predicted, predicted.long())",
+        SEGMENTATION,
+    ),
+    Mutant(
+        "the loss is a mean over the pixels that count",
+        "vmamba/segmentation/upernet.py",
+        "weight * losses.mean()",
+        "weight * losses.sum() / counts.sum().clamp(min=1)",
+        f"{SEGMENTATION} tests/segmentation/test_golden.py",
+    ),
+    Mutant(
+        "windows are added up where they overlap",
+        "vmamba/segmentation/evaluation.py",
+        "return total / count",
+        "return total",
+        SEGMENTATION,
+    ),
+    Mutant(
+        "labels of ADE20K count from one",
+        "vmamba/segmentation/datasets.py",
+        "np.where(values == 0, self.ignored, values - 1)",
+        "np.where(values == 0, self.ignored, values)",
+        "tests/segmentation/test_data.py",
+    ),
+    Mutant(
+        "one mirrored prediction is not mirrored back",
+        "vmamba/segmentation/evaluation.py",
+        "logits.flip(-1) if flip else logits, size",
+        "logits, size",
+        SEGMENTATION,
     ),
 )
 

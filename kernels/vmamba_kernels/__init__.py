@@ -1,11 +1,21 @@
 """Selective-scan operators for images and sequences, one signature for every backend.
 
 `selective_scan` is the 1-D operator, `cross_selective_scan` and `cross_ssd` take an image, project it, scan it along
-several routes and merge the results; `layer_norm` norms the channels of each pixel.  `reference.py` is their
+several routes and merge the results; `layer_norm` norms the channels of each pixel,
+`add_layer_norm` those of a sum.  `reference.py` is their
 specification; `registry.py` says who can serve a call.
 """
 
-from .operators import ROUTES, cross_merge, cross_scan, cross_selective_scan, cross_ssd, layer_norm, selective_scan
+from .operators import (
+    ROUTES,
+    add_layer_norm,
+    cross_merge,
+    cross_scan,
+    cross_selective_scan,
+    cross_ssd,
+    layer_norm,
+    selective_scan,
+)
 from .reference import autocast_dtype, is_plain, no_autocast
 from .registry import BackendError, Call, Choice, backends, choice, choose, explain
 
@@ -14,6 +24,7 @@ __all__ = [
     "BackendError",
     "Call",
     "Choice",
+    "add_layer_norm",
     "autocast_dtype",
     "backends",
     "choice",

@@ -273,6 +273,59 @@ def layer_norm(
     return norm(x, weight, bias, eps, out_dtype)
 
 
+def add_layer_norm(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    factor: Tensor | None = None,
+    eps: float = 1e-5,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What a residual block adds, and the LayerNorm behind it: total = x + factor * branch, and its norm.
+
+    Args:
+        x, branch: (batch, ..., dim).
+        weight, bias: (dim,).
+        factor: (batch,) or (batch, 1, ...), of each image, as stochastic depth draws it; it has no gradient.  None: 1.
+        eps, out_dtype, backend: as in `layer_norm`; out_dtype is the norm's, by default the sum's.
+
+    Returns:
+        (total, norm), both (batch, ..., dim); the total in the dtype that PyTorch gives x + branch.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or a factor that wants a gradient.
+        BackendError: the backend asked for is unknown or cannot serve the call.
+    """
+    if x.dim() < 2 or x.shape[-1] < 1:
+        raise ValueError(f"x has shape {_shape(x)}; it must be (batch, ..., dim) with at least one channel")
+    _check_shape("branch", branch, _shape(x), "x", x)
+    _check_shape("weight", weight, (x.shape[-1],), "x", x)
+    _check_shape("bias", bias, (x.shape[-1],), "x", x)
+    if factor is not None:
+        factor = factor.flatten()
+        _check_shape("factor", factor, (x.shape[0],), "x", x)
+        if factor.requires_grad:
+            raise ValueError("factor wants a gradient, which it does not get; detach it")
+    _check_tensors(x=x, branch=branch, factor=factor, weight=weight, bias=bias)
+    (x,) = _to(torch.promote_types(x.dtype, branch.dtype), x)
+    weight, bias = _to(_state_dtype(x), weight, bias)
+    if factor is not None:
+        (factor,) = _to(branch.dtype, factor)
+    out_dtype = _out_dtype(x, x.dtype if out_dtype is None else out_dtype)
+    norm = registry.implementation(
+        _that_can_be_seen_into(backend, x.device),
+        operator="add_layer_norm",
+        device=x.device,
+        dtype=x.dtype,
+        out_dtype=out_dtype,
+        dim=index(x.shape[-1]),
+    )
+    return norm(x, branch, factor, weight, bias, eps, out_dtype)
+
+
 def cross_scan(x: Tensor, routes: Sequence[str] = ROUTES) -> Tensor:
     """Lay an image out along routes: (batch, height, width, dim) -> (batch, routes, height*width, dim)."""
     _check_image(x)

@@ -11,9 +11,11 @@ import torch
 
 WHERE = {
     "TorchDispatchMode": "torch.utils._python_dispatch",
+    "list_mode_options": "torch._inductor",
     "feature_take_indices": "timm.models._features",
     "MATCH_PREV_GROUP": "timm.models._manipulate",
 }
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Dispatch keys that a thread includes when nothing watches its calls.
 _UNWATCHED = (
     torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
@@ -40,6 +42,17 @@ def is_exporting() -> bool:
 def is_watched() -> bool:
     """Whether a mode, a transform of torch.func or a trace gets to see what this thread's operators are called with."""
     return bool(torch._C._dispatch_tls_local_include_set().raw_repr() & ~_UNWATCHED)
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether calling a module does more than its class's `forward`: hooks, another function in its place, compiled."""
+    own = vars(module)
+    return (
+        any(own[name] for name in _HOOKS)
+        or any(getattr(torch.nn.modules.module, f"_global{name}") for name in _HOOKS)
+        or "forward" in own
+        or module._compiled_call_impl is not None
+    )
 
 
 def raw_stream(device: int) -> int:

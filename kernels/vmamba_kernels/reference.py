@@ -156,6 +156,22 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: t
         return F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, eps).to(out_dtype)
 
 
+def add_layer_norm(
+    x: Tensor,
+    branch: Tensor,
+    factor: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """`vmamba_kernels.add_layer_norm`, already checked."""
+    if factor is not None:
+        branch = branch * factor.view(-1, *[1] * (branch.dim() - 1))
+    total = x + branch
+    return total, layer_norm(total, weight, bias, eps, out_dtype)
+
+
 def _project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """x (batch, height, width, dim) by weight (routes, rows, dim) -> (batch, height, width, routes, rows)."""
     return F.linear(x, weight.flatten(0, 1)).to(dtype).unflatten(-1, (weight.shape[0], -1))
@@ -317,4 +333,5 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     "cross_selective_scan": cross_selective_scan,
     "cross_ssd": cross_ssd,
     "layer_norm": layer_norm,
+    "add_layer_norm": add_layer_norm,
 }

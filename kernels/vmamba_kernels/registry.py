@@ -32,6 +32,7 @@ PREFERENCE = {
     "cross_selective_scan": ("cuda", "triton", "cpu", "reference"),
     "cross_ssd": ("triton", "reference"),
     "layer_norm": ("cuda", "reference"),
+    "add_layer_norm": ("cuda", "reference"),
 }
 
 LARGE = 96  # channels of a scan that takes long without the cpu backend

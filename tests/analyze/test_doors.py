@@ -108,6 +108,15 @@ def test_where_nothing_can_be_written_is_said_before_the_work(door, parser_of, m
             function(**{"output": str(tmp_path / "new"), flag: str(tmp_path)})
 
 
+@pytest.mark.parametrize(("door", "flag"), [("activation_map", "image"), ("gradcam", "image"), ("erf", "images_from")])
+def test_what_is_read_is_not_written_over(door, flag, parser_of, tmp_path):
+    path = tmp_path / f"{door}.png"
+    path.write_bytes(b"an image")
+    with pytest.raises(UserError, match=f"{door}.png' would be written over '.*{door}.png', which is read here"):
+        parser_of(door).function(**{flag: str(path if flag == "image" else tmp_path), "output": str(tmp_path)})
+    assert path.read_bytes() == b"an image"
+
+
 @pytest.fixture
 def impostors(tmp_path):
     """A folder of files that are called what our packages are."""

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 PICTURES = sorted(
     path.stem for path in (ROOT / "docs/figures").glob("*.png") if path.stem != "digit"
 )  # shown to models
+RUNS = ("vmamba_digits", "scenes_detection", "scenes_segmentation")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
 
 # Stands in for Python: writes down the command, and a picture that holds it into the folder named by --output.
@@ -20,7 +21,7 @@ echo "$*" >> commands
 [ "$1" = -m ] && exit
 for output; do :; done
 case $1 in
-    main.py) mkdir -p $output && mkdir $output/vmamba_digits $output/vmamba_digits/default ;;
+    main.py) name=$(basename "$3" .yaml) && mkdir -p $output && mkdir $output/$name $output/$name/default ;;
     "$FAILS") exit 1 ;;
     *) mkdir -p $output && echo "$*" > $output/picture.png ;;
 esac
@@ -50,9 +51,10 @@ def make_figures(checkout, fails=""):
 
 def test_the_pictures_are_made_in_order_from_a_fresh_folder(checkout):
     assert make_figures(checkout).returncode == 0
-    install, train, *drawn = (checkout / "commands").read_text().splitlines()
+    install, *rest = (checkout / "commands").read_text().splitlines()
+    trained, drawn = rest[: len(RUNS)], rest[len(RUNS) :]
     assert install.startswith("-m pip install")
-    assert train == "main.py --cfg configs/vmamba_digits.yaml --output output/figures"
+    assert trained == [f"main.py --cfg configs/{name}.yaml --output output/figures" for name in RUNS]
     assert len(drawn) == len(PICTURES)
     for command in drawn:
         assert not re.search(r"output/(?!figures/)", command)  # nothing of other runs
@@ -71,12 +73,12 @@ def test_where_one_cannot_be_made_none_is_replaced(checkout):
 
 
 def commands_of_the_makefile() -> dict[str, str]:
-    """Picture -> its command as a reader would type it, with the run of `make train`."""
+    """Picture -> its command as a reader would type it, with the runs of `make train` and the other tasks'."""
     dry = subprocess.run(["make", "-n", "figures"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     commands = {}
     for line in dry.stdout.replace("\\\n", " ").splitlines():
         if found := re.search(r"(analyze/.*) --output output/figures/(\w+)$", " ".join(line.split())):
-            commands[found[2]] = found[1].replace("output/figures/vmamba_digits", "output/vmamba_digits")
+            commands[found[2]] = re.sub(f"output/figures/({'|'.join(RUNS)})", r"output/\1", found[1])
     return commands
 
 

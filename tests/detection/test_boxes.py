@@ -5,14 +5,15 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torchvision.models.detection._utils import BoxCoder
-from torchvision.ops import MultiScaleRoIAlign, box_iou, roi_align
+from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, roi_align
 
 from vmamba.detection import boxes as rules
 from vmamba.detection.boxes import BOX_STDS, RPN_STDS, anchors, assign, cut, decode, encode, sample
 from vmamba.detection.roi_heads import RoIHead, _mask_targets, paste_masks, read_regions
-from vmamba.detection.rpn import _best, _inside
+from vmamba.detection.rpn import ProposalSettings, RPNHead, _best, _inside, _suppress
 
 CPU = torch.device("cpu")
 
@@ -135,6 +136,23 @@ def test_anchors_of_the_batchs_padding_do_not_count():
         assert torch.equal(found, expected)
 
 
+def test_proposals_are_the_best_and_as_many_as_asked_for():
+    torch.manual_seed(0)
+    head, maps, sizes = RPNHead(3), pyramid(128), [(128, 128), (100, 128)]
+    nn.init.normal_(head.rpn_cls.weight)
+    with torch.no_grad():
+        scores, offsets = head(maps)
+    every = head.proposals(scores, offsets, sizes, ProposalSettings(nms_pre=40, max_per_img=10_000, rpn_nms=1.0))
+    most = 4 * 40 + 12  # the last level has 2 x 2 x 3 anchors; those outside of the image are none
+    for few, (boxes, chances) in zip(
+        head.proposals(scores, offsets, sizes, ProposalSettings(nms_pre=40, max_per_img=7, rpn_nms=1.0)),
+        every,
+        strict=True,
+    ):
+        assert most - 10 < len(boxes) <= most and torch.equal(chances, chances.sort(descending=True).values)
+        assert torch.equal(few[0], boxes[:7]) and torch.equal(few[1], chances[:7])
+
+
 def pyramid(side=256):
     return [torch.randn(2, 3, side // stride, side // stride) for stride in (4, 8, 16, 32, 64)]
 
@@ -170,6 +188,33 @@ def test_mask_targets_are_the_truths_mask_in_the_box():
     assert (found[1, :, :14] == 0).all() and (found[1, :, 14:] == 1).all()
 
 
+@pytest.mark.parametrize("pixels", [1, 3 * 40 * 60, 1 << 25])  # a mask at a time, three, all
+def test_mask_targets_are_the_same_however_many_masks_are_read_at_a_time(monkeypatch, pixels):
+    torch.manual_seed(0)
+    masks = (torch.rand(10, 40, 60) < 0.5).byte()
+    boxes = torch.cat([random_boxes(30, 40, 3), torch.tensor([[5.0, 5.0, 5.0, 9.0], [70.0, 50.0, 90.0, 60.0]])])
+    stands_for = torch.randint(10, (32,))
+    monkeypatch.setattr("vmamba.detection.roi_heads._PIXELS", pixels)
+    regions = roi_align(masks.float()[stands_for][:, None], list(cut(boxes, (40, 60)).split(1)), 28, aligned=True)
+    assert torch.equal(_mask_targets(masks, boxes, stands_for, 28), (regions[:, 0] >= 0.5).float())
+    assert _mask_targets(masks[:0], boxes[:0], stands_for[:0], 28).shape == (0, 28, 28)
+
+
+def test_mask_targets_of_three_hundred_truths_take_little_memory(monkeypatch):
+    """In float32 their masks at once are 1.3 GB."""
+    largest = []
+
+    def watched(masks, *args, **options):
+        largest.append(masks.numel())
+        return roi_align(masks, *args, **options)
+
+    monkeypatch.setattr("vmamba.detection.roi_heads.roi_align", watched)
+    masks = torch.ones(1, 800, 1344, dtype=torch.uint8).expand(300, -1, -1)
+    targets = _mask_targets(masks, random_boxes(128, 500), torch.randint(300, (128,)), 28)
+    assert (targets == 1).all()
+    assert max(largest) <= 1 << 25 and sum(largest) == masks.numel()
+
+
 def test_pasted_masks_are_the_boxes_part_of_the_image(monkeypatch):
     torch.manual_seed(0)
     size, boxes = (50, 70), torch.tensor([[10.0, 12.0, 38.0, 40.0], [-5.0, -5.0, 200.0, 90.0], [3.2, 4.9, 3.9, 9.0]])
@@ -181,7 +226,7 @@ def test_pasted_masks_are_the_boxes_part_of_the_image(monkeypatch):
     expected = F.interpolate(logits[None, 1:2].sigmoid(), (95, 205), mode="bilinear")[0, 0, 5:55, 5:75] >= 0.5
     assert (found[1] != expected).float().mean() < 1e-3
     assert not found[2, :, 4:].any() and not found[2, :, :3].any()
-    monkeypatch.setattr("vmamba.detection.roi_heads._PASTED", 1)  # one at a time
+    monkeypatch.setattr("vmamba.detection.roi_heads._PIXELS", 1)  # one at a time
     assert torch.equal(paste_masks(logits, boxes, size, 0.5)[1:], found[1:])
     assert paste_masks(logits[:0], boxes[:0], size, 0.5).shape == (0, *size)
     without_area = torch.tensor([[10.5, 12.0, 10.5, 40.0], [70.0, 50.0, 70.0, 50.0], [0.0, 0.0, 0.0, 0.0]])
@@ -221,3 +266,20 @@ def test_losses_of_the_second_stage_by_hand():
     for name, value in expected.items():
         torch.testing.assert_close(losses[name], value, rtol=1e-5, atol=1e-6)
     assert np.isfinite([value.item() for value in losses.values()]).all()
+
+
+def test_proposals_are_suppressed_as_torchvision_does_by_level():
+    torch.manual_seed(0)
+    levels = []
+    for count in (300, 200, 50, 7, 0):
+        centres, sides = torch.rand(count, 2) * 200, torch.rand(count, 2) * 60
+        sides[::17] = 0  # boxes without area are left out
+        boxes = torch.cat([centres - sides / 2, centres + sides / 2], 1).clamp(0, 200)
+        levels.append((boxes, (torch.rand(count) * 50).round() / 50))  # many of the same score
+    boxes, scores = (torch.cat(each) for each in zip(*levels, strict=True))
+    which = torch.cat([torch.full((len(box),), level) for level, (box, _) in enumerate(levels)])
+    real = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1).nonzero()[:, 0]
+    for most in (100, 1000):
+        kept = real[batched_nms(boxes[real], scores[real], which[real], 0.7)][:most]
+        ours = _suppress(levels, ProposalSettings(1000, most, 0.7))
+        assert torch.equal(ours[0], boxes[kept]) and torch.equal(ours[1], scores[kept])

@@ -11,6 +11,7 @@ from torchvision.ops import masks_to_boxes
 from vmamba.config import get_config
 from vmamba.data.draws import seed_generators
 from vmamba.data.transforms import fitted
+from vmamba.detection.annotations import parse
 from vmamba.detection.datasets import Sample, open_dataset
 from vmamba.detection.transforms import Collate, Transform
 from vmamba.errors import UserError
@@ -89,7 +90,8 @@ def test_a_crop_may_lose_all_objects(folder):
 
 def test_evaluation_fits_and_pads_and_draws_nothing(folder):
     config = tiny_config(folder, *FLIP, *CROP[2:])
-    for batch in eval_loader(config):
+    for batch in (alone for several in eval_loader(config) for alone in several):
+        assert len(batch["images"]) == 1
         assert batch["images"].shape[2] % 32 == batch["images"].shape[3] % 32 == 0
         for number, (height, width) in enumerate(batch["image_sizes"]):
             assert (height, width) == fitted(batch["original_sizes"][number], 48, 64)
@@ -168,6 +170,15 @@ def test_what_is_trained_on(folder):
             assert (extent - torch.from_numpy(box)).abs().max() <= 1
     held_out = open_dataset(tiny_config(folder), training=False)
     assert len(held_out) == HELD_OUT and not any(len(held_out.load(index).labels) for index in range(HELD_OUT))
+
+
+def test_labels_are_in_the_order_of_the_numbers_not_of_the_file(folder):
+    tiny_config(folder)
+    content = read(folder)
+    before = parse(content, "some.json")
+    content["categories"].reverse()
+    assert parse(content, "some.json") == before
+    assert before.categories == ((3, "disc"), (7, "bar"), (20, "ring"))
 
 
 def test_thousands_of_objects_are_bounded(folder):

@@ -15,12 +15,12 @@ from vmamba.detection.task import Task
 from vmamba.errors import UserError
 from vmamba.models.pretrained import open_checkpoint
 from vmamba.runtime.distributed import World
-from vmamba.runtime.step import OptimizerStep
+from vmamba.runtime.step import OptimizerStep, parallelise
 from vmamba.runtime.stop import Stopped
 from vmamba.runtime.trainer import run
 
 from ..classification.tiny import ALONE, differences, log, metrics, saved
-from .tiny import command, tiny_config
+from .tiny import command, tiny_config, train_loader
 
 NO_CHANCE = (
     "MODEL.DROP_PATH_RATE",
@@ -173,6 +173,31 @@ def test_a_classifiers_weights_start_a_run_and_are_no_detector(tmp_path):
         vmamba.load_detector(path)
 
 
+def test_a_step_reads_training_proposals_and_anchors_of_an_images_own_padding(tmp_path, monkeypatch):
+    shapes = ("DATA.GROUP_BY_ASPECT", False, "DATA.DIVISOR", 16)  # 64 x 48 and 48 x 64 in a batch of 64 x 64
+    config = tiny_config(tmp_path, *NO_CHANCE, *shapes, "MODEL.PROPOSALS", [20, 5])
+    task, loader = Task(config), train_loader(config)
+    model = task.build_model().train()
+    nn.init.normal_(model.rpn_head.rpn_cls.weight)  # or all anchors would have the same loss
+    batch = next(batch for batch in loader if len(set(batch["padded_sizes"])) == 2)
+    assert set(batch["padded_sizes"]) == {(64, 48), (48, 64)} and batch["images"].shape[2:] == (64, 64)
+    proposed = []
+    losses_of = model.roi_head.losses
+    monkeypatch.setattr(
+        model.roi_head, "losses", lambda maps, boxes, targets: proposed.extend(boxes) or losses_of(maps, boxes, targets)
+    )
+    losses = task.loss(model, batch, step=0, part=0)
+    assert all(5 < len(boxes) <= 20 for boxes in proposed) and len(proposed) == 2
+    scores, offsets = model.rpn_head(model.pyramid(batch["images"]))
+    truths = [target["boxes"] for target in batch["targets"]]
+    own, whole = (
+        model.rpn_head.losses(scores, offsets, sizes, truths)["loss_rpn_cls"]
+        for sizes in (batch["padded_sizes"], [(64, 64)] * 2)
+    )
+    torch.testing.assert_close(losses["loss_rpn_cls"], own)
+    assert not torch.isclose(own, whole, rtol=1e-3)
+
+
 def test_a_step_waits_for_the_device_a_few_times(tmp_path, monkeypatch):
     """Once for the labels, for the samples of each stage, for the levels of boxes and of masks; the proposals aside."""
     waits, building = [], []
@@ -217,3 +242,30 @@ def test_an_unknown_detector_names_those_there_are(tmp_path):
         vmamba.create_detector("mask_rnn")
     with pytest.raises(UserError, match="option of MaskRCNN 'hiden'; did you mean 'hidden'"):
         vmamba.create_detector("mask_rcnn", "vmamba_nano", hiden=3)
+
+
+def test_compilation_is_of_the_backbone_and_not_as_graphs(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiled.append((self, options)))
+    config = tiny_config(tmp_path, "TRAIN.COMPILE", "default")
+    model = Task(config).build_model()
+    parallelise(model, config, World(0, 1, 0, torch.device("cpu")))
+    assert compiled == [(model.backbone, {"options": {"layout_optimization": False}})]
+    with pytest.raises(UserError, match="cudagraphs, which would make a CUDA graph for each .* TRAIN.COMPILE default"):
+        run(tiny_config(tmp_path, "TRAIN.COMPILE", "cudagraphs"))
+
+
+@pytest.mark.parametrize(
+    ("opts", "sentence"),
+    [
+        (
+            ("AUG.CROP", 0.5, "AUG.CROP_SHORT_SIDES", "[]"),
+            r"AUG.CROP is 0.5 and AUG.CROP_SHORT_SIDES is \[\]; name the",
+        ),
+        (("AUG.CROP_SIDES", "[60, 30]"), r"AUG.CROP_SIDES is \[60, 30\]; expected the smaller first"),
+        (("DATA.SCALE", "[96, 64]"), r"DATA.SCALE is \[96, 64\]; expected the smaller first"),
+    ],
+)
+def test_settings_that_cannot_be_are_told_at_the_start(tmp_path, opts, sentence):
+    with pytest.raises(UserError, match=sentence):
+        Task(tiny_config(tmp_path, *opts))

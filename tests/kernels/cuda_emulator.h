@@ -28,6 +28,8 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 inline float __uint_as_float(unsigned v) { float r; memcpy(&r, &v, 4); return r; }
+inline float __int_as_float(int v) { float r; memcpy(&r, &v, 4); return r; }
+static float rsqrtf(float v) { return 1.f / std::sqrt(v); }
 inline unsigned __float_as_uint(float v) { unsigned r; memcpy(&r, &v, 4); return r; }
 inline float __fdividef(float a, float b) { return a / b; }
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {

@@ -18,8 +18,8 @@ import torch
 from vmamba_kernels.cuda import compiler, scan
 
 # The package's attributes of these names are functions.
-operators, sequences = (
-    sys.modules[f"vmamba_kernels.cuda.{name}"] for name in ("cross_selective_scan", "selective_scan")
+operators, sequences, norms = (
+    sys.modules[f"vmamba_kernels.cuda.{name}"] for name in ("cross_selective_scan", "selective_scan", "layer_norm")
 )
 
 HEADER = Path(__file__).with_name("cuda_emulator.h")
@@ -90,6 +90,8 @@ def install(monkeypatch, folder: Path, processors: int = 1) -> None:
     emulator = Emulator(folder)
     monkeypatch.setattr(scan, "load", emulator)
     monkeypatch.setattr(sequences, "load", emulator)
+    monkeypatch.setattr(norms, "load", emulator)
+    monkeypatch.setattr(norms, "_backward_blocks", lambda device: 3)
     monkeypatch.setattr(operators, "TYPED_PRODUCT", False)  # not on a CPU
     monkeypatch.setattr(scan, "_limits", lambda device: (processors, 227 * 1024))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())

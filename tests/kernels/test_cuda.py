@@ -29,7 +29,7 @@ from vmamba_kernels.cuda.scan import Geometry, Scan
 from vmamba_kernels.registry import Call
 
 from . import cuda_emulator
-from .cuda_emulator import operators, sequences
+from .cuda_emulator import norms, operators, sequences
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "sm_120": 99 * 1024}  # bytes of a block
@@ -505,6 +505,9 @@ def _install(monkeypatch, folder, processors=1):
         module._scan.cache_clear()  # of what another emulator has loaded
         for operator in (module.FORWARD, module.BACKWARD):
             _on_cpu_tensors(operator)
+    norms._kernels.cache_clear()
+    for operator in (norms.FORWARD, norms.BACKWARD, norms.ADD_FORWARD, norms.ADD_BACKWARD):
+        _on_cpu_tensors(operator)
 
 
 @functools.cache  # once a process: the dispatcher keeps it
@@ -689,3 +692,44 @@ def test_second_derivatives_are_refused(on_a_cpu):
     (gradient,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivatives; backend 'reference' has"):
         gradient.sum().backward()
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape, dtype, branch_dtype, out_dtype, drops", [
+    ((3, 2, 5, 96), F32, BF16, BF16, True),
+    ((2, 3, 7, 200), F32, F32, F32, False),
+    ((2, 11, 3), BF16, BF16, F32, True),
+    ((1, 3, 300), F32, F16, F16, True),
+    ((5, 1), F32, F32, BF16, False),
+])  # fmt: skip
+def test_norms_on_an_emulated_gpu(on_a_cpu, shape, dtype, branch_dtype, out_dtype, drops):
+    """Both norms, output and every gradient, against float64."""
+    x, branch, weight, bias, d_sum, dy = _leaves(shape, shape, shape[-1:], shape[-1:], shape, shape)
+    leaves = [x.detach().to(dtype), branch.detach().to(branch_dtype), weight.detach(), bias.detach()]
+    factor = torch.arange(shape[0]).to(branch_dtype) * 1.25 if drops else None
+    d_sum, dy = d_sum.detach().to(dtype), dy.detach().to(out_dtype)
+    for adds in (False, True):
+        results = []
+        for cast, module, kind in ((lambda t: t, norms, out_dtype), (torch.Tensor.double, reference, torch.float64)):
+            x, branch, weight, bias = here = [cast(t).requires_grad_() for t in leaves]
+            if adds:
+                its_factor = None if factor is None else cast(factor)
+                out = module.add_layer_norm(x, branch, its_factor, weight, bias, 1e-5, kind)
+                results.append([*out, *torch.autograd.grad(out, here, [cast(d_sum), dy.to(kind)])])
+            else:
+                out = module.layer_norm(x, weight, bias, 1e-5, kind)
+                results.append([out, *torch.autograd.grad(out, (x, weight, bias), dy.to(kind))])
+        bound = 1e-6 if {dtype, branch_dtype, out_dtype} == {F32} else 1e-2
+        for got, want in zip(*results, strict=True):
+            assert got.is_contiguous() and (got - want).norm() <= bound * want.norm().clamp(min=1e-3)
+
+
+@needs_compiler
+def test_opcheck_of_the_norm_of_a_sum(on_a_cpu):
+    x, branch, weight, bias = _leaves((2, 3, 5), (2, 3, 5), (5,), (5,))
+    for factor in (None, torch.tensor([0.0, 1.5])):
+        results = torch.library.opcheck(
+            torch.ops.vmamba.add_layer_norm_cuda, (x, branch, factor, weight, bias, 1e-5, F32)
+        )
+        assert set(results.values()) == {"SUCCESS"}
+    assert norms.add_layer_norm(x[:0], branch[:0], None, weight, bias, 1e-5, F32)[1].shape == (0, 3, 5)

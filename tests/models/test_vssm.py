@@ -8,6 +8,7 @@ import vmamba
 from vmamba.models.layers import LayerNorm, downsample
 from vmamba.models.variants import VARIANTS
 from vmamba.models.vssm import resize_pos_embed
+from vmamba_kernels import add_layer_norm
 
 TINY = dict(depths=(1, 2), dims=16, d_state=2, num_classes=7)
 
@@ -261,3 +262,81 @@ def test_unknown_model():
     with pytest.raises(vmamba.UserError, match="unknown model 'vmamba_tinny'; did you mean 'vmamba_tiny'?"):
         vmamba.create_model("vmamba_tinny")
     assert set(vmamba.list_models()) == set(VARIANTS)
+
+
+# Sums and norms as one operator, where nobody looks between blocks.
+
+
+def block_by_block(model, x):
+    """The classifier's scores, each block called by itself."""
+    x = model._stem(x)
+    for stage in model.layers:
+        for block in stage.blocks:
+            x = block(x)
+        x = model._downsample(stage, x)
+    return model.forward_head(x)
+
+
+@pytest.fixture
+def sums(monkeypatch):
+    """Which norms were taken together with the sum before them."""
+    seen = []
+
+    def watched(x, branch, weight, bias, **options):
+        seen.append(weight)
+        return add_layer_norm(x, branch, weight, bias, **options)
+
+    monkeypatch.setattr("vmamba.models.layers.add_layer_norm", watched)
+    return seen
+
+
+@pytest.mark.parametrize("options", [{}, dict(mlp_ratio=0.0), dict(norm_layer="bn"), dict(scan="ssd", depths=(3, 1))])
+@pytest.mark.parametrize("training", [True, False])
+def test_blocks_in_a_stage_are_the_blocks_one_by_one(sums, options, training):
+    model = build(drop_path_rate=0.5, **options).train(training)
+    x, results = torch.randn(3, 3, 32, 32), []
+    for function in (model, lambda x: block_by_block(model, x)):
+        torch.manual_seed(1)
+        model.zero_grad()
+        out = function(x)
+        out.square().sum().backward()
+        results.append([out, *(parameter.grad for parameter in model.parameters())])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    if not options:  # of the three blocks each one's second norm, and once the next one's first; then block by block
+        blocks = [block for stage in model.layers for block in stage.blocks]
+        first = [blocks[0].norm2, blocks[1].norm2, blocks[2].norm, blocks[2].norm2]
+        expected = [norm.weight for norm in (*first, *(block.norm2 for block in blocks))]
+        assert len(sums) == len(expected) and all(a is b for a, b in zip(sums, expected, strict=True))
+    if options.get("norm_layer") == "bn":
+        assert not sums
+
+
+@pytest.mark.parametrize("name", ["", ".norm", ".norm2", ".drop_path", ".op", ".mlp"])
+def test_hooks_between_blocks_see_what_they_always_saw(name):
+    model, seen = build().eval(), []
+    x = torch.randn(1, 3, 32, 32)
+    expected = model(x)
+    watched = [model.get_submodule(f"layers.1.blocks.{i}{name}") for i in range(2)]
+    for module in watched:
+        module.register_forward_hook(lambda module, given, out: seen.append((module, given[0], out)))
+    assert torch.equal(model(x), expected)
+    assert [module for module, *_ in seen] == ([watched[0]] * 2 + [watched[1]] * 2 if "drop" in name else watched)
+    if not name:
+        assert torch.equal(seen[0][2], seen[1][1])  # what a block gives is what the next one is given
+    assert all(torch.equal(module.forward(given), out) for module, given, out in seen)
+
+
+def test_modules_in_the_place_of_ours_are_called(sums):
+    model = build().eval()
+    x = torch.randn(1, 3, 32, 32)
+    expected = model(x)
+    sums.clear()
+    for block in (block for stage in model.layers for block in stage.blocks):
+        other = torch.nn.LayerNorm(block.norm2.normalized_shape)
+        other.load_state_dict(block.norm2.state_dict())
+        block.norm2 = other
+    model.layers[1].blocks[1].norm.forward = lambda y: y * 0
+    assert not torch.allclose(model(x), expected) and not sums
+    del model.layers[1].blocks[1].norm.forward
+    torch.testing.assert_close(model(x), expected)
+    assert [weight.shape for weight in sums] == [(32,)]

@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from vmamba.runtime.trainer import run
 from vmamba.segmentation.data import build_train_loader
 from vmamba.segmentation.evaluation import Inference, IoU, windows
 from vmamba.segmentation.models import build_model, create_segmenter
+from vmamba.segmentation.upernet import Pool, resize
 
 from .tiny import CLASSES, log, metrics, saved, tiny_config
 
@@ -186,3 +188,20 @@ def test_what_is_decayed_of_a_segmenter():
         assert not [name for name in names if re.search(r"\.bias$|norm|\.bn\.|pos_embed|relative_position", name)]
         assert {"decode_head.conv_seg.weight", "decode_head.bottleneck.conv.weight"} <= names
         assert len(without_wrappers(model.state_dict())) > len(names) > 30
+
+
+@pytest.mark.parametrize("size", [(20, 28), (7, 40), (1, 1), (3, 5), (5, 7)])
+@pytest.mark.parametrize("part", ["resize", "pool"])
+def test_products_are_pytorchs_resizing_and_pooling(monkeypatch, part, size):
+    torch.manual_seed(0)
+    x, grad = torch.randn(2, 3, 5, 7, requires_grad=True), torch.randn(2, 3, *size)
+    if part == "resize":
+        function = partial(resize, size=size)
+    else:
+        function, grad = Pool(size[0]), grad[..., :1].expand(2, 3, size[0], size[0])
+    theirs = function(x)
+    monkeypatch.setattr("vmamba.segmentation.upernet._in_training_on_a_gpu", lambda x: True)
+    ours = function(x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    gradients = [torch.autograd.grad(y, x, grad)[0] for y in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)

@@ -1,6 +1,7 @@
 """What a checkpoint of any task says of images: classes, boxes and masks, or a map, as JSON and as pictures."""
 
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,11 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.font_manager import findfont
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from vmamba.analysis.classes import class_names
+from vmamba.analysis.classes import category_numbers, class_names
 from vmamba.analysis.tables import write_json
 from vmamba.analysis.zoo import choose_device
 from vmamba.classification.transforms import build_transform
@@ -28,9 +29,9 @@ from vmamba.detection.datasets import without_objects
 from vmamba.detection.evaluation import as_results
 from vmamba.detection.transforms import Collate, Transform
 from vmamba.errors import UserError
-from vmamba.files import make_folder, read_text, write_atomically
+from vmamba.files import check_keeps, make_folder, read_text, write_atomically
 from vmamba.models.pretrained import Checkpoint, open_checkpoint
-from vmamba.models.whole import variant_of
+from vmamba.models.whole import shape_of, variant_of
 from vmamba.runtime.task import open_task
 from vmamba.segmentation import models as segmentation_models
 from vmamba.segmentation.datasets import Sample
@@ -39,8 +40,14 @@ from vmamba.segmentation.transforms import EvalTransform
 from vmamba.text import counted, printable, some
 
 logger = logging.getLogger("vmamba")
-_LEAST, _MOST = 256, 2048  # sides that a picture is scaled to where its image is smaller or larger
+_LEAST, _MOST = 256, 2048  # long sides that a picture is scaled to where its image is smaller or larger
+_SHORT = 128  # the least short side, which has place for some labels
 _LEGEND = 12  # classes in it
+BACKGROUND = "background"  # a class of this name is left as it is in the image
+_COLOURS = (  # of S. Trubetskoy's distinct colours
+    *("#e6194B", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4"),  # red, green, yellow, blue, orange, purple
+    *("#42d4f4", "#f032e6", "#bfef45", "#fabed4", "#469990", "#9A6324"),  # cyan, magenta, lime, pink, teal, brown
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,8 @@ class Answer:
 
     told: dict[str, Any]  # for JSON
     draw: Callable[[Image.Image], Image.Image]  # on the image, scaled to be readable
+    legend: Sequence[str] = ()  # lines to be set beside it
+    colours: Sequence[tuple[int, int, int] | None] = ()  # a line's, where they have any
 
 
 Predictor = Callable[[Image.Image], Answer]
@@ -76,27 +85,26 @@ def predict(
         weights: as of `vmamba.load_checkpoint`.
 
     Returns what is written as JSON: for each image `top` (class, name and probability of the best five), `objects` (in
-    COCO's form of results) or `classes` (share of the pixels).  Raises UserError without any image, and for a
-    checkpoint that cannot be read; an image that cannot be read is named in the log and left out.
+    COCO's form of results, with class and name) or `classes` (class, name and share of the pixels); classes are counted
+    from 0.  Raises UserError without any image, for a checkpoint that cannot be read, and where a picture would be
+    written over what is read; an image that cannot be read is named in the log and left out.
     """
     files = find_images(images)
-    found = open_checkpoint(checkpoint, weights)
-    config = config_of(found, cfg)
-    place = choose_device(device)
-    task = open_task(config)
-    model = task.build_model()
-    task.load(model, found)
-    called = _read_names(names, config) if names else class_names(config)
-    predictor = _PREDICTORS[config.TASK](config, model.to(place).eval(), place, called, score)
+    pictures = _picture_names(files)
+    read = [*files, *filter(None, [checkpoint, cfg, names])]
+    check_keeps(read, *(Path(output) / name for name in (*pictures, "predictions.json")))
+    predictor = open_predictor(checkpoint, cfg=cfg, names=names, score=score, weights=weights, device=device).answer
     told: dict[str, Any] = {}
-    for path, picture in zip(files, _picture_names(files), strict=True):
+    for path, picture in zip(files, pictures, strict=True):
         try:
             image = decode(path, 3, path)
         except UnreadableImage as error:
             logger.warning("left out: %s", error)
             continue
         answer = predictor(image)
-        drawn = answer.draw(_readable(image))
+        drawn = answer.draw(readable(image))
+        if answer.legend:
+            drawn = beside(drawn, answer.legend, answer.colours)
         make_folder((Path(output) / picture).parent)
         write_atomically(Path(output) / picture, lambda file, drawn=drawn: drawn.save(file, "png"))
         told[str(path)] = {"picture": str(picture), **answer.told}
@@ -107,8 +115,42 @@ def predict(
     return told
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint's model, ready for images."""
+
+    config: CfgNode
+    model: nn.Module
+    names: list[str]  # of the classes
+    answer: Predictor
+
+
+def open_predictor(
+    checkpoint: str,
+    *,
+    cfg: str | None = None,
+    names: str | None = None,
+    score: float = 0.5,
+    weights: str = "auto",
+    device: str = "auto",
+) -> Opened:
+    """The arguments are those of `predict`.  Raises UserError for a checkpoint that cannot be read."""
+    found = open_checkpoint(checkpoint, weights)
+    config = config_of(found, cfg)
+    place = choose_device(device)
+    task = open_task(config)
+    model = task.build_model()
+    task.load(model, found)
+    called = _read_names(names, config) if names else class_names(config)
+    answer = _PREDICTORS[config.TASK](config, model.to(place).eval(), place, called, score)
+    return Opened(config, model, called, answer)
+
+
 def find_images(places: Sequence[str]) -> list[Path]:
-    """Files, those in folders, and those that match a pattern.  Raises UserError for a place where there are none."""
+    """Files, those in folders, and those that match a pattern, each once under whatever path it is given.
+
+    Raises UserError for a place where there are none.
+    """
     found: list[Path] = []
     for place in places:
         kind, left_out = what_is(place), LeftOut()
@@ -120,7 +162,10 @@ def find_images(places: Sequence[str]) -> list[Path]:
             beside = f" (left out: {left_out})" if left_out else ""
             raise UserError(f"there is no image at '{printable(place)}'{beside}; give files, folders or patterns")
         found += here
-    return list(dict.fromkeys(found))
+    first: dict[Path, Path] = {}
+    for path in found:
+        first.setdefault(path.parent.resolve() / path.name, path)
+    return list(first.values())
 
 
 def config_of(checkpoint: Checkpoint, cfg: str | None) -> CfgNode:
@@ -135,11 +180,12 @@ def config_of(checkpoint: Checkpoint, cfg: str | None) -> CfgNode:
     for models in (detection_models, segmentation_models):
         if models.HEAD in checkpoint.whole:
             return models.config_of(checkpoint)
-    head = checkpoint.state_dict.get("classifier.head.weight")
-    if head is None:
+    head = "classifier.head.weight"
+    if head not in checkpoint.state_dict:
         raise UserError(f"'{checkpoint.path}' holds neither a config nor a head that is known; give --cfg")
+    classes, _ = shape_of(checkpoint.state_dict, head, 2, checkpoint.path)
     name = variant_of(checkpoint.whole, checkpoint.path)
-    return get_config(None, ["MODEL.NAME", name, "MODEL.NUM_CLASSES", len(head)])
+    return get_config(None, ["MODEL.NAME", name, "MODEL.NUM_CLASSES", classes])
 
 
 def _read_names(path: str, config: CfgNode) -> list[str]:
@@ -150,20 +196,23 @@ def _read_names(path: str, config: CfgNode) -> list[str]:
 
 
 def _picture_names(files: Sequence[Path]) -> list[Path]:
-    """A name for each picture: the image's, with what tells it from others of that name: its folders, its suffix."""
-    folder = os.path.commonpath([path.absolute().parent for path in files])
-    places = ["_".join(path.absolute().relative_to(folder).parts) for path in files]
+    """A name for each picture: the image's, with what tells it from others of that name: its folders, its suffix, and
+    where those do not, since x_b.png may lie beside x/b.png, a number."""
+    whole = [path.parent.resolve() / path.name for path in files]
+    folder = os.path.commonpath([path.parent for path in whole])
+    places = ["_".join(path.relative_to(folder).parts) for path in whole]
     for names in ([path.stem for path in files], [os.path.splitext(place)[0] for place in places], places):
-        if len(set(names)) == len(names):
+        if len({name.casefold() for name in names}) == len(names):
             return [Path(f"{name}.png") for name in names]
-    raise AssertionError(f"two of {places} are one")
+    return [Path(f"{number}_{name}.png") for number, name in enumerate(places)]
 
 
-def _readable(image: Image.Image) -> Image.Image:
-    """`image` with its long side between `_LEAST` and `_MOST` pixels."""
-    long = max(image.size)
-    scale = max(1.0, _LEAST / long) * min(1.0, _MOST / long)
-    size = tuple(max(1, round(side * scale)) for side in image.size)
+def readable(image: Image.Image) -> Image.Image:
+    """`image` with its long side between `_LEAST` and `_MOST` pixels, and its short one at least `_SHORT`: what is
+    thinner than the two allow is widened."""
+    short, long = sorted(image.size)
+    scale = min(max(1.0, _LEAST / long, _SHORT / short), _MOST / long)
+    size = tuple(max(_SHORT, round(side * scale)) for side in image.size)
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
@@ -186,27 +235,39 @@ def classifier(
             for chance, label in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
         lines = [f"{each['name']}  {each['probability']:.1%}" for each in top]
-        return Answer({"top": top}, lambda picture: beside(picture, lines))
+        return Answer({"top": top}, lambda picture: picture, lines)
 
     return answer
 
 
 def detector(config: CfgNode, model: nn.Module, device: torch.device, names: Sequence[str], score: float) -> Predictor:
     transform, collate = Transform(config, training=False), Collate(config.DATA.DIVISOR)
-    numbers = range(len(names))
+    numbers = category_numbers(config)
 
     @torch.no_grad()
     def answer(image: Image.Image) -> Answer:
         batch = collate([transform(without_objects(image, 0))])
-        (found,) = model(batch["images"].to(device), batch["image_sizes"], output_sizes=batch["original_sizes"])
-        objects = as_results(0, found, numbers)
-        for each in objects:
+        sizes = batch["original_sizes"]
+        (found,) = model.detect(batch["images"].to(device), batch["image_sizes"], sizes)
+        objects = as_results(0, found, model.masks(found, sizes[0]), numbers)
+        for each, label in zip(objects, found["labels"].tolist(), strict=True):
             del each["image_id"]
-            each["name"] = names[each["category_id"]]
+            each |= {"class": label, "name": names[label]}
         seen = {name: values[found["scores"] >= score].cpu() for name, values in found.items()}
         shown = zip(seen["labels"].tolist(), seen["scores"].tolist(), strict=True)
         labels = [f"{names[label]} {chance:.0%}" for label, chance in shown]
-        return Answer({"objects": objects}, lambda picture: _objects(picture, image.size, seen, labels))
+
+        def draw(picture: Image.Image) -> Image.Image:
+            scale = torch.tensor([picture.width / image.width, picture.height / image.height] * 2)
+            boxes, logits = seen["boxes"] * scale, seen["mask_logits"]
+
+            def mask(number: int) -> Tensor:
+                only = {"boxes": boxes[number : number + 1], "mask_logits": logits[number : number + 1]}
+                return next(model.masks(only, (picture.height, picture.width)))[0]
+
+            return draw_objects(picture, boxes.tolist(), mask, labels)
+
+        return Answer({"objects": objects}, draw, () if labels else ("nothing found",))
 
     return answer
 
@@ -221,8 +282,10 @@ def segmenter(config: CfgNode, model: nn.Module, device: torch.device, names: Se
         classes = inference(model, [each.to(device) for each in images], empty.shape).cpu()
         counts = torch.bincount(classes.flatten().long(), minlength=len(names))
         order = [label for label in counts.argsort(descending=True).tolist() if counts[label]]
-        shares = {names[label]: counts[label].item() / classes.numel() for label in order}
-        return Answer({"classes": shares}, lambda picture: _map(picture, classes, order, names))
+        shares = [
+            {"class": label, "name": names[label], "share": counts[label].item() / classes.numel()} for label in order
+        ]
+        return Answer({"classes": shares}, lambda picture: paint(picture, classes, names), *_legend(order, names))
 
     return answer
 
@@ -234,19 +297,22 @@ _PREDICTORS = {"classification": classifier, "detection": detector, "segmentatio
 
 
 def colour(number: int) -> tuple[int, int, int]:
-    """Of a class or an object; neighbours in number are far apart in hue."""
+    """Of a class or an object: the first ones are far apart, later ones in hue from their neighbours in number."""
+    if number < len(_COLOURS):
+        return ImageColor.getrgb(_COLOURS[number])
     red, green, blue, _ = matplotlib.colormaps["hsv"](number * 0.381966 % 1, bytes=True)
     return int(red), int(green), int(blue)
 
 
 def _font(picture: Image.Image) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(findfont("DejaVu Sans"), max(12, round(max(picture.size) / 45)))
+    side = min(max(picture.size) / 45, min(picture.size) / 6)
+    return ImageFont.truetype(findfont("DejaVu Sans"), max(12, round(side)))
 
 
 def beside(
-    picture: Image.Image, lines: Sequence[str], colours: Sequence[tuple[int, int, int]] | None = None
+    picture: Image.Image, lines: Sequence[str], colours: Sequence[tuple[int, int, int] | None] = ()
 ) -> Image.Image:
-    """`picture` with lines of text at its right, each behind a square of its colour where there are such."""
+    """`picture` with lines of text at its right, each behind a square of its colour where it has one."""
     font = _font(picture)
     step = round(1.5 * font.size)
     indent = step if colours else 0
@@ -257,44 +323,73 @@ def beside(
     draw = ImageDraw.Draw(whole)
     for number, line in enumerate(lines):
         x, y = picture.width + step // 2, step // 4 + number * step
-        if colours:
+        if colours and colours[number]:
             draw.rectangle((x, y + step // 8, x + font.size, y + step // 8 + font.size), fill=colours[number])
         draw.text((x + indent, y), line, fill="black", font=font)
     return whole
 
 
-def _objects(
-    picture: Image.Image, size: tuple[int, int], seen: dict[str, Tensor], labels: Sequence[str]
+def draw_objects(
+    picture: Image.Image, boxes: Sequence[Sequence[float]], mask: Callable[[int], Tensor], labels: Sequence[str]
 ) -> Image.Image:
-    """Boxes, masks and labels, the best on top; `size` is what they are in."""
-    if not labels:
-        return beside(picture, ["nothing found"])
+    """Boxes in the picture's pixels, masks and labels, the best on top; `mask` gives each by its number, (H, W) of any
+    size, one at a time."""
     picture, font = picture.copy(), _font(picture)
-    draw, pad = ImageDraw.Draw(picture), font.size // 4
-    scale = [picture.width / size[0], picture.height / size[1]] * 2
+    pad = font.size // 4
+    widths = [font.getlength(label) + 2 * pad for label in labels]
     for number in reversed(range(len(labels))):
-        of_it, mask = colour(number), seen["masks"][number].numpy()
-        shade = Image.fromarray(mask.astype(np.uint8) * 140).resize(picture.size, Image.Resampling.NEAREST)
-        picture.paste(of_it, (0, 0, *picture.size), shade)
+        shade = Image.fromarray(mask(number).numpy().astype(np.uint8) * 140)
+        shade = shade.resize(picture.size, Image.Resampling.NEAREST)
+        picture.paste(colour(number), (0, 0, *picture.size), shade)
+    whole = Image.new("RGB", (max([picture.width, *map(math.ceil, widths)]), picture.height), "white")
+    whole.paste(picture, (0, 0))  # the longest label may reach beyond a narrow picture
+    draw = ImageDraw.Draw(whole)
     for number in reversed(range(len(labels))):
-        left, top, right, bottom = (side * by for side, by in zip(seen["boxes"][number].tolist(), scale, strict=True))
-        draw.rectangle((left, top, right, bottom), outline=colour(number), width=max(1, font.size // 8))
-        width, height = font.getlength(labels[number]) + 2 * pad, font.size + 2 * pad
-        left = max(0, min(left, picture.width - width))
-        top = top - height if top >= height else min(bottom, picture.height - height)
-        draw.rectangle((left, top, left + width, top + height), fill=colour(number))
-        light = sum(colour(number)) > 380
-        draw.text((left + pad, top + pad), labels[number], fill="black" if light else "white", font=font)
-    return picture
+        draw.rectangle(boxes[number], outline=colour(number), width=max(1, font.size // 8))
+    taken: list[tuple[float, float, float, float]] = []
+    for number, label in enumerate(labels):  # the best choose their places first
+        place = _label_place(boxes[number], (widths[number], font.size + 2 * pad), whole.size, taken)
+        taken.append(place)
+        draw.rectangle(place, fill=colour(number))
+        light = np.dot(colour(number), (0.299, 0.587, 0.114)) > 140
+        draw.text((place[0] + pad, place[1] + pad), label, fill="black" if light else "white", font=font)
+    return whole
 
 
-def _map(picture: Image.Image, classes: Tensor, order: Sequence[int], names: Sequence[str]) -> Image.Image:
+def _label_place(
+    box: Sequence[float],
+    size: tuple[float, float],
+    whole: tuple[int, int],
+    taken: Sequence[tuple[float, float, float, float]],
+) -> tuple[float, float, float, float]:
+    """Where at `box` a label of `size` (width, height) is in a picture of size `whole` and covers none of `taken`;
+    above the box where it must cover one.  All are x1, y1, x2, y2."""
+    (left, top, right, bottom), (width, height) = box, size
+    places = []
+    for x in (left, right - width, right, left - width):
+        for y in (top - height, bottom, top, bottom - height):
+            x1, y1 = (max(0, min(at, most - side)) for at, most, side in zip((x, y), whole, size, strict=True))
+            places.append((x1, y1, x1 + width, y1 + height))
+    free = [place for place in places if not any(_overlap(place, other) for other in taken)]
+    return (free or places)[0]
+
+
+def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def paint(picture: Image.Image, classes: Tensor, names: Sequence[str]) -> Image.Image:
+    """`picture` in grey under the colours of a map (h, w) of classes, but for the background."""
     colours = np.array([colour(label) for label in range(len(names))], np.uint8)
     painted = Image.fromarray(colours[classes.numpy()]).resize(picture.size, Image.Resampling.NEAREST)
-    both = Image.blend(picture, painted, 0.55)
-    shown = list(order[:_LEGEND])
-    lines = [names[label] for label in shown]
+    shares = np.array([0 if name == BACKGROUND else 160 for name in names], np.uint8)
+    shade = Image.fromarray(shares[classes.numpy()]).resize(picture.size, Image.Resampling.NEAREST)
+    return Image.composite(painted, picture.convert("L").convert("RGB"), shade)
+
+
+def _legend(order: Sequence[int], names: Sequence[str]) -> tuple[list[str], list[tuple[int, int, int] | None]]:
+    """Lines and their colours; of more classes than are told apart the last line stands for the rest."""
+    lines = [names[label] for label in order[:_LEGEND]]
     if len(order) > _LEGEND:
         lines.append(f"and {some([names[label] for label in order[_LEGEND:]])}")
-        shown.append(order[_LEGEND])
-    return beside(both, lines, [tuple(colours[label].tolist()) for label in shown])
+    return lines, [None if names[label] == BACKGROUND else colour(label) for label in order[: len(lines)]]

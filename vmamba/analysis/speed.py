@@ -23,7 +23,7 @@ from vmamba.analysis.tables import markdown as markdown_table
 from vmamba.analysis.tables import parameters, write_json
 from vmamba.errors import UserError, unknown
 from vmamba.files import check_writable, write_text
-from vmamba.models.compilation import COMPILE_MODES
+from vmamba.models.compilation import compile_options
 from vmamba.models.flops import complexity
 from vmamba.models.vssm import VSSM
 from vmamba.text import counted
@@ -164,7 +164,7 @@ def compare(
     for name, model in models.items():
         model.to(device).train(case.mode == "train")
         batches[name] = case.batch or largest_batch(model, case, device)
-        called = torch.compile(model, **COMPILE_MODES[compile]) if compile else model
+        called = torch.compile(model, **compile_options(model, compile)) if compile else model
         step = build_step(called, case, batches[name], device)
         try:
             peaks[name] = peak_memory_mb(lambda step=step: [step() for _ in range(warm_up)], model, device)

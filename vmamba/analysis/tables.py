@@ -1,4 +1,4 @@
-"""Numbers for people and for programs: in words, as Markdown tables, as files of JSON and of tensors."""
+"""Numbers for people and for programs: in words, as Markdown tables and from them, as files of JSON and of tensors."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,6 +22,17 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [columns, [":--" if isinstance(rows[0][column], str) else "--:" for column in columns]]
     lines += [[_text(row[column]) for column in columns] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def read_table(text: str) -> list[dict[str, str]]:
+    """The rows of the first table in a page that `markdown` has written, each by column; none of a page without."""
+    lines: list[list[str]] = []
+    for line in text.splitlines():
+        if line.startswith("| "):
+            lines.append([cell.strip() for cell in line.strip().strip("|").split("|")])
+        elif lines:
+            break
+    return [dict(zip(lines[0], line, strict=False)) for line in lines[2:]]
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -22,6 +22,7 @@ from vmamba.analysis.zoo import choose_device
 from vmamba.detection.models import create_detector
 from vmamba.errors import unknown
 from vmamba.files import check_writable, write_text
+from vmamba.models.compilation import compile_options
 from vmamba.segmentation.models import create_segmenter
 from vmamba.text import counted
 from vmamba.timing import elapsed
@@ -40,6 +41,7 @@ class Case:
     dtype: str
     batch: int
     size: tuple[int, int]  # (height, width)
+    compile: str | None = None  # of COMPILE_MODES
 
 
 def tasks_speed(
@@ -53,6 +55,8 @@ def tasks_speed(
     warm_up: int = 5,
     repeats: int = 20,
     random_sizes: int = 0,
+    compile: str | None = None,
+    deterministic: bool = False,
     device: str = "auto",
     output: str = "output/tasks_speed",
     markdown: str | None = None,
@@ -65,6 +69,8 @@ def tasks_speed(
         size: of the images, (height, width).
         modes: "forward" is whole inference, suppression and masks included; "train" forward, backward and AdamW.
         random_sizes: steps of training on images of sizes drawn anew, after which time and memory are told; 0: none.
+        compile: of `COMPILE_MODES`; None: not compiled.  Of detectors that is the backbone alone, torchvision's aside.
+        deterministic: with `torch.use_deterministic_algorithms`, which on a GPU needs CUBLAS_WORKSPACE_CONFIG=:4096:8.
         markdown: one more file for the table.
 
     Returns the rows.  Raises UserError for an unknown task or backbone.
@@ -73,19 +79,22 @@ def tasks_speed(
         raise unknown("task", task, TASKS)
     check_writable(*filter(None, [Path(output, f"{task}.json"), markdown]))
     place, rows = choose_device(device), []
+    torch.use_deterministic_algorithms(deterministic)
     for mode in modes:
-        rows += compare([*backbones], Case(task, mode, dtype, batch, size), place, warm_up, repeats)
+        rows += compare([*backbones], Case(task, mode, dtype, batch, size, compile), place, warm_up, repeats)
     if random_sizes:
         rows += [
-            over_sizes(name, Case(task, "train", dtype, batch, size), place, random_sizes)
+            over_sizes(name, Case(task, "train", dtype, batch, size, compile), place, random_sizes)
             for name in backbones
             if name != TORCHVISION
         ]
+    torch.use_deterministic_algorithms(False)
     optimizer = "fused AdamW" if place.type == "cuda" else "AdamW"
+    way = (f", compiled ({compile})" if compile else "") + (", deterministic algorithms" if deterministic else "")
     page = (
         f"# {task.capitalize()}: speed\n\n{describe(place)}, PyTorch {torch.__version__}, {date.today()}; written by "
         f"`analyze/tasks_speed.py`.\n\nThe models take turns, a step each; a row is the median of "
-        f"{counted(repeats, 'step')} after {warm_up} of warm-up, {dtype}, {optimizer}, batch {batch}, images of "
+        f"{counted(repeats, 'step')} after {warm_up} of warm-up, {dtype}, {optimizer}{way}, batch {batch}, images of "
         f"{size[0]} x {size[1]}; peak memory is the model's own. Weights are random.\n\n"
     )
     kinds = dict.fromkeys(tuple(row) for row in rows)
@@ -142,11 +151,15 @@ def over_sizes(name: str, case: Case, device: torch.device, steps: int) -> dict[
 
 def build(name: str, case: Case) -> nn.Module:
     if case.task == "segmentation":
-        return create_segmenter("upernet", backbone=name)
-    if name == TORCHVISION:
+        model = create_segmenter("upernet", backbone=name)
+    elif name == TORCHVISION:
         sides = min(case.size), max(case.size)
         return maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, min_size=sides[0], max_size=sides[1])
-    return create_detector("mask_rcnn", backbone=name)
+    else:
+        model = create_detector("mask_rcnn", backbone=name)
+    if case.compile:
+        model.compile(**compile_options(model, case.compile))
+    return model
 
 
 def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:

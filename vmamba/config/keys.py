@@ -65,7 +65,13 @@ COMMON = (
     #
     key("DATA.DATASET", "", "what a task reads, each its own", also="dataset_type"),
     key("DATA.DATA_PATH", "", "folder of the data set", flag="data-path", also="data_root data_dir"),
-    key("DATA.BATCH_SIZE", 128, "images a process and micro-batch", at_least=1, flag="batch-size"),
+    key(
+        "DATA.BATCH_SIZE",
+        128,
+        "images a process and micro-batch; where their sizes differ they are evaluated one by one",
+        at_least=1,
+        flag="batch-size",
+    ),
     key("DATA.MEAN", [0.485, 0.456, 0.406], "a channel, of values in 0..1; one number serves every channel"),
     key("DATA.STD", [0.229, 0.224, 0.225], "likewise", above=0),
     switch("DATA.SKIP_BAD_IMAGES", "count unreadable images instead of stopping: replaced in training, else left out"),

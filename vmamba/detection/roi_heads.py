@@ -1,6 +1,6 @@
 """The second stage of Mask R-CNN: what each proposal is, its box and its mask (arXiv 1703.06870)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from vmamba.detection.boxes import BOX_STDS, assign, cut, decode, encode, sample
 
 STRIDES = (4, 8, 16, 32)
 _FINEST = 56  # sides from which a box is read one level up
-_PASTED = 1 << 25  # pixels of masks of the image's size that are made at a time: some 600 MB
+_PIXELS = 1 << 25  # of masks of an image's size that are computed at a time: 130 MB where read, 600 where pasted
 
 
 @dataclass(frozen=True)
@@ -172,9 +172,16 @@ class RoIHead(nn.Module):
 
 def _mask_targets(masks: Tensor, boxes: Tensor, stands_for: Tensor, side: int) -> Tensor:
     """Masks (truths, H, W) and boxes (N, 4) -> (N, side, side) of 0 and 1: what of its truth's mask lies in each."""
-    rois = torch.cat([stands_for[:, None].to(boxes.dtype), cut(boxes, masks.shape[1:])], 1)
-    part = roi_align(masks[:, None].to(boxes.dtype), rois, side, 1.0, sampling_ratio=0, aligned=True)
-    return (part[:, 0] >= 0.5).to(boxes.dtype)
+    height, width = masks.shape[1:]
+    boxes, many = cut(boxes, (height, width)), max(1, _PIXELS // (height * width))
+    share = boxes.new_zeros(len(boxes), 1, side, side)
+    for first in range(0, len(masks), many):
+        place = stands_for[:, None] - first
+        # Boxes of other truths are empty here, and of an empty box RoIAlign reads nothing, which is 0.
+        rois = torch.cat([place.to(boxes.dtype), boxes], 1).where((place >= 0) & (place < many), 0)
+        part = masks[first : first + many, None]
+        share += roi_align(part.to(boxes.dtype), rois, side, 1.0, sampling_ratio=0, aligned=True)
+    return (share[:, 0] >= 0.5).to(boxes.dtype)
 
 
 def _choose(boxes: Tensor, scores: Tensor, settings: PredictionSettings) -> dict[str, Tensor]:
@@ -187,9 +194,18 @@ def _choose(boxes: Tensor, scores: Tensor, settings: PredictionSettings) -> dict
 
 def paste_masks(logits: Tensor, boxes: Tensor, size: Sequence[int], threshold: float) -> Tensor:
     """Logits (N, 28, 28) of what lies in boxes (N, 4) -> masks (N, H, W), True where the object is."""
+    pasted = torch.zeros(len(boxes), *size, dtype=torch.bool, device=boxes.device)
+    first = 0
+    for part in pasted_in_parts(logits, boxes, size, threshold):
+        pasted[first : first + len(part)] = part
+        first += len(part)
+    return pasted
+
+
+def pasted_in_parts(logits: Tensor, boxes: Tensor, size: Sequence[int], threshold: float) -> Iterator[Tensor]:
+    """As `paste_masks`, some masks (n, H, W) at a time: a hundred of a photograph's size are gigabytes."""
     height, width = size
-    pasted = torch.zeros(len(boxes), height, width, dtype=torch.bool, device=boxes.device)
-    many = max(1, _PASTED // (height * width))
+    many = max(1, _PIXELS // (height * width))
     x = torch.arange(width, device=boxes.device) + 0.5
     y = torch.arange(height, device=boxes.device) + 0.5
     for first in range(0, len(boxes), many):
@@ -200,6 +216,4 @@ def paste_masks(logits: Tensor, boxes: Tensor, size: Sequence[int], threshold: f
         grid = torch.stack(
             [columns[:, None].expand(-1, height, -1), rows[:, :, None].expand(-1, -1, width)], -1
         )  # (n, H, W, 2)
-        chance = F.grid_sample(logits[part, None].sigmoid(), grid, align_corners=False)[:, 0]
-        pasted[part] = chance >= threshold
-    return pasted
+        yield F.grid_sample(logits[part, None].sigmoid(), grid, align_corners=False)[:, 0] >= threshold

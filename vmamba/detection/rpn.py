@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import batched_nms
+from torchvision.ops import nms
 
 from vmamba.detection.boxes import RPN_STDS, anchors, assign, cut, decode, encode, sample
 
@@ -50,17 +50,16 @@ class RPNHead(nn.Module):
         settings: ProposalSettings,
     ) -> list[tuple[Tensor, Tensor]]:
         """For each image boxes (N, 4) and their scores (N,), the best first."""
-        boxes, chances, levels = [], [], []
+        levels = []
         flat = zip(_grids(scores), _flat(scores, 1), _flat(offsets, 4), strict=True)
-        for level, (grid, score, offset) in enumerate(flat):
-            chance, best = _best(score[..., 0].float().sigmoid(), settings.nms_pre)  # (B, n)
+        for grid, score, offset in flat:
+            chances, best = _best(score[..., 0].float().sigmoid(), settings.nms_pre)  # (B, n)
             offset = offset.gather(1, best[..., None].expand(-1, -1, 4)).float()
-            boxes.append(decode(grid[best], offset, RPN_STDS))
-            chances.append(chance)
-            levels.append(torch.full_like(best[0], level))
-        found = zip(torch.cat(boxes, 1), torch.cat(chances, 1), image_sizes, strict=True)
-        levels = torch.cat(levels)
-        return [_suppress(cut(box, size), chance, levels, settings) for box, chance, size in found]
+            levels.append((decode(grid[best], offset, RPN_STDS), chances))
+        return [
+            _suppress([(cut(boxes[image], size), chances[image]) for boxes, chances in levels], settings)
+            for image, size in enumerate(image_sizes)
+        ]
 
     def losses(
         self,
@@ -118,8 +117,17 @@ def _inside(sizes: Sequence[Sequence[int]], padded_size: Sequence[int], device: 
     return torch.cat(flags)
 
 
-def _suppress(boxes: Tensor, scores: Tensor, levels: Tensor, settings: ProposalSettings) -> tuple[Tensor, Tensor]:
-    sides = boxes[:, 2:] - boxes[:, :2]
-    kept = (sides > 0).all(1).nonzero()[:, 0]
-    kept = kept[batched_nms(boxes[kept], scores[kept], levels[kept], settings.rpn_nms)][: settings.max_per_img]
-    return boxes[kept], scores[kept]
+def _suppress(levels: Sequence[tuple[Tensor, Tensor]], settings: ProposalSettings) -> tuple[Tensor, Tensor]:
+    """Boxes (n, 4) and scores (n,) of an image's levels -> those that stay, the best first.
+
+    Level by level, not by `batched_nms`, whose time on a GPU grows with the square of all boxes (docs/log.md).  Boxes
+    without area overlap none, so they may go at the end.
+    """
+    kept = [nms(box, score, settings.rpn_nms) for box, score in levels]
+    boxes = torch.cat([box[index] for (box, _), index in zip(levels, kept, strict=True)])
+    scores, order = torch.cat([score[index] for (_, score), index in zip(levels, kept, strict=True)]).sort(
+        descending=True, stable=True
+    )
+    boxes = boxes[order]
+    there = (boxes[:, 2:] > boxes[:, :2]).all(1).nonzero()[: settings.max_per_img, 0]
+    return boxes[there], scores[there]

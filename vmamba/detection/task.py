@@ -14,6 +14,8 @@ from vmamba.detection.data import build_eval_loader, build_train_loader
 from vmamba.detection.datasets import Dataset, open_dataset
 from vmamba.detection.evaluation import Detections
 from vmamba.detection.models import build_model
+from vmamba.errors import UserError
+from vmamba.models.compilation import WITH_CUDA_GRAPHS
 from vmamba.models.flops import complexity
 from vmamba.models.pretrained import Checkpoint
 from vmamba.models.whole import load_whole, start_whole
@@ -29,6 +31,17 @@ class Task:
 
     def __init__(self, config: CfgNode):
         self.config = config
+        if config.TRAIN.COMPILE in WITH_CUDA_GRAPHS:
+            raise UserError(
+                f"TRAIN.COMPILE is {config.TRAIN.COMPILE}, which would make a CUDA graph for each of the many sizes of "
+                f"images that detection sees; use TRAIN.COMPILE default, which compiles the backbone for any size"
+            )
+
+        if config.AUG.CROP and not config.AUG.CROP_SHORT_SIDES:
+            raise UserError(
+                f"AUG.CROP is {config.AUG.CROP} and AUG.CROP_SHORT_SIDES is []; name the short sides that images are "
+                f"scaled to before they are cropped, such as [400, 500, 600]"
+            )
 
     @cached_property
     def held_out(self) -> Dataset:

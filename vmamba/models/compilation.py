@@ -1,5 +1,12 @@
 """Ways to run a model faster than step by step, all of them torch.compile's."""
 
+from typing import Any
+
+from torch import nn
+
+from vmamba.models.vssm import VSSM
+from vmamba_kernels.private import list_mode_options
+
 COMPILE_MODES: dict[str, dict[str, str | bool]] = {  # name -> arguments of torch.compile
     "default": {},
     "reduce-overhead": {"mode": "reduce-overhead"},
@@ -8,3 +15,17 @@ COMPILE_MODES: dict[str, dict[str, str | bool]] = {  # name -> arguments of torc
     "cudagraphs": {"backend": "cudagraphs", "dynamic": False},
 }
 WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune", "cudagraphs")
+
+
+def compile_options(model: nn.Module, mode: str) -> dict[str, Any]:
+    """Arguments of torch.compile for a way by name, one of `COMPILE_MODES`.
+
+    Where one of our models is inside, without Inductor's rule that images of four dimensions lie in memory as PyTorch's
+    "channels_last" when the backward pass will want them: ours lie so with their channels as the last dimension, and
+    each was turned once forward and once backward, a sixth of a training step (docs/log.md).
+    """
+    options = COMPILE_MODES[mode]
+    if "backend" in options or not any(isinstance(module, VSSM) for module in model.modules()):
+        return dict(options)
+    named = list_mode_options(options.get("mode", "default"))
+    return {"options": {**named, "layout_optimization": False}}

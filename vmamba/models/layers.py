@@ -10,11 +10,12 @@ from collections.abc import Callable
 import timm.layers
 import torch
 import torch.nn.functional as F
-from timm.layers import GluMlp, Mlp, get_act_layer
+from timm.layers import DropPath, GluMlp, Mlp, get_act_layer
 from torch import Tensor, nn
 
 from vmamba.errors import UserError
-from vmamba_kernels import autocast_dtype, is_plain, layer_norm
+from vmamba_kernels import add_layer_norm, autocast_dtype, is_plain, layer_norm
+from vmamba_kernels.private import has_hooks
 
 ACTIVATIONS = ("silu", "gelu", "relu", "sigmoid", "tanh", "softplus")
 NORMS = ("ln", "bn")
@@ -50,10 +51,32 @@ class LayerNorm(nn.LayerNorm):
 
 @torch.fx.wrap  # torch.fx takes what is wrapped so whole: what it does depends on sizes or on autocast
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, keep_float32: bool) -> Tensor:
+    return layer_norm(x, weight, bias, eps=eps, out_dtype=_norm_dtype(x, keep_float32))
+
+
+def is_unseen(x: Tensor, *modules: nn.Module) -> bool:
+    """Whether nobody sees what goes into `modules` and comes out: no hook, no torch.fx, nothing in a module's place."""
+    return not isinstance(x, torch.fx.Proxy) and not any(has_hooks(module) for module in modules)
+
+
+def add_and_norm(x: Tensor, branch: Tensor, drop_path: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """x + drop_path(branch), and the norm of that: one operator, where both modules are as we make them, and unseen."""
+    if not (type(norm) is LayerNorm and type(drop_path) is DropPath and is_unseen(x, norm, drop_path)):
+        x = x + drop_path(branch)
+        return x, on_channels_last(norm, x)
+    factor = None
+    if drop_path.training and drop_path.drop_prob:  # drawn as DropPath does
+        kept = 1 - drop_path.drop_prob
+        factor = branch.new_empty(branch.shape[0], 1, 1, 1).bernoulli_(kept)
+        if kept and drop_path.scale_by_keep:
+            factor.div_(kept)
+    dtype = _norm_dtype(x, norm.keep_float32)
+    return add_layer_norm(x, branch, norm.weight, norm.bias, factor=factor, eps=norm.eps, out_dtype=dtype)
+
+
+def _norm_dtype(x: Tensor, keep_float32: bool) -> torch.dtype | None:
     dtype = autocast_dtype(x.device.type)
-    if dtype is not None and keep_float32:
-        dtype = torch.float32
-    return layer_norm(x, weight, bias, eps=eps, out_dtype=dtype)
+    return torch.float32 if dtype is not None and keep_float32 else dtype
 
 
 def batch_norm(dim: int, keep_float32: bool = False) -> nn.BatchNorm2d:

@@ -5,6 +5,7 @@ State-dict keys are those of the released files of 2024 (`layers.0.blocks.0.op.x
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,10 +36,30 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
-        x = x + self.drop_path(self.op(layers.on_channels_last(self.norm, x)))
-        if self.mlp is not None:
-            x = x + self.drop_path(self.mlp(layers.on_channels_last(self.norm2, x)))
-        return x
+        x, branch = self.before_the_sum(x, layers.on_channels_last(self.norm, x))
+        return x + self.drop_path(branch)
+
+    def before_the_sum(self, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """x and norm(x) -> what the block adds up in the end, the second through `drop_path`."""
+        branch = self.op(normed)
+        if self.mlp is None:
+            return x, branch
+        x, normed = layers.add_and_norm(x, branch, self.drop_path, self.norm2)
+        return x, self.mlp(normed)
+
+
+class Blocks(nn.Sequential):
+    """Blocks one behind the other: the last sum of each and the norm of the next are one operator, unless a block is of
+    another kind or somebody watches it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (all(type(block) is Block for block in self) and layers.is_unseen(x, *self)):
+            return super().forward(x)
+        normed = layers.on_channels_last(self[0].norm, x)
+        for block, following in pairwise(self):
+            x, normed = layers.add_and_norm(*block.before_the_sum(x, normed), block.drop_path, following.norm)
+        x, branch = self[-1].before_the_sum(x, normed)
+        return x + self[-1].drop_path(branch)
 
 
 class Stage(nn.Module):
@@ -46,7 +67,7 @@ class Stage(nn.Module):
 
     def __init__(self, blocks: Sequence[Block], downsample: nn.Module | None):
         super().__init__()
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = Blocks(*blocks)
         self.downsample = downsample
         self.grad_checkpointing = False
 

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
 from vmamba.errors import UserError
-from vmamba.models.compilation import COMPILE_MODES, WITH_CUDA_GRAPHS
+from vmamba.models.compilation import WITH_CUDA_GRAPHS, compile_options
 from vmamba.runtime.distributed import World, sum_over_processes
 from vmamba.runtime.precision import autocast
 from vmamba.runtime.state import TrainState
@@ -53,7 +53,7 @@ def parallelise(model: nn.Module, config: CfgNode, world: World) -> nn.Module:
             "regardless of SEED, so use TRAIN.COMPILE reduce-overhead, or one of the two"
         )
     if mode:
-        model.compile(**COMPILE_MODES[mode])
+        model.compile(**compile_options(model, mode))
     if world.size == 1:
         return model
     return DistributedDataParallel(model, device_ids=[world.device] if on_gpu else None)

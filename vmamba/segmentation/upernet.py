@@ -3,18 +3,59 @@
 The parts have the names of the released files, so that those need no mapping but the backbone's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from vmamba.errors import UserError
+from vmamba.models.whole import check_images
+from vmamba.values import Takes
 
 _LEAST = 4  # pixels a side that any backbone takes; a smaller image gets zeros at its right and bottom
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """(B, C, H, W) -> (B, C, *size), bilinear between the centres of pixels."""
+    if _in_training_on_a_gpu(x):
+        return _products(x, size, F.interpolate, mode="linear", align_corners=False)
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+class Pool(nn.Module):
+    """(B, C, H, W) -> (B, C, side, side), the means of parts."""
+
+    def __init__(self, side: int):
+        super().__init__()
+        self.side = side
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = (self.side, self.side)
+        if _in_training_on_a_gpu(x):
+            return _products(x, size, F.adaptive_avg_pool1d)
+        return F.adaptive_avg_pool2d(x, size)
+
+
+def _in_training_on_a_gpu(x: Tensor) -> bool:
+    """There PyTorch's backward of resizing and of pooling adds up with atomic operations: it took half of a training
+    step, and gives other bits each time (docs/log.md)."""
+    return x.is_cuda and x.requires_grad
+
+
+def _products(x: Tensor, size: Sequence[int], line: Callable[..., Tensor], **options: Any) -> Tensor:
+    """What works on lines of pixels, (1, n, H) -> (1, n, H'), along both sides of x, as two matrix products in float32.
+
+    Its matrix is what it makes of each pixel alone.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        rows, columns = (
+            line(torch.eye(before, device=x.device)[None], after, **options)[0]  # (H, H') and (W, W')
+            for before, after in zip(x.shape[2:], size, strict=True)
+        )
+        return torch.matmul(torch.matmul(x.float().mT, rows).mT, columns)
 
 
 class ConvModule(nn.Module):
@@ -49,7 +90,7 @@ class UperHead(nn.Module):
         super().__init__()
         *finer, last = in_channels
         self.psp_modules = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(scale), ConvModule(last, channels, 1)) for scale in pool_scales
+            nn.Sequential(Pool(scale), ConvModule(last, channels, 1)) for scale in pool_scales
         )
         self.bottleneck = ConvModule(last + len(pool_scales) * channels, channels, 3)
         self.lateral_convs = nn.ModuleList(ConvModule(dim, channels, 1) for dim in finer)
@@ -61,7 +102,7 @@ class UperHead(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Maps (B, C, H, W), the finest first -> logits (B, classes, H, W) of the finest's size."""
         *finer, last = maps
-        pooled = [resize(pool(last), last.shape[2:]) for pool in self.psp_modules]
+        pooled = [resize(part(last), last.shape[2:]) for part in self.psp_modules]
         coarsest = self.bottleneck(torch.cat([last, *pooled], 1))
         laterals = [conv(x) for conv, x in zip(self.lateral_convs, finer, strict=True)] + [coarsest]
         for level in range(len(finer) - 1, -1, -1):
@@ -96,6 +137,15 @@ class UperNet(nn.Module):
         init_std: deviation of the weights of the predictions, at random before training.
     """
 
+    takes = MappingProxyType(
+        {
+            **dict.fromkeys(("num_classes", "channels", "aux_channels"), Takes((int,), at_least=1)),
+            "pool_scales": Takes(([int],), at_least=1),
+            "ignore_index": Takes((int,)),
+            **dict.fromkeys(("aux_weight", "init_std"), Takes((float,), at_least=0)),
+            "dropout": Takes((float,), at_least=0, at_most=1),
+        }
+    )
     class_layers = ("decode_head.conv_seg", "auxiliary_head.conv_seg")
 
     def __init__(
@@ -124,8 +174,14 @@ class UperNet(nn.Module):
         """(B, 3, H, W) -> logits (B, classes, H, W); with `targets` (B, H, W), integers, the losses by name.
 
         `decode.loss_ce` and `aux.loss_ce` are to be added up; `decode.acc_seg` and `aux.acc_seg` are percent of the
-        pixels that count.
+        pixels that count.  Raises UserError for images that are no batch, for targets that are not one integer for each
+        pixel, or on a CPU, where looking at them makes nobody wait, of no class, and for a single image in training.
         """
+        check_images(images, self.decode_head.conv_seg.weight, "segmenter")
+        if targets is not None:
+            _check_targets(targets, images, self.num_classes, self.ignore_index)
+        if self.training and len(images) == 1:
+            _check_norms(self)
         height, width = images.shape[2:]
         maps = self.backbone(F.pad(images, (0, max(0, _LEAST - width), 0, max(0, _LEAST - height))))
         logits = self.decode_head(maps)
@@ -142,6 +198,36 @@ class UperNet(nn.Module):
         right = (logits.detach().argmax(1) == targets) & counts
         accuracy = 100 * right.sum() / counts.sum().clamp(min=1)
         return {f"{name}.loss_ce": weight * losses.mean(), f"{name}.acc_seg": accuracy}
+
+
+def _check_norms(model: UperNet) -> None:
+    for pool, conv in model.decode_head.psp_modules:
+        if (
+            pool.side == 1 and isinstance(conv.bn, nn.BatchNorm2d) and conv.bn.training
+        ):  # SyncBatchNorm is another class
+            raise UserError(
+                "a single image cannot be trained on: its coarsest pooled map is one pixel, too little for its batch "
+                "norm; give two or more, or call model.eval()"
+            )
+
+
+def _check_targets(targets: Tensor, images: Tensor, num_classes: int, ignored: int) -> None:
+    """See `UperNet.forward`."""
+    if not isinstance(targets, Tensor):
+        raise UserError(f"targets are a {type(targets).__name__}; expected a tensor")
+    expected = (len(images), *images.shape[2:])
+    if tuple(targets.shape) != expected:
+        raise UserError(f"targets have the shape {tuple(targets.shape)}; expected {expected}, a label for each pixel")
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise UserError(f"targets are of {targets.dtype}; expected integers")
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        counting = targets[targets != ignored]
+        for wrong in (counting[counting >= num_classes], counting[counting < 0]):
+            if len(wrong):
+                raise UserError(
+                    f"targets hold label {wrong[0].item()}; the model has {num_classes} classes, counted from 0, and "
+                    f"label {ignored} does not count"
+                )
 
 
 def _initialise(module: nn.Module) -> None:

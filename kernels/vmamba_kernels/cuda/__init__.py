@@ -5,7 +5,7 @@ import torch
 from ..registry import Call, unknown_routes
 from .compiler import why_not_on
 from .cross_selective_scan import KINDS, cross_selective_scan
-from .layer_norm import MAX_DIM, layer_norm
+from .layer_norm import MAX_DIM, add_layer_norm, layer_norm
 from .layout import MAX_RANK, MAX_ROUTES, MAX_STATES, TYPES
 from .selective_scan import selective_scan
 
@@ -13,6 +13,7 @@ OPERATORS = {
     "cross_selective_scan": cross_selective_scan,
     "selective_scan": selective_scan,
     "layer_norm": layer_norm,
+    "add_layer_norm": add_layer_norm,
 }
 
 
@@ -25,7 +26,7 @@ def why_not(call: Call) -> str | None:
     for dtype in (call.dtype, call.out_dtype):
         if dtype not in TYPES:
             return f"{str(dtype).removeprefix('torch.')} is not among its types (float32, bfloat16, float16)"
-    if call.operator == "layer_norm":
+    if call.operator in ("layer_norm", "add_layer_norm"):
         if call.dim > MAX_DIM:
             return f"it norms up to {MAX_DIM} channels, not {call.dim}"
     elif not 1 <= call.states <= MAX_STATES:
