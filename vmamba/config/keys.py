@@ -41,9 +41,9 @@ def switch(name: str, meaning: str, *, default: bool = False, flag: str = "") ->
     return key(name, default, meaning, flag=flag)
 
 
-def share(name: str, default: float | None, meaning: str, *, kinds: tuple = (), flag: str = "") -> Key:
+def share(name: str, default: Any, meaning: str, *, kinds: tuple = (), flag: str = "", **bounds) -> Key:
     """A number from 0 to 1."""
-    return key(name, default, meaning, kinds=kinds, flag=flag, at_least=0, at_most=1)
+    return key(name, default, meaning, kinds=kinds, flag=flag, at_least=0, at_most=1, **bounds)
 
 
 COMMON = (
@@ -105,6 +105,14 @@ COMMON = (
     key("TRAIN.MAX_BAD_STEPS", 10, "steps in a row without finite loss and gradient that end the run", at_least=1),
     switch("TRAIN.AUTO_RESUME", "go on from the newest checkpoint in the run's folder", default=True),
     key("TRAIN.FREEZE", [], "parts that stay as they are, such as backbone, or layers.0", kinds=([str],)),
+    key(
+        "TRAIN.LAYER_DECAY",
+        1.0,
+        "a layer's rate is that of the next one times this; 1: all have BASE_LR",
+        above=0,
+        at_most=1,
+        also="layer_decay llrd",
+    ),
     switch("TRAIN.USE_CHECKPOINT", "gradient checkpointing: less memory, more time", flag="use-checkpoint"),
     key("TRAIN.COMPILE", "", "modes of torch.compile, or CUDA graphs", choices=("", *COMPILE_MODES), flag="compile"),
     #
