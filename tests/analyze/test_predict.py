@@ -299,3 +299,38 @@ def test_scenes_are_for_models_of_scenes(checkpoints, tmp_path):
         scene_pictures(detector=other, segmenter=one, device="cpu", output=str(tmp_path))
     with pytest.raises(UserError, match="no checkpoint '.*absent.pth'"):
         scene_pictures(detector="absent.pth", segmenter=other, device="cpu", output=str(tmp_path))
+
+
+@pytest.mark.parametrize("task", CONFIGS)
+def test_a_model_and_what_it_says_in_two_lines(checkpoints, pictures, tmp_path, task):
+    file = checkpoints[task][0]
+    told = predict(str(file), [str(pictures / "scene.png")], output=str(tmp_path / "out"))
+    expected = {name: value for name, value in told[str(pictures / "scene.png")].items() if name != "picture"}
+    model = vmamba.load_model(file)
+    assert not model.training and len(model.class_names) == model.config.MODEL.NUM_CLASSES
+    with Image.open(pictures / "scene.png") as image:
+        assert vmamba.predict(model, [image, pictures / "scene.png"]) == [expected, expected]
+    assert vmamba.predict(file, str(pictures / "scene.png")) == [expected]
+    if task == "detection":
+        least = sorted(each["score"] for each in expected["objects"])[len(expected["objects"]) // 2]
+        (found,) = vmamba.predict(model, pictures / "scene.png", score=least)
+        assert found["objects"] == [each for each in expected["objects"] if each["score"] >= least]
+
+
+def test_a_runs_folder_is_its_best_and_what_is_no_model_is_a_sentence(checkpoints, pictures, tmp_path):
+    file = checkpoints["classification"][0]
+    (tmp_path / "last.pth").write_bytes(file.read_bytes())
+    content = torch.load(file, weights_only=True)
+    for weight in content["model"].values():
+        weight.mul_(2)
+    assert torch.equal(*[vmamba.load_model(place).classifier.head.weight for place in (tmp_path, file)])
+    torch.save(content, tmp_path / "best.pth")
+    assert torch.equal(vmamba.load_model(tmp_path).classifier.head.weight, content["model"]["classifier.head.weight"])
+    with pytest.raises(UserError, match="has neither best.pth nor last.pth; name the folder of a run, or a file"):
+        vmamba.load_model(pictures)
+    with pytest.raises(
+        UserError, match="this VSSM does not tell what its images and classes are; take it from"
+    ):
+        vmamba.predict(vmamba.create_model("vmamba_digits"), pictures / "scene.png")
+    with pytest.raises(UserError, match="broken.jpg"):
+        vmamba.predict(file, pictures / "broken.jpg")

@@ -30,8 +30,10 @@ from vmamba.detection.evaluation import as_results
 from vmamba.detection.transforms import Collate, Transform
 from vmamba.errors import UserError
 from vmamba.files import check_keeps, make_folder, read_text, write_atomically
+from vmamba.models.download import is_url
 from vmamba.models.pretrained import Checkpoint, open_checkpoint
 from vmamba.models.whole import shape_of, variant_of
+from vmamba.runtime.checkpoint import BEST, LAST
 from vmamba.runtime.task import open_task
 from vmamba.segmentation import models as segmentation_models
 from vmamba.segmentation.datasets import Sample
@@ -135,15 +137,73 @@ def open_predictor(
     device: str = "auto",
 ) -> Opened:
     """The arguments are those of `predict`.  Raises UserError for a checkpoint that cannot be read."""
-    found = open_checkpoint(checkpoint, weights)
+    model = load_model(checkpoint, cfg=cfg, weights=weights).to(choose_device(device))
+    if names:
+        model.class_names = _read_names(names, model.config)
+    return Opened(model.config, model, model.class_names, _predictor(model, score))
+
+
+def load_model(checkpoint: str | Path, *, cfg: str | None = None, weights: str = "auto") -> nn.Module:
+    """The model of a checkpoint of any task, in eval mode, with its `config` and the `class_names` of its data.
+
+    Args:
+        checkpoint: of a run, or its folder (then its best), or a released file; an address is downloaded.
+        cfg, weights: as of `predict`.
+
+    Raises UserError for a checkpoint that cannot be read, and a folder without one.
+    """
+    path = checkpoint
+    if not is_url(str(path)) and what_is(path) == "folder":
+        kept = [name for name in (BEST, LAST) if what_is(Path(checkpoint, name)) == "file"]
+        if not kept:
+            raise UserError(f"'{printable(path)}' has neither {BEST} nor {LAST}; name the folder of a run, or a file")
+        path = Path(checkpoint, kept[0])
+    found = open_checkpoint(path, weights)
     config = config_of(found, cfg)
-    place = choose_device(device)
     task = open_task(config)
     model = task.build_model()
     task.load(model, found)
-    called = _read_names(names, config) if names else class_names(config)
-    answer = _PREDICTORS[config.TASK](config, model.to(place).eval(), place, called, score)
-    return Opened(config, model, called, answer)
+    model.config, model.class_names = config, class_names(config)
+    return model.eval()
+
+
+def predict_images(
+    model: nn.Module | str | Path,
+    images: Sequence[str | Path | Image.Image] | str | Path | Image.Image,
+    score: float = 0.0,
+) -> list[dict[str, Any]]:
+    """What a model says of each image, as `predict` writes it.
+
+    Args:
+        model: as `load_model` gives it, on any device; or what that takes.
+        images: of Pillow, or files.
+        score: least score of a detection.
+
+    Raises UserError for a model that does not tell what its images are like, and an image that cannot be read.
+    """
+    model = model if isinstance(model, nn.Module) else load_model(model)
+    if not isinstance(getattr(model, "config", None), CfgNode):
+        raise UserError(
+            f"this {type(model).__name__} does not tell what its images and classes are; take it from vmamba.load_model"
+        )
+    answer = _predictor(model.eval(), score)
+    given = [images] if isinstance(images, (str, Path, Image.Image)) else images
+    told = []
+    for image in given:
+        try:
+            pixels = image.convert("RGB") if isinstance(image, Image.Image) else decode(image, 3, image)
+        except UnreadableImage as error:
+            raise UserError(str(error)) from error
+        told.append(answer(pixels).told)
+    for each in told:
+        if "objects" in each:
+            each["objects"] = [found for found in each["objects"] if found["score"] >= score]
+    return told
+
+
+def _predictor(model: nn.Module, score: float) -> Predictor:
+    device = next(model.parameters()).device
+    return _PREDICTORS[model.config.TASK](model.config, model, device, model.class_names, score)
 
 
 def find_images(places: Sequence[str]) -> list[Path]:

@@ -6,7 +6,15 @@ _FILTERS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 KEYS = (
     key("DATA.DATASET", "imagenet", "imagenet (folders), digits, cifar10, cifar100, or one of timm's (torch/, hfds/)"),
-    key("DATA.IMG_SIZE", 224, "a side in pixels, or [height, width]", kinds=(int, [int]), at_least=1, length=2),
+    key(
+        "DATA.IMG_SIZE",
+        224,
+        "a side in pixels, or [height, width]",
+        kinds=(int, [int]),
+        at_least=1,
+        length=2,
+        flag="img-size",
+    ),
     key("DATA.INTERPOLATION", "bicubic", "of resizing", choices=_FILTERS),
     switch("DATA.ZIP_MODE", "read train.zip, train_map.txt, val.zip, val_map.txt instead of folders", flag="zip"),
     key(
