@@ -13,7 +13,7 @@ from PIL import Image
 
 import vmamba
 from vmamba.analysis import zoo
-from vmamba.analysis.classes import category_numbers
+from vmamba.analysis.classes import category_numbers, class_names
 from vmamba.analysis.prediction import _label_place, colour, draw_objects, find_images, paint, predict, readable
 from vmamba.analysis.scene_pictures import NAMES, scene_pictures
 from vmamba.classification.transforms import build_transform
@@ -328,9 +328,16 @@ def test_a_runs_folder_is_its_best_and_what_is_no_model_is_a_sentence(checkpoint
     assert torch.equal(vmamba.load_model(tmp_path).classifier.head.weight, content["model"]["classifier.head.weight"])
     with pytest.raises(UserError, match="has neither best.pth nor last.pth; name the folder of a run, or a file"):
         vmamba.load_model(pictures)
-    with pytest.raises(
-        UserError, match="this VSSM does not tell what its images and classes are; take it from"
-    ):
+    with pytest.raises(UserError, match="this VSSM does not tell what its images and classes are; take it from"):
         vmamba.predict(vmamba.create_model("vmamba_digits"), pictures / "scene.png")
     with pytest.raises(UserError, match="broken.jpg"):
         vmamba.predict(file, pictures / "broken.jpg")
+
+
+@pytest.mark.parametrize(("below", "share"), [("train", 0.0), ("val", 0.0), ("", 0.2)])
+def test_classes_are_called_as_their_folders(tmp_path, below, share):
+    for name in ("tulip", "daisy"):
+        (tmp_path / below / name).mkdir(parents=True)
+    options = ["DATA.DATA_PATH", str(tmp_path), "MODEL.NUM_CLASSES", 2, "DATA.VAL_FRACTION", share]
+    assert class_names(get_config(None, options)) == ["daisy", "tulip"]
+    assert class_names(get_config(None, [*options, "DATA.DATA_PATH", "gone"])) == ["class 0", "class 1"]
