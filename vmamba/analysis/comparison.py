@@ -29,8 +29,9 @@ class Run:
 
 
 def compare(runs: Sequence[str], *, output: str = "output/compare") -> list[dict[str, Any]]:
-    """Write a table with a line for each setting, compare.{md,json}, into `output`: runs that differ in their seed alone
-    are one line.
+    """Write a table with a line for each setting, compare.{md,json}, into `output`.
+
+    Runs that differ in their seed alone are one line.
 
     Args:
         runs: folders of runs.
