@@ -349,6 +349,11 @@ def _that_can_be_seen_into(backend: str | None, device: torch.device) -> str | N
     know the operators of PyTorch only, and on a CPU in what torch.jit.trace and torch.export record, which then runs
     where these kernels are not."""
     if backend not in (None, "auto"):
+        if backend != "reference" and not torch.compiler.is_compiling() and is_transformed():
+            raise registry.BackendError(
+                f"backend '{backend}' cannot serve torch.func or forward-mode AD, which see into the reference alone; "
+                "leave it at auto, or choose reference"
+            )
         return backend
     on_cpu = device.type == "cpu"
     if torch.compiler.is_compiling():

@@ -178,7 +178,19 @@ def implementation(backend: str | None, **call) -> Callable[..., torch.Tensor]:
 
 @torch.compiler.assume_constant_result  # torch.compile calls it instead of tracing it, and takes its answer as fixed
 def _choose_while_tracing(backend: str | None, **call) -> str:
+    if backend in (None, "auto"):
+        _load_all()
     return _chosen(backend, **call)
+
+
+@cache
+def _load_all() -> None:
+    """All backends at once: what torch.compile has seen of `_FUNCTIONS` for one operator it takes for the next one."""
+    for name in dict.fromkeys(name for names in PREFERENCE.values() for name in names):
+        try:
+            load(name)
+        except ImportError:  # `why_not` tells it
+            continue
 
 
 @lru_cache(4096)  # what the backends look at does not change while a process runs

@@ -341,3 +341,13 @@ def test_classes_are_called_as_their_folders(tmp_path, below, share):
     options = ["DATA.DATA_PATH", str(tmp_path), "MODEL.NUM_CLASSES", 2, "DATA.VAL_FRACTION", share]
     assert class_names(get_config(None, options)) == ["daisy", "tulip"]
     assert class_names(get_config(None, [*options, "DATA.DATA_PATH", "gone"])) == ["class 0", "class 1"]
+
+
+def test_an_image_in_memory_is_read_as_its_file(checkpoints, tmp_path):
+    Image.fromarray(np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)).save(tmp_path / "deep.png")
+    file = checkpoints["segmentation"][0]
+    with Image.open(tmp_path / "deep.png") as image:
+        in_memory, from_file = vmamba.predict(file, [image, tmp_path / "deep.png"])
+    assert in_memory == from_file
+    with pytest.raises(UserError, match="image 1 of 1"):
+        vmamba.predict(file, Image.new("F", (8, 8)))

@@ -1,5 +1,7 @@
 """What fine-tuning adds: losses by class, evaluation in detail, rates by layer, against scikit-learn and timm."""
 
+import json
+
 import pytest
 import timm
 import torch
@@ -8,13 +10,14 @@ from timm.optim import param_groups_layer_decay
 
 import vmamba
 from vmamba.classification.task import Accuracy, Task
+from vmamba.config import output_folder
 from vmamba.errors import UserError
 from vmamba.runtime.distributed import World
 from vmamba.runtime.optim import build_optimizer, layer_scales
 from vmamba.runtime.trainer import run
 from vmamba.segmentation.models import create_segmenter
 
-from .tiny import tiny_config
+from .tiny import metrics, tiny_config
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "bce"])
@@ -96,3 +99,35 @@ def test_layer_decay_in_a_run_and_around_a_backbone(tmp_path):
     assert {scales[parameter] for parameter in last.parameters()} == {0.5}
     with pytest.raises(UserError, match="TRAIN.LAYER_DECAY is 0.5, and the model does not tell its layers; leave it"):
         layer_scales(torch.nn.Linear(2, 2), 0.5)
+
+
+@pytest.mark.parametrize(("opts", "words"), [
+    (("TRAIN.CLASS_WEIGHTS", [0] * 6), "TRAIN.CLASS_WEIGHTS is 0 for every class"),
+    (("TRAIN.LOSS", "bce", "MODEL.LABEL_SMOOTHING", 1), "LABEL_SMOOTHING is 1, which TRAIN.LOSS bce does not take"),
+    (("DATA.DATASET", "digits", "DATA.VAL_FRACTION", 0.5), "VAL_FRACTION is 0.5, and DATA.DATASET 'digits' comes wi"),
+    (("DATA.ZIP_MODE", True, "DATA.VAL_FRACTION", 0.5), "VAL_FRACTION is 0.5, and an archive comes with held-out"),
+])  # fmt: skip
+def test_what_cannot_be_is_a_sentence(tmp_path, opts, words):
+    with pytest.raises(UserError, match=words):
+        run(tiny_config(tmp_path, *opts))
+
+
+def test_the_rate_that_is_told_is_the_highest(tmp_path):
+    rates = {}
+    for decay in (1.0, 0.5):
+        config = tiny_config(tmp_path, "TRAIN.LAYER_DECAY", decay, "TAG", decay, "TRAIN.EPOCHS", 1)
+        run(config)
+        rates[decay] = metrics(config)[-1]["lr"]
+    assert rates[0.5] == rates[1.0]
+
+
+def test_an_evaluation_of_broken_weights_is_json(tmp_path):
+    config = tiny_config(tmp_path, "TRAIN.EPOCHS", 1)
+    run(config)
+    path = output_folder(config) / "last.pth"
+    content = torch.load(path, weights_only=True)
+    content["model"]["classifier.head.bias"].fill_(float("nan"))
+    torch.save({"model": content["model"]}, tmp_path / "nan.pth")
+    run(tiny_config(tmp_path, "EVAL_MODE", True, "MODEL.RESUME", tmp_path / "nan.pth"))
+    found = json.loads((output_folder(config) / "evaluation.json").read_text(), parse_constant=pytest.fail)
+    assert found["results"]["val_loss"] is None

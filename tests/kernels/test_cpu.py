@@ -1,6 +1,9 @@
 """The cpu backend: its numbers against the reference in float64, the contract of a backend, threads and processes."""
 
 import multiprocessing
+import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -438,3 +441,60 @@ def test_where_the_home_cannot_be_written_a_temporary_folder_keeps_the_code(tmp_
     assert other != folder and other.parent == tmp_path / "tmp" and other.stat().st_mode & 0o777 == 0o700
     monkeypatch.setenv("VMAMBA_KERNELS_CACHE", str(tmp_path / "cache"))
     assert folders.own_folder("cpu") == tmp_path / "cache" / "cpu"
+
+
+def test_bits_of_a_part_that_is_not_whole_for_many_threads(set_threads):
+    """1,517 pixels: what is left of 512 rows at a time is added up the same way, too."""
+    case = image(batch=1, height=37, width=41, dim=8)
+    found = []
+    for number in (1, 8, 12):
+        set_threads(number)
+        found.append([*run(vk.cross_selective_scan, case, "cpu").values()])
+    for other in found[1:]:
+        assert all(torch.equal(*pair) for pair in zip(found[0], other, strict=True))
+
+
+def test_a_thread_that_outlives_the_main_one_works_alone(set_threads, monkeypatch):
+    class Ended:
+        def submit(self, work):
+            raise RuntimeError("cannot schedule new futures after shutdown")
+
+    monkeypatch.setattr(threads, "_pool", Ended)
+    set_threads(4)
+    done = []
+    threads.share(10, lambda start, stop: done.extend(range(start, stop)))
+    assert sorted(done) == list(range(10))
+
+
+def test_a_damaged_cache_is_told_and_passed_over():
+    def damaged(*_):
+        raise EOFError
+
+    loops._tell_of_the_cache.cache_clear()
+    with pytest.warns(UserWarning, match="cannot be used .EOFError., so they are compiled in every process; remove it"):
+        assert loops._whatever_is_wrong(damaged)("a signature") is None
+    assert loops.in_blocks._cache.load_overload.__name__ == "careful"
+
+
+def test_a_new_process_compiles_a_model_in_one_graph():
+    code = """
+import torch, vmamba
+model = vmamba.create_model("vmamba_digits", depths=(1,), dims=8).eval()
+assert torch.compile(model, fullgraph=True, backend="eager")(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+"""
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join([str(root), str(root / "kernels")])
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": path})
+
+
+def test_torch_func_is_for_the_reference():
+    case = image()
+    x = case.pop("x")
+
+    def scan(x, backend):
+        return vk.cross_selective_scan(x, **case, backend=backend)
+
+    with pytest.raises(vk.BackendError, match="'cpu' cannot serve torch.func or forward-mode AD, .* leave it at auto"):
+        torch.func.jvp(lambda x: scan(x, "cpu"), (x,), (x,))
+    for backend in (None, "reference"):
+        assert torch.func.jvp(lambda x, backend=backend: scan(x, backend), (x,), (x,))[1].abs().max() > 0

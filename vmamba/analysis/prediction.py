@@ -189,9 +189,10 @@ def predict_images(
     answer = _predictor(model.eval(), score)
     given = [images] if isinstance(images, (str, Path, Image.Image)) else images
     told = []
-    for image in given:
+    for number, image in enumerate(given, 1):
+        name = f"image {number} of {len(given)}" if isinstance(image, Image.Image) else image
         try:
-            pixels = image.convert("RGB") if isinstance(image, Image.Image) else decode(image, 3, image)
+            pixels = decode(image, 3, name)
         except UnreadableImage as error:
             raise UserError(str(error)) from error
         told.append(answer(pixels).told)

@@ -67,6 +67,10 @@ def open_dataset(config: CfgNode, *, training: bool, rank: int, world_size: int)
     name = config.DATA.DATASET
     if config.DATA.ZIP_MODE and name != "imagenet":
         raise UserError(f"--zip reads archives of imagenet's form, but DATA.DATASET is '{name}'; leave it out")
+    if config.DATA.VAL_FRACTION and (name != "imagenet" or config.DATA.ZIP_MODE):
+        what = "an archive" if config.DATA.ZIP_MODE else f"DATA.DATASET '{name}'"
+        share = f"DATA.VAL_FRACTION is {config.DATA.VAL_FRACTION:g}"
+        raise UserError(f"{share}, and {what} comes with held-out images of its own; set it to 0")
     if name == "digits":
         return _digits(config, training)
     if name in _CIFAR:

@@ -49,6 +49,8 @@ class Task:
 
     def train_loader(self, world: World) -> TrainLoader:
         self.device = world.device
+        if self.config.TRAIN.LOSS == "bce" and self.config.MODEL.LABEL_SMOOTHING == 1:
+            raise UserError("MODEL.LABEL_SMOOTHING is 1, which TRAIN.LOSS bce does not take; choose less")
         _ = self.mixup, self.class_weights  # refuse what cannot be before anything is opened
         return build_train_loader(self.config, rank=world.rank, world_size=world.size)
 
@@ -85,6 +87,10 @@ class Task:
         if len(wanted) != classes:
             numbers = counted(len(wanted), "number")
             raise UserError(f"TRAIN.CLASS_WEIGHTS has {numbers}, and MODEL.NUM_CLASSES is {classes}; give one to each")
+        if not any(wanted):
+            raise UserError(
+                "TRAIN.CLASS_WEIGHTS is 0 for every class, which leaves nothing to train; weigh some of them"
+            )
         return torch.tensor(wanted, device=self.device)
 
     def meter(self, world: World) -> "Accuracy":

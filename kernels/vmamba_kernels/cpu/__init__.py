@@ -6,8 +6,8 @@ from ..registry import Call, unknown_routes
 
 try:
     from .scan import KINDS, cross_selective_scan, selective_scan
-except ImportError as error:
-    raise ImportError(f"{error}; pip install numba") from error
+except Exception as error:  # also those of a numba that is broken, or of other packages than it wants
+    raise ImportError(f"{error}; pip install --upgrade numba") from error
 
 OPERATORS = {
     "cross_selective_scan": cross_selective_scan,

@@ -14,6 +14,10 @@ the rounding in `exp2` would be optimised away; what is not finite stays so.
 """
 
 import math
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import numba
 import numpy as np
@@ -44,11 +48,36 @@ def _kernel(fastmath: set[str]):
     def decorate(function):
         before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(own_folder("cpu"))
         try:
-            return njit(fastmath=fastmath, error_model="numpy", nogil=True, cache=True)(function)
+            compiled = njit(fastmath=fastmath, error_model="numpy", nogil=True, cache=True)(function)
         finally:
             numba.config.CACHE_DIR = before
+        for name in ("load_overload", "save_overload"):
+            setattr(compiled._cache, name, _whatever_is_wrong(getattr(compiled._cache, name)))
+        return compiled
 
     return decorate
+
+
+def _whatever_is_wrong(access: Callable[..., Any]) -> Callable[..., Any]:
+    """Access to the cache on disk that gives None where files are damaged, so that a function is compiled."""
+
+    def careful(*args: Any) -> Any:
+        try:
+            return access(*args)
+        except Exception as error:
+            _tell_of_the_cache(type(error).__name__)
+            return None
+
+    return careful
+
+
+@cache  # once
+def _tell_of_the_cache(error: str) -> None:
+    warnings.warn(
+        f"the cache of compiled loops in {own_folder('cpu')} cannot be used ({error}), so they are compiled in every "
+        "process; remove it, or free some space",
+        stacklevel=2,
+    )
 
 
 @intrinsic

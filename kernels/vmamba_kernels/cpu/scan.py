@@ -5,6 +5,7 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .. import dispatch, reference
 from ..registry import wants_gradient
@@ -150,11 +151,10 @@ def _added(slots: Tensor) -> Tensor:
 
 def _contracted(a: Tensor, b: Tensor) -> Tensor:
     """a^T b, 512 rows at a time: with more, what MKL adds up first depends on the number of threads."""
-    whole = len(a) // 512 * 512
-    total = a[whole:].t() @ b[whole:]
-    if whole:
-        total += torch.bmm(a[:whole].unflatten(0, (-1, 512)).mT, b[:whole].unflatten(0, (-1, 512))).sum(0)
-    return total
+    missing = -len(a) % 512  # a part of fewer rows may depend on it too
+    if missing:
+        a, b = F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, 0, 0, missing))
+    return torch.bmm(a.unflatten(0, (-1, 512)).mT, b.unflatten(0, (-1, 512))).sum(0)
 
 
 def _float(t: Tensor | None) -> Tensor | None:

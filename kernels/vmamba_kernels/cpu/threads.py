@@ -32,7 +32,10 @@ def share(tasks: int, work: Callable[[int, int], None]) -> None:
                 return
             work(start, min(start + size, tasks))
 
-    helpers = [_pool().submit(take_pieces) for _ in range(threads - 1)]
+    try:
+        helpers = [_pool().submit(take_pieces) for _ in range(threads - 1)]
+    except RuntimeError:  # the interpreter ends, and gives no help any more; pieces that were submitted are taken here
+        helpers = []
     try:
         take_pieces()
     finally:
