@@ -309,7 +309,7 @@ except vk.BackendError as error: print(error)
         out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     assert re.search(
         r"reference \(not triton: it cannot be imported \(.*triton.*; not cuda: the tensors are on cpu.*"
-        r"not cpu: it cannot be imported \(.*numba.*; pip install numba\)",
+        r"not cpu: it cannot be imported \(.*numba.*; pip install --upgrade numba\)",
         out,
     )
     assert "pip install cuda-core nvidia-cuda-nvrtc" in out
