@@ -11,7 +11,7 @@ from vmamba.analysis.averaging import average
 def parser() -> Parser:
     parser = Parser(average, __doc__)
     parser.flag("checkpoints", nargs="+", metavar="CHECKPOINT", help="files of one model")
-    parser.flag("--weights", metavar="KIND", help="auto: the better where known, or ema, model")
+    parser.flag("--weights", choices=("auto", "ema", "model"), help="which of the checkpoints'")
     parser.flag("--output", metavar="FILE", help="the checkpoint to write")
     return parser
 

@@ -172,19 +172,19 @@ def _fastest_first(call: Call) -> list[str]:
 
 def implementation(backend: str | None, **call) -> Callable[..., torch.Tensor]:
     """The function of the backend that `choose` names for `Call(**call)`, with the errors of `choose`."""
+    if torch.compiler.is_compiling():
+        _load_all_while_tracing()
     name = _choose_while_tracing(backend, **call)  # first, since it may import the backend
     return _FUNCTIONS[name, call["operator"]]
 
 
 @torch.compiler.assume_constant_result  # torch.compile calls it instead of tracing it, and takes its answer as fixed
 def _choose_while_tracing(backend: str | None, **call) -> str:
-    if backend in (None, "auto"):
-        _load_all()
     return _chosen(backend, **call)
 
 
-@cache
-def _load_all() -> None:
+@torch.compiler.assume_constant_result
+def _load_all_while_tracing() -> None:
     """All backends at once: what torch.compile has seen of `_FUNCTIONS` for one operator it takes for the next one."""
     for name in dict.fromkeys(name for names in PREFERENCE.values() for name in names):
         try:

@@ -466,6 +466,31 @@ def test_a_thread_that_outlives_the_main_one_works_alone(set_threads, monkeypatc
     assert sorted(done) == list(range(10))
 
 
+def test_help_that_came_before_the_end_is_waited_for(set_threads, monkeypatch):
+    """The interpreter may end between two helpers."""
+    with ThreadPoolExecutor(1) as pool:
+
+        class Ending:
+            helpers = 0
+
+            def submit(self, work):
+                Ending.helpers += 1
+                if Ending.helpers > 1:
+                    raise RuntimeError("cannot schedule new futures after shutdown")
+                return pool.submit(work)
+
+        monkeypatch.setattr(threads, "_pool", Ending)
+        set_threads(4)
+        done, caller = [], threading.get_ident()
+
+        def work(start, stop):
+            time.sleep(0.001 if threading.get_ident() == caller else 0.1)
+            done.extend(range(start, stop))
+
+        threads.share(100, work)
+        assert sorted(done) == list(range(100))
+
+
 def test_a_damaged_cache_is_told_and_passed_over():
     def damaged(*_):
         raise EOFError
@@ -478,7 +503,9 @@ def test_a_damaged_cache_is_told_and_passed_over():
 
 def test_a_new_process_compiles_a_model_in_one_graph():
     code = """
-import torch, vmamba
+import sys, torch, vmamba, vmamba_kernels
+vmamba_kernels.layer_norm(torch.ones(2, 3), torch.ones(3), torch.ones(3))
+assert "numba" not in sys.modules  # what is not asked to scan costs nothing
 model = vmamba.create_model("vmamba_digits", depths=(1,), dims=8).eval()
 assert torch.compile(model, fullgraph=True, backend="eager")(torch.randn(1, 3, 32, 32)).shape == (1, 1000)
 """

@@ -50,14 +50,14 @@ def _classification(config: CfgNode) -> list[str]:
     data, classes = config.DATA, config.MODEL.NUM_CLASSES
     if data.DATASET == "digits":
         return list(scenes.CLASSES)
-    places = [Path(data.DATA_PATH, split) for split in ("train", "val", *([""] if data.VAL_FRACTION else []))]
-    folder = next((place for place in places if data.DATA_PATH and what_is(place) == "folder"), None)
-    if data.DATASET == "imagenet" and classes == 1000:
+    if data.DATASET != "imagenet":
+        return []
+    if classes == 1000:
         known = ImageNetInfo("imagenet-1k")
         return [known.index_to_description(index).partition(",")[0] for index in range(1000)]
-    if data.DATASET == "imagenet" and folder is not None:
-        return listing(folder, LeftOut())[0]
-    return []
+    places = [Path(data.DATA_PATH, split) for split in ("train", "val", *([""] if data.VAL_FRACTION else []))]
+    folder = next((place for place in places if data.DATA_PATH and what_is(place) == "folder"), None)
+    return listing(folder, LeftOut())[0] if folder else []
 
 
 def _detection(config: CfgNode) -> list[str]:

@@ -3,7 +3,6 @@
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from vmamba.config import get_config
 from vmamba.errors import UserError
 from vmamba.files import check_writable, write_text
 from vmamba.runtime.records import read_metrics
+from vmamba.runtime.task import open_task
 from vmamba.text import printable
 
 ALIKE = ("SEED", "NAME", "TAG", "OUTPUT")  # runs that differ in nothing else are repetitions of one
@@ -66,8 +66,7 @@ def read_run(folder: Path) -> Run:
     metrics = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
     if not metrics:
         raise UserError(f"'{printable(folder)}' holds no round of training yet; leave it out")
-    headline = import_module(f"vmamba.{config.TASK}.task").Task.headline
-    return Run(f"{folder.parent.name}/{folder.name}", headline, dict(_flat(config)), metrics)
+    return Run(f"{folder.parent.name}/{folder.name}", open_task(config).headline, dict(_flat(config)), metrics)
 
 
 def _flat(node: CfgNode, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -119,11 +119,9 @@ def predict(
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint's model, ready for images."""
+    """A checkpoint's model, as `load_model` gives it, ready for images."""
 
-    config: CfgNode
     model: nn.Module
-    names: list[str]  # of the classes
     answer: Predictor
 
 
@@ -140,7 +138,7 @@ def open_predictor(
     model = load_model(checkpoint, cfg=cfg, weights=weights).to(choose_device(device))
     if names:
         model.class_names = _read_names(names, model.config)
-    return Opened(model.config, model, model.class_names, _predictor(model, score))
+    return Opened(model, _predictor(model, score))
 
 
 def load_model(checkpoint: str | Path, *, cfg: str | None = None, weights: str = "auto") -> nn.Module:

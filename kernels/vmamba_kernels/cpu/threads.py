@@ -4,7 +4,8 @@
 import os
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 
 import torch
@@ -32,11 +33,11 @@ def share(tasks: int, work: Callable[[int, int], None]) -> None:
                 return
             work(start, min(start + size, tasks))
 
+    helpers: list[Future] = []
     try:
-        helpers = [_pool().submit(take_pieces) for _ in range(threads - 1)]
-    except RuntimeError:  # the interpreter ends, and gives no help any more; pieces that were submitted are taken here
-        helpers = []
-    try:
+        with suppress(RuntimeError):  # the interpreter ends, and gives no more help; this thread can do the rest
+            for _ in range(threads - 1):
+                helpers.append(_pool().submit(take_pieces))
         take_pieces()
     finally:
         running = [helper for helper in helpers if not helper.cancel()]
