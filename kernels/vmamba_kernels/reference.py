@@ -172,6 +172,14 @@ def add_layer_norm(
     return total, layer_norm(total, weight, bias, eps, out_dtype)
 
 
+def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, keep: bool) -> Tensor:
+    """`vmamba_kernels.depthwise_conv`, already checked; autograd keeps what it needs by itself."""
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    with no_autocast(x.device.type):
+        out = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[2] // 2, groups=x.shape[3])
+        return (F.silu(out) if silu else out).permute(0, 2, 3, 1)
+
+
 def _project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """x (batch, height, width, dim) by weight (routes, rows, dim) -> (batch, height, width, routes, rows)."""
     return F.linear(x, weight.flatten(0, 1)).to(dtype).unflatten(-1, (weight.shape[0], -1))
@@ -334,4 +342,5 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     "cross_ssd": cross_ssd,
     "layer_norm": layer_norm,
     "add_layer_norm": add_layer_norm,
+    "depthwise_conv": depthwise_conv,
 }
