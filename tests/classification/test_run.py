@@ -92,8 +92,8 @@ def test_the_log_says_what_runs_and_how_it_goes(trained):
 
 def test_evaluation_counts_every_image_once(trained):
     config, results = trained
-    images, targets = zip(*build_eval_loader(config, rank=0, world_size=1), strict=True)
-    images, targets = torch.cat(images), torch.cat(targets)
+    loader = build_eval_loader(config, rank=0, world_size=1)
+    images, targets = map(torch.cat, zip(*map(loader.finish, loader), strict=True))
     assert len(images) == HELD_OUT
     for prefix, key in (("", "model"), ("ema_", "model_ema")):
         with torch.no_grad():

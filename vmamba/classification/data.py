@@ -1,13 +1,13 @@
-"""The images of a classification in batches: (B, IN_CHANS, H, W) float32, and their labels (B,) int64."""
+"""The images of a classification in batches: what `transforms.collate` makes, which `loader.finish` normalises where
+it is computed with."""
 
 from collections.abc import Callable
 
 from PIL import Image
-from torch import Tensor
 from yacs.config import CfgNode
 
 from vmamba.classification.datasets import Source, open_dataset
-from vmamba.classification.transforms import build_transform
+from vmamba.classification.transforms import Normalise, Pixels, build_pixels, collate
 from vmamba.data.loaders import EvalLoader, Examples, TrainLoader
 from vmamba.errors import UserError
 
@@ -17,17 +17,17 @@ def build_train_loader(config: CfgNode, *, rank: int, world_size: int) -> TrainL
 
     Raises UserError when the data is not there, does not fit the config, or does not fill one batch.
     """
-    return TrainLoader(config, _examples(config, True, rank, world_size), rank, world_size)
+    return TrainLoader(config, _examples(config, True, rank, world_size), rank, world_size, collate, Normalise(config))
 
 
 def build_eval_loader(config: CfgNode, *, rank: int, world_size: int) -> EvalLoader:
     """This process's share of the validation images.  Raises UserError when they are not there or do not fit."""
-    return EvalLoader(config, _examples(config, False, rank, world_size), rank, world_size)
+    return EvalLoader(config, _examples(config, False, rank, world_size), rank, world_size, collate, Normalise(config))
 
 
 def _examples(config: CfgNode, training: bool, rank: int, world_size: int) -> Examples:
     images = LabelledImages(config, open_dataset(config, training=training, rank=rank, world_size=world_size))
-    return Examples(config, images, OnImage(build_transform(config, training)), training=training)
+    return Examples(config, images, OnImage(build_pixels(config, training)), training=training)
 
 
 class LabelledImages:
@@ -51,9 +51,9 @@ class LabelledImages:
 class OnImage:
     """A transform of the image of (image, label)."""
 
-    def __init__(self, transform: Callable[[Image.Image], Tensor]):
+    def __init__(self, transform: Callable[[Image.Image], Pixels]):
         self.transform = transform
 
-    def __call__(self, sample: tuple[Image.Image, int]) -> tuple[Tensor, int]:
+    def __call__(self, sample: tuple[Image.Image, int]) -> tuple[Pixels, int]:
         image, label = sample
         return self.transform(image), label

@@ -70,9 +70,14 @@ class Examples(Dataset):
             yield random.randrange(len(self.source))
 
 
+def whole_already(batch: Any) -> Any:
+    return batch
+
+
 class Loader:
     """Iterates over batches.  A UserError met in a worker process is raised here, as one sentence.
 
+    `finish` makes a batch whole on the device that computes with it; whoever takes a batch there calls it.
     `skipped` counts the unreadable images that this process met since the iteration began (DATA.SKIP_BAD_IMAGES), each
     once: drawn to replace another it is met again.
     """
@@ -83,7 +88,9 @@ class Loader:
         examples: Examples,
         batches: Iterable[list[Key]],
         collate: Callable[[list[Any]], Any] = default_collate,
+        finish: Callable[[Any], Any] = whole_already,
     ):
+        self.finish = finish
         workers = config.DATA.NUM_WORKERS
         self._skipped: set[str] = set()
         self._named: set[str] = set()
@@ -149,12 +156,13 @@ class TrainLoader(Loader):
         rank: int,
         world_size: int,
         collate: Callable[[list[Any]], Any] = default_collate,
+        finish: Callable[[Any], Any] = whole_already,
     ):
         self.images = len(examples.source)
         groups = getattr(examples.source, "groups", None)
         self._batches = TrainingBatches(config, self.images, rank, world_size, groups)
         self.steps_per_epoch: int = self._batches.steps
-        super().__init__(config, examples, self._batches, collate)
+        super().__init__(config, examples, self._batches, collate, finish)
 
     def set_epoch(self, epoch: int, start_step: int = 0, end_step: int | None = None) -> None:
         """Let the next iteration run through `epoch` from optimiser step `start_step` up to `end_step`."""
@@ -172,11 +180,12 @@ class EvalLoader(Loader):
         rank: int,
         world_size: int,
         collate: Callable[[list[Any]], Any] = default_collate,
+        finish: Callable[[Any], Any] = whole_already,
     ):
         self.images = len(examples.source)
         mine, size = range(rank, self.images, world_size), config.DATA.BATCH_SIZE
         batches = [[(0, index) for index in mine[start : start + size]] for start in range(0, len(mine), size)]
-        super().__init__(config, examples, batches, collate)
+        super().__init__(config, examples, batches, collate, finish)
 
 
 class TrainingBatches:

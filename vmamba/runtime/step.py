@@ -59,17 +59,6 @@ def parallelise(model: nn.Module, config: CfgNode, world: World) -> nn.Module:
     return DistributedDataParallel(model, device_ids=[world.device] if on_gpu else None)
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """`batch` with its tensors, inside of sequences and mappings too, on `device`."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {name: to_device(value, device) for name, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch
-
-
 class OptimizerStep:
     """Turns the micro-batches of one step into one update of `state`, the same as their union would give.
 
@@ -117,7 +106,7 @@ class OptimizerStep:
             with nullcontext() if last or self.world.size == 1 else self.model.no_sync():
                 with autocast(self.config, self.world.device):
                     part = micro_step * self.world.size + self.world.rank
-                    losses = self.loss(self.model, to_device(batch, self.world.device), step=state.step, part=part)
+                    losses = self.loss(self.model, batch, step=state.step, part=part)
                 parts = losses if isinstance(losses, Mapping) else {}
                 loss = (sum(parts.values()) if parts else losses) / count
                 state.scaler.scale(loss).backward()

@@ -21,6 +21,7 @@ from vmamba.runtime import report
 from vmamba.runtime.checkpoint import BEST, LAST
 from vmamba.runtime.distributed import on_main, processes
 from vmamba.runtime.evaluation import evaluate_file, evaluate_state, tell_skipped, throughput
+from vmamba.runtime.feed import feed
 from vmamba.runtime.lock import FolderLock
 from vmamba.runtime.logging import Pace, create_logger, log_the_end, memory_mb, progress
 from vmamba.runtime.plan import Plan, build_plan
@@ -177,10 +178,11 @@ class Rounds:
             return
         state.model.train()
         batches = Pace(self._batches(end), state.step)
+        ready = feed(batches, run.world.device, self.train_loader.finish)
         title = f"epoch {state.step // self.plan.steps_per_epoch + 1}/{self.plan.epochs}"
         with progress(range(state.step, end), run.world, title) as bar:
             for _ in bar:
-                outcome = self.step(state, islice(batches, config.TRAIN.ACCUMULATION_STEPS), stop=run.request.noted)
+                outcome = self.step(state, islice(ready, config.TRAIN.ACCUMULATION_STEPS), stop=run.request.noted)
                 if (state.step % self.plan.steps_per_epoch) % config.PRINT_FREQ == 0 or state.step == end:
                     self._tell(outcome, batches, bar)
                 if outcome.stop:
