@@ -105,25 +105,19 @@ def changes(saved: dict, config: dict, prefix: str = "") -> list[str]:
 
 
 def step_line(
-    state: TrainState,
-    plan: Plan,
-    scale: float,
-    report: StepReport,
-    left: float,
-    seconds: float,
-    waiting: float,
-    memory: float,
+    state: TrainState, plan: Plan, report: StepReport, left: float, seconds: float, waiting: float, memory: float
 ) -> str:
-    """Where training stands: `left` seconds to the end, `seconds` a step, of which `waiting` went by for data."""
-    group = state.optimizer.param_groups[0]
-    epoch, step = divmod(state.step - 1, plan.steps_per_epoch)
+    """Where training stood after a step: `left` seconds to the end, `seconds` a step, of which `waiting` went by for
+    data."""
+    epoch, step = divmod(report.step - 1, plan.steps_per_epoch)
+    decay = state.optimizer.param_groups[0]["weight_decay"]
     skipped = f" skipped {state.bad_steps}" if state.bad_steps else ""
     parts = "".join(f" {name} {value:.4f}" for name, value in report.parts.items())
     return (
         f"train [{epoch + 1}/{plan.epochs}][{step + 1}/{plan.steps_per_epoch}] eta {timedelta(seconds=int(left))} "
-        f"lr {group['lr']:.3e} wd {group['weight_decay']:.4f} time {seconds:.3f} data {waiting:.3f} "
+        f"lr {report.lr:.3e} wd {decay:.4f} time {seconds:.3f} data {waiting:.3f} "
         f"loss {report.loss:.4f} ({state.mean_loss:.4f}){parts} grad_norm {report.grad_norm:.4f} "
-        f"loss_scale {scale:g} mem {megabytes(memory)}{skipped}"
+        f"loss_scale {report.loss_scale:g} mem {megabytes(memory)}{skipped}"
     )
 
 
