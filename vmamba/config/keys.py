@@ -70,6 +70,8 @@ COMMON = (
     key("DATA.STD", [0.229, 0.224, 0.225], "likewise", above=0),
     switch("DATA.SKIP_BAD_IMAGES", "count unreadable images instead of stopping: replaced in training, else left out"),
     key("DATA.NUM_WORKERS", 8, "loading processes beside each training process; 0 loads in it", at_least=0),
+    key("DATA.PREFETCH_FACTOR", 2, "batches that each loading process is ahead by", at_least=1),
+    switch("DATA.PERSISTENT_WORKERS", "keep loading processes from one pass to the next", default=True),
     switch("DATA.PIN_MEMORY", "page-locked batches, for a GPU", default=True),
     #
     key("MODEL.NAME", "vmamba_tiny", "see vmamba.list_models()", also="arch architecture model.type"),

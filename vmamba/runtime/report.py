@@ -121,6 +121,21 @@ def step_line(
     )
 
 
+def describe_loading(seconds_an_image: float, images: float, seconds: float, waited: float) -> str:
+    """How long this process waited for data, and how many cores would have loaded it in time.
+
+    Args:
+        seconds_an_image: of one core, to load it.
+        images: this process has trained on in `seconds`, of which `waited` went by for data.
+    """
+    rate = images / max(seconds - waited, 1e-9)
+    return (
+        f"training waited {waited:.1f} of {seconds:.1f} s for data; an image takes {1000 * seconds_an_image:.2f} ms of "
+        f"a core to load, and each process could train {rate:,.0f} images/s: that needs "
+        f"{rate * seconds_an_image:.1f} cores for loading"
+    )
+
+
 def summary(task: Task, results: Results) -> str:
     """The results of each set of weights in words."""
     plain = {name: value for name, value in results.items() if not name.startswith("ema_")}

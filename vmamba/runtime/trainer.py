@@ -126,6 +126,8 @@ def train(run: Run, model: nn.Module) -> Results:
         finally:
             records.close()
         results = rounds.results
+        if rounds.steps:
+            run.logger.info(rounds.describe_loading())
     on_main(records.draw)
     best = report.best_so_far(task, state)
     run.logger.info(f"{counted(state.step, 'step')} trained; {report.summary(task, results)}{best}")
@@ -159,12 +161,15 @@ class Rounds:
         self.train_loader, self.eval_loader = train_loader, eval_loader
         self.results: Results = {}  # of the last evaluation, while the weights are the same
         self.seconds_to_evaluate = 0.0
+        self.steps, self.seconds, self.waited = 0, 0.0, 0.0  # trained here, how long that took, of it waiting for data
 
     def one(self) -> None:
         """What remains of the round in progress."""
         start, first, end = time.time(), self.state.step, self.plan.round_end(self.state.recorded)
         self._train_to(end)
         trained = time.time()
+        self.steps += self.state.step - first
+        self.seconds += trained - start
         self._save_last()  # an evaluation that fails costs no training
         self.results = {}
         if self.plan.evaluates(end):
@@ -172,6 +177,10 @@ class Rounds:
             self.seconds_to_evaluate = time.time() - trained
         rate = (self.state.step - first) * self._images_per_step() / (trained - start)
         self._finish(rate if self.state.step > first else None, time.time() - start)
+
+    def describe_loading(self) -> str:
+        images = self.steps * self._images_per_step() / self.run.world.size
+        return report.describe_loading(self.train_loader.seconds_an_image, images, self.seconds, self.waited)
 
     def _train_to(self, end: int) -> None:
         """Raises Stopped, the state being saved, when a signal asks for it."""
@@ -198,6 +207,7 @@ class Rounds:
                     run.stop(state)
                 if saves:
                     run.save(state, LAST)
+        self.waited += batches.waited
         tell_skipped(run, self.train_loader)
 
     def _batches(self, end: int) -> Iterator[Any]:
