@@ -12,21 +12,25 @@ from vmamba.data.loaders import EvalLoader, Examples, TrainLoader
 from vmamba.errors import UserError
 
 
-def build_train_loader(config: CfgNode, *, rank: int, world_size: int) -> TrainLoader:
+Place = tuple[int, int]  # which of its machine's processes this is, and how many there are
+
+
+def build_train_loader(config: CfgNode, *, rank: int, world_size: int, on_machine: Place = (0, 1)) -> TrainLoader:
     """The training images in micro-batches.
 
     Raises UserError when the data is not there, does not fit the config, or does not fill one batch.
     """
-    return TrainLoader(config, _examples(config, True, rank, world_size), rank, world_size, collate, Normalise(config))
+    examples = _examples(config, True, rank, on_machine)
+    return TrainLoader(config, examples, rank, world_size, collate, Normalise(config))
 
 
-def build_eval_loader(config: CfgNode, *, rank: int, world_size: int) -> EvalLoader:
+def build_eval_loader(config: CfgNode, *, rank: int, world_size: int, on_machine: Place = (0, 1)) -> EvalLoader:
     """This process's share of the validation images.  Raises UserError when they are not there or do not fit."""
-    return EvalLoader(config, _examples(config, False, rank, world_size), rank, world_size, collate, Normalise(config))
+    return EvalLoader(config, _examples(config, False, rank, on_machine), rank, world_size, collate, Normalise(config))
 
 
-def _examples(config: CfgNode, training: bool, rank: int, world_size: int) -> Examples:
-    images = LabelledImages(config, open_dataset(config, training=training, rank=rank, world_size=world_size))
+def _examples(config: CfgNode, training: bool, rank: int, on_machine: Place) -> Examples:
+    images = LabelledImages(config, open_dataset(config, training=training, rank=rank, on_machine=on_machine))
     return Examples(config, images, OnImage(build_pixels(config, training)), training=training)
 
 

@@ -58,8 +58,9 @@ class Source:
         return decode(image, channels, name), label
 
 
-def open_dataset(config: CfgNode, *, training: bool, rank: int, world_size: int) -> Source:
-    """The training or the validation images of DATA.DATASET.  Rank 0 tells which files are left out.
+def open_dataset(config: CfgNode, *, training: bool, rank: int, on_machine: tuple[int, int]) -> Source:
+    """The training or the validation images of DATA.DATASET.  Rank 0 tells which files are left out; `on_machine` is
+    which of its machine's processes this is, and how many there are.
 
     Raises UserError when they are not there, or do not fit MODEL.NUM_CLASSES, or are of one class and for training.
     """
@@ -71,7 +72,7 @@ def open_dataset(config: CfgNode, *, training: bool, rank: int, world_size: int)
     if name in _CIFAR:
         return _cifar(config, training)
     if name == "imagenet" and config.DATA.ZIP_MODE:
-        return _archive(config, training, rank, world_size)
+        return _archive(config, training, on_machine)
     if name == "imagenet":
         return _folders(config, training, tell=rank == 0)
     if "/" in name:
@@ -205,7 +206,7 @@ def _check_same_classes(root: Path, split: str, classes: list[str], names_from: 
 # ------------------------------------------------------------------------------------------------ archives
 
 
-def _archive(config: CfgNode, training: bool, rank: int, world_size: int) -> Source:
+def _archive(config: CfgNode, training: bool, on_machine: tuple[int, int]) -> Source:
     root, classes, split = data_path(config), config.MODEL.NUM_CLASSES, "train" if training else "val"
     path, map_path = root / f"{split}.zip", root / f"{split}_map.txt"
     for file in (path, map_path):
@@ -220,7 +221,7 @@ def _archive(config: CfgNode, training: bool, rank: int, world_size: int) -> Sou
     _check_class_count(f"'{printable(map_path)}'", classes, config, training)
     archive = Archive(path, [name for name, _ in samples])
     if config.DATA.CACHE_MODE == "part":
-        archive.read_ahead(rank, world_size)
+        archive.read_ahead(*on_machine)
     if config.DATA.CACHE_MODE == "full":
         archive.hold()
     return Source(samples, archive=archive)

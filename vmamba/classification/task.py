@@ -46,10 +46,10 @@ class Task:
 
     def train_loader(self, world: World) -> TrainLoader:
         _ = self.mixup  # refuses what it cannot mix before anything is opened
-        return build_train_loader(self.config, rank=world.rank, world_size=world.size)
+        return build_train_loader(self.config, rank=world.rank, world_size=world.size, on_machine=world.on_machine)
 
     def eval_loader(self, world: World) -> EvalLoader:
-        return build_eval_loader(self.config, rank=world.rank, world_size=world.size)
+        return build_eval_loader(self.config, rank=world.rank, world_size=world.size, on_machine=world.on_machine)
 
     def loss(self, model: nn.Module, batch: Batch, *, step: int, part: int) -> Tensor:
         images, targets = batch
