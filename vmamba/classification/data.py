@@ -11,7 +11,6 @@ from vmamba.classification.transforms import Normalise, Pixels, build_pixels, co
 from vmamba.data.loaders import EvalLoader, Examples, TrainLoader
 from vmamba.errors import UserError
 
-
 Place = tuple[int, int]  # which of its machine's processes this is, and how many there are
 
 

@@ -9,6 +9,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -51,11 +52,17 @@ class Source:
         """The decoded image, of 1 or 3 channels of 8 bits, and its label.  Raises UnreadableImage."""
         name = self.name(index)
         with reading(name):
-            image, label = self.samples[index][:2]
-            label = int(-1 if label is None else label)
-            if self.archive:
-                image = self.archive.read(index)
-        return decode(image, channels, name), label
+            file, label = self.read(index)
+        return decode(file, channels, name), label
+
+    def read(self, index: int) -> tuple[Any, int]:
+        """The bytes of the image's file, or what else `decode` takes, and its label.  May raise any Exception."""
+        image, label = self.samples[index][:2]
+        if self.archive:
+            image = self.archive.read(index)
+        elif isinstance(image, (str, Path)):
+            image = Path(image).read_bytes()
+        return image, int(-1 if label is None else label)
 
 
 def open_dataset(config: CfgNode, *, training: bool, rank: int, on_machine: tuple[int, int]) -> Source:

@@ -94,7 +94,7 @@ class Loader:
         collate: Callable[[list[Any]], Any] = default_collate,
         finish: Callable[[Any], Any] = whole_already,
     ):
-        self.finish = finish
+        self.examples, self.collate, self.finish = examples, collate, finish
         workers = config.DATA.NUM_WORKERS
         self._seconds, self._images = 0.0, 0
         self._skipped: set[str] = set()
