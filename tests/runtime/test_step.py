@@ -1,14 +1,20 @@
 """One optimiser step: accumulation, clipping, what is drawn, and steps that are not finite."""
 
+import multiprocessing
+import os
 from copy import deepcopy
 
 import pytest
 import torch
+import torch.distributed as dist
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from vmamba.errors import UserError
-from vmamba.runtime.step import update_where
+from vmamba.runtime.distributed import World
+from vmamba.runtime.step import OptimizerStep, parallelise, update_where
+
+from .conftest import Tiny
 
 BAD = (torch.full((8, 4), torch.nan), torch.zeros(8, dtype=torch.long))
 
@@ -149,3 +155,43 @@ def test_the_average_that_only_the_device_can_skip_is_timms_to_the_bit(warm_up):
         model[1].num_batches_tracked.copy_(counts)
     for one, other in zip(ours.module.state_dict().values(), theirs.module.state_dict().values(), strict=True):
         assert torch.equal(one, other)
+
+
+def steps_of_one_of_two(rank, store, told):
+    """Steps of which the third is bad on rank 1 alone; rank 0 alone is asked to stop at the fourth."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    world = World(rank, 2, rank, torch.device("cpu"))
+    for fused in (False, True):
+        torch.manual_seed(0)
+        case = Tiny("TRAIN.EMA.ENABLE", "True", model=nn.Linear(4, 3), fused=fused)
+        state, model = case.state, parallelise(case.state.model, case.config, world)
+        step = OptimizerStep(case.config, world, model, case.loss)
+        reports = []
+        for number in range(5):
+            batch = BAD if (number, rank) == (2, 1) else case.batch(2 * number + rank)
+            reports += step(state, [batch], stop=(number, rank) == (3, 0))
+        reports += step.settle(state)
+        weights = (state.model.state_dict(), state.ema.module.state_dict())
+        sums = [sum(value.double().sum().item() for value in each.values()) for each in weights]
+        flags = [[report.good for report in reports], [report.stop for report in reports]]
+        told.put((fused, rank, [*flags, state.bad_steps, state.round_good_steps], sums))
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_step_that_is_bad_on_one_process_is_skipped_and_counted_on_all(tmp_path):
+    context = multiprocessing.get_context("fork")
+    told = context.Queue()
+    processes = [
+        context.Process(target=steps_of_one_of_two, args=(rank, tmp_path / "store", told)) for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    found = [told.get(timeout=60) for _ in range(4)]
+    for process in processes:
+        process.join(60)
+    good, stop = [True, True, False, True, True], [False, False, False, True, False]
+    assert sorted((fused, rank) for fused, rank, *_ in found) == [(False, 0), (False, 1), (True, 0), (True, 1)]
+    assert all(counts == [good, stop, 1, 4] for _, _, counts, _ in found)
+    assert all(sums == pytest.approx(found[0][-1], rel=1e-6) for *_, sums in found)  # the same was left out
