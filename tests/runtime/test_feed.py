@@ -25,7 +25,6 @@ def test_batches_arrive_finished_in_their_order():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gets_the_same_while_it_computes():
     """The memory of a batch is not given to the next copy while the batch is still read."""
     device, parts = torch.device("cuda", 0), 20

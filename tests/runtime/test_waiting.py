@@ -16,7 +16,7 @@ from vmamba.runtime.start import build_state
 from vmamba.runtime.step import OptimizerStep, parallelise
 from vmamba.runtime.task import open_task
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
