@@ -200,7 +200,7 @@ def test_help_tells_defaults_and_choices(capsys):
     with pytest.raises(SystemExit):
         argument_parser().parse_args(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "--batch-size BATCH_SIZE images a process and micro-batch (default: 128)" in said
+    assert "--batch-size BATCH_SIZE images a process and micro-batch; where" in said and "(default: 128)" in said
     assert "one of no, part, full (default: part)" in said
 
 

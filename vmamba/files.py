@@ -5,7 +5,7 @@ import errno
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -69,6 +69,29 @@ def check_writable(*paths: str | Path) -> None:
             raise cannot_write(path, IsADirectoryError(errno.EISDIR, "it is a folder"))
         if not os.access(path.parent, os.W_OK | os.X_OK):
             raise cannot_write(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
+def check_keeps(inputs: Iterable[str | Path], *paths: str | Path) -> None:
+    """That nothing written at `paths` takes the place of a file that is read, under whatever name or link.
+
+    Raises UserError where it would.
+    """
+    read = {found: path for path in inputs if (found := _identity(path)) is not None}
+    for path in paths:
+        if (found := _identity(path)) in read:
+            raise UserError(
+                f"'{printable(path)}' would be written over '{printable(read[found])}', which is read here; choose "
+                f"another folder with --output"
+            )
+
+
+def _identity(path: str | Path) -> tuple[int, int] | None:
+    """Of the file that a path leads to; None where none is."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):  # a zero byte in it, for one
+        return None
+    return found.st_dev, found.st_ino
 
 
 def make_folder(path: str | Path) -> None:

@@ -25,6 +25,7 @@ class Takes:
     below: float | None = None
     choices: Callable[[], Iterable[str]] | tuple[str, ...] | None = None  # of strings; a function where they may grow
     length: int | None = None  # of a list
+    rising: bool = False  # a list's values do not fall
 
     def check(self, name: str, value: Any) -> Any:
         """`value` as the first of `kinds` it fits.  Raises UserError, naming `name` and what it takes."""
@@ -38,6 +39,8 @@ class Takes:
             raise UserError(f"{name} is {value}; expected {self.length} values")
         for item in items:
             self._check_item(name, value, item)
+        if self.rising and items != sorted(items):
+            raise UserError(f"{name} is {value}; expected the smaller first")
         return value
 
     def _check_item(self, name: str, value: Any, item: Any) -> None:
@@ -71,7 +74,8 @@ class Takes:
             others = tuple(kind for kind in self.kinds if kind not in (str, [str]))
             words = [choice or "''" for choice in self.choices]
             return ", ".join([*words, f"{_describe(others)} {self.bounds()}".strip()] if others else words)
-        return " ".join(filter(None, [_describe(self.kinds), self.bounds()]))
+        order = ", the smaller first" if self.rising else ""
+        return " ".join(filter(None, [_describe(self.kinds), self.bounds()])) + order
 
 
 def kinds_of(default: Any) -> tuple:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import reference, registry
-from .private import is_transformed
+from .private import is_exporting, is_transformed
 from .reference import ROUTES, autocast_dtype
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -81,7 +81,7 @@ def selective_scan(
     A, D, delta_bias = _to(_state_dtype(u), A, D, delta_bias)
     out_dtype = _out_dtype(u, out_dtype)
     scan = registry.implementation(
-        _that_can_be_seen_into(backend),
+        _that_can_be_seen_into(backend, u.device),
         operator="selective_scan",
         device=u.device,
         dtype=u.dtype,
@@ -149,7 +149,7 @@ def cross_selective_scan(
     dt_bias, A, D = _to(_state_dtype(x), dt_bias, A, D)
     out_dtype = _out_dtype(x, out_dtype)
     scan = registry.implementation(
-        _that_can_be_seen_into(backend),
+        _that_can_be_seen_into(backend, x.device),
         operator="cross_selective_scan",
         device=x.device,
         dtype=x.dtype,
@@ -217,7 +217,7 @@ def cross_ssd(
     dt_bias, A, D = _to(_state_dtype(x), dt_bias, A, D)
     out_dtype = _out_dtype(x, out_dtype)
     scan = registry.implementation(
-        _that_can_be_seen_into(backend),
+        _that_can_be_seen_into(backend, x.device),
         operator="cross_ssd",
         device=x.device,
         dtype=x.dtype,
@@ -263,7 +263,7 @@ def layer_norm(
     weight, bias = _to(_state_dtype(x), weight, bias)
     out_dtype = _out_dtype(x, x.dtype if out_dtype is None else out_dtype)
     norm = registry.implementation(
-        _that_can_be_seen_into(backend),
+        _that_can_be_seen_into(backend, x.device),
         operator="layer_norm",
         device=x.device,
         dtype=x.dtype,
@@ -316,7 +316,7 @@ def add_layer_norm(
         (factor,) = _to(branch.dtype, factor)
     out_dtype = _out_dtype(x, x.dtype if out_dtype is None else out_dtype)
     norm = registry.implementation(
-        _that_can_be_seen_into(backend),
+        _that_can_be_seen_into(backend, x.device),
         operator="add_layer_norm",
         device=x.device,
         dtype=x.dtype,
@@ -344,13 +344,22 @@ def cross_merge(y: Tensor, height: int, width: int, routes: Sequence[str] = ROUT
     return reference.cross_merge(y, height, width, routes)
 
 
-def _that_can_be_seen_into(backend: str | None) -> str | None:
+def _that_can_be_seen_into(backend: str | None, device: torch.device) -> str | None:
     """`backend`; the reference, where none is asked for, under torch.func, forward-mode AD and the ONNX exporter, which
-    know the operators of PyTorch only."""
-    if backend not in (None, "auto") or torch.compiler.is_compiling():
+    know the operators of PyTorch only, and on a CPU in what torch.jit.trace and torch.export record, which then runs
+    where these kernels are not."""
+    if backend not in (None, "auto"):
+        if backend != "reference" and not torch.compiler.is_compiling() and is_transformed():
+            raise registry.BackendError(
+                f"backend '{backend}' cannot serve torch.func or forward-mode AD, which see into the reference alone; "
+                "leave it at auto, or choose reference"
+            )
         return backend
-    seen_into = is_transformed() or (torch.jit.is_tracing() and torch.onnx.is_in_onnx_export())
-    return "reference" if seen_into else backend
+    on_cpu = device.type == "cpu"
+    if torch.compiler.is_compiling():
+        return "reference" if on_cpu and is_exporting() else backend
+    recorded = torch.jit.is_tracing() and (on_cpu or torch.onnx.is_in_onnx_export())
+    return "reference" if recorded or is_transformed() else backend
 
 
 def _projection_dtype(x: Tensor) -> torch.dtype:

@@ -1,5 +1,5 @@
 """The operators in plain PyTorch: any device, any dtype, differentiable by autograd.  Everything else is tested
-against this file, so it says what the operators are; it is also what runs on a CPU.
+against this file, so it says what the operators are; it is also what runs on a CPU where numba is not installed.
 
 A scan is a few dozen steps, however long the route: chunks of 7 to 16 positions are scanned side by side, then chunks
 of their ends.  Large images are scanned in pieces, and without gradients memory is used again where it can be: on a

@@ -1,6 +1,7 @@
 """predict.py: what a checkpoint of each task says of images, as JSON and as pictures."""
 
 import json
+import weakref
 from itertools import combinations
 
 import numpy as np
@@ -12,11 +13,13 @@ from PIL import Image
 
 import vmamba
 from vmamba.analysis import zoo
-from vmamba.analysis.prediction import _label_place, colour, find_images, paint, predict, readable
+from vmamba.analysis.classes import category_numbers, class_names
+from vmamba.analysis.prediction import _label_place, colour, draw_objects, find_images, paint, predict, readable
 from vmamba.analysis.scene_pictures import NAMES, scene_pictures
 from vmamba.classification.transforms import build_transform
 from vmamba.config import get_config
 from vmamba.data.scenes import scene
+from vmamba.detection.roi_heads import pasted_in_parts
 from vmamba.errors import UserError
 from vmamba.runtime.task import open_task
 
@@ -78,9 +81,22 @@ def test_the_best_classes_are_the_models(checkpoints, pictures, tmp_path):
 def test_shares_of_classes_are_those_of_the_pixels(checkpoints, pictures, tmp_path):
     file, *_ = checkpoints["segmentation"]
     told = predict(str(file), [str(pictures / "wide.bmp")], device="cpu", output=str(tmp_path / "out"))
-    shares = next(iter(told.values()))["classes"]
-    assert sum(shares.values()) == pytest.approx(1) and list(shares.values()) == sorted(shares.values(), reverse=True)
-    assert set(shares) <= {"background", *map(str, range(10))}
+    classes = next(iter(told.values()))["classes"]
+    shares = [each["share"] for each in classes]
+    assert sum(shares) == pytest.approx(1) and shares == sorted(shares, reverse=True)
+    assert all(each["name"] == ["background", *map(str, range(10))][each["class"]] for each in classes)
+
+
+def test_classes_of_one_name_stay_apart(checkpoints, pictures, tmp_path):
+    file, config, _ = checkpoints["segmentation"]
+    (tmp_path / "names.txt").write_text("thing\n" * config.MODEL.NUM_CLASSES)
+    options = dict(device="cpu", output=str(tmp_path / "out"))
+    (named,) = predict(str(file), [str(pictures / "scene.png")], names=str(tmp_path / "names.txt"), **options).values()
+    (told,) = predict(str(file), [str(pictures / "scene.png")], **options).values()
+    assert len(named["classes"]) > 1 and {each["name"] for each in named["classes"]} == {"thing"}
+    assert [(each["class"], each["share"]) for each in named["classes"]] == [
+        (each["class"], each["share"]) for each in told["classes"]
+    ]
 
 
 def test_objects_are_in_cocos_form_and_in_the_pixels_of_the_file(checkpoints, pictures, tmp_path):
@@ -91,7 +107,54 @@ def test_objects_are_in_cocos_form_and_in_the_pixels_of_the_file(checkpoints, pi
     for each in objects:
         x, y, width, height = each["bbox"]
         assert 0 <= x <= x + width <= 300.01 and 0 <= y <= y + height <= 3.01
-        assert each["name"] == str(each["category_id"])
+        assert each["name"] == str(each["class"]) and each["category_id"] == each["class"] + 1  # as the scenes' truth
+
+
+def test_categories_have_their_files_numbers_where_something_tells_them(tmp_path):
+    coco = ["TASK", "detection", "DATA.DATA_PATH", str(tmp_path), "DATA.VAL_ANNOTATIONS", "val.json"]
+    assert category_numbers(get_config(None, coco))[::11] == [1, 13, 24, 38, 50, 61, 76, 88]  # person to teddy bear
+    three = get_config(None, [*coco, "MODEL.NUM_CLASSES", 3])
+    assert category_numbers(three) == [0, 1, 2]
+    categories = [{"id": number, "name": "a thing"} for number in (90, 7, 13)]
+    (tmp_path / "val.json").write_text(json.dumps({"images": [], "annotations": [], "categories": categories}))
+    assert category_numbers(three) == [7, 13, 90]
+
+
+def test_masks_of_many_objects_do_not_lie_in_memory_together(checkpoints, pictures, tmp_path, monkeypatch):
+    made, most = [], []
+
+    def watched(*args):
+        for part in pasted_in_parts(*args):
+            made.append(weakref.ref(part))
+            yield part
+            most.append(sum(each() is not None for each in made))
+
+    monkeypatch.setattr("vmamba.detection.roi_heads._PIXELS", 1)  # a mask at a time
+    monkeypatch.setattr("vmamba.detection.mask_rcnn.pasted_in_parts", watched)
+    file, *_ = checkpoints["detection"]
+    told = predict(str(file), [str(pictures / "scene.png")], score=0.0, device="cpu", output=str(tmp_path / "out"))
+    assert len(made) == 2 * len(next(iter(told.values()))["objects"]) > 40 and max(most) == 1  # told, and drawn
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((4000, 1), (2048, 128)),
+        ((3, 3000), (128, 2048)),
+        ((2000, 30), (2048, 128)),
+        ((200, 90), (284, 128)),
+        ((64, 64), (256, 256)),
+        ((1, 1), (256, 256)),
+        ((800, 600), (800, 600)),
+        ((7000, 5000), (2048, 1463)),
+    ],
+)
+def test_pictures_are_readable_whatever_the_images_form(size, expected):
+    picture = readable(Image.new("RGB", size))
+    assert picture.size == expected
+    label = "a long name of a class 97%"
+    drawn = draw_objects(picture, [[0, 0, *expected]], lambda number: torch.ones(3, 2, dtype=torch.bool), [label])
+    assert drawn.height == expected[1] and drawn.width >= max(expected[0], 150)
 
 
 def test_a_map_is_painted_in_its_legends_colours_but_for_the_background():
@@ -174,6 +237,40 @@ def test_what_is_no_image_is_a_sentence(checkpoints, pictures, tmp_path):
         predict(str(checkpoints["classification"][0]), [str(pictures / "broken.jpg")], output=str(tmp_path / "out"))
 
 
+def test_nothing_is_written_over_what_is_read(checkpoints, pictures, tmp_path):
+    """Under whatever path or link: of an image, of the file of names."""
+    file = str(checkpoints["classification"][0])
+    before = (pictures / "scene.png").read_bytes()
+    (tmp_path / "linked").symlink_to(pictures)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "scene.png").symlink_to(pictures / "scene.png")
+    over = "scene.png' would be written over '.*scene.png', which is read here; choose another folder with --output"
+    for output in (pictures, tmp_path / "linked", tmp_path / "links", pictures / "more" / ".."):
+        with pytest.raises(UserError, match=over):
+            predict(str(tmp_path / "not looked for"), [str(pictures / "scene.png")], output=str(output))
+    names = tmp_path / "out" / "predictions.json"
+    names.parent.mkdir()
+    names.write_text("names\n" * 10)
+    with pytest.raises(UserError, match="predictions.json' would be written over '.*predictions.json'"):
+        predict(file, [str(pictures)], names=str(names), output=str(tmp_path / "out"))
+    assert (pictures / "scene.png").read_bytes() == before and names.read_text() == "names\n" * 10
+    assert sorted(path.name for path in pictures.iterdir()) == ["broken.jpg", "more", "scene.png", "wide.bmp"]
+
+
+def test_an_image_given_twice_is_one_and_no_two_pictures_have_one_name(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("x/b.png", "y/b.png", "x_b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        scene(0, False, 32).image.save(tmp_path / name)
+    file, options = str(checkpoints["classification"][0]), dict(device="cpu", output="out")
+    told = predict(file, ["x/b.png", str(tmp_path / "x" / "b.png"), "y/../x/b.png", "x"], **options)
+    assert {name: each["picture"] for name, each in told.items()} == {"x/b.png": "b.png"}
+    told = predict(file, ["x/b.png", "y/b.png", "x_b.png"], **options)
+    assert list(told) == ["x/b.png", "y/b.png", "x_b.png"]
+    assert len({each["picture"] for each in told.values()}) == 3
+    assert all((tmp_path / "out" / each["picture"]).is_file() for each in told.values())
+
+
 def test_held_out_scenes_are_drawn_as_predicted_beside_the_truth(checkpoints, tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
@@ -202,3 +299,55 @@ def test_scenes_are_for_models_of_scenes(checkpoints, tmp_path):
         scene_pictures(detector=other, segmenter=one, device="cpu", output=str(tmp_path))
     with pytest.raises(UserError, match="no checkpoint '.*absent.pth'"):
         scene_pictures(detector="absent.pth", segmenter=other, device="cpu", output=str(tmp_path))
+
+
+@pytest.mark.parametrize("task", CONFIGS)
+def test_a_model_and_what_it_says_in_two_lines(checkpoints, pictures, tmp_path, task):
+    file = checkpoints[task][0]
+    told = predict(str(file), [str(pictures / "scene.png")], output=str(tmp_path / "out"))
+    expected = {name: value for name, value in told[str(pictures / "scene.png")].items() if name != "picture"}
+    model = vmamba.load_model(file)
+    assert not model.training and len(model.class_names) == model.config.MODEL.NUM_CLASSES
+    with Image.open(pictures / "scene.png") as image:
+        assert vmamba.predict(model, [image, pictures / "scene.png"]) == [expected, expected]
+    assert vmamba.predict(file, str(pictures / "scene.png")) == [expected]
+    if task == "detection":
+        least = sorted(each["score"] for each in expected["objects"])[len(expected["objects"]) // 2]
+        (found,) = vmamba.predict(model, pictures / "scene.png", score=least)
+        assert found["objects"] == [each for each in expected["objects"] if each["score"] >= least]
+
+
+def test_a_runs_folder_is_its_best_and_what_is_no_model_is_a_sentence(checkpoints, pictures, tmp_path):
+    file = checkpoints["classification"][0]
+    (tmp_path / "last.pth").write_bytes(file.read_bytes())
+    content = torch.load(file, weights_only=True)
+    for weight in content["model"].values():
+        weight.mul_(2)
+    assert torch.equal(*[vmamba.load_model(place).classifier.head.weight for place in (tmp_path, file)])
+    torch.save(content, tmp_path / "best.pth")
+    assert torch.equal(vmamba.load_model(tmp_path).classifier.head.weight, content["model"]["classifier.head.weight"])
+    with pytest.raises(UserError, match="has neither best.pth nor last.pth; name the folder of a run, or a file"):
+        vmamba.load_model(pictures)
+    with pytest.raises(UserError, match="this VSSM does not tell what its images and classes are; take it from"):
+        vmamba.predict(vmamba.create_model("vmamba_digits"), pictures / "scene.png")
+    with pytest.raises(UserError, match="broken.jpg"):
+        vmamba.predict(file, pictures / "broken.jpg")
+
+
+@pytest.mark.parametrize(("below", "share"), [("train", 0.0), ("val", 0.0), ("", 0.2)])
+def test_classes_are_called_as_their_folders(tmp_path, below, share):
+    for name in ("tulip", "daisy"):
+        (tmp_path / below / name).mkdir(parents=True)
+    options = ["DATA.DATA_PATH", str(tmp_path), "MODEL.NUM_CLASSES", 2, "DATA.VAL_FRACTION", share]
+    assert class_names(get_config(None, options)) == ["daisy", "tulip"]
+    assert class_names(get_config(None, [*options, "DATA.DATA_PATH", "gone"])) == ["class 0", "class 1"]
+
+
+def test_an_image_in_memory_is_read_as_its_file(checkpoints, tmp_path):
+    Image.fromarray(np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)).save(tmp_path / "deep.png")
+    file = checkpoints["segmentation"][0]
+    with Image.open(tmp_path / "deep.png") as image:
+        in_memory, from_file = vmamba.predict(file, [image, tmp_path / "deep.png"])
+    assert in_memory == from_file
+    with pytest.raises(UserError, match="image 1 of 1"):
+        vmamba.predict(file, Image.new("F", (8, 8)))

@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 
 from vmamba.detection.annotations import parse
-from vmamba.detection.datasets import open_dataset
+from vmamba.detection.datasets import Sample, open_dataset
 from vmamba.detection.models import create_detector
+from vmamba.detection.transforms import Transform
 from vmamba.errors import UserError
 from vmamba.runtime.trainer import run
+from vmamba.segmentation.models import create_segmenter
 
 from .tiny import SPLITS, read, tiny_config, tiny_file, train_loader
 
@@ -223,6 +225,10 @@ def test_objects_of_one_pixel_thousands_of_them_and_a_line_of_an_image_train(tmp
     assert results["bbox_mAP"] >= 0
 
 
+def boxes(*first):
+    return torch.tensor([first, (5, 5, 40, 30)], dtype=torch.float32)
+
+
 def batch_without_objects(size=64, count=2):
     return [
         {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "masks": torch.zeros(0, size, size).byte()}
@@ -254,16 +260,73 @@ def test_a_batch_without_any_object_trains_every_weight(model):
         ({"masks": torch.zeros(2, 60, 64)}, r"\['masks'\] has the shape \(2, 60, 64\); expected \(2, 64, 64\), for 2"),
         ({"masks": torch.zeros(1, 64, 64)}, r"\['masks'\] has the shape \(1, 64, 64\); expected \(2, 64, 64\)"),
         ({"masks": None}, r"targets\[1\] lacks masks; give boxes, labels and masks"),
+        ({"masks": [torch.ones(64, 64)] * 2}, r"targets\[1\]\['masks'\] is a list; expected a tensor"),
+        ({"labels": np.zeros(2, int)}, r"targets\[1\]\['labels'\] is a ndarray; expected a tensor"),
+        ({"boxes": boxes(math.nan, 1, 9, 9)}, r"targets\[1\]\['boxes'\] holds \[nan, 1.0, 9.0, 9.0\]; expected finite"),
+        ({"boxes": boxes(1, 1, math.inf, 9)}, r"holds \[1.0, 1.0, inf, 9.0\]; expected finite x1, y1, x2, y2"),
+        ({"boxes": boxes(9, 1, 9, 9)}, r"holds \[9.0, 1.0, 9.0, 9.0\]; .* with x1 < x2 and y1 < y2"),
+        ({"boxes": boxes(9, 9, 1, 1)}, r"holds \[9.0, 9.0, 1.0, 1.0\]; .* with x1 < x2"),
+        ({"boxes": boxes(1, 60, 9, 63)}, r"holds \[1.0, 60.0, 9.0, 63.0\]; .* in an image of 50 x 64 .height, width."),
+        ({"boxes": boxes(64, 1, 90, 9)}, r"holds \[64.0, 1.0, 90.0, 9.0\]"),
+        ({"boxes": boxes(-9, 1, 0, 9)}, r"holds \[-9.0, 1.0, 0.0, 9.0\]"),
     ],
 )
 def test_targets_that_do_not_fit(model, change, sentence):
-    boxes = torch.tensor([[1.0, 1.0, 20.0, 20.0], [5.0, 5.0, 40.0, 30.0]])
-    target = {"boxes": boxes, "labels": torch.tensor([0, 2]), "masks": torch.ones(2, 64, 64)} | change
+    target = {"boxes": boxes(1, 1, 20, 20), "labels": torch.tensor([0, 2]), "masks": torch.ones(2, 64, 64)} | change
     target = {name: value for name, value in target.items() if value is not None}
     with pytest.raises(UserError, match=sentence):
-        model.train()(torch.randn(2, 3, 64, 64), targets=[*batch_without_objects(count=1), target])
-    with pytest.raises(UserError, match="there are 1 targets for 2 images"):
-        model(torch.randn(2, 3, 64, 64), targets=batch_without_objects(count=1))
+        model.train()(torch.randn(2, 3, 64, 64), [(64, 64), (50, 64)], [*batch_without_objects(count=1), target])
+
+
+@pytest.mark.parametrize(
+    ("targets", "sentence"),
+    [
+        (batch_without_objects(count=1), "there are 1 targets for 2 images"),
+        (torch.zeros(2, 3), "targets are a Tensor; give a list of one for each image"),
+        (batch_without_objects()[0], "targets are a dict; give a list"),
+        ([torch.zeros(0, 4)] * 2, r"targets\[0\] is a Tensor; expected boxes, labels and masks by name"),
+    ],
+)
+def test_what_is_no_list_of_targets(model, targets, sentence):
+    with pytest.raises(UserError, match=sentence):
+        model(torch.randn(2, 3, 64, 64), targets=targets)
+
+
+@pytest.mark.parametrize(
+    ("images", "sentence"),
+    [
+        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "images are of torch.uint8, and the weights of torch.float32"),
+        (
+            torch.zeros(1, 3, 64, 64, dtype=torch.float64),
+            "images are of torch.float64, and the weights of torch.float32",
+        ),
+        ([torch.zeros(3, 64, 64)], r"images are a list; a {} takes a tensor \(batch, channels, H, W\)"),
+        (torch.zeros(0, 3, 64, 64), r"images have shape \(0, 3, 64, 64\); a {} takes one image or more"),
+        (torch.zeros(1, 3, 0, 64), r"images have shape \(1, 3, 0, 64\); a {} takes one image or more"),
+        (
+            torch.zeros(1, 4, 64, 64),
+            r"images have shape \(1, 4, 64, 64\); this model takes \(batch, 3, height, width\)",
+        ),
+    ],
+)
+def test_images_that_are_no_batch(model, images, sentence):
+    for kind, each in (
+        ("detector", model),
+        ("segmenter", create_segmenter("upernet", "test_convnext", 3, channels=8).eval()),
+    ):
+        with pytest.raises(UserError, match=sentence.format(kind)):
+            each(images)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert len(model.eval()(torch.randn(1, 3, 64, 64))) == 1
+
+
+def test_a_box_that_float32_makes_empty_is_not_trained_on(folder):
+    """At the edge of its image, or scaled down far."""
+    transform = Transform(tiny_config(folder, "AUG.HFLIP", 0.0), training=True)
+    corners = np.array([[39.999999, 3, 80, 9], [3, 3, 9, 9]], np.float32)
+    masks = np.ones((2, 40, 40), np.uint8)
+    found = transform(Sample(Image.new("RGB", (40, 40)), corners, np.array([0, 2]), masks, 5)).target
+    assert found["labels"].tolist() == [2] and len(found["boxes"]) == len(found["masks"]) == 1
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -90,7 +90,8 @@ def test_a_crop_may_lose_all_objects(folder):
 
 def test_evaluation_fits_and_pads_and_draws_nothing(folder):
     config = tiny_config(folder, *FLIP, *CROP[2:])
-    for batch in eval_loader(config):
+    for batch in (alone for several in eval_loader(config) for alone in several):
+        assert len(batch["images"]) == 1
         assert batch["images"].shape[2] % 32 == batch["images"].shape[3] % 32 == 0
         for number, (height, width) in enumerate(batch["image_sizes"]):
             assert (height, width) == fitted(batch["original_sizes"][number], 48, 64)

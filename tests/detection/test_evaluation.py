@@ -17,10 +17,11 @@ from vmamba.detection import datasets
 from vmamba.detection.evaluation import NUMBERS, as_results, evaluate
 from vmamba.detection.task import Task
 from vmamba.errors import UserError
+from vmamba.runtime.distributed import World
 from vmamba.runtime.evaluation import evaluate_alone
 from vmamba.runtime.trainer import run
 
-from .tiny import CATEGORIES, annotation, read, shape, tiny_config
+from .tiny import CATEGORIES, HELD_OUT, annotation, read, shape, tiny_config
 
 IMAGES, SIZE = 25, (120, 160)
 
@@ -132,6 +133,26 @@ def test_the_numbers_of_some_of_the_images(truth, found):
     assert_the_same(truth, of_these, some)
 
 
+def test_numbers_of_images_and_categories_may_be_any(truth, found):
+    """Negative, and beyond what a double tells apart; in the same order, since equal scores count in it."""
+    renamed = copy.deepcopy(truth)
+    results = copy.deepcopy(found)
+    image = {each["id"]: each["id"] + (-120 if each["id"] < 120 else 2**70) for each in truth["images"]}
+    category = {3: -4, 7: 0, 20: 2**60, 21: 2**70}
+    for entry in renamed["images"]:
+        entry["id"] = image[entry["id"]]
+    for entry in renamed["categories"]:
+        entry["id"] = category[entry["id"]]
+    for entry in (*renamed["annotations"], *results):
+        entry["image_id"], entry["category_id"] = image[entry["image_id"]], category[entry["category_id"]]
+    before = copy.deepcopy(results)
+    numbers, details = evaluate(renamed, results, list(image.values()))
+    expected, known = evaluate(truth, found, list(image))
+    assert numbers == expected and results == before
+    assert list(details["bbox_mAP"]) == ["-4 disc", "0 bar", f"{2**60} ring", f"{2**70} absent"]
+    assert list(details["segm_mAP"].values()) == list(known["segm_mAP"].values())
+
+
 def test_nothing_found(truth):
     results = assert_the_same(truth, [], [each["id"] for each in truth["images"]])
     assert results["bbox_mAP"] == results["segm_mAP"] == 0
@@ -147,14 +168,14 @@ def test_a_prediction_in_cocos_form():
     random = np.random.default_rng(0)
     masks = torch.from_numpy(np.array([shape(random, (40, 50)), shape(random, (40, 50))]))
     boxes = torch.tensor([[1.5, 2.0, 10.0, 12.0], [0.0, 0.0, 50.0, 40.0]])
-    prediction = {"boxes": boxes, "scores": torch.tensor([0.75, 0.5]), "labels": torch.tensor([2, 0]), "masks": masks}
-    first, second = as_results(7, prediction, [3, 7, 20])
+    prediction = {"boxes": boxes, "scores": torch.tensor([0.75, 0.5]), "labels": torch.tensor([2, 0])}
+    first, second = as_results(7, prediction, masks.split(1), [3, 7, 20])
     assert (first["image_id"], first["category_id"], first["score"]) == (7, 20, 0.75)
     assert (first["bbox"], second["bbox"]) == ([1.5, 2.0, 8.5, 10.0], [0.0, 0.0, 50.0, 40.0])
     for mask, each in zip(masks, (first, second), strict=True):
         assert np.array_equal(datasets.run_lengths.decode(each["segmentation"]), mask.numpy())
     assert json.loads(json.dumps([first, second])) == [first, second]
-    assert as_results(7, {name: value[:0] for name, value in prediction.items()}, [3, 7, 20]) == []
+    assert as_results(7, {name: value[:0] for name, value in prediction.items()}, [], [3, 7, 20]) == []
 
 
 def test_the_truth_lacks_nothing_that_is_needed(tmp_path, truth, found):
@@ -196,6 +217,24 @@ def test_saved_predictions_are_what_was_evaluated(tmp_path):
     assert list(told["details"]["bbox_mAP"]) == ["3 disc", "7 bar", "20 ring"]
     run(tiny_config(tmp_path, "EVAL_MODE", True, "TEST.SAVE_PREDICTIONS", True, "TEST.SCORE", 1.0))
     assert json.loads((output_folder(config) / "predictions" / "results.json").read_text()) == []
+
+
+def test_neither_batches_nor_processes_change_what_is_found(tmp_path, monkeypatch):
+    """Of upright and wide images, which in one batch would be padded to each other's size."""
+    torch.manual_seed(0)
+    model, seen = Task(tiny_config(tmp_path)).build_model().eval(), []
+    for size, processes in ((1, 1), (2, 1), (4, 1), (2, 2)):
+        config = tiny_config(tmp_path, "DATA.BATCH_SIZE", size, "DATA.DIVISOR", 8, "TEST.SAVE_PREDICTIONS", True)
+        task, worlds = Task(config), [World(rank, processes, rank, torch.device("cpu")) for rank in range(processes)]
+        meters = [task.meter(world) for world in worlds]
+        for world, meter in zip(worlds, meters, strict=True):
+            for batch in task.eval_loader(world):
+                meter.add(model, batch)
+        gathered = iter([[meter.found for meter in meters], [meter.seen for meter in meters]])
+        monkeypatch.setattr("vmamba.detection.evaluation.gather", lambda value, gathered=gathered: next(gathered))
+        seen.append((meters[0].results(), meters[0].files()))
+    assert len(json.loads(seen[0][1]["results.json"])) == 10 * HELD_OUT
+    assert seen[1:] == seen[:1] * 3
 
 
 def test_an_unreadable_image_is_left_out_of_the_truth(tmp_path, monkeypatch):

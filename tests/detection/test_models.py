@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import vmamba
+from vmamba.analysis.prediction import predict
 from vmamba.config import get_config, output_folder
 from vmamba.detection.models import build_model
 from vmamba.errors import UserError
@@ -105,6 +106,65 @@ def test_a_file_of_mmdetection_is_loaded_whole(tmp_path, monkeypatch, january):
     torch.save(held, path)
     with pytest.raises(UserError, match="missing: .*conv_logits.bias"):
         vmamba.load_detector(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "sentence"),
+    [
+        ("rpn_head.rpn_conv.weight", None, "is no whole model: it has no rpn_head.rpn_conv.weight"),
+        (
+            "rpn_head.rpn_conv.weight",
+            torch.tensor(1.0),
+            r"holds rpn_head.rpn_conv.weight of shape \(\); expected 4 dim",
+        ),
+        ("roi_head.bbox_head.fc_cls.weight", torch.zeros(8), r"fc_cls.weight of shape \(8,\); expected 2 dimensions"),
+        ("roi_head.bbox_head.fc_cls.weight", torch.zeros(8, 2, 2, 2), r"of shape \(8, 2, 2, 2\); expected 2"),
+        ("roi_head.bbox_head.fc_cls.weight", torch.zeros(1, 16), r"of shape \(1, 16\); .* the first from 2 to 1000000"),
+        ("roi_head.bbox_head.fc_cls.weight", torch.zeros(4, 0), r"of shape \(4, 0\); expected 2 dimensions"),
+    ],
+)
+def test_a_head_that_does_not_say_its_size_is_named_with_its_file(tmp_path, name, weight, sentence):
+    held = vmamba.create_detector("mask_rcnn", "vmamba_nano", 3, channels=8, hidden=16).state_dict()
+    held = {key: value for key, value in (held | {name: weight}).items() if value is not None}
+    torch.save(held, tmp_path / "odd.pth")
+    for load in (vmamba.load_detector, lambda path: predict(str(path), [str(path)], output=str(tmp_path / "out"))):
+        with pytest.raises(UserError, match=rf"odd.pth' .*{sentence}"):
+            load(tmp_path / "odd.pth")
+
+
+def test_a_released_config_is_read_whole():
+    case = torch.load(DATA / "golden_downstream" / "mask_rcnn_s1.pt", weights_only=True)
+    config, weights = case["config"], case["state_dict"]
+    for change, sentence in (
+        ({"fpn_chanels": 32}, "unknown option in the config 'fpn_chanels'; did you mean 'fpn_channels'"),
+        ({"test": {"foo": 5}}, "unknown option in test of the config 'foo'; known: mask_thr, max_dets, "),
+        ({"train": {"score_thr": 0.1}}, "unknown option in train of the config 'score_thr'"),
+        ({"test": {"nms": 5}}, "nms is 5.0; it must be between 0 and 1"),
+        ({"test": {"max_dets": 0.5}}, "max_dets is 0.5 .float.; expected an integer"),
+        ({"train": 7}, "train of the config is 7; expected a mapping"),
+        ({"fc_channels": 0}, "hidden is 0; it must be at least 1"),
+        ({"backbone": None}, "the config lacks backbone; it has fpn_channels, fc_channels, num_classes, train, test"),
+        ({"num_classes": None}, "the config lacks num_classes"),
+    ):
+        given = {name: value for name, value in (config | change).items() if value is not None}
+        with pytest.raises(UserError, match=sentence):
+            vmamba.detector_from_released(given, weights)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"num_classes": -1}, "num_classes is -1; it must be at least 1"),
+        ({"num_classes": "80"}, "num_classes is '80' .str.; expected an integer"),
+        ({"channels": 0}, "channels is 0; it must be at least 1"),
+        ({"samples": 0.5}, "samples is 0.5 .float.; expected an integer"),
+        ({"proposals": 1000}, "proposals is 1000 .int.; expected ProposalSettings"),
+        ({"backbone": torch.nn.Identity()}, "the backbone is a Identity; give the name of a model"),
+    ],
+)
+def test_options_that_cannot_be(options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        vmamba.create_detector("mask_rcnn", **({"backbone": "vmamba_nano"} | options))
 
 
 def as_released(name):

@@ -253,3 +253,19 @@ def test_compilation_is_of_the_backbone_and_not_as_graphs(tmp_path, monkeypatch)
     assert compiled == [(model.backbone, {"options": {"layout_optimization": False}})]
     with pytest.raises(UserError, match="cudagraphs, which would make a CUDA graph for each .* TRAIN.COMPILE default"):
         run(tiny_config(tmp_path, "TRAIN.COMPILE", "cudagraphs"))
+
+
+@pytest.mark.parametrize(
+    ("opts", "sentence"),
+    [
+        (
+            ("AUG.CROP", 0.5, "AUG.CROP_SHORT_SIDES", "[]"),
+            r"AUG.CROP is 0.5 and AUG.CROP_SHORT_SIDES is \[\]; name the",
+        ),
+        (("AUG.CROP_SIDES", "[60, 30]"), r"AUG.CROP_SIDES is \[60, 30\]; expected the smaller first"),
+        (("DATA.SCALE", "[96, 64]"), r"DATA.SCALE is \[96, 64\]; expected the smaller first"),
+    ],
+)
+def test_settings_that_cannot_be_are_told_at_the_start(tmp_path, opts, sentence):
+    with pytest.raises(UserError, match=sentence):
+        Task(tiny_config(tmp_path, *opts))

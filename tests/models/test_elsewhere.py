@@ -1,18 +1,19 @@
 """Our backbones in other people's detectors and segmenters, as docs/elsewhere.md shows."""
 
+import importlib
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from torchvision.models.detection import MaskRCNN
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 import vmamba
-from vmamba.models.backbones import create_backbone
+from vmamba.errors import UserError
 from vmamba.models.released import options_from_released
 from vmamba.models.vssm import VSSM
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden_downstream"
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "data" / "golden_downstream"
 
 
 def test_mm_vssm_is_the_released_backbone_under_its_names():
@@ -45,32 +46,85 @@ def test_mm_vssm_starts_from_a_classifiers_weights(tmp_path):
     assert torch.equal(weights["layers.3.blocks.0.op.in_proj.weight"], classifier.layers[3].blocks[0].op.in_proj.weight)
 
 
-class Pyramid(torch.nn.Module):
-    """What torchvision's detectors call a backbone: named maps of `out_channels` each."""
+def test_mm_vssm_starts_as_init_cfg_says(tmp_path):
+    """mmengine's ordinary way; of a detector's file the backbone, or what is under a prefix."""
+    pytest.importorskip("mmengine")
+    from vmamba.models.mm_vssm import MM_VSSM
 
-    def __init__(self, backbone, out_channels=32):
-        super().__init__()
-        self.backbone, self.out_channels = backbone, out_channels
-        self.fpn = FeaturePyramidNetwork(backbone.channels, out_channels)
+    options = dict(dims=8, depths=(1, 1, 1, 1), forward_type="v05_noz", ssm_d_state=1)
+    source = MM_VSSM(**options)
+    path, teacher = str(tmp_path / "d.pth"), str(tmp_path / "t.pth")
+    torch.save({"state_dict": {f"backbone.{name}": each for name, each in source.state_dict().items()}}, path)
+    torch.save({f"teacher.net.{name}": each for name, each in source.state_dict().items()}, teacher)
 
-    def forward(self, images):
-        return self.fpn({str(level): each for level, each in enumerate(self.backbone(images))})
+    def started(init_cfg, **more):
+        model = MM_VSSM(**{**options, "init_cfg": init_cfg, **more})
+        model.init_weights()
+        return model
+
+    for init_cfg in (
+        dict(type="Pretrained", checkpoint=path),
+        [dict(type="Pretrained", checkpoint=path, prefix="backbone.", map_location="cpu")],
+        dict(type="Pretrained", checkpoint=teacher, prefix="teacher.net"),
+    ):
+        for name, weight in started(init_cfg).state_dict().items():
+            assert torch.equal(weight, source.state_dict()[name])
+    for init_cfg, more, sentence in (
+        (dict(type="Kaiming", layer="Conv2d"), {}, "init_cfg .*Kaiming.*; its weights start as the original's do, or"),
+        ([dict(type="Pretrained", checkpoint=path)] * 2, {}, "MM_VSSM has init_cfg "),
+        (dict(type="Pretrained"), {}, "MM_VSSM has init_cfg "),
+        (dict(type="Pretrained", checkpoint=path, prefx="a"), {}, "option of init_cfg 'prefx'; did you mean 'prefix'"),
+        (dict(type="Pretrained", checkpoint=path, prefix="neck"), {}, "no weights under the prefix 'neck' of init_cfg"),
+        (dict(type="Pretrained", checkpoint=str(tmp_path / "no.pth")), {}, "there is no checkpoint '.*no.pth'"),
+        (dict(type="Pretrained", checkpoint=path), {"pretrained": path}, "both pretrained and init_cfg"),
+        (dict(type="Pretrained", checkpoint=path), {"dims": 16}, "of another architecture"),
+        (None, {"use_checkpoint": 3}, "use_checkpoint is 3"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            started(init_cfg, **more)
+    assert all(stage.grad_checkpointing for stage in started(None, use_checkpoint=True).backbone.model.layers)
 
 
-def test_in_torchvisions_mask_rcnn():
-    from torchvision.models.detection.anchor_utils import AnchorGenerator
+# --------------------------------------------------------------------- the blocks of docs/elsewhere.md, as written
 
-    backbone = create_backbone("vmamba_nano", dims=8, depths=(1, 1, 1, 1))
-    places = ["0", "1", "2", "3"]
-    model = MaskRCNN(
-        Pyramid(backbone),
-        num_classes=3,
-        rpn_anchor_generator=AnchorGenerator(((16,), (32,), (64,), (128,)), ((0.5, 1.0, 2.0),) * 4),
-        box_roi_pool=MultiScaleRoIAlign(places, 7, 2),
-        mask_roi_pool=MultiScaleRoIAlign(places, 14, 2),
-        min_size=64,
-        max_size=96,
-    )
+BLOCKS = re.findall(r"^## (.+?)\n.*?```python\n(.+?)```", (ROOT / "docs" / "elsewhere.md").read_text(), re.S | re.M)
+
+
+def run_block(title, *packages):
+    """The names that a block has defined."""
+    (code,) = [code for name, code in BLOCKS if name.startswith(title)]
+    for package in packages:
+        pytest.importorskip(package)
+    names = {}
+    exec(code, names)
+    return names
+
+
+def test_every_block_is_run_here():
+    titles = [name.partition(" ")[0] for name, _ in BLOCKS]
+    assert titles == ["mmdetection", "torchvision's", "segmentation-models-pytorch", "transformers'"]
+
+
+def test_the_block_of_mmdetection(tmp_path, monkeypatch):
+    names = run_block("mmdetection", "mmengine")
+    for module in names["custom_imports"]["imports"]:
+        importlib.import_module(module)
+    settings = names["model"]["backbone"]
+    model = importlib.import_module("mmengine.registry").MODELS.build(dict(settings))
+    expected = vmamba.create_model("vmamba_tiny_s1l8")
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": vmamba.to_released(expected)}, settings["init_cfg"]["checkpoint"])
+    model.init_weights()
+    weights = expected.state_dict()
+    assert all(torch.equal(each, weights[name]) for name, each in model.state_dict().items() if "outnorm" not in name)
+
+
+def test_the_block_of_torchvision(monkeypatch):
+    whole = vmamba.create_model
+    monkeypatch.setattr(vmamba, "create_model", lambda name, pretrained: whole(name, dims=8, depths=(1, 1, 1, 1)))
+    names = run_block("torchvision")
+    model = names["detector"]
+    model.transform.min_size, model.transform.max_size = (64,), 96
     target = {
         "boxes": torch.tensor([[4.0, 4.0, 40.0, 30.0]]),
         "labels": torch.tensor([1]),
@@ -78,5 +132,17 @@ def test_in_torchvisions_mask_rcnn():
     }
     losses = model([torch.rand(3, 60, 70)], [target])
     sum(losses.values()).backward()
-    assert all(parameter.grad is not None for parameter in backbone.parameters())
+    assert all(parameter.grad is not None for parameter in names["backbone"].parameters())
     assert {"boxes", "labels", "scores", "masks"} == model.eval()([torch.rand(3, 60, 70)])[0].keys()
+
+
+def test_the_block_of_segmentation_models_pytorch():
+    model = run_block("segmentation-models-pytorch", "segmentation_models_pytorch")["segmenter"].eval()
+    with torch.no_grad():
+        assert model(torch.rand(1, 3, 64, 64)).shape == (1, 7, 64, 64)
+
+
+def test_the_block_of_transformers():
+    model = run_block("transformers", "transformers", "timm")["segmenter"].eval()
+    with torch.no_grad():
+        assert model(torch.rand(1, 3, 64, 64)).logits.shape == (1, 150, 64, 64)

@@ -204,6 +204,30 @@ def test_damaged_files_are_named(tmp_path, released, plain, damage, name):
     assert "\n" not in str(error.value)
 
 
+def test_where_nothing_is_adapted_nothing_is_said_to_be(tmp_path, said):
+    torch.save(vmamba.create_model("vmamba_nano", dims=8).state_dict(), tmp_path / "narrow.pth")
+    with pytest.raises(UserError, match="of another architecture"):
+        load_pretrained(vmamba.create_model("vmamba_nano", dims=16), vmamba.load_checkpoint(tmp_path / "narrow.pth"))
+    assert "taking the weights" in said() and "adapted the" not in said()
+
+
+def test_bytes_that_are_not_those_saved_are_found(tmp_path, plain):
+    """torch.load takes no notice of an archive's sums."""
+    torch.save(plain, tmp_path / "whole.pth")
+    data = bytearray((tmp_path / "whole.pth").read_bytes())
+    weight = max(plain.values(), key=torch.Tensor.numel).contiguous().numpy().tobytes()
+    data[data.index(weight) + len(weight) // 2] ^= 1
+    (tmp_path / "damaged.pth").write_bytes(data)
+    with pytest.raises(UserError, match=r"damaged.pth' is truncated or damaged \(Bad CRC-32 .*\); fetch it again"):
+        vmamba.load_checkpoint(tmp_path / "damaged.pth")
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(plain, tmp_path / "without.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert same(vmamba.load_checkpoint(tmp_path / "without.pth").state_dict, plain)
+
+
 def test_best_weights_are_those_that_the_file_names(tmp_path, plain, averaged, said):
     content = {"model": plain, "model_ema": averaged, "best_weights": "model", "max_accuracy": 90.0}
     torch.save(content, tmp_path / "run.pth")

@@ -160,6 +160,12 @@ def test_the_api_names_what_is_unknown():
         ((("upernet", "vmamba_tinny"), {}), "did you mean 'vmamba_tiny'"),
         ((("upernet", "vmamba_nano"), {"chanels": 8}), "did you mean 'channels'"),
         ((("upernet", "timm/vit_tiny_patch16_224"), {}), "timm's 'vit_tiny_.*' gives no feature maps of strides 4, 8"),
+        ((("upernet", vmamba.create_model("vmamba_nano")), {}), "the backbone is a VSSM; give the name of a model"),
+        ((("upernet", "vmamba_nano", 0), {}), "num_classes is 0; it must be at least 1"),
+        ((("upernet", "vmamba_nano", "80"), {}), "num_classes is '80' .str.; expected an integer"),
+        ((("upernet", "vmamba_nano", 300), {}), "num_classes is 300, and label 255, .* give another ignore_index"),
+        ((("upernet", "vmamba_nano"), {"pool_scales": (0,)}), r"pool_scales is \[0\]; it must be at least 1"),
+        ((("upernet", "vmamba_nano"), {"dropout": 2.0}), "dropout is 2.0; it must be between 0 and 1"),
     ):
         with pytest.raises(UserError, match=sentence):
             create_segmenter(*names, **options)
@@ -183,3 +189,56 @@ def test_targets_that_do_not_fit(targets, sentence):
         model(torch.randn(2, 3, 32, 32), targets)
     with pytest.raises(UserError, match=r"images have shape \(3, 32, 32\); a segmenter takes"):
         model(torch.randn(3, 32, 32))
+
+
+def test_labels_of_no_class_and_a_single_image_are_refused_in_training():
+    model = create_segmenter("upernet", "vmamba_nano", CLASSES, channels=8, aux_channels=4, ignore_index=9)
+    images, targets = torch.randn(2, 3, 32, 32), torch.full((2, 32, 32), 9)
+    assert model(images, targets)["decode.loss_ce"] == 0
+    for wrong in (CLASSES, 8, 255, -1):
+        targets[1, 2, 3] = wrong
+        with pytest.raises(
+            UserError, match=f"targets hold label {wrong}; the model has {CLASSES} classes, counted from"
+        ):
+            model(images, targets)
+    targets[1, 2, 3] = CLASSES - 1
+    with pytest.raises(
+        UserError, match="a single image cannot be trained on: .*; give two or more, or call model.eval"
+    ):
+        model(images[:1], targets[:1])
+    assert model.eval()(images[1:], targets[1:])["decode.loss_ce"] > 0
+    apart = create_segmenter("upernet", "vmamba_nano", CLASSES, channels=8, aux_channels=4, pool_scales=(2, 3))
+    assert apart(torch.randn(1, 3, 64, 64)).shape == (1, CLASSES, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "sentence"),
+    [
+        ("decode_head.conv_seg.weight", (3,), r"decode_head.conv_seg.weight of shape \(3,\); expected 4 dimensions"),
+        ("decode_head.conv_seg.weight", (300, 16, 1, 1), r"conv_seg.weight of shape \(300, .* the first from 1 to 254"),
+        ("auxiliary_head.conv_seg.weight", (3,), r"auxiliary_head.conv_seg.weight of shape \(3,\); expected 4"),
+    ],
+)
+def test_a_head_that_does_not_say_its_size_is_named_with_its_file(tmp_path, name, shape, sentence):
+    weights = as_released(create_segmenter("upernet", "vmamba_nano", 7, channels=16, aux_channels=8))
+    weights[name] = torch.zeros(shape)
+    torch.save({"state_dict": weights}, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match=rf"odd\.pth' holds .*{sentence}"):
+        load_segmenter(tmp_path / "odd.pth")
+
+
+def test_a_released_config_is_read_whole():
+    weights = as_released(create_segmenter("upernet", "vmamba_nano", 7, channels=16, aux_channels=8))
+    backbone = {"depths": [1, 1, 1, 1]}
+    for config, sentence in (
+        (
+            {"backbone": backbone, "num_classes": 7, "chanels": 3},
+            "option in the config 'chanels'; did you mean 'channels'",
+        ),
+        ({"backbone": backbone}, "the config lacks num_classes; it has backbone"),
+        ({"num_classes": 7}, "the config lacks backbone"),
+        ({"backbone": backbone, "num_classes": 0}, "num_classes is 0; it must be at least 1"),
+        (7, "the config is 7; expected a mapping"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            segmenter_from_released(config, weights)

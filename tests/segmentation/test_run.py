@@ -2,6 +2,7 @@
 
 import json
 import signal
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 import vmamba
 from vmamba.config import output_folder
 from vmamba.errors import UserError
+from vmamba.runtime.distributed import World
 from vmamba.runtime.step import OptimizerStep
 from vmamba.runtime.stop import Stopped
 from vmamba.runtime.trainer import run
@@ -137,8 +139,12 @@ def test_throughput_needs_no_data(tmp_path):
 def test_batch_norms_are_over_all_processes_of_gpus(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    for wanted, kind in ((True, nn.SyncBatchNorm), (False, nn.BatchNorm2d)):
-        model = Task(tiny_config(tmp_path, "MODEL.SYNC_BN", wanted)).build_model()
+    for wanted, device, kind in (
+        (True, "auto", nn.SyncBatchNorm),
+        (False, "auto", nn.BatchNorm2d),
+        (True, "cpu", nn.BatchNorm2d),  # which SyncBatchNorm refuses
+    ):
+        model = Task(tiny_config(tmp_path, "MODEL.SYNC_BN", wanted, "DEVICE", device)).build_model()
         assert type(model.decode_head.bottleneck.bn) is kind
 
 
@@ -206,8 +212,29 @@ def test_evaluating_a_segmenter_of_other_classes_is_refused(tmp_path, files):
         (("TEST.SCALES", []), r"TEST.SCALES is \[\]; name at least one"),
         (("MODEL.IN_CHANS", 1), "MODEL.IN_CHANS is 1; it must be between 3 and 3"),
         (("MODEL.NAME", "timm/resnet18"), "MODEL.OPTIONS are of our models, and MODEL.NAME is timm/resnet18"),
+        (("DATA.SCALE", [96, 64]), r"DATA.SCALE is \[96, 64\]; expected the smaller first"),
+        (("AUG.RESIZE_RATIO", [2.0, 0.5]), r"AUG.RESIZE_RATIO is \[2.0, 0.5\]; expected the smaller first"),
+        (("DATA.DIGIT_SIZES", [0.5, 0.2]), r"DATA.DIGIT_SIZES is \[0.5, 0.2\]; expected the smaller first"),
+        (("DATA.IGNORE_INDEX", 0, "DATA.ZERO_IS_IGNORED", True), "IGNORE_INDEX is 0, .* those of class 1 .* at 255"),
+        (("DATA.IGNORE_INDEX", 3, "DATA.DATASET", "ade20k"), "IGNORE_INDEX is 3, and labels count from 1"),
     ],
 )
 def test_what_cannot_run_is_one_sentence(tmp_path, options, sentence):
     with pytest.raises(UserError, match=sentence):
         run(tiny_config(tmp_path, *options))
+
+
+def test_one_image_a_process_is_refused_before_training_unless_batch_norms_are_of_several_gpus(tmp_path):
+    with pytest.raises(UserError, match="DATA.BATCH_SIZE is 1, and of one .*; use --batch-size 2 or more"):
+        run(tiny_config(tmp_path, "DATA.BATCH_SIZE", 1))
+    assert not (output_folder(tiny_config(tmp_path)) / "last.pth").exists()
+    for device, size, opts, refused in (
+        ("cpu", 2, (), True),
+        ("cuda", 2, (), False),
+        ("cuda", 1, (), True),
+        ("cuda", 2, ("MODEL.SYNC_BN", False), True),
+    ):
+        task = Task(tiny_config(tmp_path, "DATA.BATCH_SIZE", 1, *opts))
+        with pytest.raises(UserError, match="BATCH_SIZE") if refused else nullcontext():
+            task.train_loader(World(0, size, 0, torch.device(device)))
+    assert run(tiny_config(tmp_path, "DATA.BATCH_SIZE", 1, "THROUGHPUT_MODE", True))["images_per_second"] > 0

@@ -25,7 +25,7 @@ from vmamba.analysis import images, zoo
 from vmamba.analysis.plotting import STYLE, new_figure, save_figure
 from vmamba.analysis.tables import write_tensors
 from vmamba.errors import UserError
-from vmamba.files import check_writable
+from vmamba.files import check_keeps, check_writable
 from vmamba.models.ss2d import SS2D, Mixer2D
 from vmamba.models.vssm import VSSM
 from vmamba_kernels import cross_scan
@@ -65,6 +65,8 @@ def activation_map(
     if chosen is None and len(channels) > 1:
         raise UserError("--channels names mean and others; name mean alone, or numbers")
     check_writable(Path(output, "activation_map.pt"))
+    written = [*(f"activation_map.{kind}" for kind in ("pdf", "png", "pt")), "matrix.pt"]
+    check_keeps(filter(None, [image, weights]), *(Path(output, name) for name in written))
     subject = zoo.create(model, size, weights) if weights else zoo.create_untrained(model, size, None)
     mixer = find_block(subject.model, layer).op
     photograph = images.square(image, size)

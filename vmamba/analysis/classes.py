@@ -7,7 +7,7 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from yacs.config import CfgNode
 
 from vmamba.data import scenes
-from vmamba.data.folders import listing, what_is
+from vmamba.data.folders import LeftOut, listing, what_is
 from vmamba.detection.annotations import read_annotations
 from vmamba.errors import UserError
 
@@ -35,31 +35,49 @@ def class_names(config: CfgNode) -> list[str]:
     return names if len(names) == classes else [f"class {number}" for number in range(classes)]
 
 
+def category_numbers(config: CfgNode) -> list[int]:
+    """Of a detector's classes those of its data's file, as `results.json` has them; counted from 0 where nothing tells
+    them."""
+    known = _categories(config)
+    return (
+        [number for number, _ in known]
+        if len(known) == config.MODEL.NUM_CLASSES
+        else list(range(config.MODEL.NUM_CLASSES))
+    )
+
+
 def _classification(config: CfgNode) -> list[str]:
     data, classes = config.DATA, config.MODEL.NUM_CLASSES
     if data.DATASET == "digits":
         return list(scenes.CLASSES)
-    folder = Path(data.DATA_PATH, "train")
-    if data.DATASET == "imagenet" and classes == 1000:
+    if data.DATASET != "imagenet":
+        return []
+    if classes == 1000:
         known = ImageNetInfo("imagenet-1k")
         return [known.index_to_description(index).partition(",")[0] for index in range(1000)]
-    if data.DATASET == "imagenet" and data.DATA_PATH and what_is(folder) == "folder":
-        return listing(folder)[0]
-    return []
+    places = [Path(data.DATA_PATH, split) for split in ("train", "val", *([""] if data.VAL_FRACTION else []))]
+    folder = next((place for place in places if data.DATA_PATH and what_is(place) == "folder"), None)
+    return listing(folder, LeftOut())[0] if folder else []
 
 
 def _detection(config: CfgNode) -> list[str]:
+    return [name for _, name in _categories(config)]
+
+
+def _categories(config: CfgNode) -> list[tuple[int, str]]:
+    """Number and name of each class of a detector's data; empty where nothing tells them."""
     data = config.DATA
     if data.DATASET == "scenes":
-        return list(scenes.CLASSES)
+        return list(enumerate(scenes.CLASSES, 1))
     file = Path(data.DATA_PATH, data.VAL_ANNOTATIONS)
     if data.DATA_PATH and what_is(file) == "file":
         try:
-            return [name for _, name in read_annotations(file)[0].categories]
+            return list(read_annotations(file)[0].categories)
         except UserError:
             return []
     if config.MODEL.NUM_CLASSES == 80:
-        return [name for name in MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"] if name not in _NO_CLASS]
+        known = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # in the places of COCO's numbers
+        return [(number, name) for number, name in enumerate(known) if name not in _NO_CLASS]
     return []
 
 

@@ -13,7 +13,7 @@ from vmamba.analysis.attention import find_block
 from vmamba.analysis.plotting import STYLE, new_figure, save_figure
 from vmamba.analysis.tables import write_tensors
 from vmamba.errors import UserError
-from vmamba.files import check_writable
+from vmamba.files import check_keeps, check_writable
 
 
 def gradcam(
@@ -34,6 +34,7 @@ def gradcam(
     Raises UserError for an unknown model or layer, a class that is not there, or where grad-cam is not installed.
     """
     check_writable(Path(output, "gradcam.pt"))
+    check_keeps(filter(None, [image, weights]), *(Path(output, f"gradcam.{kind}") for kind in ("pdf", "png", "pt")))
     subject = zoo.create(model, size, weights) if weights else zoo.create_untrained(model, size, None)
     place = zoo.choose_device(device)
     photograph = images.square(image, size)

@@ -1,6 +1,7 @@
 """What a checkpoint of any task says of images: classes, boxes and masks, or a map, as JSON and as pictures."""
 
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from vmamba.analysis.classes import class_names
+from vmamba.analysis.classes import category_numbers, class_names
 from vmamba.analysis.tables import write_json
 from vmamba.analysis.zoo import choose_device
 from vmamba.classification.transforms import build_transform
@@ -28,9 +29,11 @@ from vmamba.detection.datasets import without_objects
 from vmamba.detection.evaluation import as_results
 from vmamba.detection.transforms import Collate, Transform
 from vmamba.errors import UserError
-from vmamba.files import make_folder, read_text, write_atomically
+from vmamba.files import check_keeps, make_folder, read_text, write_atomically
+from vmamba.models.download import is_url
 from vmamba.models.pretrained import Checkpoint, open_checkpoint
-from vmamba.models.whole import variant_of
+from vmamba.models.whole import shape_of, variant_of
+from vmamba.runtime.checkpoint import BEST, LAST
 from vmamba.runtime.task import open_task
 from vmamba.segmentation import models as segmentation_models
 from vmamba.segmentation.datasets import Sample
@@ -39,7 +42,8 @@ from vmamba.segmentation.transforms import EvalTransform
 from vmamba.text import counted, printable, some
 
 logger = logging.getLogger("vmamba")
-_LEAST, _MOST = 256, 2048  # sides that a picture is scaled to where its image is smaller or larger
+_LEAST, _MOST = 256, 2048  # long sides that a picture is scaled to where its image is smaller or larger
+_SHORT = 128  # the least short side, which has place for some labels
 _LEGEND = 12  # classes in it
 BACKGROUND = "background"  # a class of this name is left as it is in the image
 _COLOURS = (  # of S. Trubetskoy's distinct colours
@@ -83,13 +87,17 @@ def predict(
         weights: as of `vmamba.load_checkpoint`.
 
     Returns what is written as JSON: for each image `top` (class, name and probability of the best five), `objects` (in
-    COCO's form of results) or `classes` (share of the pixels).  Raises UserError without any image, and for a
-    checkpoint that cannot be read; an image that cannot be read is named in the log and left out.
+    COCO's form of results, with class and name) or `classes` (class, name and share of the pixels); classes are counted
+    from 0.  Raises UserError without any image, for a checkpoint that cannot be read, and where a picture would be
+    written over what is read; an image that cannot be read is named in the log and left out.
     """
     files = find_images(images)
+    pictures = _picture_names(files)
+    read = [*files, *filter(None, [checkpoint, cfg, names])]
+    check_keeps(read, *(Path(output) / name for name in (*pictures, "predictions.json")))
     predictor = open_predictor(checkpoint, cfg=cfg, names=names, score=score, weights=weights, device=device).answer
     told: dict[str, Any] = {}
-    for path, picture in zip(files, _picture_names(files), strict=True):
+    for path, picture in zip(files, pictures, strict=True):
         try:
             image = decode(path, 3, path)
         except UnreadableImage as error:
@@ -111,11 +119,9 @@ def predict(
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint's model, ready for images."""
+    """A checkpoint's model, as `load_model` gives it, ready for images."""
 
-    config: CfgNode
     model: nn.Module
-    names: list[str]  # of the classes
     answer: Predictor
 
 
@@ -129,19 +135,81 @@ def open_predictor(
     device: str = "auto",
 ) -> Opened:
     """The arguments are those of `predict`.  Raises UserError for a checkpoint that cannot be read."""
-    found = open_checkpoint(checkpoint, weights)
+    model = load_model(checkpoint, cfg=cfg, weights=weights).to(choose_device(device))
+    if names:
+        model.class_names = _read_names(names, model.config)
+    return Opened(model, _predictor(model, score))
+
+
+def load_model(checkpoint: str | Path, *, cfg: str | None = None, weights: str = "auto") -> nn.Module:
+    """The model of a checkpoint of any task, in eval mode, with its `config` and the `class_names` of its data.
+
+    Args:
+        checkpoint: of a run, or its folder (then its best), or a released file; an address is downloaded.
+        cfg, weights: as of `predict`.
+
+    Raises UserError for a checkpoint that cannot be read, and a folder without one.
+    """
+    path = checkpoint
+    if not is_url(str(path)) and what_is(path) == "folder":
+        kept = [name for name in (BEST, LAST) if what_is(Path(checkpoint, name)) == "file"]
+        if not kept:
+            raise UserError(f"'{printable(path)}' has neither {BEST} nor {LAST}; name the folder of a run, or a file")
+        path = Path(checkpoint, kept[0])
+    found = open_checkpoint(path, weights)
     config = config_of(found, cfg)
-    place = choose_device(device)
     task = open_task(config)
     model = task.build_model()
     task.load(model, found)
-    called = _read_names(names, config) if names else class_names(config)
-    answer = _PREDICTORS[config.TASK](config, model.to(place).eval(), place, called, score)
-    return Opened(config, model, called, answer)
+    model.config, model.class_names = config, class_names(config)
+    return model.eval()
+
+
+def predict_images(
+    model: nn.Module | str | Path,
+    images: Sequence[str | Path | Image.Image] | str | Path | Image.Image,
+    score: float = 0.0,
+) -> list[dict[str, Any]]:
+    """What a model says of each image, as `predict` writes it.
+
+    Args:
+        model: as `load_model` gives it, on any device; or what that takes.
+        images: of Pillow, or files.
+        score: least score of a detection.
+
+    Raises UserError for a model that does not tell what its images are like, and an image that cannot be read.
+    """
+    model = model if isinstance(model, nn.Module) else load_model(model)
+    if not isinstance(getattr(model, "config", None), CfgNode):
+        raise UserError(
+            f"this {type(model).__name__} does not tell what its images and classes are; take it from vmamba.load_model"
+        )
+    answer = _predictor(model.eval(), score)
+    given = [images] if isinstance(images, (str, Path, Image.Image)) else images
+    told = []
+    for number, image in enumerate(given, 1):
+        name = f"image {number} of {len(given)}" if isinstance(image, Image.Image) else image
+        try:
+            pixels = decode(image, 3, name)
+        except UnreadableImage as error:
+            raise UserError(str(error)) from error
+        told.append(answer(pixels).told)
+    for each in told:
+        if "objects" in each:
+            each["objects"] = [found for found in each["objects"] if found["score"] >= score]
+    return told
+
+
+def _predictor(model: nn.Module, score: float) -> Predictor:
+    device = next(model.parameters()).device
+    return _PREDICTORS[model.config.TASK](model.config, model, device, model.class_names, score)
 
 
 def find_images(places: Sequence[str]) -> list[Path]:
-    """Files, those in folders, and those that match a pattern.  Raises UserError for a place where there are none."""
+    """Files, those in folders, and those that match a pattern, each once under whatever path it is given.
+
+    Raises UserError for a place where there are none.
+    """
     found: list[Path] = []
     for place in places:
         kind, left_out = what_is(place), LeftOut()
@@ -153,7 +221,10 @@ def find_images(places: Sequence[str]) -> list[Path]:
             beside = f" (left out: {left_out})" if left_out else ""
             raise UserError(f"there is no image at '{printable(place)}'{beside}; give files, folders or patterns")
         found += here
-    return list(dict.fromkeys(found))
+    first: dict[Path, Path] = {}
+    for path in found:
+        first.setdefault(path.parent.resolve() / path.name, path)
+    return list(first.values())
 
 
 def config_of(checkpoint: Checkpoint, cfg: str | None) -> CfgNode:
@@ -168,11 +239,12 @@ def config_of(checkpoint: Checkpoint, cfg: str | None) -> CfgNode:
     for models in (detection_models, segmentation_models):
         if models.HEAD in checkpoint.whole:
             return models.config_of(checkpoint)
-    head = checkpoint.state_dict.get("classifier.head.weight")
-    if head is None:
+    head = "classifier.head.weight"
+    if head not in checkpoint.state_dict:
         raise UserError(f"'{checkpoint.path}' holds neither a config nor a head that is known; give --cfg")
+    classes, _ = shape_of(checkpoint.state_dict, head, 2, checkpoint.path)
     name = variant_of(checkpoint.whole, checkpoint.path)
-    return get_config(None, ["MODEL.NAME", name, "MODEL.NUM_CLASSES", len(head)])
+    return get_config(None, ["MODEL.NAME", name, "MODEL.NUM_CLASSES", classes])
 
 
 def _read_names(path: str, config: CfgNode) -> list[str]:
@@ -183,20 +255,23 @@ def _read_names(path: str, config: CfgNode) -> list[str]:
 
 
 def _picture_names(files: Sequence[Path]) -> list[Path]:
-    """A name for each picture: the image's, with what tells it from others of that name: its folders, its suffix."""
-    folder = os.path.commonpath([path.absolute().parent for path in files])
-    places = ["_".join(path.absolute().relative_to(folder).parts) for path in files]
+    """A name for each picture: the image's, with what tells it from others of that name: its folders, its suffix, and
+    where those do not, since x_b.png may lie beside x/b.png, a number."""
+    whole = [path.parent.resolve() / path.name for path in files]
+    folder = os.path.commonpath([path.parent for path in whole])
+    places = ["_".join(path.relative_to(folder).parts) for path in whole]
     for names in ([path.stem for path in files], [os.path.splitext(place)[0] for place in places], places):
-        if len(set(names)) == len(names):
+        if len({name.casefold() for name in names}) == len(names):
             return [Path(f"{name}.png") for name in names]
-    raise AssertionError(f"two of {places} are one")
+    return [Path(f"{number}_{name}.png") for number, name in enumerate(places)]
 
 
 def readable(image: Image.Image) -> Image.Image:
-    """`image` with its long side between `_LEAST` and `_MOST` pixels."""
-    long = max(image.size)
-    scale = max(1.0, _LEAST / long) * min(1.0, _MOST / long)
-    size = tuple(max(1, round(side * scale)) for side in image.size)
+    """`image` with its long side between `_LEAST` and `_MOST` pixels, and its short one at least `_SHORT`: what is
+    thinner than the two allow is widened."""
+    short, long = sorted(image.size)
+    scale = min(max(1.0, _LEAST / long, _SHORT / short), _MOST / long)
+    size = tuple(max(_SHORT, round(side * scale)) for side in image.size)
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
@@ -226,21 +301,32 @@ def classifier(
 
 def detector(config: CfgNode, model: nn.Module, device: torch.device, names: Sequence[str], score: float) -> Predictor:
     transform, collate = Transform(config, training=False), Collate(config.DATA.DIVISOR)
-    numbers = range(len(names))
+    numbers = category_numbers(config)
 
     @torch.no_grad()
     def answer(image: Image.Image) -> Answer:
         batch = collate([transform(without_objects(image, 0))])
-        (found,) = model(batch["images"].to(device), batch["image_sizes"], output_sizes=batch["original_sizes"])
-        objects = as_results(0, found, numbers)
-        for each in objects:
+        sizes = batch["original_sizes"]
+        (found,) = model.detect(batch["images"].to(device), batch["image_sizes"], sizes)
+        objects = as_results(0, found, model.masks(found, sizes[0]), numbers)
+        for each, label in zip(objects, found["labels"].tolist(), strict=True):
             del each["image_id"]
-            each["name"] = names[each["category_id"]]
+            each |= {"class": label, "name": names[label]}
         seen = {name: values[found["scores"] >= score].cpu() for name, values in found.items()}
         shown = zip(seen["labels"].tolist(), seen["scores"].tolist(), strict=True)
         labels = [f"{names[label]} {chance:.0%}" for label, chance in shown]
-        nothing = () if labels else ("nothing found",)
-        return Answer({"objects": objects}, lambda picture: draw_objects(picture, image.size, seen, labels), nothing)
+
+        def draw(picture: Image.Image) -> Image.Image:
+            scale = torch.tensor([picture.width / image.width, picture.height / image.height] * 2)
+            boxes, logits = seen["boxes"] * scale, seen["mask_logits"]
+
+            def mask(number: int) -> Tensor:
+                only = {"boxes": boxes[number : number + 1], "mask_logits": logits[number : number + 1]}
+                return next(model.masks(only, (picture.height, picture.width)))[0]
+
+            return draw_objects(picture, boxes.tolist(), mask, labels)
+
+        return Answer({"objects": objects}, draw, () if labels else ("nothing found",))
 
     return answer
 
@@ -255,7 +341,9 @@ def segmenter(config: CfgNode, model: nn.Module, device: torch.device, names: Se
         classes = inference(model, [each.to(device) for each in images], empty.shape).cpu()
         counts = torch.bincount(classes.flatten().long(), minlength=len(names))
         order = [label for label in counts.argsort(descending=True).tolist() if counts[label]]
-        shares = {names[label]: counts[label].item() / classes.numel() for label in order}
+        shares = [
+            {"class": label, "name": names[label], "share": counts[label].item() / classes.numel()} for label in order
+        ]
         return Answer({"classes": shares}, lambda picture: paint(picture, classes, names), *_legend(order, names))
 
     return answer
@@ -276,7 +364,8 @@ def colour(number: int) -> tuple[int, int, int]:
 
 
 def _font(picture: Image.Image) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(findfont("DejaVu Sans"), max(12, round(max(picture.size) / 45)))
+    side = min(max(picture.size) / 45, min(picture.size) / 6)
+    return ImageFont.truetype(findfont("DejaVu Sans"), max(12, round(side)))
 
 
 def beside(
@@ -300,27 +389,30 @@ def beside(
 
 
 def draw_objects(
-    picture: Image.Image, size: tuple[int, int], seen: dict[str, Tensor], labels: Sequence[str]
+    picture: Image.Image, boxes: Sequence[Sequence[float]], mask: Callable[[int], Tensor], labels: Sequence[str]
 ) -> Image.Image:
-    """Boxes, masks and labels, the best on top; `size` is what they are in."""
+    """Boxes in the picture's pixels, masks and labels, the best on top; `mask` gives each by its number, (H, W) of any
+    size, one at a time."""
     picture, font = picture.copy(), _font(picture)
-    draw, pad = ImageDraw.Draw(picture), font.size // 4
-    scale = [picture.width / size[0], picture.height / size[1]] * 2
+    pad = font.size // 4
+    widths = [font.getlength(label) + 2 * pad for label in labels]
     for number in reversed(range(len(labels))):
-        of_it, mask = colour(number), seen["masks"][number].numpy()
-        shade = Image.fromarray(mask.astype(np.uint8) * 140).resize(picture.size, Image.Resampling.NEAREST)
-        picture.paste(of_it, (0, 0, *picture.size), shade)
-    boxes = (seen["boxes"].double() * torch.tensor(scale, dtype=torch.float64)).tolist()
+        shade = Image.fromarray(mask(number).numpy().astype(np.uint8) * 140)
+        shade = shade.resize(picture.size, Image.Resampling.NEAREST)
+        picture.paste(colour(number), (0, 0, *picture.size), shade)
+    whole = Image.new("RGB", (max([picture.width, *map(math.ceil, widths)]), picture.height), "white")
+    whole.paste(picture, (0, 0))  # the longest label may reach beyond a narrow picture
+    draw = ImageDraw.Draw(whole)
     for number in reversed(range(len(labels))):
         draw.rectangle(boxes[number], outline=colour(number), width=max(1, font.size // 8))
     taken: list[tuple[float, float, float, float]] = []
     for number, label in enumerate(labels):  # the best choose their places first
-        place = _label_place(boxes[number], (font.getlength(label) + 2 * pad, font.size + 2 * pad), picture.size, taken)
+        place = _label_place(boxes[number], (widths[number], font.size + 2 * pad), whole.size, taken)
         taken.append(place)
         draw.rectangle(place, fill=colour(number))
         light = np.dot(colour(number), (0.299, 0.587, 0.114)) > 140
         draw.text((place[0] + pad, place[1] + pad), label, fill="black" if light else "white", font=font)
-    return picture
+    return whole
 
 
 def _label_place(

@@ -22,8 +22,9 @@ from tqdm import tqdm
 from vmamba.analysis import images, zoo
 from vmamba.analysis.plotting import STYLE, new_figure, save_figure
 from vmamba.analysis.tables import markdown, write_json, write_tensors
+from vmamba.data.folders import image_files
 from vmamba.errors import UserError
-from vmamba.files import check_writable, write_text
+from vmamba.files import check_keeps, check_writable, write_text
 from vmamba.text import counted
 
 MODELS = ("vmamba_tiny_s1l8", "swin_tiny_patch4_window7_224", "convnext_tiny", "resnet50", "deit_small_patch16_224")
@@ -49,6 +50,8 @@ def erf(
     """
     place = zoo.choose_device(device)
     check_writable(Path(output, "erf.json"))
+    read = [*filter(None, weights), *(image_files(images_from) if images_from else ())]
+    check_keeps(read, *(Path(output, f"erf.{kind}") for kind in ("pdf", "png", "md", "json", "pt")))
     photographs = images.squares(images_from, num_images, size)
     columns = []  # a model each: its subjects and their maps
     rows = []

@@ -1,6 +1,7 @@
 """The images of a classification in batches: what `transforms.collate` makes, which `loader.finish` normalises where
 it is computed with."""
 
+from collections import Counter
 from collections.abc import Callable
 
 from PIL import Image
@@ -49,6 +50,14 @@ class LabelledImages:
             name = self.source.name(index)
             raise UserError(f"label {label} of '{name}' is out of range; MODEL.NUM_CLASSES is {self.classes}")
         return image, label
+
+    def class_counts(self) -> list[int] | None:
+        """Of each class its images; None where only reading every image would tell."""
+        labels = self.source.labels()
+        if labels is None:
+            return None
+        counts = Counter(labels)
+        return [counts[label] for label in range(self.classes)]
 
 
 class OnImage:

@@ -62,13 +62,17 @@ def build_pixels(config: CfgNode, training: bool) -> Callable[[Image.Image], Pix
     }
     if not training:
         whole = small or not config.TEST.CROP
-        crop = {"crop_pct": 1.0 if whole else 224 / 256, "crop_mode": "center" if config.TEST.CROP else "squash"}
-        return _ToPixels(create_transform(**common, **crop))
+        crop_pct = 1.0 if whole else config.TEST.CROP_PCT
+        crop_mode = "center" if config.TEST.CROP else "squash"
+        return _ToPixels(create_transform(**common, crop_pct=crop_pct, crop_mode=crop_mode))
     try:
         transform = create_transform(
             **common,
             is_training=True,
+            scale=tuple(aug.SCALE),
+            ratio=tuple(aug.RATIO),
             hflip=aug.HFLIP,
+            vflip=aug.VFLIP,
             color_jitter=aug.COLOR_JITTER or None,
             auto_augment=_checked_policy(aug.AUTO_AUGMENT),
         )

@@ -1,10 +1,14 @@
 """The images of a detection in batches: what `MaskRCNN` is called with, by its names; see `transforms.Collate`."""
 
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
 from yacs.config import CfgNode
 
 from vmamba.data.loaders import EvalLoader, Examples, TrainLoader
 from vmamba.detection.datasets import Dataset, open_dataset
-from vmamba.detection.transforms import Collate, Transform
+from vmamba.detection.transforms import Collate, Example, Transform
 from vmamba.errors import UserError
 from vmamba.text import printable
 
@@ -29,6 +33,11 @@ def build_train_loader(config: CfgNode, held_out: Dataset, *, rank: int, world_s
 
 
 def build_eval_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_size: int) -> EvalLoader:
-    """This process's share of the held-out images."""
+    """This process's share of the held-out images, in lists of what `Collate` makes of each by itself: among others an
+    image would be padded further, which its predictions depend on."""
     examples = Examples(config, dataset, Transform(config, training=False), training=False)
-    return EvalLoader(config, examples, rank, world_size, Collate(config.DATA.DIVISOR))
+    return EvalLoader(config, examples, rank, world_size, partial(_one_by_one, Collate(config.DATA.DIVISOR)))
+
+
+def _one_by_one(collate: Collate, examples: Sequence[Example]) -> list[dict[str, Any]]:
+    return [collate([each]) for each in examples]

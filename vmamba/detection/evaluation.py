@@ -1,7 +1,7 @@
 """How good detections are: COCO's average precision of boxes and masks, by faster-coco-eval."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,15 +28,17 @@ class Detections:
         self.all: list[dict[str, Any]] | None = None  # of all processes, once they are gathered
         self.by_class: dict[str, Any] = {}
 
-    def add(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
-        predictions = model(batch["images"], batch["image_sizes"], output_sizes=batch["original_sizes"])
+    def add(self, model: nn.Module, batch: Sequence[Mapping[str, Any]]) -> None:
         numbers = [number for number, _ in self.dataset.categories]
-        for image_id, each in zip(batch["image_ids"], predictions, strict=True):
+        for alone in batch:
+            (found,) = model.detect(alone["images"], alone["image_sizes"], alone["original_sizes"])
+            (image_id,), (size,) = alone["image_ids"], alone["original_sizes"]
             self.seen.append(image_id)
-            self.found += as_results(image_id, each, numbers)
+            self.found += as_results(image_id, found, model.masks(found, size), numbers)
 
     def results(self) -> Results:
-        self.all = [each for part in gather(self.found) for each in part]
+        found = [each for part in gather(self.found) for each in part]
+        self.all = sorted(found, key=lambda each: each["image_id"])  # on any number of processes
         seen = [image for part in gather(self.seen) for image in part]
         results, self.by_class = on_main(lambda: evaluate(self.dataset.truth(), self.all, seen))
         return results
@@ -49,13 +51,16 @@ class Detections:
         return {"results.json": json.dumps(self.all).encode()} if self.keep and self.all is not None else {}
 
 
-def as_results(image_id: int, prediction: Mapping[str, Tensor], numbers: Sequence[int]) -> list[dict[str, Any]]:
-    """A prediction of `MaskRCNN` in COCO's form of results; `numbers` are the categories' of label 0, 1, ..."""
+def as_results(
+    image_id: int, prediction: Mapping[str, Tensor], masks: Iterable[Tensor], numbers: Sequence[int]
+) -> list[dict[str, Any]]:
+    """A prediction of `MaskRCNN` in COCO's form of results; of `masks` some (n, H, W) come at a time, and `numbers` are
+    the categories' of label 0, 1, ..."""
     boxes = prediction["boxes"].double().cpu()
     boxes[:, 2:] -= boxes[:, :2]
-    # One by one: a hundred of a photograph's size are gigabytes, and turning them copies them.
-    masks = prediction["masks"].cpu().numpy()
-    lengths = [run_lengths.encode(np.asfortranarray(mask, np.uint8)) for mask in masks]
+    lengths = [  # turned one by one, which copies them
+        run_lengths.encode(np.asfortranarray(mask, np.uint8)) for part in masks for mask in part.cpu().numpy()
+    ]
     scores, labels = prediction["scores"].tolist(), prediction["labels"].tolist()
     return [
         {
@@ -77,7 +82,8 @@ def evaluate(
         raise UserError("none of the validation images could be read; check DATA.DATA_PATH")
     results: Results = {}
     by_class: dict[str, Any] = {}
-    reference = COCO(dict(truth))
+    truth, found, images = _renumbered(truth, found, images)
+    reference = COCO(truth)
     for kind, other in (("bbox", "segmentation"), ("segm", "bbox")):
         # Without the other's, since it takes areas from boxes where there are any.
         results_of_kind = [{name: value for name, value in each.items() if name != other} for each in found]
@@ -86,21 +92,44 @@ def evaluate(
         evaluation.run()
         numbers = zip(NUMBERS, evaluation.stats[: len(NUMBERS)], strict=True)
         results |= {f"{kind}_{name}": 100 * float(number) for name, number in numbers}
-        by_class[f"{kind}_mAP"] = _by_class(evaluation, truth)
+        by_class[f"{kind}_mAP"] = _by_class(evaluation, truth["categories"])
     return results, by_class
+
+
+def _renumbered(
+    truth: Mapping[str, Any], found: Iterable[Mapping[str, Any]], images: Iterable[int]
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[int]]:
+    """With images and categories numbered from 0 in the order of their numbers, since COCOeval does not take all of
+    those that a file may have (negative ones, and from 2^53 on); a category keeps its own as `number`."""
+    image, category = (
+        {own: place for place, own in enumerate(sorted(each["id"] for each in truth[kind]))}
+        for kind in ("images", "categories")
+    )
+
+    def placed(each: Mapping[str, Any]) -> dict[str, Any]:
+        numbers = {"image_id": image[each["image_id"]], "category_id": category[each["category_id"]]}
+        return {**each, **numbers}
+
+    content = {
+        **truth,
+        "images": [{**each, "id": image[each["id"]]} for each in truth["images"]],
+        "annotations": [placed(each) for each in truth["annotations"]],
+        "categories": [{**each, "id": category[each["id"]], "number": each["id"]} for each in truth["categories"]],
+    }
+    return content, [placed(each) for each in found], [image[each] for each in images]
 
 
 def _as_coco(found: list[dict[str, Any]], reference: COCO) -> COCO:
     return reference.loadRes(found) if found else COCO({**reference.dataset, "annotations": []})
 
 
-def _by_class(evaluation: COCOeval_faster, truth: Mapping[str, Any]) -> dict[str, float | None]:
-    names = {each["id"]: each.get("name", "") for each in truth["categories"]}
+def _by_class(evaluation: COCOeval_faster, categories: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
+    names = {each["id"]: f"{each['number']} {each.get('name', '')}" for each in categories}
     precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (thresholds, recalls, classes): all sizes, most boxes
     found = {}
     for number, values in zip(evaluation.params.catIds, np.moveaxis(precision, 2, 0), strict=True):
         valid = values[values > -1]
-        found[f"{number} {names[number]}"] = float(100 * valid.mean()) if valid.size else None
+        found[names[number]] = float(100 * valid.mean()) if valid.size else None
     return found
 
 

@@ -10,7 +10,9 @@ KEYS = (
     key("DATA.TRAIN_ANNOTATIONS", "annotations/instances_train2017.json", "file below DATA_PATH"),
     key("DATA.VAL_IMAGES", "val2017", "likewise"),
     key("DATA.VAL_ANNOTATIONS", "annotations/instances_val2017.json", "likewise"),
-    key("DATA.SCALE", [800, 1333], "images are fitted into this short and long side", at_least=1, length=2),
+    key(
+        "DATA.SCALE", [800, 1333], "images are fitted into this short and long side", at_least=1, length=2, rising=True
+    ),
     key("DATA.DIVISOR", 32, "images are padded to multiples of it", at_least=1),
     key("DATA.MOST_OBJECTS", 300, "of an image to train on; of more these are drawn", at_least=1),
     key("DATA.LEAST_SIDE", 32, "smaller images are not trained on", at_least=0),
@@ -30,7 +32,7 @@ KEYS = (
     key("AUG.SHORT_SIDES", [], "one is drawn in the place of SCALE's; empty: that one", **_SIDES),
     share("AUG.CROP", 0.0, "probability of scaling to one of CROP_SHORT_SIDES and cropping before that"),
     key("AUG.CROP_SHORT_SIDES", [400, 500, 600], "see CROP", **_SIDES),
-    key("AUG.CROP_SIDES", [384, 600], "least and most of a side of the crop", at_least=1, length=2),
+    key("AUG.CROP_SIDES", [384, 600], "least and most of a side of the crop", at_least=1, length=2, rising=True),
     #
     switch(
         "TEST.SAVE_PREDICTIONS", "keep those of --eval in the run's folder, below predictions/", flag="save-predictions"

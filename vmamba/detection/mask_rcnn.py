@@ -8,7 +8,8 @@ import math
 import operator
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from vmamba.detection.roi_heads import PredictionSettings, RoIHead, paste_masks
+from vmamba.detection.roi_heads import PredictionSettings, RoIHead, paste_masks, pasted_in_parts
 from vmamba.detection.rpn import ProposalSettings, RPNHead
 from vmamba.errors import UserError
+from vmamba.models.whole import check_images
+from vmamba.values import Takes
 
 TRAINING_PROPOSALS, PROPOSALS, PREDICTIONS = ProposalSettings(nms_pre=2000), ProposalSettings(), PredictionSettings()
 Target = dict[str, Tensor]  # boxes (N, 4) in pixels, labels (N,) from 0, masks (N, H, W) of the padded image
@@ -39,6 +42,9 @@ class MaskRCNN(nn.Module):
         rpn_samples, samples: boxes an image that a step of training reads in each stage.
     """
 
+    takes = MappingProxyType(
+        dict.fromkeys(("num_classes", "channels", "hidden", "rpn_samples", "samples"), Takes((int,), at_least=1))
+    )
     class_layers = ("roi_head.bbox_head.fc_cls", "roi_head.bbox_head.fc_reg", "roi_head.mask_head.conv_logits")
 
     def __init__(
@@ -110,42 +116,45 @@ class MaskRCNN(nn.Module):
 
         Returns for each image `boxes` (n, 4), `scores` (n,), `labels` (n,), the best first, and `masks` (n, h, w); or
         `loss_rpn_cls`, `loss_rpn_bbox`, `loss_cls`, `loss_bbox` and `loss_mask`, to be added up, and `acc`, the box
-        head's share of right classes in percent.  Raises UserError for targets of other shapes or classes, and for
-        sizes that are not one (height, width) for each image, or larger than the batch where they lie in it.
+        head's share of right classes in percent.  Raises UserError for images that are no batch, for targets of other
+        shapes or classes, boxes without area or outside of their image, and for sizes that are not one (height, width)
+        for each image, or larger than the batch where they lie in it.
         """
-        if images.ndim != 4:
-            raise UserError(f"images have shape {tuple(images.shape)}; a detector takes (batch, channels, H, W)")
+        check_images(images, self.rpn_head.rpn_cls.weight, "detector")
         image_sizes = _sizes("image_sizes", image_sizes, images)
         padded_sizes = _sizes("padded_sizes", padded_sizes, images)
-        if output_sizes is None:
-            output_sizes = image_sizes
-        else:
-            output_sizes = _sizes("output_sizes", output_sizes, images, within=False)
-        if targets is not None:
-            _check_targets(targets, images, self.num_classes)
+        output_sizes = image_sizes if output_sizes is None else output_sizes
+        output_sizes = _sizes("output_sizes", output_sizes, images, within=False)
+        if targets is None:
+            found = self.detect(images, image_sizes, output_sizes)
+            for each, size in zip(found, output_sizes, strict=True):
+                logits = each.pop("mask_logits")
+                each["masks"] = paste_masks(logits, each["boxes"], size, self.predictions.mask_thr)
+            return found
+        _check_targets(targets, images, image_sizes, self.num_classes)
         maps = self.pyramid(images)
         scores, offsets = self.rpn_head(maps)
-        if targets is None:
-            return self._predict(maps, scores, offsets, image_sizes, output_sizes)
         losses = self.rpn_head.losses(scores, offsets, padded_sizes, [each["boxes"] for each in targets])
         proposed = self.rpn_head.proposals(scores, offsets, image_sizes, self.training_proposals)
         return losses | self.roi_head.losses(maps, [boxes for boxes, _ in proposed], targets)
 
-    def _predict(
-        self,
-        maps: Sequence[Tensor],
-        scores: Sequence[Tensor],
-        offsets: Sequence[Tensor],
-        image_sizes: Sequence[Sequence[int]],
-        output_sizes: Sequence[Sequence[int]],
+    def detect(
+        self, images: Tensor, image_sizes: Sequence[Sequence[int]], output_sizes: Sequence[Sequence[int]]
     ) -> list[dict[str, Tensor]]:
+        """Predictions as of `forward`, but with `mask_logits` (n, 28, 28) in the boxes, of which the method `masks`
+        makes masks few at a time: a hundred of a photograph's size are gigabytes."""
+        maps = self.pyramid(images)
+        scores, offsets = self.rpn_head(maps)
         proposed = self.rpn_head.proposals(scores, offsets, image_sizes, self.proposals)
         predictions = self.roi_head.predict(maps, [boxes for boxes, _ in proposed], image_sizes, self.predictions)
         for each, size, wanted in zip(predictions, image_sizes, output_sizes, strict=True):
             scale = [wanted[1] / size[1], wanted[0] / size[0]] * 2
             each["boxes"] = each["boxes"] * each["boxes"].new_tensor(scale)
-            each["masks"] = paste_masks(each.pop("mask_logits"), each["boxes"], wanted, self.predictions.mask_thr)
         return predictions
+
+    def masks(self, found: Mapping[str, Tensor], size: Sequence[int]) -> Iterator[Tensor]:
+        """The masks (n, H, W) of what `detect` found in an image of `size`, some at a time, True where it is."""
+        return pasted_in_parts(found["mask_logits"], found["boxes"], size, self.predictions.mask_thr)
 
 
 def _sizes(
@@ -171,15 +180,25 @@ def _sizes(
     return found
 
 
-def _check_targets(targets: Sequence[Target], images: Tensor, num_classes: int) -> None:
-    """See `MaskRCNN.forward`.  Waits for the device, when it has nothing to do yet."""
+def _check_targets(
+    targets: Sequence[Target], images: Tensor, image_sizes: Sequence[Sequence[int]], num_classes: int
+) -> None:
+    """See `MaskRCNN.forward`.  Waits for the device once, when it has nothing to do yet."""
+    if not isinstance(targets, Sequence):
+        raise UserError(f"targets are a {type(targets).__name__}; give a list of one for each image")
     if len(targets) != len(images):
         raise UserError(f"there are {len(targets)} targets for {len(images)} images; give one for each")
     for number, target in enumerate(targets):
+        if not isinstance(target, Mapping):
+            raise UserError(f"targets[{number}] is a {type(target).__name__}; expected boxes, labels and masks by name")
         missing = {"boxes", "labels", "masks"} - target.keys()
         if missing:
             raise UserError(f"targets[{number}] lacks {', '.join(sorted(missing))}; give boxes, labels and masks")
-        count = len(target["boxes"])
+        for name in ("boxes", "labels", "masks"):
+            if not isinstance(target[name], Tensor):
+                kind = type(target[name]).__name__
+                raise UserError(f"targets[{number}]['{name}'] is a {kind}; expected a tensor")
+        count = target["boxes"].shape[0] if target["boxes"].ndim else 0
         for name, shape in (("boxes", (count, 4)), ("labels", (count,)), ("masks", (count, *images.shape[2:]))):
             if target[name].shape != shape:
                 raise UserError(
@@ -190,7 +209,29 @@ def _check_targets(targets: Sequence[Target], images: Tensor, num_classes: int) 
             raise UserError(f"targets[{number}]['labels'] is of {target['labels'].dtype}; expected int64")
     labels = torch.cat([target["labels"] for target in targets])
     if len(labels):
-        least, most = torch.stack(labels.aminmax()).tolist()
+        whole = torch.cat(
+            [_are_boxes(target["boxes"], size) for target, size in zip(targets, image_sizes, strict=True)]
+        )
+        least, most, right = torch.stack([*labels.aminmax(), whole.all().long()]).tolist()
         if least < 0 or most >= num_classes:
             wrong = least if least < 0 else most
             raise UserError(f"a label is {wrong}, and the model has {num_classes} classes, counted from 0")
+        if not right:
+            _tell_wrong_box(targets, image_sizes)
+
+
+def _are_boxes(boxes: Tensor, size: Sequence[int]) -> Tensor:
+    """Which of (N, 4) are finite, have an area, and lie at least in part in an image of `size` (h, w)."""
+    x1, y1, x2, y2 = boxes.unbind(1)
+    inside = (x1 < size[1]) & (y1 < size[0]) & (x2 > 0) & (y2 > 0)
+    return boxes.isfinite().all(1) & (x2 > x1) & (y2 > y1) & inside
+
+
+def _tell_wrong_box(targets: Sequence[Target], image_sizes: Sequence[Sequence[int]]) -> None:
+    for number, (target, (height, width)) in enumerate(zip(targets, image_sizes, strict=True)):
+        wrong = target["boxes"][~_are_boxes(target["boxes"], (height, width))].tolist()
+        if wrong:
+            raise UserError(
+                f"targets[{number}]['boxes'] holds {wrong[0]}; expected finite x1, y1, x2, y2 in pixels with x1 < x2 "
+                f"and y1 < y2, in an image of {height} x {width} (height, width)"
+            )

@@ -1,6 +1,8 @@
 """Detectors by name, by config, and from released files."""
 
 from collections.abc import Mapping
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from vmamba.detection.rpn import ProposalSettings
 from vmamba.errors import UserError, unknown
 from vmamba.models.backbones import build_backbone, create_backbone
 from vmamba.models.pretrained import Checkpoint, open_checkpoint
-from vmamba.models.whole import build_whole, load_whole, released_backbone, variant_of
+from vmamba.models.whole import build_whole, check_config, load_whole, released_backbone, shape_of, variant_of
+from vmamba.values import Takes
 
 DETECTORS = {"mask_rcnn": MaskRCNN}
 HEAD = "roi_head.bbox_head.fc_cls.weight"  # which the weights of every detector have
@@ -40,9 +43,9 @@ def create_detector(
 
     Raises UserError for a name or option that is unknown, and for weights that cannot be had.
     """
-    if name not in DETECTORS:
+    if not isinstance(name, str) or name not in DETECTORS:
         raise unknown("detector", name, DETECTORS)
-    stages = create_backbone(backbone, pretrained_backbone, **(backbone_options or {}))
+    stages = partial(create_backbone, backbone, pretrained_backbone, **(backbone_options or {}))
     return build_whole(DETECTORS[name], stages, num_classes, options)
 
 
@@ -89,10 +92,10 @@ def config_of(checkpoint: Checkpoint) -> CfgNode:
         return restored(checkpoint.config)
     if HEAD not in held:
         raise UserError(f"'{checkpoint.path}' holds no detector: it has no {HEAD}")
-    classes, hidden = held[HEAD].shape
-    head = ["MODEL.NUM_CLASSES", classes - 1, "MODEL.CHANNELS", len(held["rpn_head.rpn_conv.weight"])]
-    name = variant_of(held, checkpoint.path)
-    return get_config(None, ["TASK", "detection", "MODEL.NAME", name, *head, "MODEL.HIDDEN", hidden])
+    rows, hidden = shape_of(held, HEAD, 2, checkpoint.path, rows=(2, 10**6))  # a class and the background
+    channels, *_ = shape_of(held, "rpn_head.rpn_conv.weight", 4, checkpoint.path)
+    head = ["MODEL.NUM_CLASSES", rows - 1, "MODEL.CHANNELS", channels, "MODEL.HIDDEN", hidden]
+    return get_config(None, ["TASK", "detection", "MODEL.NAME", variant_of(held, checkpoint.path), *head])
 
 
 def detector_from_released(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> MaskRCNN:
@@ -106,21 +109,30 @@ def detector_from_released(config: Mapping[str, Any], state_dict: Mapping[str, T
 
     Raises UserError for unknown options, and for weights that do not fit, listing how.
     """
+    heads = {"fpn_channels": "channels", "fc_channels": "hidden"}
+    check_config(config, "the config", ("backbone", "num_classes"), (*heads, "train", "test"))
     train, test = config.get("train", {}), config.get("test", {})
-    model = MaskRCNN(
-        released_backbone(config["backbone"], state_dict),
-        config["num_classes"],
-        config.get("fpn_channels", 256),
-        config.get("fc_channels", 1024),
-        _settings(ProposalSettings, train),
-        _settings(ProposalSettings, test),
-        _settings(PredictionSettings, test),
-        train.get("rpn_samples", _EVERY),
-        train.get("samples", _EVERY),
-    )
+    proposals, predictions = (_takes(kind) for kind in (ProposalSettings, PredictionSettings))
+    samples = dict.fromkeys(("rpn_samples", "samples"), MaskRCNN.takes["samples"])
+    check_config(train, "train of the config", (), proposals | samples)
+    check_config(test, "test of the config", (), proposals | predictions)
+    options = {ours: config[name] for name, ours in heads.items() if name in config}
+    options |= dict.fromkeys(samples, _EVERY) | {name: train[name] for name in samples if name in train}
+    options["training_proposals"] = ProposalSettings(**_checked(proposals, train))
+    options["proposals"] = ProposalSettings(**_checked(proposals, test))
+    options["predictions"] = PredictionSettings(**_checked(predictions, test))
+    backbone = partial(released_backbone, config["backbone"], state_dict)
+    model = build_whole(MaskRCNN, backbone, config["num_classes"], options)
     load_whole(model, state_dict, "the state dict")
     return model.eval()
 
 
-def _settings(kind: type, given: Mapping[str, Any]) -> Any:
-    return kind(**{name: given[name] for name in kind.__dataclass_fields__ if name in given})
+def _takes(settings: type) -> dict[str, Takes]:
+    """What the fields of `settings` take: numbers of boxes, and shares."""
+    return {
+        each.name: Takes((each.type,), at_least=0, at_most=None if each.type is int else 1) for each in fields(settings)
+    }
+
+
+def _checked(takes: Mapping[str, Takes], given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: each.check(name, given[name]) for name, each in takes.items() if name in given}

@@ -1,6 +1,6 @@
 """The second stage of Mask R-CNN: what each proposal is, its box and its mask (arXiv 1703.06870)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -194,8 +194,17 @@ def _choose(boxes: Tensor, scores: Tensor, settings: PredictionSettings) -> dict
 
 def paste_masks(logits: Tensor, boxes: Tensor, size: Sequence[int], threshold: float) -> Tensor:
     """Logits (N, 28, 28) of what lies in boxes (N, 4) -> masks (N, H, W), True where the object is."""
+    pasted = torch.zeros(len(boxes), *size, dtype=torch.bool, device=boxes.device)
+    first = 0
+    for part in pasted_in_parts(logits, boxes, size, threshold):
+        pasted[first : first + len(part)] = part
+        first += len(part)
+    return pasted
+
+
+def pasted_in_parts(logits: Tensor, boxes: Tensor, size: Sequence[int], threshold: float) -> Iterator[Tensor]:
+    """As `paste_masks`, some masks (n, H, W) at a time: a hundred of a photograph's size are gigabytes."""
     height, width = size
-    pasted = torch.zeros(len(boxes), height, width, dtype=torch.bool, device=boxes.device)
     many = max(1, _PIXELS // (height * width))
     x = torch.arange(width, device=boxes.device) + 0.5
     y = torch.arange(height, device=boxes.device) + 0.5
@@ -207,6 +216,4 @@ def paste_masks(logits: Tensor, boxes: Tensor, size: Sequence[int], threshold: f
         grid = torch.stack(
             [columns[:, None].expand(-1, height, -1), rows[:, :, None].expand(-1, -1, width)], -1
         )  # (n, H, W, 2)
-        chance = F.grid_sample(logits[part, None].sigmoid(), grid, align_corners=False)[:, 0]
-        pasted[part] = chance >= threshold
-    return pasted
+        yield F.grid_sample(logits[part, None].sigmoid(), grid, align_corners=False)[:, 0] >= threshold

@@ -37,6 +37,12 @@ class Task:
                 f"images that detection sees; use TRAIN.COMPILE default, which compiles the backbone for any size"
             )
 
+        if config.AUG.CROP and not config.AUG.CROP_SHORT_SIDES:
+            raise UserError(
+                f"AUG.CROP is {config.AUG.CROP} and AUG.CROP_SHORT_SIDES is []; name the short sides that images are "
+                f"scaled to before they are cropped, such as [400, 500, 600]"
+            )
+
     @cached_property
     def held_out(self) -> Dataset:
         return open_dataset(self.config, training=False)

@@ -47,6 +47,7 @@ class Transform:
             parts = self._scaled(parts, random.choice(self.short_sides))
             if random.random() < self.aug.HFLIP:
                 parts = tuple(V.horizontal_flip(part) for part in parts)
+            parts, labels = _with_area(parts, labels)
         image, boxes, masks = parts
         target = {"boxes": boxes.as_subclass(Tensor), "labels": labels, "masks": masks.as_subclass(Tensor)}
         return Example(self.normalise(image), target, sample.image_id, size)
@@ -60,10 +61,15 @@ class Transform:
         sides = [random.randint(min(side, least), min(side, most)) for side in parts[0].shape[1:]]
         top, left = (random.randint(0, side - wanted) for side, wanted in zip(parts[0].shape[1:], sides, strict=True))
         image, boxes, masks = (V.crop(part, top, left, *sides) for part in parts)
-        boxes = V.clamp_bounding_boxes(boxes)
-        kept = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)
-        boxes = tv_tensors.wrap(boxes[kept], like=boxes)
-        return (image, boxes, tv_tensors.wrap(masks[kept], like=masks)), labels[kept]
+        return _with_area((image, V.clamp_bounding_boxes(boxes), masks), labels)
+
+
+def _with_area(parts: Sequence[Tensor], labels: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Without the boxes that a crop cut off, or that are narrower than float32 tells."""
+    image, boxes, masks = parts
+    kept = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)
+    boxes = tv_tensors.wrap(boxes[kept], like=boxes)
+    return (image, boxes, tv_tensors.wrap(masks[kept], like=masks)), labels[kept]
 
 
 class Collate:

@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 import zipfile
+import zlib
 from collections import OrderedDict
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -182,13 +183,23 @@ def _archive(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name.rpartition("/")[2] for name in archive.namelist()]
-    except (zipfile.BadZipFile, OSError) as error:
-        return f"is truncated or damaged ({error})"
-    if "constants.pkl" in names:
-        return "is a program of TorchScript; save its weights with torch.save(program.state_dict(), path)"
-    if "data.pkl" not in names:
-        return "is an archive without a checkpoint of torch.save; if one lies in it, unpack it and give that"
+            if "constants.pkl" in names:
+                return "is a program of TorchScript; save its weights with torch.save(program.state_dict(), path)"
+            if "data.pkl" not in names:
+                return "is an archive without a checkpoint of torch.save; if one lies in it, unpack it and give that"
+            for entry in archive.infolist():
+                if entry.CRC:  # torch.save writes 0 where it is told to leave the sums out
+                    _read_to_its_end(archive, entry)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError, RuntimeError) as error:
+        return f"is truncated or damaged ({error}); fetch it again"
     return ""
+
+
+def _read_to_its_end(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
+    """Raises BadZipFile where its bytes are not those that were saved, of which torch.load takes no notice."""
+    with archive.open(entry) as file:
+        while file.read(1 << 20):
+            pass
 
 
 def _reason(error: Exception) -> str:

@@ -215,7 +215,7 @@ def adapted(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[st
         weights["pos_embed"] = resize_pos_embed(theirs, ours.shape[2:])
         logger.info(f"resized the position map from {tuple(theirs.shape[2:])} to {tuple(ours.shape[2:])}")
     theirs, ours = weights.get(stem), own.get(stem)
-    if _differ(theirs, ours) and theirs.shape[1] == 3:
+    if _differ(theirs, ours) and theirs.shape[1] == 3 != ours.shape[1]:
         weights[stem] = adapt_input_conv(ours.shape[1], theirs)
         logger.info(f"adapted the first convolution from 3 channels of the images to {ours.shape[1]}")
     return weights

@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,77 @@ logger = logging.getLogger("vmamba")
 _BACKBONE = "backbone."
 
 
-def build_whole(kind: type[nn.Module], backbone: nn.Module, num_classes: int, options: Mapping[str, Any]) -> nn.Module:
-    """`kind(backbone, num_classes, **options)`.  Raises UserError for an option that it does not have."""
-    known = list(inspect.signature(kind).parameters)[2:]
-    for name in options:
-        if name not in known:
-            raise unknown(f"option of {kind.__name__}", name, known)
-    return kind(backbone, num_classes, **options)
+def build_whole(
+    kind: type[nn.Module], backbone: Callable[[], nn.Module], num_classes: int, options: Mapping[str, Any]
+) -> nn.Module:
+    """`kind(backbone(), num_classes, **options)`.
+
+    `kind.takes` says what its options take, but those that have a type of their own.
+    Raises UserError, before the backbone is made, for an option that it does not have and for a value that cannot be.
+    """
+    parameters = inspect.signature(kind).parameters
+    given = {"num_classes": num_classes}
+    for name, value in options.items():
+        if name not in list(parameters)[2:]:
+            raise unknown(f"option of {kind.__name__}", name, list(parameters)[2:])
+        given[name] = value
+    for name, value in given.items():
+        if name in kind.takes:
+            given[name] = kind.takes[name].check(name, value)
+        elif not isinstance(value, type(parameters[name].default)):
+            expected = type(parameters[name].default).__name__
+            raise UserError(f"{name} is {value!r:.60} ({type(value).__name__}); expected {expected}")
+    return kind(backbone(), **given)
+
+
+def check_images(images: Tensor, weight: Tensor, kind: str) -> None:
+    """Raises UserError for what is no batch of one image or more, of numbers like those of a `kind`'s `weight`."""
+    if not isinstance(images, Tensor):
+        raise UserError(f"images are a {type(images).__name__}; a {kind} takes a tensor (batch, channels, H, W)")
+    shape = tuple(images.shape)
+    if images.ndim != 4:
+        raise UserError(f"images have shape {shape}; a {kind} takes (batch, channels, H, W)")
+    if 0 in shape:
+        raise UserError(f"images have shape {shape}; a {kind} takes one image or more, of a pixel or more")
+    if images.dtype == weight.dtype:
+        return
+    converted = images.is_floating_point() and images.dtype != torch.float64  # by autocast
+    if not (converted and torch.is_autocast_enabled(images.device.type)):
+        raise UserError(
+            f"images are of {images.dtype}, and the weights of {weight.dtype}; normalise them, in that type"
+        )
+
+
+def check_config(config: Mapping[str, Any], place: str, needed: Iterable[str], known: Iterable[str]) -> None:
+    """Raises UserError where a released `config`, or the part of it that `place` names, lacks one of `needed` or has
+    what is neither of these nor `known`; a note may be in any."""
+    if not isinstance(config, Mapping):
+        raise UserError(f"{place} is {config!r:.60}; expected a mapping")
+    for name in config:
+        if name not in (*needed, *known, "note"):
+            raise unknown(f"option in {place}", name, [*needed, *known])
+    for name in needed:
+        if name not in config:
+            raise UserError(f"{place} lacks {name}; it has {some(list(config))}")
+
+
+def shape_of(
+    weights: Mapping[str, Tensor], name: str, dims: int, source: object, rows: tuple[int, int] = (1, 10**6)
+) -> tuple[int, ...]:
+    """The shape of the weight of a file that tells how large the model is.
+
+    Raises UserError, naming `source` and the weight, where it is missing or empty, has other than `dims` dimensions, or
+    fewer or more than `rows` rows.
+    """
+    if name not in weights:
+        raise UserError(f"'{source}' is no whole model: it has no {name}; give a file with all of its weights")
+    shape = tuple(weights[name].shape)
+    if len(shape) != dims or 0 in shape or not rows[0] <= shape[0] <= rows[1]:
+        raise UserError(
+            f"'{source}' holds {name} of shape {shape}; expected {dims} dimensions, the first from {rows[0]} to "
+            f"{rows[1]}; the file is of another model"
+        )
+    return shape
 
 
 def released_backbone(options: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Backbone:

@@ -109,8 +109,8 @@ def step_line(
 ) -> str:
     """Where training stood after a step: `left` seconds to the end, `seconds` a step, of which `waiting` went by for
     data."""
-    epoch, step = divmod(report.step - 1, plan.steps_per_epoch)
     decay = state.optimizer.param_groups[0]["weight_decay"]
+    epoch, step = divmod(report.step - 1, plan.steps_per_epoch)
     skipped = f" skipped {state.bad_steps}" if state.bad_steps else ""
     parts = "".join(f" {name} {value:.4f}" for name, value in report.parts.items())
     return (

@@ -119,8 +119,8 @@ class OptimizerStep:
         norm = nn.utils.clip_grad_norm_(state.model.parameters(), clip)
         state.advance()
         scale = state.scaler.scale(torch.ones((), device=self.world.device))
-        lr = state.optimizer.param_groups[0]["lr"]
-        unread = Unread(state.step, lr, [*losses][1:], torch.cat([sums, torch.stack([norm, scale])]))
+        numbers = torch.cat([sums, torch.stack([norm, scale])])
+        unread = Unread(state.step, state.rate, [*losses][1:], numbers)
         if getattr(state.optimizer, "_step_supports_amp_scaling", False):  # PyTorch's fused ones
             reports = self.settle(state)
             self.unread = unread

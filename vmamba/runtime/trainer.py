@@ -260,7 +260,7 @@ class Rounds:
         entry = {
             "epoch": self.plan.epoch(state.step),
             "step": state.step,
-            "lr": state.optimizer.param_groups[0]["lr"],
+            "lr": state.rate,
             "train_loss": state.mean_loss,
             **results,
             "grad_norm": state.mean_grad_norm,

@@ -18,10 +18,20 @@ KEYS = (
     key("DATA.IGNORE_INDEX", 255, "pixels of this label do not count", at_least=0, at_most=255),
     switch("DATA.ZERO_IS_IGNORED", "labels count from 1 in the maps; of ade20k they do"),
     key("DATA.CROP_SIZE", 512, "a side in pixels, or [height, width]; trained on", **_SIDES),
-    key("DATA.SCALE", [512, 2048], "images are fitted into this short and long side", at_least=1, length=2),
+    key(
+        "DATA.SCALE", [512, 2048], "images are fitted into this short and long side", at_least=1, length=2, rising=True
+    ),
     key("DATA.SCENES", [1000, 200], "scenes to train on, and held out", at_least=1, length=2),
     key("DATA.DIGITS", 8, "at most in a scene", at_least=1),
-    key("DATA.DIGIT_SIZES", [0.2, 0.5], "from and to, as shares of a scene's side", above=0, at_most=1, length=2),
+    key(
+        "DATA.DIGIT_SIZES",
+        [0.2, 0.5],
+        "from and to, as shares of a scene's side",
+        above=0,
+        at_most=1,
+        length=2,
+        rising=True,
+    ),
     switch("DATA.CONTRAST", "digits of scenes are dark where it is light, light where it is dark; false: either"),
     #
     key("MODEL.SEGMENTER", "upernet", "what stands on the backbone MODEL.NAME", choices=("upernet",)),
@@ -35,7 +45,14 @@ KEYS = (
     switch("MODEL.SYNC_BN", "batch norms over all processes", default=True),
     #
     share("AUG.HFLIP", 0.5, "probability of a horizontal flip"),
-    key("AUG.RESIZE_RATIO", [0.5, 2.0], "SCALE is multiplied by a number drawn from here", above=0, length=2),
+    key(
+        "AUG.RESIZE_RATIO",
+        [0.5, 2.0],
+        "SCALE is multiplied by a number drawn from here",
+        above=0,
+        length=2,
+        rising=True,
+    ),
     share(
         "AUG.MOST_OF_ONE_CLASS", 0.75, "a crop with as much of one class is drawn again, ten times at most; 1: none is"
     ),

@@ -1,21 +1,24 @@
 """Segmenters by name, by config, and from released files."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from vmamba.config import get_config, restored
+from vmamba.config.keys import keys_of
 from vmamba.errors import UserError, unknown
 from vmamba.models.backbones import build_backbone, create_backbone
 from vmamba.models.pretrained import Checkpoint, open_checkpoint
-from vmamba.models.whole import build_whole, load_whole, released_backbone, variant_of
+from vmamba.models.whole import build_whole, check_config, load_whole, released_backbone, shape_of, variant_of
 from vmamba.segmentation.upernet import UperNet
 
 SEGMENTERS = {"upernet": UperNet}
 HEAD = "decode_head.conv_seg.weight"  # which the weights of every segmenter have
+_AUXILIARY = "auxiliary_head.conv_seg.weight"
 
 
 def create_segmenter(
@@ -37,10 +40,22 @@ def create_segmenter(
 
     Raises UserError for a name or option that is unknown, and for weights that cannot be had.
     """
-    if name not in SEGMENTERS:
+    if not isinstance(name, str) or name not in SEGMENTERS:
         raise unknown("segmenter", name, SEGMENTERS)
-    stages = create_backbone(backbone, pretrained_backbone, **(backbone_options or {}))
-    return build_whole(SEGMENTERS[name], stages, num_classes, options)
+    stages = partial(create_backbone, backbone, pretrained_backbone, **(backbone_options or {}))
+    return _built(SEGMENTERS[name], stages, num_classes, options)
+
+
+def _built(
+    kind: type[UperNet], backbone: Callable[[], nn.Module], num_classes: int, options: Mapping[str, Any]
+) -> UperNet:
+    model = build_whole(kind, backbone, num_classes, options)
+    if "ignore_index" not in options and num_classes > model.ignore_index:
+        raise UserError(
+            f"num_classes is {num_classes}, and label {model.ignore_index}, of one of them, would not count; give "
+            f"another ignore_index, such as -1"
+        )
+    return model
 
 
 def build_model(config: CfgNode) -> UperNet:
@@ -84,10 +99,11 @@ def config_of(checkpoint: Checkpoint) -> CfgNode:
         return restored(checkpoint.config)
     if HEAD not in held:
         raise UserError(f"'{checkpoint.path}' holds no segmenter: it has no {HEAD}")
-    classes, channels = held[HEAD].shape[:2]
+    most = keys_of("segmentation")["MODEL.NUM_CLASSES"].takes.at_most
+    classes, channels, *_ = shape_of(held, HEAD, 4, checkpoint.path, rows=(1, most))
     head = ["MODEL.NUM_CLASSES", classes, "MODEL.CHANNELS", channels]
-    if "auxiliary_head.conv_seg.weight" in held:
-        head += ["MODEL.AUX_CHANNELS", held["auxiliary_head.conv_seg.weight"].shape[1]]
+    if _AUXILIARY in held:
+        head += ["MODEL.AUX_CHANNELS", shape_of(held, _AUXILIARY, 4, checkpoint.path)[1]]
     return get_config(None, ["TASK", "segmentation", "MODEL.NAME", variant_of(held, checkpoint.path), *head])
 
 
@@ -96,13 +112,15 @@ def segmenter_from_released(config: Mapping[str, Any], state_dict: Mapping[str, 
 
     Args:
         config: `backbone`, the released backbone's options; `num_classes`; `channels`, `aux_channels` and
-            `pool_scales` of the heads, mmsegmentation's defaults where absent.
+            `pool_scales` of the heads and `ignore_index`, mmsegmentation's defaults where absent; `size`, of images,
+            says nothing of the model.
         state_dict: in either spelling, as mmsegmentation names it.
 
     Raises UserError for unknown options, and for weights that do not fit, listing how.
     """
-    known = ("channels", "aux_channels", "pool_scales")
+    known = ("channels", "aux_channels", "pool_scales", "ignore_index")
+    check_config(config, "the config", ("backbone", "num_classes"), (*known, "size"))
     options = {name: config[name] for name in known if name in config}
-    model = UperNet(released_backbone(config["backbone"], state_dict), config["num_classes"], **options)
+    model = _built(UperNet, partial(released_backbone, config["backbone"], state_dict), config["num_classes"], options)
     load_whole(model, state_dict, "the state dict")
     return model.eval()

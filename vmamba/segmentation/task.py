@@ -9,6 +9,7 @@ from yacs.config import CfgNode
 
 from vmamba.config import sides
 from vmamba.data.loaders import EvalLoader, TrainLoader
+from vmamba.errors import UserError
 from vmamba.models.flops import complexity
 from vmamba.models.pretrained import Checkpoint
 from vmamba.models.whole import load_whole, start_whole
@@ -28,10 +29,17 @@ class Task:
     def __init__(self, config: CfgNode):
         self.config = config
         check_inference(config)
+        data = config.DATA
+        if (data.ZERO_IS_IGNORED or data.DATASET == "ade20k") and data.IGNORE_INDEX < config.MODEL.NUM_CLASSES:
+            raise UserError(
+                f"DATA.IGNORE_INDEX is {data.IGNORE_INDEX}, and labels count from 1, so that those of class "
+                f"{data.IGNORE_INDEX + 1} in the maps would not count either; leave DATA.IGNORE_INDEX at 255"
+            )
 
     def build_model(self) -> nn.Module:
         model = build_model(self.config)
-        several = torch.distributed.is_initialized() and torch.cuda.is_available()
+        on_gpus = torch.cuda.is_available() and self.config.DEVICE != "cpu"
+        several = on_gpus and torch.distributed.is_initialized()
         return nn.SyncBatchNorm.convert_sync_batchnorm(model) if self.config.MODEL.SYNC_BN and several else model
 
     def load(self, model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -41,6 +49,13 @@ class Task:
         start_whole(model, checkpoint, drop_head=self.config.MODEL.DROP_HEAD)
 
     def train_loader(self, world: World) -> TrainLoader:
+        together = self.config.MODEL.SYNC_BN and world.device.type == "cuda" and world.size > 1
+        if self.config.DATA.BATCH_SIZE == 1 and not together:
+            raise UserError(
+                "DATA.BATCH_SIZE is 1, and of one image the coarsest pooled map is one pixel, too little for its batch "
+                "norm; use --batch-size 2 or more (TRAIN.ACCUMULATION_STEPS does not help), or several GPUs with "
+                "MODEL.SYNC_BN true"
+            )
         return build_train_loader(self.config, rank=world.rank, world_size=world.size)
 
     def eval_loader(self, world: World) -> EvalLoader:

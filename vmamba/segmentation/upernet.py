@@ -4,6 +4,7 @@ The parts have the names of the released files, so that those need no mapping bu
 """
 
 from collections.abc import Callable, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vmamba.errors import UserError
+from vmamba.models.whole import check_images
+from vmamba.values import Takes
 
 _LEAST = 4  # pixels a side that any backbone takes; a smaller image gets zeros at its right and bottom
 
@@ -134,6 +137,15 @@ class UperNet(nn.Module):
         init_std: deviation of the weights of the predictions, at random before training.
     """
 
+    takes = MappingProxyType(
+        {
+            **dict.fromkeys(("num_classes", "channels", "aux_channels"), Takes((int,), at_least=1)),
+            "pool_scales": Takes(([int],), at_least=1),
+            "ignore_index": Takes((int,)),
+            **dict.fromkeys(("aux_weight", "init_std"), Takes((float,), at_least=0)),
+            "dropout": Takes((float,), at_least=0, at_most=1),
+        }
+    )
     class_layers = ("decode_head.conv_seg", "auxiliary_head.conv_seg")
 
     def __init__(
@@ -162,13 +174,14 @@ class UperNet(nn.Module):
         """(B, 3, H, W) -> logits (B, classes, H, W); with `targets` (B, H, W), integers, the losses by name.
 
         `decode.loss_ce` and `aux.loss_ce` are to be added up; `decode.acc_seg` and `aux.acc_seg` are percent of the
-        pixels that count.  Raises UserError for images that are no batch, and for targets that are not one integer for
-        each pixel.
+        pixels that count.  Raises UserError for images that are no batch, for targets that are not one integer for each
+        pixel, or on a CPU, where looking at them makes nobody wait, of no class, and for a single image in training.
         """
-        if images.ndim != 4:
-            raise UserError(f"images have shape {tuple(images.shape)}; a segmenter takes (batch, channels, H, W)")
+        check_images(images, self.decode_head.conv_seg.weight, "segmenter")
         if targets is not None:
-            _check_targets(targets, images)
+            _check_targets(targets, images, self.num_classes, self.ignore_index)
+        if self.training and len(images) == 1:
+            _check_norms(self)
         height, width = images.shape[2:]
         maps = self.backbone(F.pad(images, (0, max(0, _LEAST - width), 0, max(0, _LEAST - height))))
         logits = self.decode_head(maps)
@@ -187,13 +200,34 @@ class UperNet(nn.Module):
         return {f"{name}.loss_ce": weight * losses.mean(), f"{name}.acc_seg": accuracy}
 
 
-def _check_targets(targets: Tensor, images: Tensor) -> None:
-    """See `UperNet.forward`; labels are not looked at, since that would wait for the device."""
+def _check_norms(model: UperNet) -> None:
+    for pool, conv in model.decode_head.psp_modules:
+        if (
+            pool.side == 1 and isinstance(conv.bn, nn.BatchNorm2d) and conv.bn.training
+        ):  # SyncBatchNorm is another class
+            raise UserError(
+                "a single image cannot be trained on: its coarsest pooled map is one pixel, too little for its batch "
+                "norm; give two or more, or call model.eval()"
+            )
+
+
+def _check_targets(targets: Tensor, images: Tensor, num_classes: int, ignored: int) -> None:
+    """See `UperNet.forward`."""
+    if not isinstance(targets, Tensor):
+        raise UserError(f"targets are a {type(targets).__name__}; expected a tensor")
     expected = (len(images), *images.shape[2:])
     if tuple(targets.shape) != expected:
         raise UserError(f"targets have the shape {tuple(targets.shape)}; expected {expected}, a label for each pixel")
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise UserError(f"targets are of {targets.dtype}; expected integers")
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        counting = targets[targets != ignored]
+        for wrong in (counting[counting >= num_classes], counting[counting < 0]):
+            if len(wrong):
+                raise UserError(
+                    f"targets hold label {wrong[0].item()}; the model has {num_classes} classes, counted from 0, and "
+                    f"label {ignored} does not count"
+                )
 
 
 def _initialise(module: nn.Module) -> None:
