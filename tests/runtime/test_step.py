@@ -139,6 +139,27 @@ def test_where_the_optimiser_skips_by_itself_a_report_comes_a_step_later(tiny, s
     ]
 
 
+def test_a_late_report_tells_the_parts_of_its_own_step(tiny):
+    """As detection and segmentation have them."""
+    late, waited = tiny(fused=True), tiny(fused=True)
+    for case in (late, waited):
+        whole = case.step.loss
+        case.step.loss = lambda *batch, step, part, whole=whole: {
+            "first": (loss := whole(*batch, step=step, part=part)) * (step + 1) / 8,
+            "second": loss * (7 - step) / 8,
+        }
+    reports = [report for number in range(4) for report in late.step(late.state, [late.batch(number)])]
+    reports += late.step.settle(late.state)
+    assert reports == [waited.one(waited.batch(number)) for number in range(4)]
+    for number, report in enumerate(reports):
+        assert report.parts == pytest.approx(
+            {
+                "first": report.loss * (number + 1) / 8,
+                "second": report.loss * (7 - number) / 8,
+            }
+        )
+
+
 @pytest.mark.parametrize("warm_up", [True, False])
 def test_the_average_that_only_the_device_can_skip_is_timms_to_the_bit(warm_up):
     model = nn.Sequential(nn.Linear(40, 30), nn.BatchNorm1d(30))

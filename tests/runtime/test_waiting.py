@@ -9,7 +9,7 @@ import torch
 from vmamba.config import get_config
 from vmamba.runtime.distributed import World
 from vmamba.runtime.evaluation import evaluate
-from vmamba.runtime.feed import feed
+from vmamba.runtime.feed import Feed
 from vmamba.runtime.plan import build_plan
 from vmamba.runtime.run import Run
 from vmamba.runtime.start import build_state
@@ -29,8 +29,13 @@ def no_waiting():
     forbid(False)
 
 
-@pytest.mark.parametrize("options", [(), ("TRAIN.COMPILE", "cudagraphs"), ("AMP.DTYPE", "float16")])
-def test_no_step_and_no_batch_waits_for_the_gpu(no_waiting, tmp_path, options):
+@pytest.mark.parametrize("options", [
+    (),
+    ("TRAIN.COMPILE", "cudagraphs"),
+    ("AMP.DTYPE", "float16"),
+    ("TRAIN.LOSS", "bce", "TRAIN.CLASS_WEIGHTS", "balanced"),
+])  # fmt: skip
+def test_no_step_and_no_batch_waits_for_the_gpu(no_waiting, tmp_path, monkeypatch, options):
     mixed = ("AUG.MIXUP", "0.8", "AUG.CUTMIX", "1.0", "AUG.REPROB", "0.5", "TRAIN.EMA.ENABLE", "true")
     base = ("DEVICE", "cuda", "AMP.ENABLE", "true", "OUTPUT", str(tmp_path), *mixed)
     config = get_config("configs/vmamba_digits.yaml", [*base, *options])
@@ -40,7 +45,7 @@ def test_no_step_and_no_batch_waits_for_the_gpu(no_waiting, tmp_path, options):
     model = run.task.build_model().to(world.device)
     state = build_state(run, model, build_plan(config, loader.steps_per_epoch))
     step = OptimizerStep(config, world, parallelise(model, config, world), run.task.loss)
-    ready = feed(loader, world.device, loader.finish)
+    ready = Feed(loader, world.device, loader.finish)
     reports = [report for batch in islice(ready, 5) for report in step(state, [batch])]
     no_waiting(True)
     reports += [report for batch in islice(ready, 5) for report in step(state, [batch])]
@@ -56,9 +61,6 @@ def test_no_step_and_no_batch_waits_for_the_gpu(no_waiting, tmp_path, options):
         torch.cuda.set_sync_debug_mode("default")
         seen.append(args)
 
-    type(meter).add = watched
-    try:
-        evaluate(run, model, held_out)
-    finally:
-        type(meter).add = add
+    monkeypatch.setattr(type(meter), "add", watched)
+    evaluate(run, model, held_out)
     assert len(seen) == len(held_out)

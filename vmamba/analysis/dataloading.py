@@ -28,8 +28,7 @@ from vmamba.data.loaders import Key, Loader
 from vmamba.errors import UserError
 from vmamba.files import check_writable, make_folder, write_atomically, write_text
 from vmamba.runtime.distributed import World
-from vmamba.runtime.feed import feed, to_device
-from vmamba.runtime.logging import Pace
+from vmamba.runtime.feed import Feed, to_device
 from vmamba.runtime.plan import build_plan
 from vmamba.runtime.precision import autocast, set_up_precision
 from vmamba.runtime.run import Run
@@ -99,8 +98,8 @@ def measure(
     config: CfgNode, training: bool, device: torch.device, workers: Sequence[int], seconds: float
 ) -> dict[str, Any]:
     """Of one mode: `parts` (seconds an image), `loading` and `from_files` (images a second by number of processes),
-    `waited` (the share of the latter that went by for data), `core` (seconds of a core an image), `step` (images a
-    second that the device could take)."""
+    `waited` (the share of the latter's time in which the device had no batch), `core` (seconds of a core an image),
+    `step` (images a second that the device could take)."""
     run = Run(config, open_task(config), World(0, 1, 0, device), logging.getLogger("vmamba"))
     loader = run.task.train_loader(run.world) if training else run.task.eval_loader(run.world)
     parts = time_loading(config, loader, training)
@@ -117,11 +116,10 @@ def measure(
         loading[number] = rate(iter(feeding), lambda batch: None, lambda: None, seconds) * config.DATA.BATCH_SIZE
         core = feeding.seconds_an_image
         del feeding  # which ends its processes
-        pace = Pace(endless(config, loader, number), 0)
-        start = time.perf_counter()
-        batches = feed(pace, device, loader.finish)
+        start, batches = time.perf_counter(), Feed(endless(config, loader, number), device, loader.finish)
         from_files[number] = rate(batches, work, end, seconds) * config.DATA.BATCH_SIZE
-        waited[number] = pace.waited / (time.perf_counter() - start)
+        waited[number] = batches.waited() / (time.perf_counter() - start)
+        del batches
     return {
         "parts": parts,
         "loading": loading,
@@ -190,6 +188,7 @@ def trainer(run: Run, model: nn.Module, loader: Loader) -> tuple[Callable[[Any],
 
 
 def evaluator(run: Run, model: nn.Module, loader: Loader) -> tuple[Callable[[Any], Any], Callable[[], Any]]:
+    """What an evaluation does with a batch, likewise."""
     model.eval()
     meter = run.task.meter(run.world)
 

@@ -17,7 +17,7 @@ from vmamba.files import make_folder, write_atomically, write_text
 from vmamba.models.pretrained import open_checkpoint, read_weights
 from vmamba.runtime import report
 from vmamba.runtime.distributed import World, on_main, share_buffers, sum_over_processes
-from vmamba.runtime.feed import feed
+from vmamba.runtime.feed import Feed
 from vmamba.runtime.logging import megabytes, memory_mb, progress
 from vmamba.runtime.precision import autocast
 from vmamba.runtime.run import Run
@@ -57,7 +57,7 @@ def evaluate(run: Run, model: nn.Module, loader: Loader, folder: Path | None = N
     share_buffers(model)
     model.eval()
     meter = run.task.meter(run.world)
-    for batch in feed(progress(loader, run.world, "evaluating"), run.world.device, loader.finish):
+    for batch in Feed(progress(loader, run.world, "evaluating"), run.world.device, loader.finish):
         if run.request.noted:
             break
         with autocast(run.config, run.world.device):

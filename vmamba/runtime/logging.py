@@ -131,7 +131,6 @@ class Pace:
     def __init__(self, batches: Iterable, step: int):
         self._batches = iter(batches)
         self._start, self._step, self._waiting = time.perf_counter(), step, 0.0
-        self.waited = 0.0  # seconds, in all
 
     def __iter__(self) -> "Pace":
         return self
@@ -139,9 +138,7 @@ class Pace:
     def __next__(self) -> Any:
         start = time.perf_counter()
         batch = next(self._batches)
-        waiting = time.perf_counter() - start
-        self._waiting += waiting
-        self.waited += waiting
+        self._waiting += time.perf_counter() - start
         return batch
 
     def lap(self, step: int) -> tuple[float, float]:

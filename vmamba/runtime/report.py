@@ -122,11 +122,11 @@ def step_line(
 
 
 def describe_loading(seconds_an_image: float, images: float, seconds: float, waited: float) -> str:
-    """How long this process waited for data, and how many cores would have loaded it in time.
+    """How long the device of this process waited for data, and how many cores would have loaded it in time.
 
     Args:
         seconds_an_image: of one core, to load it.
-        images: this process has trained on in `seconds`, of which `waited` went by for data.
+        images: this process has trained on in `seconds`, in `waited` of which its device had nothing to compute.
     """
     rate = images / max(seconds - waited, 1e-9)
     return (

@@ -21,7 +21,7 @@ from vmamba.runtime import report
 from vmamba.runtime.checkpoint import BEST, LAST
 from vmamba.runtime.distributed import on_main, processes
 from vmamba.runtime.evaluation import evaluate_file, evaluate_state, tell_skipped, throughput
-from vmamba.runtime.feed import feed
+from vmamba.runtime.feed import Feed
 from vmamba.runtime.lock import FolderLock
 from vmamba.runtime.logging import Pace, create_logger, log_the_end, memory_mb, progress
 from vmamba.runtime.plan import Plan, build_plan
@@ -161,7 +161,7 @@ class Rounds:
         self.train_loader, self.eval_loader = train_loader, eval_loader
         self.results: Results = {}  # of the last evaluation, while the weights are the same
         self.seconds_to_evaluate = 0.0
-        self.steps, self.seconds, self.waited = 0, 0.0, 0.0  # trained here, how long that took, of it waiting for data
+        self.steps, self.seconds, self.waited = 0, 0.0, 0.0  # trained here; how long that took, and waited for data
 
     def one(self) -> None:
         """What remains of the round in progress."""
@@ -189,7 +189,7 @@ class Rounds:
             return
         state.model.train()
         batches = Pace(self._batches(end), state.step)
-        ready = feed(batches, run.world.device, self.train_loader.finish)
+        ready = Feed(batches, run.world.device, self.train_loader.finish)
         title = f"epoch {state.step // self.plan.steps_per_epoch + 1}/{self.plan.epochs}"
         laps: Laps = {}
         with progress(range(state.step, end), run.world, title) as bar:
@@ -207,7 +207,7 @@ class Rounds:
                     run.stop(state)
                 if saves:
                     run.save(state, LAST)
-        self.waited += batches.waited
+        self.waited += ready.waited()
         tell_skipped(run, self.train_loader)
 
     def _batches(self, end: int) -> Iterator[Any]:
