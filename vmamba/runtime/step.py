@@ -18,6 +18,7 @@ from vmamba.models.compilation import WITH_CUDA_GRAPHS, compile_options
 from vmamba.runtime.distributed import World, sum_over_processes
 from vmamba.runtime.precision import autocast
 from vmamba.runtime.state import TrainState
+from vmamba_kernels.private import _foreach_add_, _foreach_lerp_, _foreach_mul, takes_found_inf
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class OptimizerStep:
         scale = state.scaler.scale(torch.ones((), device=self.world.device))
         numbers = torch.cat([sums, torch.stack([norm, scale])])
         unread = Unread(state.step, state.rate, [*losses][1:], numbers)
-        if getattr(state.optimizer, "_step_supports_amp_scaling", False):  # PyTorch's fused ones
+        if takes_found_inf(state.optimizer):
             reports = self.settle(state)
             self.unread = unread
             self._update_where(sums[0].isfinite() & norm.isfinite(), state, buffers)
@@ -200,9 +201,9 @@ def update_where(good: Tensor, ema: ModelEmaV3, model: nn.Module, step: int | No
     """`ema.update(model, step)`, to the bit, where `good`; else the average moves towards itself."""
     values = [*zip(ema.module.state_dict().values(), model.state_dict().values(), strict=True)]
     averages, weights = zip(*[pair for pair in values if pair[0].is_floating_point()], strict=True)
-    ends = torch._foreach_mul(weights, good.float())
-    torch._foreach_add_(ends, torch._foreach_mul(averages, (~good).float()))
-    torch._foreach_lerp_(averages, ends, weight=1 - ema.get_decay(step))
+    ends = _foreach_mul(weights, good.float())
+    _foreach_add_(ends, _foreach_mul(averages, (~good).float()))
+    _foreach_lerp_(averages, ends, weight=1 - ema.get_decay(step))
     for average, weight in values:
         if not average.is_floating_point():
             average.copy_(weight)  # a count, such as of a batch norm: it is put back after a bad step
