@@ -115,7 +115,7 @@ class Augment:
 
     def __call__(self, images: Tensor, rounds: Sequence[Mapping[tuple[str, int], Group]]) -> Tensor:
         """(B, C, H, W) uint8 -> the same shape and type; `images` is written to."""
-        if self.fill.device != images.device:
+        if rounds and self.fill.device != images.device:
             self.fill = self.fill.to(images.device, non_blocking=True)
         for groups in rounds:
             for (name, resample), (places, values) in groups.items():
