@@ -6,6 +6,7 @@ model = vmamba.create_model("vmamba_tiny", num_classes=10)
 import vmamba.models.timm_models  # noqa: F401  (registers every variant with timm)
 from vmamba.detection.models import create_detector, detector_from_released, load_detector
 from vmamba.errors import UserError
+from vmamba.exporting import export
 from vmamba.models.backbone import Backbone
 from vmamba.models.pretrained import load_checkpoint
 from vmamba.models.released import from_released, to_released
@@ -21,6 +22,7 @@ __all__ = [
     "create_model",
     "create_segmenter",
     "detector_from_released",
+    "export",
     "from_released",
     "list_models",
     "load_checkpoint",

@@ -166,9 +166,7 @@ def _scan(delta: Tensor, inputs: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Ten
         start = inputs.new_zeros(inputs.shape[1:])
         return recurrence((delta * A.squeeze(1)).exp(), inputs * B, C, start)
     start = inputs.new_zeros((*inputs.shape[1:3], states, inputs.shape[3]))
-    steps = selective_steps(
-        delta.unsqueeze(3), inputs.unsqueeze(3), A, B.unsqueeze(4), C.unsqueeze(3), start
-    )
+    steps = selective_steps(delta.unsqueeze(3), inputs.unsqueeze(3), A, B.unsqueeze(4), C.unsqueeze(3), start)
     return steps.squeeze(3)
 
 

@@ -141,7 +141,7 @@ def open_predictor(
     task = open_task(config)
     model = task.build_model()
     task.load(model, found)
-    called = _read_names(names, config) if names else class_names(config)
+    called = read_names(names, config) if names else list(found.classes) or class_names(config)
     answer = _PREDICTORS[config.TASK](config, model.to(place).eval(), place, called, score)
     return Opened(config, model, called, answer)
 
@@ -188,7 +188,8 @@ def config_of(checkpoint: Checkpoint, cfg: str | None) -> CfgNode:
     return get_config(None, ["MODEL.NAME", name, "MODEL.NUM_CLASSES", classes])
 
 
-def _read_names(path: str, config: CfgNode) -> list[str]:
+def read_names(path: str, config: CfgNode) -> list[str]:
+    """A line a class.  Raises UserError where there are not as many as classes of the config."""
     names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if len(names) != config.MODEL.NUM_CLASSES:
         raise UserError(f"'{path}' names {len(names)} classes, and the model has {config.MODEL.NUM_CLASSES}")

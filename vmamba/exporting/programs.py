@@ -1,0 +1,70 @@
+"""Programs of torch.export, as they are and compiled by AOTInductor: PyTorch alone runs them."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vmamba.errors import UserError
+from vmamba.files import write_atomically
+from vmamba_kernels import served_by
+from vmamba_kernels.private import aoti_compile_and_package
+
+_OPEN = (320, 352)  # images to record with where sizes are open: none of the features' sizes is one
+
+
+@torch.no_grad()
+def recorded(
+    model: nn.Module, images: Tensor, dynamic: Sequence[str], backend: str = "reference"
+) -> torch.export.ExportedProgram:
+    """`model` as a program of PyTorch's operators, the scans by `backend`.
+
+    Args:
+        images: two, to record with.
+        dynamic: see `vmamba.export`.
+    """
+    shape: dict[int, torch.export.Dim] = {}
+    if "batch" in dynamic:
+        shape[0] = torch.export.Dim("batch")
+    else:
+        images = images[:1]
+    if "size" in dynamic:
+        images = images.new_zeros((*images.shape[:2], *_OPEN))
+        shape |= {2: torch.export.Dim("height", min=32, max=4096), 3: torch.export.Dim("width", min=32, max=4096)}
+    with served_by(backend):
+        program = torch.export.export(model, (images,), dynamic_shapes=(shape,), strict=False)
+    for module in program.graph_module.modules():
+        for node in getattr(module, "graph", torch.fx.Graph()).nodes:
+            node.meta.pop("stack_trace", None)  # paths of this machine
+    return program
+
+
+def write(path: Path, model: nn.Module, images: Tensor, dynamic: Sequence[str], about: Mapping[str, Any]) -> None:
+    """For `torch.export.load(path).module()(images)`."""
+    program = recorded(model, images, dynamic)
+    write_atomically(path, lambda file: torch.export.save(program, file))
+
+
+def write_compiled(
+    path: Path, model: nn.Module, images: Tensor, dynamic: Sequence[str], about: Mapping[str, Any]
+) -> None:
+    """For `torch._inductor.aoti_load_package(path)(images)`, on a CPU of this kind."""
+    program = recorded(model, images, dynamic)
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(aoti_compile_and_package(program, package_path=str(Path(folder, "model.pt2"))))
+        write_atomically(path, lambda file: file.write(package.read_bytes()))
+
+
+def check_compiler() -> None:
+    """Raises UserError where AOTInductor finds no compiler of C++."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise UserError(
+            f"the format aoti needs a compiler of C++, and there is no '{compiler}'; install one, or name it in CXX, "
+            f"or use the format torch"
+        )
