@@ -40,6 +40,11 @@ def is_watched() -> bool:
     return bool(torch._C._dispatch_tls_local_include_set().raw_repr() & ~_UNWATCHED)
 
 
+def promise(holds: torch.SymBool) -> None:
+    """Take for granted what is recorded of sizes that are symbols; the program that is recorded checks it."""
+    torch._check(holds)
+
+
 def has_hooks(module: torch.nn.Module) -> bool:
     """Whether calling a module does more than its class's `forward`: hooks, another function in its place, compiled."""
     own = vars(module)

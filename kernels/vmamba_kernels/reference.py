@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .private import is_transformed
+from .private import is_transformed, promise
 
 _ROUNDS = 16  # of doubling: chunks of 16 positions of images of up to 4096 x 4096 pixels
 ROUTES = ("row", "col", "row_rev", "col_rev")
@@ -306,7 +306,7 @@ def _up_to(x: Tensor, length: int | torch.SymInt) -> Tensor:
 
 def _by_doubling(decay: Tensor, states: Tensor) -> Tensor:
     """`_states` of a length that is a symbol: after k rounds a position has what the 2**k positions up to it put in."""
-    torch._check(states.shape[2] <= 2**_ROUNDS)
+    promise(states.shape[2] <= 2**_ROUNDS)
     for k in range(_ROUNDS):
         states = torch.addcmul(states, decay, _later(states, 2**k))
         decay = decay * _later(decay, 2**k)

@@ -1,7 +1,7 @@
 """ONNX: opset 18, operators of the standard alone.
 
-A scan's recurrence is one Scan for all routes, whose body is as small as its states allow; what it reads is made outside
-by `vmamba_kernels.graph`.
+A scan's recurrence is one Scan for all routes, whose body is as small as its states allow; what it reads is made by
+`vmamba_kernels.graph`.
 """
 
 import json

@@ -53,7 +53,7 @@ def write(path: Path, model: nn.Module, images: Tensor, dynamic: Sequence[str], 
 def write_compiled(
     path: Path, model: nn.Module, images: Tensor, dynamic: Sequence[str], about: Mapping[str, Any]
 ) -> None:
-    """For `torch._inductor.aoti_load_package(path)(images)`, on a CPU of this kind."""
+    """For PyTorch's `aoti_load_package(path)(images)`, on a CPU of this kind."""
     program = recorded(model, images, dynamic)
     with tempfile.TemporaryDirectory() as folder:
         package = Path(aoti_compile_and_package(program, package_path=str(Path(folder, "model.pt2"))))
