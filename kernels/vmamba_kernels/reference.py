@@ -354,23 +354,21 @@ def ssd(
         return F.pad(t, behind).unflatten(2, (chunks, size))
 
     w, exponent = chunked(delta.unsqueeze(-1) * u), chunked(delta * A.unsqueeze(1))
+    w, exponent = w.transpose(3, 4), exponent.transpose(3, 4)  # (batch, routes, chunks, heads, size, dim and none)
     B, C = chunked(B), chunked(C)
-    exponent = exponent.transpose(3, 4)  # (batch, routes, chunks, heads, size)
     # decay[i, j] = exp(exponent[j+1] + ... + exponent[i]), summed term by term: a difference of two running sums
     # would lose the digits of a short span behind a long one.
-    lower = torch.ones(size, size, dtype=torch.bool, device=u.device).tril()
-    terms = exponent.unsqueeze(-1).expand(-1, -1, -1, -1, -1, size).masked_fill(~lower.tril(-1), 0)
-    decay = terms.cumsum(-2).exp().masked_fill(~lower, 0)  # (batch, routes, chunks, heads, size, size)
-    y = torch.einsum("bkcin,bkcjn,bkchij,bkcjhd->bkcihd", C, B, decay, w)
-    if known and chunks == 1:
-        return _up_to(y.flatten(2, 3), length)
-
-    state_of_chunk = torch.einsum("bkcjn,bkchj,bkcjhd->bkchnd", B, decay[..., -1, :], w)
-    decay_from_start = exponent.cumsum(-1).exp()  # (batch, routes, chunks, heads, size)
-    ends = recurrence(decay_from_start[..., -1:], state_of_chunk.flatten(-2))  # (batch, routes, chunks, heads, *)
-    starts = _later(ends, 1).unflatten(-1, state_of_chunk.shape[-2:])
-    y = y + torch.einsum("bkcin,bkchi,bkchnd->bkcihd", C, decay_from_start, starts)
-    return _up_to(y.flatten(2, 3), length)
+    lower, zero = torch.ones(size, size, dtype=torch.bool, device=u.device).tril(), exponent.new_zeros(())
+    terms = torch.where(lower.tril(-1), exponent.unsqueeze(-1), zero)
+    decay = torch.where(lower, terms.cumsum(-2).exp(), zero)  # (batch, routes, chunks, heads, size, size)
+    y = ((C @ B.mT).unsqueeze(3) * decay) @ w  # (batch, routes, chunks, heads, size, dim)
+    if not known or chunks > 1:
+        state_of_chunk = (B.mT.unsqueeze(3) * decay[..., -1:, :]) @ w  # (batch, routes, chunks, heads, states, dim)
+        decay_from_start = exponent.cumsum(-1).exp()  # (batch, routes, chunks, heads, size)
+        ends = recurrence(decay_from_start[..., -1:], state_of_chunk.flatten(-2))  # (batch, routes, chunks, heads, *)
+        starts = _later(ends, 1).unflatten(-1, state_of_chunk.shape[-2:])
+        y = y + decay_from_start.unsqueeze(-1) * (C.unsqueeze(3) @ starts)
+    return _up_to(y.transpose(3, 4).flatten(2, 3), length)
 
 
 OPERATORS: dict[str, Callable[..., Tensor]] = {
