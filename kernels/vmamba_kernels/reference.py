@@ -361,9 +361,11 @@ def ssd(
     lower, zero = torch.ones(size, size, dtype=torch.bool, device=u.device).tril(), exponent.new_zeros(())
     terms = torch.where(lower.tril(-1), exponent.unsqueeze(-1), zero)
     decay = torch.where(lower, terms.cumsum(-2).exp(), zero)  # (batch, routes, chunks, heads, size, size)
-    y = ((C @ B.mT).unsqueeze(3) * decay) @ w  # (batch, routes, chunks, heads, size, dim)
+    y = ((C @ B.transpose(3, 4)).unsqueeze(3) * decay) @ w  # (batch, routes, chunks, heads, size, dim)
     if not known or chunks > 1:
-        state_of_chunk = (B.mT.unsqueeze(3) * decay[..., -1:, :]) @ w  # (batch, routes, chunks, heads, states, dim)
+        state_of_chunk = (
+            B.transpose(3, 4).unsqueeze(3) * decay[..., -1:, :]
+        ) @ w  # (batch, routes, chunks, heads, states, dim)
         decay_from_start = exponent.cumsum(-1).exp()  # (batch, routes, chunks, heads, size)
         ends = recurrence(decay_from_start[..., -1:], state_of_chunk.flatten(-2))  # (batch, routes, chunks, heads, *)
         starts = _later(ends, 1).unflatten(-1, state_of_chunk.shape[-2:])

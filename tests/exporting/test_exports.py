@@ -140,30 +140,31 @@ class No:
         if name.startswith("vmamba"):
             raise ImportError(name)
 sys.meta_path.insert(0, No())
-program = torch.export.load(sys.argv[1]).module()
-torch.save([program(x) for x in torch.load(sys.argv[2])], sys.argv[3])
+for path in sys.argv[1:]:
+    program = torch.export.load(path).module()
+    torch.save([program(x) for x in torch.load(path + ".in")], path + ".out")
 """
 
 
-def test_a_program_runs_in_a_process_that_has_only_pytorch(tmp_path):
+def test_programs_run_in_a_process_that_has_only_pytorch(tmp_path):
     """One that leaves batch and sizes open, and a backbone's of one size."""
     model, backbone = small("vmamba_tiny"), vmamba.Backbone(small("vmamba_tiny_m2"), (0, 1))
     model.set_backend("triton")  # which no CPU serves
     vmamba.export(model, tmp_path / "model.pt2", dynamic=("batch", "size"))
     model.set_backend("auto")
     vmamba.export(backbone, tmp_path / "backbone.pt2", size=32)
-    for name, whole, shapes in (
-        ("model", model, [(1, 3, 32, 44), (3, 3, 75, 61), (1, 3, 300, 400)]),
-        ("backbone", backbone, [(1, 3, 32, 32), (5, 3, 32, 32)]),
-    ):
-        inputs = [images(*shape) for shape in shapes]
-        torch.save(inputs, tmp_path / "in.pt")
-        files = [tmp_path / f"{name}.pt2", tmp_path / "in.pt", tmp_path / "out.pt"]
-        subprocess.run([sys.executable, "-c", ELSEWHERE, *files], check=True, timeout=120)
-        for x, found in zip(inputs, torch.load(tmp_path / "out.pt"), strict=True):
-            expected = whole(x)
-            for one, other in zip(*((each,) if name == "model" else each for each in (found, expected)), strict=True):
-                same(one, other)
+    inputs = {
+        "model.pt2": [images(*shape) for shape in ((1, 3, 32, 44), (3, 3, 75, 61), (1, 3, 300, 400))],
+        "backbone.pt2": [images(*shape) for shape in ((1, 3, 32, 32), (5, 3, 32, 32))],
+    }
+    for name, several in inputs.items():
+        torch.save(several, tmp_path / f"{name}.in")
+    subprocess.run([sys.executable, "-c", ELSEWHERE, *(tmp_path / name for name in inputs)], check=True, timeout=120)
+    for x, found in zip(inputs["model.pt2"], torch.load(tmp_path / "model.pt2.out"), strict=True):
+        same(found, model(x))
+    for x, found in zip(inputs["backbone.pt2"], torch.load(tmp_path / "backbone.pt2.out"), strict=True):
+        for one, other in zip(found, backbone(x), strict=True):
+            same(one, other)
 
 
 @pytest.mark.parametrize("name", ["vmamba_tiny_s1l8", "vmamba_tiny_m2"])
@@ -338,3 +339,17 @@ def test_the_command_names_what_is_missing(tmp_path):
     vmamba.export(small("vmamba_digits"), tmp_path / "a.pth")
     with pytest.raises(UserError, match="would be written over '.*a.pth', which is read here"):
         export_file(checkpoint=str(tmp_path / "a.pth"), output=str(tmp_path / "a.pth"))
+
+
+@needs_onnx
+def test_models_beside_each_other(tmp_path):
+    """analyze/exports.py"""
+    pytest.importorskip("onnxruntime", reason="onnxruntime has no wheel here (Python 3.10)")
+    from vmamba.exporting.comparison import exports
+
+    options = dict(models=["vmamba_digits"], sizes=[16], numbers=["float32", "int8"], repeats=1)
+    rows = exports(**options, output=str(tmp_path), markdown=str(tmp_path / "table.md"))
+    assert [row["numbers"] for row in rows] == ["float32", "int8"] and rows[0]["ratio"] == 1
+    assert float(rows[0]["difference"]) < 1e-5 < float(rows[1]["difference"]) < 1
+    assert rows[0]["same class"] == "yes" and rows[1]["file (MB)"] < 0.6 * rows[0]["file (MB)"]
+    assert (tmp_path / "table.md").read_text() == (tmp_path / "exports.md").read_text()
