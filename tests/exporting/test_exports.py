@@ -176,7 +176,7 @@ def test_scans_of_any_size(name):
 
 
 def test_a_program_tells_nothing_of_the_machine_and_leaves_the_model_as_it_is(tmp_path):
-    model = small("vmamba_digits", depths=(1,)).train()
+    model = changed().train()  # of layers that no option makes
     before = copy.deepcopy(model.state_dict())
     vmamba.export(model, tmp_path / "a.pt2", size=32)
     with zipfile.ZipFile(tmp_path / "a.pt2") as archive:
@@ -247,8 +247,8 @@ def test_onnx_of_a_segmenter_and_of_its_other_options(tmp_path):
 
 
 def changed():
-    model = small("vmamba_digits")
-    model.layers[0].blocks[0].op.in_proj = nn.Linear(8, 16)
+    model = small("vmamba_digits", depths=(1,))
+    model.layers[0].blocks[0].op.in_proj = nn.Linear(8, 8)  # which has a bias
     return model
 
 

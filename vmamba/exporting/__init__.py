@@ -1,9 +1,8 @@
 """Models as files for other programs: bare weights, torch.export's programs, AOTInductor's packages, ONNX."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +38,7 @@ def export(
     mean: Sequence[float] = IMAGENET[0],
     std: Sequence[float] = IMAGENET[1],
 ) -> Path:
-    """Write `model` to a file that needs less than this package, or none of it.
+    """Write `model` to a file for other programs.
 
     Args:
         model: what `create_model` gives, a `Backbone` (its file gives the maps of its stages) or a segmenter, wrapped
@@ -73,10 +72,13 @@ def export(
     _check_program(model, format, dynamic)
     check_writable(path)
     frozen = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-    write: Callable[[Path, nn.Module, Tensor, Sequence[str], Mapping[str, Any]], None]
-    write = {"torch": programs.write, "aoti": programs.write_compiled, "onnx": graphs.write}[format]
     images = _images(frozen, height, width)
-    write(path, frozen, images, dynamic, about)
+    if format == "onnx":
+        graphs.write(path, frozen, images, dynamic, about)
+    elif format == "torch":
+        programs.write(path, frozen, images, dynamic)
+    else:
+        programs.write_compiled(path, frozen, images, dynamic)
     return path
 
 
@@ -141,8 +143,10 @@ def _check_program(model: nn.Module, format: str, dynamic: Sequence[str]) -> Non
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UserError("the weights are on the meta device, which holds no numbers; create the model on the CPU")
-    graphs.check_installed() if format == "onnx" else None
-    programs.check_compiler() if format == "aoti" else None
+    if format == "onnx":
+        graphs.check_installed()
+    if format == "aoti":
+        programs.check_compiler()
 
 
 @torch.no_grad()

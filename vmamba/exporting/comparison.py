@@ -60,14 +60,13 @@ def exports(
     if reference not in models:
         raise unknown("model in --relative-to", reference, models)
     check_writable(*filter(None, [Path(output, "exports.json"), markdown]))
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} missing; install with: pip install {' '.join(_PACKAGES)}")
     rows = []
     for size in sizes:
-        subjects = {name: zoo.create(name, size).model for name in models}
-        missing = [name for name in _PACKAGES if find_spec(name) is None]
-        if missing:
-            raise UserError(f"{' and '.join(missing)} missing; install with: pip install {' '.join(_PACKAGES)}")
         with TemporaryDirectory() as folder:
-            rows += _rows(subjects, size, numbers, reference, pytorch, warm_up, repeats, Path(folder))
+            rows += _rows(models, size, numbers, reference, pytorch, warm_up, repeats, Path(folder))
     page = _page(rows, reference, repeats)
     settings = {"date": str(date.today()), "threads": torch.get_num_threads(), "torch": torch.__version__}
     write_json(Path(output, "exports.json"), {"settings": settings, "rows": rows})
@@ -79,7 +78,7 @@ def exports(
 
 @torch.no_grad()
 def _rows(
-    subjects: Mapping[str, nn.Module],
+    models: Sequence[str],
     size: int,
     numbers: Sequence[str],
     reference: str,
@@ -90,13 +89,14 @@ def _rows(
 ) -> list[dict[str, Any]]:
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     rows, steps = [], {}
-    for name, model in subjects.items():
+    for name in models:
+        model = zoo.create(name, size).model
         path = folder / f"{name}.onnx"
         start = time.perf_counter()
         _export(model, path, images)
         seconds = time.perf_counter() - start
         expected = model(images)
-        if pytorch:
+        if pytorch and repeats:
             steps[name, "pytorch"] = partial(model, images[:1])
         for kind in numbers:
             row = {"model": name, "size": size, "numbers": kind, "export (s)": seconds, "file (MB)": None}
@@ -116,7 +116,8 @@ def _rows(
                 "difference": f"{difference:.1e}",
                 "same class": "yes" if same else "no",
             }
-            steps[name, kind] = partial(run, images[:1].numpy())
+            if repeats:
+                steps[name, kind] = partial(run, images[:1].numpy())
             print(rows[-1], flush=True)
     if repeats:
         _time(rows, steps, reference, warm_up, repeats)

@@ -3,9 +3,8 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,15 +43,13 @@ def recorded(
     return program
 
 
-def write(path: Path, model: nn.Module, images: Tensor, dynamic: Sequence[str], about: Mapping[str, Any]) -> None:
+def write(path: Path, model: nn.Module, images: Tensor, dynamic: Sequence[str]) -> None:
     """For `torch.export.load(path).module()(images)`."""
     program = recorded(model, images, dynamic)
     write_atomically(path, lambda file: torch.export.save(program, file))
 
 
-def write_compiled(
-    path: Path, model: nn.Module, images: Tensor, dynamic: Sequence[str], about: Mapping[str, Any]
-) -> None:
+def write_compiled(path: Path, model: nn.Module, images: Tensor, dynamic: Sequence[str]) -> None:
     """For PyTorch's `aoti_load_package(path)(images)`, on a CPU of this kind."""
     program = recorded(model, images, dynamic)
     with tempfile.TemporaryDirectory() as folder:

@@ -31,8 +31,8 @@ def about(
     """What a file tells of its model: `config`, of a classifier, as in checkpoints of runs (name and options of the
     model; size, mean and deviation of the images), and `classes`, their names.
 
-    Raises UserError for names that are not one for each class, numbers that are not one for each channel, and for a
-    model that its options no longer describe.
+    Without the model where its options no longer describe it.  Raises UserError for names that are not one for each
+    class, and numbers that are not one for each channel.
     """
     classes = [str(name) for name in classes]
     count = getattr(model, "num_classes", None)
@@ -46,18 +46,20 @@ def about(
             raise UserError(
                 f"{name} has {len(values)} numbers; expected one, or one for each of {model.in_chans} channels"
             )
-    name, options = described(model)
     data = {"IMG_SIZE": [int(side) for side in size], "MEAN": [float(x) for x in mean], "STD": [float(x) for x in std]}
     if model.pos_embed is not None:
         data["IMG_SIZE"] = [side * model.patch_size for side in model.pos_embed.shape[2:]]
-    held = {"NAME": name, "NUM_CLASSES": model.num_classes, "IN_CHANS": model.in_chans, "OPTIONS": options}
-    return told | {"config": {"TASK": "classification", "MODEL": held, "DATA": data}}
+    config: dict[str, Any] = {"TASK": "classification", "DATA": data}
+    if (found := described(model)) is not None:
+        held = {"NAME": found[0], "NUM_CLASSES": model.num_classes, "IN_CHANS": model.in_chans, "OPTIONS": found[1]}
+        config["MODEL"] = held
+    return told | {"config": config}
 
 
-def described(model: VSSM) -> tuple[str, dict[str, Any]]:
+def described(model: VSSM) -> tuple[str, dict[str, Any]] | None:
     """The variant that has most of the model's options, and those that it has otherwise.
 
-    Raises UserError where a model of these options has other weights than `model`, which was changed since.
+    None where a model of these options has other weights than `model`, which was changed since.
     """
     given = {name: _plain(getattr(model.options, name)) for name in CONFIGURABLE}
     defaults = {name: parameter.default for name, parameter in inspect.signature(VSSM).parameters.items()}
@@ -69,19 +71,20 @@ def described(model: VSSM) -> tuple[str, dict[str, Any]]:
     name = min(differing, key=lambda each: len(differing[each]))
     with torch.device("meta"):
         anew = VSSM(**given, num_classes=model.num_classes, in_chans=model.in_chans, img_size=model.options.img_size)
-    if _shapes(anew) != _shapes(model):
-        raise UserError(
-            "the model's layers are no longer those that its options make, so no file could tell what it is; save its "
-            "weights alone with torch.save(model.state_dict(), path)"
-        )
-    return name, differing[name]
+    return (name, differing[name]) if _shapes(anew) == _shapes(model) else None
 
 
 def spelt(model: nn.Module, spelling: str) -> dict[str, Tensor]:
     """The weights as they are on the CPU, under the names of a spelling.
 
-    Raises UserError for weights without numbers, and as `to_released` does.
+    Raises UserError for weights without numbers, for a model that its options no longer describe, and as `to_released`
+    does.
     """
+    if isinstance(model, VSSM) and model.num_classes and described(model) is None:
+        raise UserError(
+            "the model's layers are no longer those that its options make, so no file could tell what it is; save its "
+            "weights alone with torch.save(model.state_dict(), path)"
+        )
     if spelling == "ours":
         held = without_wrappers(model.state_dict())
     elif isinstance(model, (VSSM, Backbone)):
