@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import vmamba
 from vmamba.models.variants import VARIANTS
 
 REPOSITORY = Path(__file__).parents[1]
@@ -80,3 +81,11 @@ def test_the_readmes_table_says_what_the_registry_says():
         )
         assert row in readme
         assert (REPOSITORY / "configs" / f"{name}.yaml").is_file()
+
+
+def test_every_name_of_the_face_is_there():
+    assert all(getattr(vmamba, name) is not None for name in vmamba.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'create_modell'"):
+        vmamba.create_modell  # noqa: B018
+    stated = re.search(r'^version = "(.*)"', (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert vmamba.__version__ == stated

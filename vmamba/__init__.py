@@ -3,6 +3,10 @@
 model = vmamba.create_model("vmamba_tiny", num_classes=10)
 """
 
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
 import vmamba.models.timm_models  # noqa: F401  (registers every variant with timm)
 from vmamba.detection.models import create_detector, detector_from_released, load_detector
 from vmamba.errors import UserError
@@ -13,6 +17,24 @@ from vmamba.models.released import from_released, to_released
 from vmamba.models.variants import create_model, list_models
 from vmamba.models.vssm import VSSM
 from vmamba.segmentation.models import create_segmenter, load_segmenter, segmenter_from_released
+
+try:
+    __version__ = version("vmamba")
+except PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "unknown"
+
+_LAZY = {  # imported when first asked for, with the libraries of the pictures: name -> where, what
+    "load_model": ("vmamba.analysis.prediction", "load_model"),
+    "predict": ("vmamba.analysis.prediction", "predict_images"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, function = _LAZY[name]
+    return getattr(import_module(module), function)
+
 
 __all__ = [
     "VSSM",
@@ -27,7 +49,9 @@ __all__ = [
     "list_models",
     "load_checkpoint",
     "load_detector",
+    "load_model",
     "load_segmenter",
+    "predict",
     "segmenter_from_released",
     "to_released",
 ]

@@ -15,7 +15,6 @@ from .operators import (
     cross_ssd,
     layer_norm,
     selective_scan,
-    served_by,
 )
 from .reference import autocast_dtype, is_plain, no_autocast
 from .registry import BackendError, Call, Choice, backends, choice, choose, explain
@@ -39,5 +38,4 @@ __all__ = [
     "layer_norm",
     "no_autocast",
     "selective_scan",
-    "served_by",
 ]

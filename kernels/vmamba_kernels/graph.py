@@ -1,8 +1,8 @@
-"""The operators for a graph that another program runs (ONNX): the reference's arithmetic, each recurrence one operator.
+"""The scans for a graph that another program runs (ONNX): the reference's arithmetic, each recurrence one operator.
 
 A route stands first, (length, batch, routes, ...), and all routes are scanned at once: then a graph's loop over the
 first dimension reads and writes its tensors as they lie.  Sizes may be symbols.  `torch.ops.vmamba.recurrence` and
-`torch.ops.vmamba.selective_steps` are what is left to translate; here they are plain loops.
+`torch.ops.vmamba.selective_steps` are what is left to translate; here they are plain loops, without gradients.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .registry import Call
+from .reference import no_autocast
+from .registry import BackendError, Call, wants_gradient
 
 
 def why_not(call: Call) -> str | None:
@@ -83,11 +84,12 @@ def cross_selective_scan(
     rank, states, dtype = dt_weight.shape[2], A.shape[2], A.dtype
     projected = reference.project(x, x_proj_weight, dtype)  # (batch, height, width, routes, rank + 2*states)
     dt, B, C = _walk(projected.unbind(3), routes).split((rank, states, states), dim=-1)
-    delta = torch.stack([F.linear(dt[:, :, k], dt_weight[k].to(dtype)) for k in range(len(routes))], dim=2)
-    delta = softplus(delta if dt_bias is None else delta + dt_bias)  # (length, batch, routes, dim)
     u = _walk([x.to(dtype)] * len(routes), routes)
-    merged = _merge(_scan(delta, delta * u, A.transpose(1, 2), B, C), *x.shape[1:3], routes)
-    return reference.skip(merged, x, D, out_dtype)
+    with no_autocast(x.device.type):
+        delta = torch.stack([F.linear(dt[:, :, k], dt_weight[k].to(dtype)) for k in range(len(routes))], dim=2)
+        delta = softplus(delta if dt_bias is None else delta + dt_bias)  # (length, batch, routes, dim)
+        y = _scan(delta, delta * u, A.transpose(1, 2), B, C)
+    return reference.skip(_merge(y, *x.shape[1:3], routes), x, D, out_dtype)
 
 
 def cross_ssd(
@@ -108,13 +110,14 @@ def cross_ssd(
     delta = softplus(delta if dt_bias is None else delta + dt_bias)
     u = _walk([x.to(dtype)] * len(routes), routes).unflatten(-1, (heads, -1))
     u, delta, B, C = (t.movedim(0, 2) for t in (u, delta, B, C))  # (batch, routes, length, ...)
-    y = reference.ssd(u, delta, A, B, C, chunk_size, _ends).flatten(-2).movedim(2, 0)
-    merged = _merge(y, *x.shape[1:3], routes)
-    return reference.skip(merged, x, None if D is None else D.flatten(1), out_dtype)
+    with no_autocast(x.device.type):
+        y = reference.ssd(u, delta, A, B, C, chunk_size, _ends).flatten(-2).movedim(2, 0)
+    return reference.skip(_merge(y, *x.shape[1:3], routes), x, None if D is None else D.flatten(1), out_dtype)
 
 
 def _ends(decay: Tensor, inputs: Tensor) -> Tensor:
     """From chunk to chunk, (batch, routes, chunks, heads, 1) and (batch, routes, chunks, heads, *)."""
+    _check_no_gradient(decay, inputs)
     decay, inputs = decay.movedim(2, 0), inputs.movedim(2, 0)
     ends = recurrence(decay, inputs, torch.ones_like(decay), inputs.new_zeros(inputs.shape[1:]))
     return ends.movedim(0, 2)
@@ -140,7 +143,8 @@ def selective_scan(
     delta = delta.to(dtype) if delta_bias is None else delta.to(dtype) + delta_bias[:, None]
     delta = by_group(softplus(delta) if delta_softplus else delta)
     A, B, C = A.unflatten(0, (groups, -1)).transpose(1, 2), *(t.to(dtype).permute(3, 0, 1, 2) for t in (B, C))
-    y = _scan(delta, delta * by_group(u), A, B, C).flatten(2).permute(1, 2, 0)
+    with no_autocast(u.device.type):
+        y = _scan(delta, delta * by_group(u), A, B, C).flatten(2).permute(1, 2, 0)
     if D is not None:
         y = y + D[:, None] * u.to(dtype)
     return y.to(out_dtype)
@@ -161,6 +165,7 @@ def _scan(delta: Tensor, inputs: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Ten
     Returns:
         (length, batch, routes, dim).
     """
+    _check_no_gradient(delta, inputs, A, B, C)
     states = A.shape[1]
     if states == 1:
         start = inputs.new_zeros(inputs.shape[1:])
@@ -168,6 +173,11 @@ def _scan(delta: Tensor, inputs: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Ten
     start = inputs.new_zeros((*inputs.shape[1:3], states, inputs.shape[3]))
     steps = selective_steps(delta.unsqueeze(3), inputs.unsqueeze(3), A, B.unsqueeze(4), C.unsqueeze(3), start)
     return steps.squeeze(3)
+
+
+def _check_no_gradient(*tensors: Tensor) -> None:
+    if wants_gradient(*tensors):
+        raise BackendError("backend 'graph' has no gradients; call it inside torch.no_grad(), or choose another")
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -207,6 +217,4 @@ OPERATORS = {
     "selective_scan": selective_scan,
     "cross_selective_scan": cross_selective_scan,
     "cross_ssd": cross_ssd,
-    "layer_norm": reference.layer_norm,
-    "add_layer_norm": reference.add_layer_norm,
 }

@@ -10,31 +10,17 @@ The recurrence, A, D, the step size and its softplus are at least float32 in eve
 images, sequences and projections may be bfloat16, float16 or float32.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from operator import index
 
 import torch
 from torch import Tensor
 
 from . import reference, registry
-from .private import is_transformed
+from .private import is_exporting, is_transformed
 from .reference import ROUTES, autocast_dtype
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_server: ContextVar[str | None] = ContextVar("server", default=None)
-
-
-@contextmanager
-def served_by(backend: str) -> Iterator[None]:
-    """Inside it `backend` serves every call of this thread, whatever the call asks for: an export records the same
-    operators on every machine."""
-    before = _server.set(backend)
-    try:
-        yield
-    finally:
-        _server.reset(before)
 
 
 def selective_scan(
@@ -359,14 +345,18 @@ def cross_merge(y: Tensor, height: int, width: int, routes: Sequence[str] = ROUT
 
 
 def _that_can_be_seen_into(backend: str | None) -> str | None:
-    """`backend`; the reference, where none is asked for, under torch.func, forward-mode AD and the ONNX exporter, which
-    know the operators of PyTorch only; inside `served_by` that one."""
-    if not torch.compiler.is_dynamo_compiling() and _server.get() is not None:
-        return _server.get()
-    if backend not in (None, "auto") or torch.compiler.is_compiling():
-        return backend
-    seen_into = is_transformed() or (torch.jit.is_tracing() and torch.onnx.is_in_onnx_export())
-    return "reference" if seen_into else backend
+    """`backend`; the reference, where none is asked for, under torch.func and forward-mode AD, which know the operators
+    of PyTorch only, and in what torch.jit.trace, torch.export and torch.onnx record, which then runs where these
+    kernels are not."""
+    if backend in (None, "auto"):
+        seen_into = is_exporting() if torch.compiler.is_compiling() else torch.jit.is_tracing() or is_transformed()
+        return "reference" if seen_into else backend
+    if backend != "reference" and not torch.compiler.is_compiling() and is_transformed():
+        raise registry.BackendError(
+            f"backend '{backend}' cannot serve torch.func or forward-mode AD, which see into the reference alone; "
+            "leave it at auto, or choose reference"
+        )
+    return backend
 
 
 def _projection_dtype(x: Tensor) -> torch.dtype:

@@ -35,6 +35,11 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
+def is_exporting() -> bool:
+    """Whether torch.export records what is called; PyTorch 2.6 does not tell."""
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+
+
 def is_watched() -> bool:
     """Whether a mode, a transform of torch.func or a trace gets to see what this thread's operators are called with."""
     return bool(torch._C._dispatch_tls_local_include_set().raw_repr() & ~_UNWATCHED)

@@ -1,5 +1,5 @@
 """The operators in plain PyTorch: any device, any dtype, differentiable by autograd.  Everything else is tested
-against this file, so it says what the operators are; it is also what runs on a CPU.
+against this file, so it says what the operators are; it is also what runs on a CPU where numba is not installed.
 
 A scan is a few dozen steps, however long the route: chunks of 7 to 16 positions are scanned side by side, then chunks
 of their ends.  Large images are scanned in pieces, and without gradients memory is used again where it can be: on a
@@ -211,7 +211,7 @@ def _elements(t: Tensor, plain: bool) -> int:
 
 
 def _share(memory: int, elements: int, most: int) -> int:
-    """How many of `elements` fit into `memory`, at least one; `most` where their number is a symbol."""
+    """How many times `elements` fit into `memory`, at least once; `most` where their number is a symbol."""
     return most if isinstance(elements, torch.SymInt) else max(1, memory // max(1, elements))
 
 
@@ -319,6 +319,7 @@ def _later(x: Tensor, positions: int) -> Tensor:
 
 
 def _ends(decay: Tensor, inputs: Tensor) -> Tensor:
+    """From chunk to chunk, (batch, routes, chunks, heads, 1) and (batch, routes, chunks, heads, *)."""
     known = not isinstance(inputs.shape[2], torch.SymInt)
     return _states(decay, inputs, in_place=False) if known else _by_doubling(decay, inputs)
 
@@ -363,9 +364,8 @@ def ssd(
     decay = torch.where(lower, terms.cumsum(-2).exp(), zero)  # (batch, routes, chunks, heads, size, size)
     y = ((C @ B.transpose(3, 4)).unsqueeze(3) * decay) @ w  # (batch, routes, chunks, heads, size, dim)
     if not known or chunks > 1:
-        state_of_chunk = (
-            B.transpose(3, 4).unsqueeze(3) * decay[..., -1:, :]
-        ) @ w  # (batch, routes, chunks, heads, states, dim)
+        to_end = B.transpose(3, 4).unsqueeze(3) * decay[..., -1:, :]
+        state_of_chunk = to_end @ w  # (batch, routes, chunks, heads, states, dim)
         decay_from_start = exponent.cumsum(-1).exp()  # (batch, routes, chunks, heads, size)
         ends = recurrence(decay_from_start[..., -1:], state_of_chunk.flatten(-2))  # (batch, routes, chunks, heads, *)
         starts = _later(ends, 1).unflatten(-1, state_of_chunk.shape[-2:])

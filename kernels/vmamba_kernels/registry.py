@@ -4,11 +4,13 @@ A backend is a module with two names: `OPERATORS`, a dict from operator to funct
 why it cannot serve a call, or None.  It is imported when first asked for, so that an absent package costs nothing.
 """
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache, lru_cache
 from importlib import import_module
+from threading import RLock
 from types import ModuleType
 
 import torch
@@ -18,6 +20,7 @@ from . import flops
 MODULES = {
     "cuda": "vmamba_kernels.cuda",
     "triton": "vmamba_kernels.triton",
+    "cpu": "vmamba_kernels.cpu",
     "reference": "vmamba_kernels.reference",
     "mamba_ssm": "vmamba_kernels.mamba",
     "shapes": "vmamba_kernels.shapes",
@@ -26,14 +29,16 @@ MODULES = {
 
 # Fastest first, by the measurements in docs/kernels.md.  What is not listed is used only when asked for by name.
 PREFERENCE = {
-    "selective_scan": ("cuda", "triton", "reference"),
-    "cross_selective_scan": ("cuda", "triton", "reference"),
+    "selective_scan": ("cuda", "triton", "cpu", "reference"),
+    "cross_selective_scan": ("cuda", "triton", "cpu", "reference"),
     "cross_ssd": ("triton", "reference"),
     "layer_norm": ("cuda", "reference"),
     "add_layer_norm": ("cuda", "reference"),
 }
 
-
+LARGE = 96  # channels of a scan that takes long without the cpu backend
+NOT_IMPORTED = "it cannot be imported"
+_LOADING = RLock()
 _FUNCTIONS: dict[tuple[str, str], Callable[..., torch.Tensor]] = {}  # of the backends imported so far
 
 
@@ -102,15 +107,20 @@ def why_not(name: str, call: Call) -> str | None:
     try:
         module = load(name)
     except ImportError as error:
-        return f"it cannot be imported ({error})"
+        return f"{NOT_IMPORTED} ({error})"
     if call.operator not in module.OPERATORS:
         return f"it has no {call.operator}"
     return module.why_not(call)
 
 
-@cache
 def load(name: str) -> ModuleType:
     """Import a backend: its functions can then be found, and PyTorch's FlopCounterMode knows what they cost."""
+    with _LOADING:  # two threads may scan for the first time at once
+        return _load(name)
+
+
+@cache
+def _load(name: str) -> ModuleType:
     module = import_module(MODULES[name])
     _FUNCTIONS.update({(name, operator): function for operator, function in module.OPERATORS.items()})
     flops.register(name)
@@ -163,6 +173,8 @@ def _fastest_first(call: Call) -> list[str]:
 
 def implementation(backend: str | None, **call) -> Callable[..., torch.Tensor]:
     """The function of the backend that `choose` names for `Call(**call)`, with the errors of `choose`."""
+    if torch.compiler.is_compiling():
+        _load_all_while_tracing()
     name = _choose_while_tracing(backend, **call)  # first, since it may import the backend
     return _FUNCTIONS[name, call["operator"]]
 
@@ -172,6 +184,25 @@ def _choose_while_tracing(backend: str | None, **call) -> str:
     return _chosen(backend, **call)
 
 
+@torch.compiler.assume_constant_result
+def _load_all_while_tracing() -> None:
+    """All backends at once: what torch.compile has seen of `_FUNCTIONS` for one operator it takes for the next one."""
+    for name in dict.fromkeys(name for names in PREFERENCE.values() for name in names):
+        try:
+            load(name)
+        except ImportError:  # `why_not` tells it
+            continue
+
+
 @lru_cache(4096)  # what the backends look at does not change while a process runs
 def _chosen(backend: str | None, **call) -> str:
-    return choose(Call(**call), backend)
+    chosen = choice(Call(**call), backend)
+    reason = chosen.declined.get("cpu", "")
+    if call["device"].type == "cpu" and call.get("dim", 0) >= LARGE and reason.startswith(NOT_IMPORTED):
+        _advise(reason)
+    return chosen.backend
+
+
+@cache  # once a process
+def _advise(reason: str) -> None:
+    warnings.warn(f"scans on this CPU take several times as long as they could: backend 'cpu': {reason}", stacklevel=7)

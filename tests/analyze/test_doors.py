@@ -16,6 +16,7 @@ import pytest
 from vmamba.errors import UserError
 
 ROOT = Path(__file__).parents[2]
+OF_RUNS = ("average", "compare", "curves")
 DOORS = sorted(path.stem for path in (ROOT / "analyze").glob("[a-z]*.py"))
 
 
@@ -29,7 +30,7 @@ def parser_of(monkeypatch):
 @pytest.mark.parametrize("door", DOORS)
 def test_flags_are_the_functions_arguments_and_help_tells_their_defaults(door, parser_of):
     parser = parser_of(door)
-    args = vars(parser.parse_args(["run"] if door == "curves" else []))
+    args = vars(parser.parse_args(["run"] if door in OF_RUNS else []))
     signature = inspect.signature(parser.function)
     assert list(signature.parameters) == list(signature.bind(**args).arguments)
     for name, parameter in signature.parameters.items():
@@ -37,7 +38,7 @@ def test_flags_are_the_functions_arguments_and_help_tells_their_defaults(door, p
     assert "python analyze/" in parser.format_help()
     for action in parser._actions:
         switch = isinstance(action, (argparse._StoreTrueAction, argparse._HelpAction))
-        assert switch or action.dest == "runs" or "(default:" in action.help, action.dest
+        assert switch or action.dest in ("runs", "checkpoints") or "(default:" in action.help, action.dest
 
 
 def test_a_default_is_shown_as_it_is_typed(parser_of):
@@ -56,7 +57,7 @@ NUMBERS |= {"--target", "--channels", "--at"}
 def test_numbers_are_typed_and_bounded(door, value, parser_of, capsys):
     for flag in NUMBERS & set(parser_of(door).flags):
         with pytest.raises(SystemExit) as stop:
-            parser_of(door).parse_args([flag, value, *(["run"] if door == "curves" else [])])
+            parser_of(door).parse_args([flag, value, *(["run"] if door in OF_RUNS else [])])
         said = capsys.readouterr().err
         assert stop.value.code == 2
         assert said.count("\n") == 1
@@ -98,8 +99,8 @@ def test_where_nothing_can_be_written_is_said_before_the_work(door, parser_of, m
         monkeypatch.setattr(f"vmamba.analysis.{name}", work)
     function = parser_of(door).function
     (tmp_path / "file").touch()
-    runs = [["run"]] if door == "curves" else []
-    file = "file/x" if door == "summary" else "file"
+    runs = [["run", "other"]] if door in OF_RUNS else []
+    file = "file/x" if door in ("average", "summary") else "file"
     with pytest.raises(UserError, match="cannot write '.*file.*; free some space or choose another folder"):
         function(*runs, output=str(tmp_path / file))
     if door in ("summary", "throughput"):

@@ -13,7 +13,7 @@ from PIL import Image
 
 import vmamba
 from vmamba.analysis import zoo
-from vmamba.analysis.classes import category_numbers
+from vmamba.analysis.classes import category_numbers, class_names
 from vmamba.analysis.prediction import _label_place, colour, draw_objects, find_images, paint, predict, readable
 from vmamba.analysis.scene_pictures import NAMES, scene_pictures
 from vmamba.classification.transforms import build_transform
@@ -299,3 +299,55 @@ def test_scenes_are_for_models_of_scenes(checkpoints, tmp_path):
         scene_pictures(detector=other, segmenter=one, device="cpu", output=str(tmp_path))
     with pytest.raises(UserError, match="no checkpoint '.*absent.pth'"):
         scene_pictures(detector="absent.pth", segmenter=other, device="cpu", output=str(tmp_path))
+
+
+@pytest.mark.parametrize("task", CONFIGS)
+def test_a_model_and_what_it_says_in_two_lines(checkpoints, pictures, tmp_path, task):
+    file = checkpoints[task][0]
+    told = predict(str(file), [str(pictures / "scene.png")], output=str(tmp_path / "out"))
+    expected = {name: value for name, value in told[str(pictures / "scene.png")].items() if name != "picture"}
+    model = vmamba.load_model(file)
+    assert not model.training and len(model.class_names) == model.config.MODEL.NUM_CLASSES
+    with Image.open(pictures / "scene.png") as image:
+        assert vmamba.predict(model, [image, pictures / "scene.png"]) == [expected, expected]
+    assert vmamba.predict(file, str(pictures / "scene.png")) == [expected]
+    if task == "detection":
+        least = sorted(each["score"] for each in expected["objects"])[len(expected["objects"]) // 2]
+        (found,) = vmamba.predict(model, pictures / "scene.png", score=least)
+        assert found["objects"] == [each for each in expected["objects"] if each["score"] >= least]
+
+
+def test_a_runs_folder_is_its_best_and_what_is_no_model_is_a_sentence(checkpoints, pictures, tmp_path):
+    file = checkpoints["classification"][0]
+    (tmp_path / "last.pth").write_bytes(file.read_bytes())
+    content = torch.load(file, weights_only=True)
+    for weight in content["model"].values():
+        weight.mul_(2)
+    assert torch.equal(*[vmamba.load_model(place).classifier.head.weight for place in (tmp_path, file)])
+    torch.save(content, tmp_path / "best.pth")
+    assert torch.equal(vmamba.load_model(tmp_path).classifier.head.weight, content["model"]["classifier.head.weight"])
+    with pytest.raises(UserError, match="has neither best.pth nor last.pth; name the folder of a run, or a file"):
+        vmamba.load_model(pictures)
+    with pytest.raises(UserError, match="this VSSM does not tell what its images and classes are; take it from"):
+        vmamba.predict(vmamba.create_model("vmamba_digits"), pictures / "scene.png")
+    with pytest.raises(UserError, match="broken.jpg"):
+        vmamba.predict(file, pictures / "broken.jpg")
+
+
+@pytest.mark.parametrize(("below", "share"), [("train", 0.0), ("val", 0.0), ("", 0.2)])
+def test_classes_are_called_as_their_folders(tmp_path, below, share):
+    for name in ("tulip", "daisy"):
+        (tmp_path / below / name).mkdir(parents=True)
+    options = ["DATA.DATA_PATH", str(tmp_path), "MODEL.NUM_CLASSES", 2, "DATA.VAL_FRACTION", share]
+    assert class_names(get_config(None, options)) == ["daisy", "tulip"]
+    assert class_names(get_config(None, [*options, "DATA.DATA_PATH", "gone"])) == ["class 0", "class 1"]
+
+
+def test_an_image_in_memory_is_read_as_its_file(checkpoints, tmp_path):
+    Image.fromarray(np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)).save(tmp_path / "deep.png")
+    file = checkpoints["segmentation"][0]
+    with Image.open(tmp_path / "deep.png") as image:
+        in_memory, from_file = vmamba.predict(file, [image, tmp_path / "deep.png"])
+    assert in_memory == from_file
+    with pytest.raises(UserError, match="image 1 of 1"):
+        vmamba.predict(file, Image.new("F", (8, 8)))

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from vmamba.analysis.tasks_speed import tasks_speed
 from vmamba.errors import UserError
@@ -22,3 +23,11 @@ def test_every_backbone_is_timed_in_every_mode(task, tmp_path):
 def test_an_unknown_task_is_a_sentence(tmp_path):
     with pytest.raises(UserError, match="unknown task 'detecting'; did you mean 'detection'"):
         tasks_speed(task="detecting", output=str(tmp_path))
+
+
+def test_cuda_graphs_need_a_gpu_and_deterministic_algorithms_end_with_the_run(tmp_path):
+    with pytest.raises(UserError, match="--compile cudagraphs needs a GPU, and this runs on cpu; leave it out"):
+        tasks_speed(compile="cudagraphs", device="cpu", output=str(tmp_path))
+    with pytest.raises(UserError, match="unknown model 'nothing'"):
+        tasks_speed(backbones=["nothing"], deterministic=True, device="cpu", output=str(tmp_path))
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -398,3 +398,26 @@ def test_truncated_and_other_files_are_named(tmp_path, kind):
     for index, path in ((2, bad), (3, other)):
         with pytest.raises(UnreadableImage, match=f"cannot read '{path}'"):
             source.load(index, 3)
+
+
+@pytest.mark.parametrize("below", ["", "train"])
+def test_a_share_of_each_class_is_held_out(tmp_path, below):
+    for name, count in (("a", 20), ("b", 5), ("c", 2)):
+        (tmp_path / below / name).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (4, 4)).save(tmp_path / below / name / f"{number}.png")
+    parts = {}
+    for seed in (0, 1):
+        options = ("DATA.VAL_FRACTION", 0.2, "SEED", seed)
+        parts[seed] = [opened(tmp_path, *options, training=t, classes=3).samples for t in (True, False)]
+    assert parts[0] == parts[1]
+    training, held_out = parts[0]
+    assert [sum(label == k for _, label in training) for k in range(3)] == [16, 4, 1]
+    assert [sum(label == k for _, label in held_out) for k in range(3)] == [4, 1, 1]
+    assert not {*training} & {*held_out} and len({*training} | {*held_out}) == 27
+    (tmp_path / below / "c" / "1.png").unlink()
+    with pytest.raises(UserError, match="has one image in class c, and DATA.VAL_FRACTION needs two"):
+        opened(tmp_path, *options, training=False, classes=3)
+    (tmp_path / "val").mkdir()
+    with pytest.raises(UserError, match="DATA.VAL_FRACTION is 0.2 and .* has a folder val; set it to 0"):
+        opened(tmp_path, *options, classes=3)

@@ -69,7 +69,7 @@ def test_the_log_says_what_runs_and_how_it_goes(trained):
         ),
         *(
             "float32",
-            "scan backend reference",
+            "scan backend cpu",
             "seed 3",
             f"folder {output_folder(config)}",
             f"on {socket.gethostname()}",

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vmamba_kernels import BackendError, choice, cross_selective_scan, reference
+from vmamba_kernels import BackendError, choice, cross_selective_scan, dispatch, reference
 from vmamba_kernels.cuda import compiler, cubins, why_not
 from vmamba_kernels.cuda import operator as operator_module
 from vmamba_kernels.cuda.cross_selective_scan import KINDS
@@ -283,10 +283,11 @@ def test_unknown_architecture(cache):
 
 
 def test_without_what_only_some_systems_have():
-    """Windows has no Triton, no cuda.core of ours and not Unix's modules: the reference serves, and says why."""
+    """Windows has no Triton, no cuda.core of ours and not Unix's modules; without numba too the reference serves, and
+    says why."""
     code = """
 import os, sys, torch
-for name in ("cuda.core", "triton", "fcntl", "grp", "posix", "pwd", "resource", "termios"):
+for name in ("cuda.core", "triton", "numba", "fcntl", "grp", "posix", "pwd", "resource", "termios"):
     sys.modules[name] = None
 del os.geteuid, os.getuid
 import vmamba_kernels as vk
@@ -307,7 +308,9 @@ except vk.BackendError as error: print(error)
         command = [sys.executable, "-W", "error", "-c", code]
         out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     assert re.search(
-        r"reference \(not triton: it cannot be imported \(.*triton.*; not cuda: the tensors are on cpu", out
+        r"reference \(not triton: it cannot be imported \(.*triton.*; not cuda: the tensors are on cpu.*"
+        r"not cpu: it cannot be imported \(.*numba.*; pip install --upgrade numba\)",
+        out,
     )
     assert "pip install cuda-core nvidia-cuda-nvrtc" in out
 
@@ -437,8 +440,9 @@ def test_why_triton_serves_where_it_is_the_fastest(working_gpu):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_not_there_is_a_reason():
     chosen = choice(_call())
-    assert chosen.backend == "reference" and set(chosen.declined) == {"cuda", "triton"}
-    assert all("sees no GPU" in reason for reason in chosen.declined.values())
+    assert chosen.backend == "reference" and set(chosen.declined) == {"cuda", "triton", "cpu"}
+    assert all("sees no GPU" in chosen.declined[name] for name in ("cuda", "triton"))
+    assert chosen.declined["cpu"] == "the tensors are on cuda:0, not on the CPU"
 
 
 def test_asked_for_on_a_cpu():
@@ -508,7 +512,7 @@ def _install(monkeypatch, folder, processors=1):
 
 @functools.cache  # once a process: the dispatcher keeps it
 def _on_cpu_tensors(operator):
-    operator_module._LIBRARY.impl(operator._operator._opname, operator._on_its_device, "CPU")
+    dispatch.LIBRARY.impl(operator._operator._opname, operator._on_its_device, "CPU")
 
 
 @needs_compiler

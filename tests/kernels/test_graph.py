@@ -62,13 +62,16 @@ def test_softplus_to_its_last_digits():
     assert softplus(torch.tensor(torch.inf)) == torch.inf and softplus(torch.tensor(torch.nan)).isnan()
 
 
-def test_one_backend_serves_every_call_of_a_thread():
-    x, weight = numbers(1, 2, 2, 4), numbers(4)
-    from vmamba_kernels import operators
-
-    with vk.served_by("graph"):
-        assert operators._that_can_be_seen_into("triton") == "graph"
-        with vk.served_by("reference"):
-            vk.layer_norm(x, weight, weight, backend="triton")  # which has none
-    with pytest.raises(vk.BackendError, match="has no layer_norm"):
-        vk.layer_norm(x, weight, weight, backend="triton")
+@pytest.mark.parametrize("states", [1, 3])
+def test_gradients_are_refused_and_autocast_changes_the_projection_alone(states):
+    k, dim, rank = 4, 6, 2
+    weights = numbers(k, rank + 2 * states, dim), numbers(k, dim, rank), numbers(k, dim, seed=1)
+    rest = -numbers(k, dim, states).exp(), numbers(k, dim)
+    with pytest.raises(vk.BackendError, match="backend 'graph' has no gradients; call it inside torch.no_grad"):
+        vk.cross_selective_scan(numbers(2, 5, 7, dim).requires_grad_(), *weights, *rest, backend="graph")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, expected = (
+            vk.cross_selective_scan(numbers(2, 5, 7, dim), *weights, *rest, out_dtype=torch.float32, backend=backend)
+            for backend in ("graph", "reference")
+        )
+    assert (found - expected).abs().max() < 1e-6 * expected.abs().max()

@@ -290,7 +290,7 @@ def sums(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("options", [{}, dict(mlp_ratio=0.0), dict(norm_layer="bn"), dict(scan="ssd", depths=(3, 1))])
+@pytest.mark.parametrize("options", [{}, dict(mlp_ratio=0.0), dict(norm_layer="bn"), dict(scan="ssd", depths=(3, 0))])
 @pytest.mark.parametrize("training", [True, False])
 def test_blocks_in_a_stage_are_the_blocks_one_by_one(sums, options, training):
     model = build(drop_path_rate=0.5, **options).train(training)
@@ -340,3 +340,9 @@ def test_modules_in_the_place_of_ours_are_called(sums):
     del model.layers[1].blocks[1].norm.forward
     torch.testing.assert_close(model(x), expected)
     assert [weight.shape for weight in sums] == [(32,)]
+
+
+def test_a_branch_of_one_number_a_channel_is_added_everywhere():
+    model = build().eval()
+    model.layers[1].blocks[0].op.forward = lambda x: x.mean((1, 2), keepdim=True)
+    assert torch.equal(model(torch.ones(2, 3, 32, 32)), block_by_block(model, torch.ones(2, 3, 32, 32)))

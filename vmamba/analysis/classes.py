@@ -7,7 +7,7 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from yacs.config import CfgNode
 
 from vmamba.data import scenes
-from vmamba.data.folders import listing, what_is
+from vmamba.data.folders import LeftOut, listing, what_is
 from vmamba.detection.annotations import read_annotations
 from vmamba.errors import UserError
 
@@ -50,13 +50,14 @@ def _classification(config: CfgNode) -> list[str]:
     data, classes = config.DATA, config.MODEL.NUM_CLASSES
     if data.DATASET == "digits":
         return list(scenes.CLASSES)
-    folder = Path(data.DATA_PATH, "train")
-    if data.DATASET == "imagenet" and classes == 1000:
+    if data.DATASET != "imagenet":
+        return []
+    if classes == 1000:
         known = ImageNetInfo("imagenet-1k")
         return [known.index_to_description(index).partition(",")[0] for index in range(1000)]
-    if data.DATASET == "imagenet" and data.DATA_PATH and what_is(folder) == "folder":
-        return listing(folder)[0]
-    return []
+    places = [Path(data.DATA_PATH, split) for split in ("train", "val", *([""] if data.VAL_FRACTION else []))]
+    folder = next((place for place in places if data.DATA_PATH and what_is(place) == "folder"), None)
+    return listing(folder, LeftOut())[0] if folder else []
 
 
 def _detection(config: CfgNode) -> list[str]:

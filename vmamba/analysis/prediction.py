@@ -30,8 +30,10 @@ from vmamba.detection.evaluation import as_results
 from vmamba.detection.transforms import Collate, Transform
 from vmamba.errors import UserError
 from vmamba.files import check_keeps, make_folder, read_text, write_atomically
+from vmamba.models.download import is_url
 from vmamba.models.pretrained import Checkpoint, open_checkpoint
 from vmamba.models.whole import shape_of, variant_of
+from vmamba.runtime.checkpoint import BEST, LAST
 from vmamba.runtime.task import open_task
 from vmamba.segmentation import models as segmentation_models
 from vmamba.segmentation.datasets import Sample
@@ -117,11 +119,9 @@ def predict(
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint's model, ready for images."""
+    """A checkpoint's model, as `load_model` gives it, ready for images."""
 
-    config: CfgNode
     model: nn.Module
-    names: list[str]  # of the classes
     answer: Predictor
 
 
@@ -135,15 +135,79 @@ def open_predictor(
     device: str = "auto",
 ) -> Opened:
     """The arguments are those of `predict`.  Raises UserError for a checkpoint that cannot be read."""
-    found = open_checkpoint(checkpoint, weights)
+    model = load_model(checkpoint, cfg=cfg, names=names, weights=weights).to(choose_device(device))
+    return Opened(model, _predictor(model, score))
+
+
+def load_model(
+    checkpoint: str | Path, *, cfg: str | None = None, names: str | None = None, weights: str = "auto"
+) -> nn.Module:
+    """The model of a checkpoint of any task, in eval mode, with its `config` and the `class_names` of its data.
+
+    Args:
+        checkpoint: of a run, or its folder (then its best), a released file, or one of `vmamba.export` with bare
+            weights; an address is downloaded.
+        cfg, names, weights: as of `predict`.
+
+    Raises UserError for a checkpoint that cannot be read, a folder without one, and names that are not one a class.
+    """
+    found = open_checkpoint(file_of(checkpoint), weights)
     config = config_of(found, cfg)
-    place = choose_device(device)
     task = open_task(config)
     model = task.build_model()
     task.load(model, found)
-    called = read_names(names, config) if names else list(found.classes) or class_names(config)
-    answer = _PREDICTORS[config.TASK](config, model.to(place).eval(), place, called, score)
-    return Opened(config, model, called, answer)
+    model.config, model.class_names = config, _read_names(names, config) if names else _names(found, config)
+    return model.eval()
+
+
+def file_of(checkpoint: str | Path) -> str | Path:
+    """`checkpoint`, or in a run's folder its best.  Raises UserError for a folder without one."""
+    if is_url(str(checkpoint)) or what_is(checkpoint) != "folder":
+        return checkpoint
+    kept = [Path(checkpoint, name) for name in (BEST, LAST) if what_is(Path(checkpoint, name)) == "file"]
+    if not kept:
+        raise UserError(f"'{printable(checkpoint)}' has neither {BEST} nor {LAST}; name the folder of a run, or a file")
+    return kept[0]
+
+
+def predict_images(
+    model: nn.Module | str | Path,
+    images: Sequence[str | Path | Image.Image] | str | Path | Image.Image,
+    score: float = 0.0,
+) -> list[dict[str, Any]]:
+    """What a model says of each image, as `predict` writes it.
+
+    Args:
+        model: as `load_model` gives it, on any device; or what that takes.
+        images: of Pillow, or files.
+        score: least score of a detection.
+
+    Raises UserError for a model that does not tell what its images are like, and an image that cannot be read.
+    """
+    model = model if isinstance(model, nn.Module) else load_model(model)
+    if not isinstance(getattr(model, "config", None), CfgNode):
+        raise UserError(
+            f"this {type(model).__name__} does not tell what its images and classes are; take it from vmamba.load_model"
+        )
+    answer = _predictor(model.eval(), score)
+    given = [images] if isinstance(images, (str, Path, Image.Image)) else images
+    told = []
+    for number, image in enumerate(given, 1):
+        name = f"image {number} of {len(given)}" if isinstance(image, Image.Image) else image
+        try:
+            pixels = decode(image, 3, name)
+        except UnreadableImage as error:
+            raise UserError(str(error)) from error
+        told.append(answer(pixels).told)
+    for each in told:
+        if "objects" in each:
+            each["objects"] = [found for found in each["objects"] if found["score"] >= score]
+    return told
+
+
+def _predictor(model: nn.Module, score: float) -> Predictor:
+    device = next(model.parameters()).device
+    return _PREDICTORS[model.config.TASK](model.config, model, device, model.class_names, score)
 
 
 def find_images(places: Sequence[str]) -> list[Path]:
@@ -188,8 +252,13 @@ def config_of(checkpoint: Checkpoint, cfg: str | None) -> CfgNode:
     return get_config(None, ["MODEL.NAME", name, "MODEL.NUM_CLASSES", classes])
 
 
-def read_names(path: str, config: CfgNode) -> list[str]:
-    """A line a class.  Raises UserError where there are not as many as classes of the config."""
+def _names(checkpoint: Checkpoint, config: CfgNode) -> list[str]:
+    """What the file calls its classes; where it does not, what its data does."""
+    told = list(checkpoint.classes)
+    return told if len(told) == config.MODEL.NUM_CLASSES else class_names(config)
+
+
+def _read_names(path: str, config: CfgNode) -> list[str]:
     names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if len(names) != config.MODEL.NUM_CLASSES:
         raise UserError(f"'{path}' names {len(names)} classes, and the model has {config.MODEL.NUM_CLASSES}")

@@ -8,10 +8,11 @@ import torch
 from matplotlib import rc_context
 from matplotlib.patches import Patch
 from PIL import Image
+from torch import nn
 from yacs.config import CfgNode
 
 from vmamba.analysis.plotting import STYLE, new_figure, save_figure
-from vmamba.analysis.prediction import BACKGROUND, Opened, colour, draw_objects, open_predictor, paint, readable
+from vmamba.analysis.prediction import BACKGROUND, colour, draw_objects, open_predictor, paint, readable
 from vmamba.analysis.tables import parameters, write_json
 from vmamba.data.scenes import CLASSES, scene
 from vmamba.errors import UserError
@@ -46,19 +47,20 @@ def scene_pictures(
     models = {}
     for task, checkpoint in (("detection", detector), ("segmentation", segmenter)):
         models[task] = open_predictor(checkpoint, score=score, weights=weights, device=device)
-        trained, data = models[task].config.TASK, models[task].config.DATA.DATASET
+        config = models[task].model.config
+        trained, data = config.TASK, config.DATA.DATASET
         if trained != task or data != "scenes":
             raise UserError(
                 f"'{printable(checkpoint)}' is of a run of {trained} on {data}; give one of configs/scenes_{task}.yaml"
             )
     told: dict[str, Any] = {}
     rows: list[tuple[str, list[Image.Image]]] = []
-    for task, model in models.items():
-        truths = [_TRUTHS[task](model.config, number) for number in scenes]
-        answers = [model.answer(image) for image, _ in truths]
+    for task, opened in models.items():
+        truths = [_TRUTHS[task](opened.model.config, number) for number in scenes]
+        answers = [opened.answer(image) for image, _ in truths]
         told[task] = {number: answer.told for number, answer in zip(scenes, answers, strict=True)}
         seen = [answer.draw(readable(image)) for answer, (image, _) in zip(answers, truths, strict=True)]
-        rows += [(_describe(model), seen), ("what is there", [draw(readable(image)) for image, draw in truths])]
+        rows += [(_describe(opened.model), seen), ("what is there", [draw(readable(image)) for image, draw in truths])]
     plot(rows, scenes, Path(output) / "scenes")
     write_json(Path(output) / "scenes.json", told)
     print(f"written to {output}")
@@ -85,10 +87,10 @@ def _classes(config: CfgNode, number: int) -> tuple[Image.Image, Callable[[Image
 _TRUTHS = {"detection": _objects, "segmentation": _classes}
 
 
-def _describe(model: Opened) -> str:
+def _describe(model: nn.Module) -> str:
     config = model.config
     head = config.MODEL.DETECTOR if config.TASK == "detection" else config.MODEL.SEGMENTER
-    size = parameters(sum(weight.numel() for weight in model.model.parameters()))
+    size = parameters(sum(weight.numel() for weight in model.parameters()))
     return f"{head} on {config.MODEL.NAME},\n{size},\ntrained on {counted(config.DATA.SCENES[0], 'scene')}"
 
 

@@ -36,6 +36,12 @@ CPU_BATCH = 8  # "auto" without a GPU's memory to fill
 LARGEST_BATCH = 1024
 
 
+def check_compile(mode: str | None, device: torch.device) -> None:
+    """Raises UserError for a mode of `COMPILE_MODES` that the device does not have."""
+    if mode == "cudagraphs" and device.type != "cuda":
+        raise UserError(f"--compile cudagraphs needs a GPU, and this runs on {device.type}; leave it out")
+
+
 @dataclass(frozen=True)
 class Case:
     """What the models do while they take turns.  A batch of None is the largest power of two that fits."""
@@ -101,8 +107,7 @@ def throughput(
         raise unknown("model in --relative-to", reference, models)
     check_writable(*filter(None, [Path(output, "throughput.json"), markdown]))
     place = zoo.choose_device(device)
-    if compile == "cudagraphs" and place.type != "cuda":
-        raise UserError(f"--compile cudagraphs needs a GPU, and this runs on {place.type}; leave it out")
+    check_compile(compile, place)
     timings = []
     for size in sizes:
         subjects = {}

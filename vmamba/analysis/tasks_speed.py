@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 
-from vmamba.analysis.speed import DTYPES, describe, peak_memory_mb, take_turns
+from vmamba.analysis.speed import DTYPES, check_compile, describe, peak_memory_mb, take_turns
 from vmamba.analysis.tables import markdown as markdown_table
 from vmamba.analysis.tables import write_json
 from vmamba.analysis.zoo import choose_device
@@ -73,22 +73,24 @@ def tasks_speed(
         deterministic: with `torch.use_deterministic_algorithms`, which on a GPU needs CUBLAS_WORKSPACE_CONFIG=:4096:8.
         markdown: one more file for the table.
 
-    Returns the rows.  Raises UserError for an unknown task or backbone.
+    Returns the rows.  Raises UserError for an unknown task or backbone, and for cudagraphs without a GPU.
     """
     if task not in TASKS:
         raise unknown("task", task, TASKS)
     check_writable(*filter(None, [Path(output, f"{task}.json"), markdown]))
-    place, rows = choose_device(device), []
+    place = choose_device(device)
+    check_compile(compile, place)
+    rows = []
     torch.use_deterministic_algorithms(deterministic)
-    for mode in modes:
-        rows += compare([*backbones], Case(task, mode, dtype, batch, size, compile), place, warm_up, repeats)
-    if random_sizes:
-        rows += [
-            over_sizes(name, Case(task, "train", dtype, batch, size, compile), place, random_sizes)
-            for name in backbones
-            if name != TORCHVISION
-        ]
-    torch.use_deterministic_algorithms(False)
+    try:
+        for mode in modes:
+            rows += compare([*backbones], Case(task, mode, dtype, batch, size, compile), place, warm_up, repeats)
+        for name in backbones if random_sizes else ():
+            if name != TORCHVISION:
+                case = Case(task, "train", dtype, batch, size, compile)
+                rows.append(over_sizes(name, case, place, random_sizes))
+    finally:
+        torch.use_deterministic_algorithms(False)
     optimizer = "fused AdamW" if place.type == "cuda" else "AdamW"
     way = (f", compiled ({compile})" if compile else "") + (", deterministic algorithms" if deterministic else "")
     page = (

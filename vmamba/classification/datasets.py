@@ -5,6 +5,7 @@
 
 import logging
 import os
+import random
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -66,6 +67,10 @@ def open_dataset(config: CfgNode, *, training: bool, rank: int, world_size: int)
     name = config.DATA.DATASET
     if config.DATA.ZIP_MODE and name != "imagenet":
         raise UserError(f"--zip reads archives of imagenet's form, but DATA.DATASET is '{name}'; leave it out")
+    if config.DATA.VAL_FRACTION and (name != "imagenet" or config.DATA.ZIP_MODE):
+        what = "an archive" if config.DATA.ZIP_MODE else f"DATA.DATASET '{name}'"
+        share = f"DATA.VAL_FRACTION is {config.DATA.VAL_FRACTION:g}"
+        raise UserError(f"{share}, and {what} comes with held-out images of its own; set it to 0")
     if name == "digits":
         return _digits(config, training)
     if name in _CIFAR:
@@ -77,6 +82,22 @@ def open_dataset(config: CfgNode, *, training: bool, rank: int, world_size: int)
     if "/" in name:
         return _from_timm(config, training)
     raise unknown("DATA.DATASET", name, ["digits", "imagenet", *_CIFAR, "torch/<name>", "hfds/<name>"])
+
+
+def class_counts(config: CfgNode) -> list[int]:
+    """Of each class its training images.  Raises UserError where only reading every image would tell."""
+    config = config.clone()
+    config.defrost()
+    config.DATA.CACHE_MODE = "no"
+    samples = open_dataset(config, training=True, rank=1, world_size=2).samples
+    labels = getattr(samples, "targets", None)
+    if labels is None and not isinstance(samples, list):
+        raise UserError(
+            f"TRAIN.CLASS_WEIGHTS is balanced, and DATA.DATASET '{config.DATA.DATASET}' tells labels with images only; "
+            "give a weight for each class"
+        )
+    counts = Counter(labels if labels is not None else (label for _, label in samples))
+    return [counts[label] for label in range(config.MODEL.NUM_CLASSES)]
 
 
 def _digits(config: CfgNode, training: bool) -> Source:
@@ -142,38 +163,79 @@ def _from_timm(config: CfgNode, training: bool) -> Source:
 
 def _folders(config: CfgNode, training: bool, tell: bool) -> Source:
     root, split = data_path(config), "train" if training else "val"
+    if config.DATA.VAL_FRACTION:
+        return _divided(config, training, tell)
     names_from = "val" if config.EVAL_MODE and what_is(root / "train") != "folder" else "train"
     left_out = LeftOut()
     classes = _classes(root, split, left_out)
     if split != names_from:
         _check_same_classes(root, split, classes, names_from, _classes(root, names_from, LeftOut()))
-    _check_class_count(f"'{printable(root / split)}'", len(classes), config, training, classes)
+    return Source(_samples(config, root / split, classes, training, tell, left_out))
+
+
+def _divided(config: CfgNode, training: bool, tell: bool) -> Source:
+    """The images of DATA_PATH/train, or of DATA_PATH, without the held-out share of each class, or that share: always
+    the same one, whatever the seed."""
+    root = data_path(config)
+    if what_is(root / "val") == "folder":
+        raise UserError(
+            f"DATA.VAL_FRACTION is {config.DATA.VAL_FRACTION:g} and '{printable(root)}' has a folder val; set it to 0, "
+            "or move the folder away"
+        )
+    folder, left_out = root / "train" if what_is(root / "train") == "folder" else root, LeftOut()
+    classes = _classes_in(folder, left_out)
+    by_class: dict[int, list[str]] = {}
+    for path, label in _samples(config, folder, classes, True, tell and training, left_out):
+        by_class.setdefault(label, []).append(path)
+    alone = [name for label, name in enumerate(classes) if len(by_class[label]) < 2]
+    if alone:
+        raise UserError(
+            f"'{printable(folder)}' has one image in class {some(alone)}, and DATA.VAL_FRACTION needs two, one of them "
+            "to hold out; add images or remove the folder"
+        )
+    samples = []
+    for label, paths in by_class.items():
+        held_out = min(max(round(len(paths) * config.DATA.VAL_FRACTION), 1), len(paths) - 1)
+        chosen = {*random.Random(label).sample(range(len(paths)), held_out)}
+        samples += [(path, label) for place, path in enumerate(paths) if (place in chosen) is not training]
+    return Source(samples)
+
+
+def _samples(
+    config: CfgNode, folder: Path, classes: list[str], training: bool, tell: bool, left_out: LeftOut
+) -> list[tuple[str, int]]:
+    """(path, label) of the images in the folders of the classes."""
+    _check_class_count(f"'{printable(folder)}'", len(classes), config, training, classes)
     samples = [
         (path, label)
         for label, name in enumerate(classes)
-        for path in image_files(os.path.join(root, split, name), left_out)
+        for path in image_files(os.path.join(folder, name), left_out)
     ]
     counts = Counter(label for _, label in samples)
     empty = [name for label, name in enumerate(classes) if not counts[label]]
     if empty:
         beside = f" (left out: {left_out})" if left_out else ""
-        raise UserError(
-            f"'{printable(root / split)}' has no image in class {some(empty)}{beside}; fill or remove the folder"
-        )
+        raise UserError(f"'{printable(folder)}' has no image in class {some(empty)}{beside}; fill or remove the folder")
     if left_out and tell:
         logger.warning(
             "left out of '%s': %s; images are told by the suffixes of Pillow's formats (convert others to PNG or JPEG)",
-            printable(root / split),
+            printable(folder),
             left_out,
         )
-    return Source(samples)
+    return samples
 
 
 def _classes(root: Path, split: str, left_out: LeftOut) -> list[str]:
     folder = root / split
     if what_is(folder) != "folder":
         hint = "; for archives set DATA.ZIP_MODE true (--zip)" if what_is(root / f"{split}.zip") == "file" else ""
+        if split == "val" and what_is(root / "train") == "folder":
+            hint = "; DATA.VAL_FRACTION 0.1 holds a tenth of train/ out"
         raise UserError(f"data path '{printable(root)}' has no {split}/ folder: {contents(root)}{hint}")
+    return _classes_in(folder, left_out)
+
+
+def _classes_in(folder: Path, left_out: LeftOut) -> list[str]:
     classes, files = listing(folder, left_out)
     known = suffixes()
     for file in files:

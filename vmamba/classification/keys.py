@@ -6,7 +6,15 @@ _FILTERS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 KEYS = (
     key("DATA.DATASET", "imagenet", "imagenet (folders), digits, cifar10, cifar100, or one of timm's (torch/, hfds/)"),
-    key("DATA.IMG_SIZE", 224, "a side in pixels, or [height, width]", kinds=(int, [int]), at_least=1, length=2),
+    key(
+        "DATA.IMG_SIZE",
+        224,
+        "a side in pixels, or [height, width]",
+        kinds=(int, [int]),
+        at_least=1,
+        length=2,
+        flag="img-size",
+    ),
     key("DATA.INTERPOLATION", "bicubic", "of resizing", choices=_FILTERS),
     switch("DATA.ZIP_MODE", "read train.zip, train_map.txt, val.zip, val_map.txt instead of folders", flag="zip"),
     key(
@@ -16,12 +24,31 @@ KEYS = (
         choices=("no", "part", "full"),
         flag="cache-mode",
     ),
+    share("DATA.VAL_FRACTION", 0.0, "of each class's images held out, where there is no val/; 0: there is"),
     key("DATA.TRAIN_SPLIT", "train", "its name, for data sets opened by timm"),
     key("DATA.VAL_SPLIT", "validation", "likewise"),
     #
     share("MODEL.LABEL_SMOOTHING", 0.1, "of the targets"),
+    key(
+        "TRAIN.LOSS",
+        "cross_entropy",
+        "bce: each class by itself, as DeiT III",
+        choices=("cross_entropy", "bce"),
+        also="binary_cross_entropy",
+    ),
+    key(
+        "TRAIN.CLASS_WEIGHTS",
+        "",
+        "balanced: by the inverse of a class's images; or a weight for each; empty: none",
+        kinds=(str, [float]),
+        choices=("", "balanced"),
+        at_least=0,
+    ),
     #
+    share("AUG.SCALE", [0.08, 1.0], "least and most share of an image's area that a crop shows", length=2, rising=True),
+    key("AUG.RATIO", [0.75, 4 / 3], "least and most width of a crop over its height", above=0, length=2, rising=True),
     share("AUG.HFLIP", 0.5, "probability of a horizontal flip"),
+    share("AUG.VFLIP", 0.0, "of a vertical one"),
     key("AUG.COLOR_JITTER", 0.4, "applies where AUTO_AUGMENT is off", at_least=0),
     key("AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "timm's notation; null: off", kinds=(None, str)),
     share("AUG.REPROB", 0.25, "probability of random erasing"),
@@ -34,5 +61,6 @@ KEYS = (
     share("AUG.MIXUP_SWITCH_PROB", 0.5, "of cutmix where both are on"),
     key("AUG.MIXUP_MODE", "batch", "one draw a micro-batch, a pair or an image", choices=("batch", "pair", "elem")),
     #
-    switch("TEST.CROP", "resize to 256/224 of IMG_SIZE and crop the centre; false: resize to IMG_SIZE", default=True),
+    switch("TEST.CROP", "resize, and crop the centre; false: resize to IMG_SIZE", default=True),
+    key("TEST.CROP_PCT", 0.875, "share of the resized image's sides that the crop keeps", above=0, at_most=1),
 )

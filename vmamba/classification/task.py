@@ -1,16 +1,18 @@
 """Classification as a task: cross-entropy, top-1 and top-5 accuracy."""
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
 from yacs.config import CfgNode
 
 from vmamba.classification.data import build_eval_loader, build_train_loader
+from vmamba.classification.datasets import class_counts
 from vmamba.classification.transforms import Batch, build_mixup
 from vmamba.config import image_size
 from vmamba.data.loaders import EvalLoader, TrainLoader
@@ -20,6 +22,7 @@ from vmamba.models.pretrained import Checkpoint, load_pretrained
 from vmamba.models.variants import build_model
 from vmamba.runtime.distributed import World, sum_over_processes
 from vmamba.runtime.task import Results
+from vmamba.text import counted
 
 
 class Task:
@@ -45,7 +48,10 @@ class Task:
         load_pretrained(model, checkpoint, drop_head=self.config.MODEL.DROP_HEAD)
 
     def train_loader(self, world: World) -> TrainLoader:
-        _ = self.mixup  # refuses what it cannot mix before anything is opened
+        self.device = world.device
+        if self.config.TRAIN.LOSS == "bce" and self.config.MODEL.LABEL_SMOOTHING == 1:
+            raise UserError("MODEL.LABEL_SMOOTHING is 1, which TRAIN.LOSS bce does not take; choose less")
+        _ = self.mixup, self.class_weights  # refuse what cannot be before anything is opened
         return build_train_loader(self.config, rank=world.rank, world_size=world.size)
 
     def eval_loader(self, world: World) -> EvalLoader:
@@ -57,10 +63,38 @@ class Task:
         if self.mixup:
             images, targets = self.mixup(images, targets, step=step, part=part)
             smoothing = 0.0  # the targets that it makes are smooth
-        return F.cross_entropy(model(images).float(), targets, label_smoothing=smoothing)
+        return self.criterion(model(images).float(), targets, smoothing)
+
+    def criterion(self, logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+        """Of logits (B, classes) float32 and labels (B,) or soft targets (B, classes): the mean over the images."""
+        if self.config.TRAIN.LOSS == "bce":
+            losses = BinaryCrossEntropy(smoothing, weight=self.class_weights, reduction="none")(logits, targets)
+        else:
+            losses = F.cross_entropy(
+                logits, targets, self.class_weights, label_smoothing=smoothing, reduction="none"
+            )  # of weighted classes too the mean counts images, so that micro-batches add up to their union
+        return losses.mean()
+
+    @cached_property
+    def class_weights(self) -> Tensor | None:
+        """(classes,), as TRAIN.CLASS_WEIGHTS says."""
+        wanted, classes = self.config.TRAIN.CLASS_WEIGHTS, self.config.MODEL.NUM_CLASSES
+        if not wanted:
+            return None
+        if wanted == "balanced":
+            counts = torch.tensor(class_counts(self.config), dtype=torch.float32)
+            return (counts.sum() / (classes * counts.clamp(min=1))).to(self.device)
+        if len(wanted) != classes:
+            numbers = counted(len(wanted), "number")
+            raise UserError(f"TRAIN.CLASS_WEIGHTS has {numbers}, and MODEL.NUM_CLASSES is {classes}; give one to each")
+        if not any(wanted):
+            raise UserError(
+                "TRAIN.CLASS_WEIGHTS is 0 for every class, which leaves nothing to train; weigh some of them"
+            )
+        return torch.tensor(wanted, device=self.device)
 
     def meter(self, world: World) -> "Accuracy":
-        return Accuracy(world, self.config.DATA.DATA_PATH)
+        return Accuracy(world, self.config)
 
     def describe(self, results: Results) -> str:
         return f"held-out loss {results['val_loss']:.4f}, top-1 {results['acc1']:.2f}%, top-5 {results['acc5']:.2f}%"
@@ -76,28 +110,57 @@ class Task:
 
 
 class Accuracy:
-    """Mean cross-entropy, top-1 and top-5 accuracy in percent (of fewer classes than 5: all)."""
+    """Mean cross-entropy, top-1 and top-5 accuracy in percent (of fewer classes than 5: all).
 
-    def __init__(self, world: World, place: str):
-        self.sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # loss, top-1, top-5, images
-        self.place = place
+    In detail the accuracy of each class, means over the classes, and the expected calibration error over 15 bins (arXiv
+    1706.04599).
+    """
+
+    bins = 15
+
+    def __init__(self, world: World, config: CfgNode):
+        self.classes, self.place = config.MODEL.NUM_CLASSES, config.DATA.DATA_PATH
+        zeros = partial(torch.zeros, dtype=torch.float64, device=world.device)
+        self.sums = zeros(4)  # loss, top-1, top-5, images
+        self.by_class = zeros(3, self.classes)  # right, of the class, taken for it
+        self.by_chance = zeros(3, self.bins)  # of the first answers in each bin: right, their chances, images
 
     def add(self, model: nn.Module, batch: Batch) -> None:
         images, targets = batch
         logits = model(images).float()  # (B, classes)
-        hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # (B, 5)
+        best = logits.topk(min(5, logits.shape[1])).indices
+        hits = best == targets[:, None]  # (B, 5)
         loss = F.cross_entropy(logits, targets, reduction="sum")
         self.sums[:3] += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
         self.sums[3] += len(targets)
+        right = hits[:, 0].double()
+        for row, index, amount in ((0, targets, right), (1, targets, None), (2, best[:, 0], None)):
+            self.by_class[row].index_add_(0, index, torch.ones_like(right) if amount is None else amount)
+        chance = logits.softmax(1).amax(1).double().nan_to_num()  # of a model that says NaN
+        bins = (chance * self.bins).long().clamp(max=self.bins - 1)
+        for row, amount in ((0, right), (1, chance), (2, torch.ones_like(right))):
+            self.by_chance[row].index_add_(0, bins, amount)
 
     def results(self) -> Results:
+        self.by_class, self.by_chance = sum_over_processes(self.by_class), sum_over_processes(self.by_chance)
         loss, top1, top5, images = sum_over_processes(self.sums).tolist()
         if not images:
             raise UserError(f"none of the validation images could be read; check DATA.DATA_PATH '{self.place}'")
         return {"val_loss": loss / images, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images}
 
     def details(self) -> dict[str, Any]:
-        return {}
+        """Of classes without an image the accuracy is None, and they do not count in the means."""
+        right, there, taken = self.by_class.cpu()
+        present = there > 0
+        accuracy, f1 = 100 * right / there, 200 * right / (there + taken)
+        hits, chances, images = self.by_chance.cpu()
+        return {
+            "mean_class_accuracy": accuracy[present].mean().item(),
+            "macro_f1": f1[present].mean().item(),
+            "expected_calibration_error": 100 * ((hits - chances).abs().sum() / images.sum()).item(),
+            "class_accuracy": [round(a.item(), 4) if p else None for a, p in zip(accuracy, present, strict=True)],
+            "class_images": there.long().tolist(),
+        }
 
     def files(self) -> dict[str, bytes]:
         return {}

@@ -35,13 +35,18 @@ def build_transform(config: CfgNode, training: bool) -> Callable[[Image.Image], 
     if not training:
         whole = small or not config.TEST.CROP
         return create_transform(
-            **common, crop_pct=1.0 if whole else 224 / 256, crop_mode="center" if config.TEST.CROP else "squash"
+            **common,
+            crop_pct=1.0 if whole else config.TEST.CROP_PCT,
+            crop_mode="center" if config.TEST.CROP else "squash",
         )
     try:
         transform = create_transform(
             **common,
             is_training=True,
+            scale=tuple(aug.SCALE),
+            ratio=tuple(aug.RATIO),
             hflip=aug.HFLIP,
+            vflip=aug.VFLIP,
             color_jitter=aug.COLOR_JITTER or None,
             auto_augment=_checked_policy(aug.AUTO_AUGMENT),
             re_prob=aug.REPROB,

@@ -41,9 +41,9 @@ def switch(name: str, meaning: str, *, default: bool = False, flag: str = "") ->
     return key(name, default, meaning, flag=flag)
 
 
-def share(name: str, default: float | None, meaning: str, *, kinds: tuple = (), flag: str = "") -> Key:
+def share(name: str, default: Any, meaning: str, *, kinds: tuple = (), flag: str = "", **bounds) -> Key:
     """A number from 0 to 1."""
-    return key(name, default, meaning, kinds=kinds, flag=flag, at_least=0, at_most=1)
+    return key(name, default, meaning, kinds=kinds, flag=flag, at_least=0, at_most=1, **bounds)
 
 
 COMMON = (
@@ -52,8 +52,8 @@ COMMON = (
     key("NAME", "", "name of the run; empty: the config file's stem"),
     key("OUTPUT", "output", "the run's folder is OUTPUT/NAME/TAG", flag="output", also="output_dir work_dir"),
     key("TAG", "default", "tells runs of one config apart", flag="tag"),
-    key("SEED", 0, "everything drawn is a function of it", at_least=0, at_most=LARGEST_SEED),
-    key("DEVICE", "auto", "auto: the GPU where there is one", choices=("auto", "cpu", "cuda")),
+    key("SEED", 0, "everything drawn is a function of it", at_least=0, at_most=LARGEST_SEED, flag="seed"),
+    key("DEVICE", "auto", "auto: the GPU where there is one", choices=("auto", "cpu", "cuda"), flag="device"),
     switch("TF32", "let float32 matrix products and convolutions run in TF32"),
     key("SAVE_FREQ", 1, "rounds (epochs, or EVAL_STEPS) between checkpoints; the last is saved", at_least=1),
     key("PRINT_FREQ", 10, "steps between log lines", at_least=1, also="log_interval"),
@@ -75,11 +75,17 @@ COMMON = (
     key("DATA.MEAN", [0.485, 0.456, 0.406], "a channel, of values in 0..1; one number serves every channel"),
     key("DATA.STD", [0.229, 0.224, 0.225], "likewise", above=0),
     switch("DATA.SKIP_BAD_IMAGES", "count unreadable images instead of stopping: replaced in training, else left out"),
-    key("DATA.NUM_WORKERS", 8, "loading processes beside each training process; 0 loads in it", at_least=0),
+    key(
+        "DATA.NUM_WORKERS",
+        8,
+        "loading processes beside each training process; 0 loads in it",
+        at_least=0,
+        flag="workers",
+    ),
     switch("DATA.PIN_MEMORY", "page-locked batches, for a GPU", default=True),
     #
     key("MODEL.NAME", "vmamba_tiny", "see vmamba.list_models()", also="arch architecture model.type"),
-    key("MODEL.NUM_CLASSES", 1000, "of the data set", at_least=1, at_most=10**6, also="nb_classes"),
+    key("MODEL.NUM_CLASSES", 1000, "of the data set", at_least=1, at_most=10**6, also="nb_classes", flag="num-classes"),
     key("MODEL.IN_CHANS", 3, "3, or 1 for grayscale", at_least=1, at_most=10**4, also="in_channels"),
     share("MODEL.DROP_PATH_RATE", None, "stochastic depth; null: the variant's own", kinds=(None, float)),
     key("MODEL.BACKEND", "auto", "of the scan; see vmamba_kernels.backends()"),
@@ -88,12 +94,21 @@ COMMON = (
     switch("MODEL.DROP_HEAD", "start with a new head instead of that of the weights", flag="drop-head"),
     key("MODEL.RESUME", "", "checkpoint of a run, or its folder, to go on with", flag="resume"),
     #
-    key("TRAIN.EPOCHS", 300, "passes over the training images", at_least=0, also="max_epochs num_epochs"),
+    key(
+        "TRAIN.EPOCHS", 300, "passes over the training images", at_least=0, also="max_epochs num_epochs", flag="epochs"
+    ),
     key("TRAIN.STEPS", 0, "optimiser steps of the run, in the place of EPOCHS; 0: EPOCHS count", at_least=0),
     key("TRAIN.START_EPOCH", 0, "epochs that count as done at the start", at_least=0),
     key("TRAIN.WARMUP_EPOCHS", 20, "of linear warm-up", at_least=0),
     key("TRAIN.WARMUP_STEPS", 0, "optimiser steps of warm-up, in the place of WARMUP_EPOCHS", at_least=0),
-    key("TRAIN.BASE_LR", 5e-4, "for LR_REFERENCE_BATCH images, as the next two", above=0, also="learning_rate lr"),
+    key(
+        "TRAIN.BASE_LR",
+        5e-4,
+        "for LR_REFERENCE_BATCH images, as the next two",
+        above=0,
+        also="learning_rate lr",
+        flag="lr",
+    ),
     key("TRAIN.WARMUP_LR", 5e-7, "the warm-up starts here", at_least=0),
     key("TRAIN.MIN_LR", 5e-6, "the schedule ends here", at_least=0),
     key("TRAIN.LR_REFERENCE_BATCH", 512, "rates scale with the global batch over this; 0: they do not", at_least=0),
@@ -105,6 +120,14 @@ COMMON = (
     key("TRAIN.MAX_BAD_STEPS", 10, "steps in a row without finite loss and gradient that end the run", at_least=1),
     switch("TRAIN.AUTO_RESUME", "go on from the newest checkpoint in the run's folder", default=True),
     key("TRAIN.FREEZE", [], "parts that stay as they are, such as backbone, or layers.0", kinds=([str],)),
+    key(
+        "TRAIN.LAYER_DECAY",
+        1.0,
+        "a layer's rate is that of the next one times this; 1: all have BASE_LR",
+        above=0,
+        at_most=1,
+        also="layer_decay llrd",
+    ),
     switch("TRAIN.USE_CHECKPOINT", "gradient checkpointing: less memory, more time", flag="use-checkpoint"),
     key("TRAIN.COMPILE", "", "modes of torch.compile, or CUDA graphs", choices=("", *COMPILE_MODES), flag="compile"),
     #

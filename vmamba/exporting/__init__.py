@@ -3,10 +3,13 @@
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
+from vmamba.config import image_size
 from vmamba.detection.mask_rcnn import MaskRCNN
 from vmamba.errors import UserError, unknown
 from vmamba.exporting import graphs, programs, weights
@@ -17,7 +20,6 @@ from vmamba.models.vssm import VSSM
 from vmamba.models.weights import unwrapped
 from vmamba.segmentation.upernet import UperNet
 from vmamba.values import Takes
-from vmamba_kernels import served_by
 
 WEIGHTS = ("safetensors", "pth")
 SUFFIXES = {"safetensors": ".safetensors", "pth": ".pth", "torch": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
@@ -31,37 +33,41 @@ def export(
     path: str | Path,
     *,
     format: str | None = None,
-    size: int | Sequence[int] = 224,
+    size: int | Sequence[int] | None = None,
     dynamic: str | Sequence[str] = ("batch",),
     spelling: str = "ours",
-    classes: Sequence[str] = (),
-    mean: Sequence[float] = IMAGENET[0],
-    std: Sequence[float] = IMAGENET[1],
+    classes: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Path:
     """Write `model` to a file for other programs.
 
     Args:
-        model: what `create_model` gives, a `Backbone` (its file gives the maps of its stages) or a segmenter, wrapped
-            or not; its weights on any device.  It is left as it is; what is written is in eval mode, on the CPU.
+        model: what `create_model` or `load_model` gives, a `Backbone` (its file gives the maps of its stages) or a
+            segmenter, wrapped or not; its weights on any device.  It is left as it is; what is written is in eval mode,
+            on the CPU.
         path: of the file.
         format: None takes it from the suffix.  "safetensors" and "pth" hold the weights, and a classifier's config;
             "torch" (.pt2) is a program of torch.export, "aoti" one compiled by AOTInductor, also .pt2, so asked for by
             name; "onnx" an ONNX model of opset 18.  These three are not recorded for training.
-        size: a side of the images in pixels, or (height, width).
+        size: a side of the images in pixels, or (height, width); None: that of a loaded classifier's run, or 224.
         dynamic: what of the images a program leaves open, of "batch" and "size"; sides are from 32 to 4096 pixels then.
         spelling: of weights: "ours", "released" or "january", see `to_released`.
-        classes: their names, which the file keeps, in weights and ONNX.
-        mean, std: of a channel of the images, values in 0..1, likewise.
+        classes: their names, which the file keeps, in weights and ONNX; None: those that a loaded model has.
+        mean, std: of a channel of the images, values in 0..1, likewise; None: of a loaded classifier's run, or
+            ImageNet's.
 
     Returns the path.  Raises UserError, before any work, for what cannot be exported, and why.
     """
     path, model = Path(path), _known(model)
     format = _format(path, format)
-    height, width = _sides(size)
     dynamic = _dynamic(dynamic)
     if spelling not in SPELLINGS:
         raise unknown("spelling", spelling, SPELLINGS)
-    about = weights.about(model, (height, width), classes, mean, std)
+    facts = _facts(model)
+    facts |= {name: value for name, value in dict(classes=classes, mean=mean, std=std).items() if value is not None}
+    height, width = facts["size"] = _sides(facts["size"] if size is None else size)
+    about = weights.about(model, **facts)
     if format in WEIGHTS:
         held = weights.spelt(model, spelling)
         check_writable(path)
@@ -72,6 +78,7 @@ def export(
     _check_program(model, format, dynamic)
     check_writable(path)
     frozen = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    programs.set_backend(frozen, "reference")
     images = _images(frozen, height, width)
     if format == "onnx":
         graphs.write(path, frozen, images, dynamic, about)
@@ -89,6 +96,17 @@ def _known(model: object) -> nn.Module:
             f"this is a {type(inside).__name__}; export takes what create_model, create_segmenter and Backbone give"
         )
     return inside
+
+
+def _facts(model: nn.Module) -> dict[str, Sequence[Any]]:
+    """Size, mean and deviation of the images, and the classes' names, as far as `load_model` has left them."""
+    facts: dict[str, Sequence[Any]] = dict(size=(224, 224), mean=IMAGENET[0], std=IMAGENET[1], classes=())
+    config, classes = getattr(model, "config", None), getattr(model, "class_names", ())
+    if len(classes) == getattr(model, "num_classes", None):  # another head may have come since
+        facts["classes"] = classes
+    if isinstance(model, VSSM) and isinstance(config, CfgNode):
+        facts |= dict(size=image_size(config), mean=config.DATA.MEAN, std=config.DATA.STD)
+    return facts
 
 
 def _format(path: Path, format: str | None) -> str:
@@ -144,7 +162,7 @@ def _check_program(model: nn.Module, format: str, dynamic: Sequence[str]) -> Non
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UserError("the weights are on the meta device, which holds no numbers; create the model on the CPU")
     if format == "onnx":
-        graphs.check_installed()
+        graphs.check_installed("the format onnx", "onnx", "onnxscript")
     if format == "aoti":
         programs.check_compiler()
 
@@ -156,6 +174,5 @@ def _images(model: nn.Module, height: int, width: int) -> Tensor:
     whole = whole.model if isinstance(whole, Backbone) else whole
     channels = whole.in_chans if isinstance(whole, VSSM) else whole.options.get("in_chans", 3)
     images = torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0))
-    with served_by("reference"):
-        model(images[:1])
+    model(images[:1])
     return images

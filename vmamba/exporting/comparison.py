@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,14 +19,13 @@ from vmamba.analysis import zoo
 from vmamba.analysis.speed import describe, take_turns
 from vmamba.analysis.tables import markdown as markdown_table
 from vmamba.analysis.tables import write_json
-from vmamba.errors import UserError, unknown
-from vmamba.exporting import export
+from vmamba.errors import unknown
+from vmamba.exporting import export, graphs
 from vmamba.files import check_writable, write_text
 from vmamba.models.vssm import VSSM
 
 MODELS = ("swin_tiny_patch4_window7_224", "vmamba_tiny_s1l8", "vmamba_tiny", "vmamba_tiny_m2")
 NUMBERS = ("float32", "float16", "int8")
-_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def exports(
@@ -60,9 +58,7 @@ def exports(
     if reference not in models:
         raise unknown("model in --relative-to", reference, models)
     check_writable(*filter(None, [Path(output, "exports.json"), markdown]))
-    missing = [name for name in _PACKAGES if find_spec(name) is None]
-    if missing:
-        raise UserError(f"{' and '.join(missing)} missing; install with: pip install {' '.join(_PACKAGES)}")
+    graphs.check_installed("the comparison", "onnx", "onnxscript", "onnxruntime")
     rows = []
     for size in sizes:
         with TemporaryDirectory() as folder:

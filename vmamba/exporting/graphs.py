@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vmamba.errors import UserError
-from vmamba.exporting.programs import recorded
+from vmamba.exporting.programs import recorded, set_backend
 from vmamba.files import write_atomically
 from vmamba.models.backbone import Backbone
 from vmamba.models.backbones import TimmBackbone
@@ -29,15 +29,12 @@ def write(path: Path, model: nn.Module, images: Tensor, dynamic: Sequence[str], 
 
     from vmamba.exporting.translations import TRANSLATIONS
 
-    names = ["logits"]
-    if isinstance(model, (Backbone, TimmBackbone)):
-        stages = model.out_indices if isinstance(model, Backbone) else range(len(model.channels))
-        names = [f"stage{stage}" for stage in stages]
+    set_backend(model, "graph")
     program = torch.onnx.export(
-        recorded(model, images, dynamic, backend="graph"),
+        recorded(model, images, dynamic),
         dynamo=True,
         input_names=["images"],
-        output_names=names,
+        output_names=output_names(model),
         opset_version=OPSET,
         custom_translation_table=TRANSLATIONS,
         verbose=False,
@@ -48,6 +45,12 @@ def write(path: Path, model: nn.Module, images: Tensor, dynamic: Sequence[str], 
     onnx.helper.set_model_props(proto, {"vmamba": json.dumps(about)})
     onnx.checker.check_model(proto, full_check=True)
     write_atomically(path, lambda file: file.write(proto.SerializeToString()))
+
+
+def output_names(model: nn.Module) -> list[str]:
+    if isinstance(model, Backbone):
+        return [f"stage{stage}" for stage in model.out_indices]
+    return [f"stage{stage}" for stage in range(len(model.channels))] if isinstance(model, TimmBackbone) else ["logits"]
 
 
 def _tidy(graph: Any) -> None:
@@ -72,10 +75,8 @@ def _nodes(graph: Any) -> Iterator[Any]:
                 yield from _nodes(attribute.g)
 
 
-def check_installed() -> None:
-    """Raises UserError where what makes files of ONNX is not installed."""
-    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+def check_installed(what: str, *packages: str) -> None:
+    """Raises UserError where one of the packages that `what` needs is not installed."""
+    missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        raise UserError(
-            f"the format onnx needs {' and '.join(missing)}; install with: pip install onnx onnxscript onnxruntime"
-        )
+        raise UserError(f"{what} needs {' and '.join(missing)}; pip install -e '.[export]'")

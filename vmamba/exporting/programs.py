@@ -11,17 +11,22 @@ from torch import Tensor, nn
 
 from vmamba.errors import UserError
 from vmamba.files import write_atomically
-from vmamba_kernels import served_by
+from vmamba.models.ss2d import Mixer2D
 from vmamba_kernels.private import aoti_compile_and_package
 
 _OPEN = (320, 352)  # images to record with where sizes are open: none of the features' sizes is one
 
 
+def set_backend(model: nn.Module, backend: str) -> None:
+    """Of every scan inside a model of any kind."""
+    for module in model.modules():
+        if isinstance(module, Mixer2D):
+            module.backend = backend
+
+
 @torch.no_grad()
-def recorded(
-    model: nn.Module, images: Tensor, dynamic: Sequence[str], backend: str = "reference"
-) -> torch.export.ExportedProgram:
-    """`model` as a program of PyTorch's operators, the scans by `backend`.
+def recorded(model: nn.Module, images: Tensor, dynamic: Sequence[str]) -> torch.export.ExportedProgram:
+    """`model` as a program, with the operators of its scans' backend.
 
     Args:
         images: two, to record with.
@@ -35,8 +40,7 @@ def recorded(
     if "size" in dynamic:
         images = images.new_zeros((*images.shape[:2], *_OPEN))
         shape |= {2: torch.export.Dim("height", min=32, max=4096), 3: torch.export.Dim("width", min=32, max=4096)}
-    with served_by(backend):
-        program = torch.export.export(model, (images,), dynamic_shapes=(shape,), strict=False)
+    program = torch.export.export(model, (images,), dynamic_shapes=(shape,), strict=False)
     for module in program.graph_module.modules():
         for node in getattr(module, "graph", torch.fx.Graph()).nodes:
             node.meta.pop("stack_trace", None)  # paths of this machine

@@ -61,7 +61,8 @@ def is_unseen(x: Tensor, *modules: nn.Module) -> bool:
 
 def add_and_norm(x: Tensor, branch: Tensor, drop_path: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """x + drop_path(branch), and the norm of that: one operator, where both modules are as we make them, and unseen."""
-    if not (type(norm) is LayerNorm and type(drop_path) is DropPath and is_unseen(x, norm, drop_path)):
+    ours = type(norm) is LayerNorm and type(drop_path) is DropPath and is_unseen(x, norm, drop_path)
+    if not ours or branch.shape != x.shape:
         x = x + drop_path(branch)
         return x, on_channels_last(norm, x)
     factor = None

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def evaluate_file(run: Run, model: nn.Module) -> Results:
         details |= {f"{prefix}{name}": value for name, value in meter.details().items()}
         on_main(partial(save_files, meter, folder))
     told = {"checkpoint": str(path), "results": results, "details": details}
-    on_main(lambda: write_text(run.folder / "evaluation.json", json.dumps(told, indent=1)))
+    on_main(lambda: write_text(run.folder / "evaluation.json", json.dumps(_without_nan(told), indent=1)))
     run.logger.info(f"{path}: {report.summary(run.task, results)}")
     return results
 
@@ -132,3 +133,12 @@ def throughput(run: Run, model: nn.Module) -> Results:
     memory = memory_mb(device)
     run.logger.info(f"throughput {rate:.1f} images/s, batch {batch} a process, peak memory {megabytes(memory)}")
     return {"images_per_second": rate, "peak_memory_mb": memory}
+
+
+def _without_nan(told: Any) -> Any:
+    """For JSON, which has no word for what is not finite: null in its place."""
+    if isinstance(told, dict):
+        return {name: _without_nan(value) for name, value in told.items()}
+    if isinstance(told, list):
+        return [_without_nan(value) for value in told]
+    return None if isinstance(told, float) and not math.isfinite(told) else told

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 from torch.optim import Optimizer
@@ -36,11 +37,16 @@ def build_optimizer(config: CfgNode, model: nn.Module, global_batch: int) -> Opt
         arguments["betas"] = tuple(options.BETAS)
     if name.removeprefix("lookahead_") in ("adam", "adamw") and next(model.parameters()).is_cuda:
         arguments["fused"] = True  # one launch for dozens of parameters: 1.7 ms a step instead of 5 (docs/log.md)
+    rate = config.TRAIN.BASE_LR * rate_scale(config, global_batch)
     try:
         return create_optimizer_v2(
-            parameter_groups(model, config.TRAIN.WEIGHT_DECAY, config.TRAIN.DECAY_SSM),
+            with_layer_decay(
+                parameter_groups(model, config.TRAIN.WEIGHT_DECAY, config.TRAIN.DECAY_SSM),
+                layer_scales(model, config.TRAIN.LAYER_DECAY),
+                rate,
+            ),
             name,
-            lr=config.TRAIN.BASE_LR * rate_scale(config, global_batch),
+            lr=rate,
             weight_decay=config.TRAIN.WEIGHT_DECAY,
             momentum=options.MOMENTUM,
             **arguments,
@@ -104,6 +110,43 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_ssm: bool = Tr
         {"params": decayed, "weight_decay": weight_decay},
         {"params": undecayed, "weight_decay": 0.0},
     ]
+
+
+def layer_scales(model: nn.Module, decay: float) -> dict[nn.Parameter, float]:
+    """What each parameter's rate is multiplied with: `decay` to the power of the layers behind it (BEiT, arXiv
+    2106.08254), which timm's `group_matcher` of the model, or of the one model in it that has one, counts.
+
+    A head around such a model has the whole rate.  Raises UserError for a model that does not tell its layers.
+    """
+    if decay == 1:
+        return {}
+    tell = {path: module for path, module in model.named_modules() if hasattr(module, "group_matcher")}
+    outermost = [path for path in tell if not any(_lies_in(path, other) for other in tell)]
+    if len(outermost) != 1:
+        raise UserError(f"TRAIN.LAYER_DECAY is {decay}, and the model does not tell its layers; leave it at 1")
+    (path,), inside = outermost, f"{outermost[0]}." if outermost[0] else ""
+    layers = group_parameters(tell[path], tell[path].group_matcher(coarse=False), reverse=True)
+    last = max(layers.values())
+    around = 1 if inside else 0  # a head behind the last layer
+    return {model.get_parameter(inside + name): decay ** (last - layer + around) for name, layer in layers.items()}
+
+
+def _lies_in(path: str, other: str) -> bool:
+    """Whether a module lies in another one, by their paths."""
+    return path != other and (not other or path.startswith(f"{other}."))
+
+
+def with_layer_decay(groups: list[dict], scales: dict[nn.Parameter, float], rate: float) -> list[dict]:
+    """`groups` parted by their parameters' scales, each with its rate."""
+    if not scales:
+        return groups
+    parted = []
+    for group in groups:
+        by_scale: dict[float, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            by_scale.setdefault(scales.get(parameter, 1.0), []).append(parameter)
+        parted += [{**group, "params": own, "lr": rate * scale} for scale, own in sorted(by_scale.items())]
+    return parted
 
 
 class Schedule:

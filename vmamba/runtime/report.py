@@ -115,13 +115,13 @@ def step_line(
     memory: float,
 ) -> str:
     """Where training stands: `left` seconds to the end, `seconds` a step, of which `waiting` went by for data."""
-    group = state.optimizer.param_groups[0]
+    decay = state.optimizer.param_groups[0]["weight_decay"]
     epoch, step = divmod(state.step - 1, plan.steps_per_epoch)
     skipped = f" skipped {state.bad_steps}" if state.bad_steps else ""
     parts = "".join(f" {name} {value:.4f}" for name, value in report.parts.items())
     return (
         f"train [{epoch + 1}/{plan.epochs}][{step + 1}/{plan.steps_per_epoch}] eta {timedelta(seconds=int(left))} "
-        f"lr {group['lr']:.3e} wd {group['weight_decay']:.4f} time {seconds:.3f} data {waiting:.3f} "
+        f"lr {state.rate:.3e} wd {decay:.4f} time {seconds:.3f} data {waiting:.3f} "
         f"loss {report.loss:.4f} ({state.mean_loss:.4f}){parts} grad_norm {report.grad_norm:.4f} "
         f"loss_scale {scale:g} mem {megabytes(memory)}{skipped}"
     )

@@ -45,6 +45,11 @@ class TrainState:
         return self.recorded // self.steps_per_epoch
 
     @property
+    def rate(self) -> float:
+        """The learning rate, of layers with rates of their own the highest."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    @property
     def mean_loss(self) -> float:
         """Of the round in progress, bad steps left out; likewise the gradient's norm."""
         return self.round_loss / self.round_good_steps if self.round_good_steps else float("nan")
@@ -125,8 +130,8 @@ class TrainState:
             self.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
             raise UserError(
-                f"the optimiser in '{source}' has other groups of parameters ({error}); keep TRAIN.DECAY_SSM, or start "
-                f"from the weights with --pretrained"
+                f"the optimiser in '{source}' has other groups of parameters ({error}); keep TRAIN.DECAY_SSM, "
+                f"TRAIN.LAYER_DECAY and TRAIN.FREEZE, or start from the weights with --pretrained"
             ) from error
         for group, options in zip(self.optimizer.param_groups, own, strict=True):
             group.update(options)

@@ -219,7 +219,7 @@ class Rounds:
             "train/loss": outcome.loss,
             **{f"train/{name}": value for name, value in outcome.parts.items()},
             "train/grad_norm": outcome.grad_norm,
-            "train/lr": state.optimizer.param_groups[0]["lr"],
+            "train/lr": state.rate,
             "train/loss_scale": scale,
             "speed/images_per_second": self._images_per_step() / seconds,
             "speed/seconds_a_step_for_data": waiting,
@@ -234,7 +234,7 @@ class Rounds:
         entry = {
             "epoch": self.plan.epoch(state.step),
             "step": state.step,
-            "lr": state.optimizer.param_groups[0]["lr"],
+            "lr": state.rate,
             "train_loss": state.mean_loss,
             **results,
             "grad_norm": state.mean_grad_norm,

@@ -1,63 +1,16 @@
-"""Functions as operators of PyTorch, which eager mode calls without the operator's price."""
-
-from collections.abc import Callable
+"""Operators of PyTorch on the GPU."""
 
 import torch
-from torch import Tensor
 
-from ..private import is_watched
+from .. import dispatch
 from .compiler import make_current
 
-_LIBRARY = torch.library.Library("vmamba", "FRAGMENT")
 
-# What a call holds when nothing watches it.  Other tensors (fake, distributed, functional) and what watches the thread
-# (modes, transforms of torch.func, traces) must get to see the operator.
-_TENSORS = {Tensor, torch.nn.Parameter}
-_VALUES = {type(None), bool, int, float, torch.dtype}
+class Operator(dispatch.Operator):
+    """With the tensors' device as the current one."""
 
-
-class Operator:
-    """`function` as torch.ops.vmamba.`name`, with the tensors' device as the current one.
-
-    Through the dispatcher a call enters Python three times, 25 microseconds forward and as many backward, more than a
-    small kernel takes.  So a call that nothing watches goes to the function, or to an autograd.Function around it.
-
-    Args:
-        function: annotated as torch.library.infer_schema asks; its first argument is a tensor.
-        fake: its results' shapes and dtypes.
-        setup_context, backward: the gradient, as torch.library.register_autograd takes them; None if it has none.
-    """
-
-    def __init__(
-        self, name: str, function: Callable, fake: Callable, setup_context: Callable | None = None,
-        backward: Callable | None = None,
-    ):  # fmt: skip
-        self._function, qualified = function, f"vmamba::{name}"
-        schema = torch.library.infer_schema(function, mutates_args=())
-        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, self._on_its_device, "CUDA")
-        torch.library.register_fake(qualified, fake, lib=_LIBRARY)
-        torch.library.register_autograd(qualified, backward or _no_gradient, setup_context=setup_context, lib=_LIBRARY)
-        self._operator = getattr(torch.ops.vmamba, name).default
-        self._differentiated = None
-        if backward is not None:
-            self._differentiated = _autograd_function(name, self._on_its_device, setup_context, backward)
-
-    def __call__(self, *args):
-        if torch.compiler.is_compiling():
-            return self._operator(*args)
-        plain = not is_watched()
-        gradient = False
-        for value in args:
-            if type(value) in _TENSORS:
-                gradient = gradient or value.requires_grad
-                plain = plain and not value.is_neg()  # the dispatcher resolves a lazy negation
-            else:
-                plain = plain and type(value) in _VALUES
-        gradient = gradient and torch.is_grad_enabled()
-        if not plain or (gradient and self._differentiated is None):
-            return self._operator(*args)
-        return self._differentiated.apply(*args) if gradient else self._on_its_device(*args)
+    key = "CUDA"
+    backend = "cuda"
 
     def _on_its_device(self, *args):
         device = args[0].device
@@ -66,17 +19,3 @@ class Operator:
                 return self._on_its_device(*args)
         make_current(device.index)
         return self._function(*args)
-
-
-def _no_gradient(ctx, *_):
-    raise NotImplementedError("the cuda backend has no second derivatives; backend 'reference' has")
-
-
-def _autograd_function(name: str, function: Callable, setup_context: Callable, backward: Callable):
-    def forward(ctx, *inputs):
-        output = function(*inputs)
-        setup_context(ctx, inputs, output)
-        return output
-
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(name, (torch.autograd.Function,), methods)

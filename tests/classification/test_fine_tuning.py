@@ -1,0 +1,133 @@
+"""What fine-tuning adds: losses by class, evaluation in detail, rates by layer, against scikit-learn and timm."""
+
+import json
+
+import pytest
+import timm
+import torch
+from sklearn.metrics import accuracy_score, f1_score, recall_score
+from timm.optim import param_groups_layer_decay
+
+import vmamba
+from vmamba.classification.task import Accuracy, Task
+from vmamba.config import output_folder
+from vmamba.errors import UserError
+from vmamba.runtime.distributed import World
+from vmamba.runtime.optim import build_optimizer, layer_scales
+from vmamba.runtime.trainer import run
+from vmamba.segmentation.models import create_segmenter
+
+from .tiny import metrics, tiny_config
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "bce"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_losses_by_hand(tmp_path, loss, soft):
+    weights, smoothing = [0.5, 1.0, 2.0, 3.0, 1.0, 0.0], 0.1
+    task = Task(tiny_config(tmp_path, "TRAIN.LOSS", loss, "TRAIN.CLASS_WEIGHTS", weights))
+    task.device = torch.device("cpu")
+    torch.manual_seed(0)
+    logits, labels = torch.randn(5, 6, dtype=torch.float64), torch.tensor([0, 5, 2, 2, 3])
+    targets = torch.rand(5, 6, dtype=torch.float64).softmax(1) if soft else labels
+    wanted = targets if soft else torch.nn.functional.one_hot(labels, 6) * (1 - smoothing) + smoothing / 6
+    w = torch.tensor(weights, dtype=torch.float64)
+    task.class_weights = w
+    if loss == "cross_entropy":
+        by_hand = -(w * wanted * logits.log_softmax(1)).sum(1).mean()
+    else:
+        chance = logits.sigmoid()
+        by_hand = -(w * (wanted * chance.log() + (1 - wanted) * (1 - chance).log())).mean()
+    torch.testing.assert_close(task.criterion(logits, targets, 0.0 if soft else smoothing), by_hand)
+
+
+def test_balanced_weights_and_wrong_ones(tmp_path):
+    task = Task(tiny_config(tmp_path, "TRAIN.CLASS_WEIGHTS", "balanced"))
+    task.device = torch.device("cpu")
+    assert task.class_weights.tolist() == [1.0] * 6  # each class has as many images
+    for number in range(2):
+        (tmp_path / "images" / "train" / "class3").joinpath(f"{3 + 6 * number}.png").unlink()
+    del task.class_weights
+    torch.testing.assert_close(task.class_weights, torch.tensor([28 / 30] * 3 + [28 / 18] + [28 / 30] * 2))
+    with pytest.raises(UserError, match="CLASS_WEIGHTS has 2 numbers, and MODEL.NUM_CLASSES is 6; give one to each"):
+        run(tiny_config(tmp_path, "TRAIN.CLASS_WEIGHTS", [1, 2]))
+
+
+def test_an_evaluation_in_detail_against_scikit_learn(tmp_path):
+    """Class by class, in two processes' shares."""
+    config = tiny_config(tmp_path)
+    torch.manual_seed(0)
+    logits, targets = 3 * torch.randn(40, 6), torch.randint(0, 5, (40,))  # none of the last class
+    meter = Accuracy(World(0, 1, 0, torch.device("cpu")), config)
+    for part in (slice(0, 25), slice(25, 40)):
+        meter.add(lambda x: x, (logits[part], targets[part]))
+    results, details = meter.results(), meter.details()
+    taken = logits.argmax(1)
+    assert results["acc1"] == pytest.approx(100 * accuracy_score(targets, taken))
+    recalls = recall_score(targets, taken, labels=range(5), average=None)
+    assert details["class_accuracy"] == [*(pytest.approx(100 * r, abs=1e-3) for r in recalls), None]
+    assert details["mean_class_accuracy"] == pytest.approx(100 * recalls.mean())
+    assert details["macro_f1"] == pytest.approx(100 * f1_score(targets, taken, labels=range(5), average="macro"))
+    assert details["class_images"] == [*torch.bincount(targets).tolist(), 0]
+    chance, error = logits.softmax(1).amax(1).double(), 0.0
+    for low in range(15):
+        inside = (chance >= low / 15) & (chance < (low + 1) / 15)
+        error += abs(((taken == targets).double() - chance)[inside].sum().item()) / 40
+    assert details["expected_calibration_error"] == pytest.approx(100 * error)
+
+
+@pytest.mark.parametrize("name", ["vmamba_digits", "swin_tiny_patch4_window7_224"])
+def test_layer_decay_is_timms(name):
+    model = timm.create_model(name) if "swin" in name else vmamba.create_model(name)
+    names = {parameter: key for key, parameter in model.named_parameters()}
+    groups = param_groups_layer_decay(model, layer_decay=0.7)
+    expected = {names[parameter]: group["lr_scale"] for group in groups for parameter in group["params"]}
+    found = {names[parameter]: scale for parameter, scale in layer_scales(model, 0.7).items()}
+    assert found == pytest.approx(expected)
+
+
+def test_layer_decay_in_a_run_and_around_a_backbone(tmp_path):
+    config = tiny_config(tmp_path, "TRAIN.LAYER_DECAY", 0.5)
+    model = vmamba.create_model("vmamba_digits", depths=(1, 1), dims=8)
+    optimizer = build_optimizer(config, model, 512)
+    rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert rates[model.classifier.head.weight] == 0.1 and rates[model.patch_embed[0].weight] == pytest.approx(0.1 / 8)
+    assert len(rates) == len([*model.parameters()])
+    whole = create_segmenter("upernet", "vmamba_nano", 3, channels=4, aux_channels=4)
+    scales = layer_scales(whole, 0.5)
+    assert whole.decode_head.conv_seg.weight not in scales  # the whole rate
+    last = whole.backbone.model.layers[-1].blocks[-1]
+    assert {scales[parameter] for parameter in last.parameters()} == {0.5}
+    with pytest.raises(UserError, match="TRAIN.LAYER_DECAY is 0.5, and the model does not tell its layers; leave it"):
+        layer_scales(torch.nn.Linear(2, 2), 0.5)
+
+
+@pytest.mark.parametrize(("opts", "words"), [
+    (("TRAIN.CLASS_WEIGHTS", [0] * 6), "TRAIN.CLASS_WEIGHTS is 0 for every class"),
+    (("TRAIN.LOSS", "bce", "MODEL.LABEL_SMOOTHING", 1), "LABEL_SMOOTHING is 1, which TRAIN.LOSS bce does not take"),
+    (("DATA.DATASET", "digits", "DATA.VAL_FRACTION", 0.5), "VAL_FRACTION is 0.5, and DATA.DATASET 'digits' comes wi"),
+    (("DATA.ZIP_MODE", True, "DATA.VAL_FRACTION", 0.5), "VAL_FRACTION is 0.5, and an archive comes with held-out"),
+])  # fmt: skip
+def test_what_cannot_be_is_a_sentence(tmp_path, opts, words):
+    with pytest.raises(UserError, match=words):
+        run(tiny_config(tmp_path, *opts))
+
+
+def test_the_rate_that_is_told_is_the_highest(tmp_path):
+    rates = {}
+    for decay in (1.0, 0.5):
+        config = tiny_config(tmp_path, "TRAIN.LAYER_DECAY", decay, "TAG", decay, "TRAIN.EPOCHS", 1)
+        run(config)
+        rates[decay] = metrics(config)[-1]["lr"]
+    assert rates[0.5] == rates[1.0]
+
+
+def test_an_evaluation_of_broken_weights_is_json(tmp_path):
+    config = tiny_config(tmp_path, "TRAIN.EPOCHS", 1)
+    run(config)
+    path = output_folder(config) / "last.pth"
+    content = torch.load(path, weights_only=True)
+    content["model"]["classifier.head.bias"].fill_(float("nan"))
+    torch.save({"model": content["model"]}, tmp_path / "nan.pth")
+    run(tiny_config(tmp_path, "EVAL_MODE", True, "MODEL.RESUME", tmp_path / "nan.pth"))
+    found = json.loads((output_folder(config) / "evaluation.json").read_text(), parse_constant=pytest.fail)
+    assert found["results"]["val_loss"] is None
