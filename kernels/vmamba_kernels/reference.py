@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .private import is_transformed, promise
 
-_ROUNDS = 16  # of doubling: chunks of 16 positions of images of up to 4096 x 4096 pixels
+_ROUNDS = 16  # of doubling: enough for chunks of 16 positions of 1024 x 1024
 ROUTES = ("row", "col", "row_rev", "col_rev")
 
 
@@ -279,7 +279,7 @@ def _states(decay: Tensor, inputs: Tensor, in_place: bool) -> Tensor:
         return inputs if in_place else torch.stack(states[1:], dim=2)
 
     steps = max([divisor for divisor in range(7, 17) if known and length % divisor == 0], default=16)
-    chunks = -(-length // steps)
+    chunks = _chunks(length, steps)
     if not known or length % steps:  # what stands behind the end changes nothing before it
         decay, inputs = (F.pad(t, (0, 0, 0, 0, 0, chunks * steps - length)) for t in (decay, inputs))
     decay, inputs = decay.unflatten(2, (chunks, steps)), inputs.unflatten(2, (chunks, steps))
@@ -296,6 +296,12 @@ def _states(decay: Tensor, inputs: Tensor, in_place: bool) -> Tensor:
     return _up_to(h.flatten(2, 3), length)
 
 
+def _chunks(length: int | torch.SymInt, size: int) -> int | torch.SymInt:
+    """How many chunks hold so many positions; one or two more where their number is a symbol, so never a single one,
+    which torch.export takes for a constant."""
+    return length // size + 2 if isinstance(length, torch.SymInt) else -(-length // size)
+
+
 def _up_to(x: Tensor, length: int | torch.SymInt) -> Tensor:
     """The first positions, over dimension 2: a copy where their number is a symbol, since what a view of them can be
     reshaped to would depend on it."""
@@ -306,7 +312,7 @@ def _up_to(x: Tensor, length: int | torch.SymInt) -> Tensor:
 
 def _by_doubling(decay: Tensor, states: Tensor) -> Tensor:
     """`_states` of a length that is a symbol: after k rounds a position has what the 2**k positions up to it put in."""
-    promise(states.shape[2] <= 2**_ROUNDS)
+    promise(states.shape[2] <= 2**_ROUNDS + 2)  # the last two hold nothing
     for k in range(_ROUNDS):
         states = torch.addcmul(states, decay, _later(states, 2**k))
         decay = decay * _later(decay, 2**k)
@@ -315,7 +321,12 @@ def _by_doubling(decay: Tensor, states: Tensor) -> Tensor:
 
 def _later(x: Tensor, positions: int) -> Tensor:
     """x[l - positions] at l, over dimension 2, zero where there is none."""
-    return _up_to(F.pad(x, (0, 0) * (x.dim() - 3) + (positions, 0)), x.shape[2])
+    length = x.shape[2]
+    if not isinstance(length, torch.SymInt):
+        return F.pad(x, (0, 0) * (x.dim() - 3) + (positions, 0)).narrow(2, 0, length)
+    source = torch.arange(length, device=x.device) - positions  # there may be far fewer than `positions`
+    there = (source >= 0).view(-1, *[1] * (x.dim() - 3))
+    return torch.where(there, x.index_select(2, source.clamp(min=0)), x.new_zeros(()))
 
 
 def _ends(decay: Tensor, inputs: Tensor) -> Tensor:
@@ -348,7 +359,7 @@ def ssd(
     if known and u.numel() == 0:
         return u * ((delta * A.unsqueeze(1)) * (B * C).sum(-1, keepdim=True)).unsqueeze(-1)
     size = min(chunk_size, length) if known else chunk_size
-    chunks = -(-length // size) if known else length // size + 2  # never one, which torch.export takes for a constant
+    chunks = _chunks(length, size)
 
     def chunked(t: Tensor) -> Tensor:  # (batch, routes, length, *) -> (batch, routes, chunks, size, *), zeros behind
         behind = (0, 0) * (t.dim() - 3) + (0, chunks * size - length)

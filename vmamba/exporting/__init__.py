@@ -51,7 +51,7 @@ def export(
             "torch" (.pt2) is a program of torch.export, "aoti" one compiled by AOTInductor, also .pt2, so asked for by
             name; "onnx" an ONNX model of opset 18.  These three are not recorded for training.
         size: a side of the images in pixels, or (height, width); None: that of a loaded classifier's run, or 224.
-        dynamic: what of the images a program leaves open, of "batch" and "size"; sides are from 32 to 4096 pixels then.
+        dynamic: what of the images a program leaves open, of "batch" and "size"; see `programs.open_sides`.
         spelling: of weights: "ours", "released" or "january", see `to_released`.
         classes: their names, which the file keeps, in weights and ONNX; None: those that a loaded model has.
         mean, std: of a channel of the images, values in 0..1, likewise; None: of a loaded classifier's run, or

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from vmamba.errors import UserError
 from vmamba.files import write_atomically
 from vmamba.models.ss2d import Mixer2D
+from vmamba.models.vssm import VSSM
 from vmamba_kernels.private import aoti_compile_and_package
-
-_OPEN = (320, 352)  # images to record with where sizes are open: none of the features' sizes is one
 
 
 def set_backend(model: nn.Module, backend: str) -> None:
@@ -22,6 +21,16 @@ def set_backend(model: nn.Module, backend: str) -> None:
     for module in model.modules():
         if isinstance(module, Mixer2D):
             module.backend = backend
+
+
+def open_sides(model: nn.Module) -> tuple[int, int]:
+    """Least and most pixels of a side that a program leaves open, of a classifier or a backbone.
+
+    The last stage has two pixels at least, since torch.export takes a size of one for a constant; the first one 1024 at
+    most, for which the reference's rounds are enough.
+    """
+    inside = next(module for module in model.modules() if isinstance(module, VSSM))
+    return inside.patch_size * 2 ** len(inside.layers), 1024 * inside.patch_size
 
 
 @torch.no_grad()
@@ -38,8 +47,9 @@ def recorded(model: nn.Module, images: Tensor, dynamic: Sequence[str]) -> torch.
     else:
         images = images[:1]
     if "size" in dynamic:
-        images = images.new_zeros((*images.shape[:2], *_OPEN))
-        shape |= {2: torch.export.Dim("height", min=32, max=4096), 3: torch.export.Dim("width", min=32, max=4096)}
+        least, most = open_sides(model)
+        images = images.new_zeros((*images.shape[:2], 5 * least, 6 * least))
+        shape |= {side: torch.export.Dim(name, min=least, max=most) for side, name in ((2, "height"), (3, "width"))}
     program = torch.export.export(model, (images,), dynamic_shapes=(shape,), strict=False)
     for module in program.graph_module.modules():
         for node in getattr(module, "graph", torch.fx.Graph()).nodes:
