@@ -302,7 +302,7 @@ def changed():
         (lambda: small("vmamba_digits"), "a.pt2", dict(spelling="released"), "has no names of weights; leave it out"),
         (lambda: small("vmamba_tiny"), "a.pt2", dict(size=3), "images are 3 x 3 pixels; this model's patches need"),
         (lambda: small("vmamba_digits"), "a.pth", dict(classes=["a"]), "classes names 1, and the model has 5"),
-        (lambda: small("vmamba_digits"), "a.pth", dict(mean=[0, 0]), "mean has 2 numbers; expected one, or one for"),
+        (lambda: small("vmamba_digits"), "a.pth", dict(mean=[0, 0]), "mean has 2 numbers; give one, or one for"),
         (lambda: small("vmamba_digits"), "a.pth", dict(spelling="january"), "has no name in files of January 2024"),
         (changed, "a.safetensors", {}, "no longer those that its options make"),
         (lambda: small("vmamba_digits").half(), "a.onnx", {}, "the weights are float16, and a program is recorded in"),

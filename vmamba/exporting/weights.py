@@ -44,7 +44,7 @@ def about(
     for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, model.in_chans):
             raise UserError(
-                f"{name} has {len(values)} numbers; expected one, or one for each of {model.in_chans} channels"
+                f"{name} has {len(values)} numbers; give one, or one for each of {model.in_chans} channels"
             )
     data = {"IMG_SIZE": [int(side) for side in size], "MEAN": [float(x) for x in mean], "STD": [float(x) for x in std]}
     if model.pos_embed is not None:
