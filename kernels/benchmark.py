@@ -82,6 +82,7 @@ ROWS = [
     Row("tiny_m2 one 1024", "cross_ssd", 1, 256, 96, 64, 6),
     *_stages("pixels of", "layer_norm", 0, 96, 1, (None, None, None)),
     *_stages("sums of", "add_layer_norm", 0, 96, 1, (None, None, None)),
+    *_stages("3x3 and SiLU of", "depthwise_conv", 0, 96, 1, (None, None, None)),
 ]
 SMALL_ROWS = [
     Row("small", "cross_selective_scan", 2, 14, 32, 1, 2),
@@ -90,6 +91,7 @@ SMALL_ROWS = [
     Row("small", "cross_ssd", 2, 14, 32, 16, 2),
     Row("small", "layer_norm", 2, 14, 32, 0, 1),
     Row("small", "add_layer_norm", 2, 14, 32, 0, 1),
+    Row("small", "depthwise_conv", 2, 14, 32, 0, 1),
 ]
 
 
@@ -202,6 +204,9 @@ class Case:
             image = (row.batch, row.side, row.side, dim)
             self.inputs = dict(x=full(*image), branch=low(*image), weight=full(dim), bias=full(dim))
             self.batched = ("x", "branch")
+        elif row.operator == "depthwise_conv":
+            self.inputs = dict(x=low(row.batch, row.side, row.side, dim), weight=full(dim, 1, 3, 3), bias=full(dim))
+            self.batched = ("x",)
         else:
             self.inputs = dict(
                 x=low(row.batch, row.side, row.side, dim),
@@ -235,9 +240,12 @@ class Case:
         call = vk.Call(
             self.row.operator, self.first.device, self.dtype, self.first.dtype,
             self.row.dim, self.row.states, self.row.rank, ROUTES if self.row.operator.startswith("cross") else (),
+            side=3 if self.row.operator == "depthwise_conv" else 0,
         )  # fmt: skip
         able = [name for name in vk.backends(self.row.operator) if vk.registry.why_not(name, call) is None]
-        return able if self.row.operator.endswith("layer_norm") else [n for n in able if n != "reference"] or able
+        if self.row.operator in ("layer_norm", "add_layer_norm", "depthwise_conv"):  # whose reference is PyTorch's own
+            return able
+        return [name for name in able if name != "reference"] or able
 
     def errors(self, backend: str) -> dict[str, float]:
         """Relative errors of the output and of every gradient, in the Euclidean norm."""
@@ -266,6 +274,8 @@ class Case:
     def _forward(self, inputs: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
         halves = self.row.operator == "add_layer_norm" and inputs["x"].dtype != torch.float64
         options = {"out_dtype": self.dtype} if halves else {}
+        if self.row.operator == "depthwise_conv":
+            options = {"silu": True}
         out = self.operator(**inputs, **options, backend=backend)
         return out if isinstance(out, tuple) else (out,)
 

@@ -99,9 +99,30 @@ MUTANTS = (
     Mutant(
         "without EMA.WARMUP the first average is the first weights",
         "vmamba/runtime/step.py",
-        "step=state.step if self.config.TRAIN.EMA.WARMUP else None",
-        "step=state.step",
+        "return state.step if self.config.TRAIN.EMA.WARMUP else None",
+        "return state.step",
         RUNS,
+    ),
+    Mutant(
+        "where the optimiser skips by itself it is not told of a bad loss",
+        "vmamba/runtime/step.py",
+        "state.optimizer.found_inf = (~good).float()",
+        "state.optimizer.found_inf = torch.zeros(())",
+        "tests/runtime/test_step.py",
+    ),
+    Mutant(
+        "the average moves in a bad step that only the device knows",
+        "vmamba/runtime/step.py",
+        "_foreach_mul(weights, good.float())",
+        "_foreach_mul(weights, torch.ones(()))",
+        "tests/runtime/test_step.py",
+    ),
+    Mutant(
+        "patches of random erasing in the next image",
+        "vmamba/classification/transforms.py",
+        "[(number, patch) for number, ((_, erased), _) in enumerate(samples)",
+        "[(number, patch) for number, ((_, erased), _) in enumerate(samples, -1)",
+        "tests/classification/test_data.py -k bytes",
     ),
     Mutant(
         "USE_CHECKPOINT without effect",

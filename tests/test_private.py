@@ -31,6 +31,17 @@ def test_transforms_of_torch_are_seen():
         assert private.is_watched() and not private.is_transformed()
 
 
+def test_which_optimisers_can_skip_a_step_by_themselves():
+    weight = torch.nn.Parameter(torch.ones(1))
+    weight.grad = torch.ones(1)
+    for fused in (False, True):
+        optimizer = torch.optim.AdamW([weight], fused=fused)
+        assert private.takes_found_inf(optimizer) is fused
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert weight.item() == 1 and optimizer.state[weight]["step"].item() == 0
+
+
 def test_what_is_used_on_a_gpu_and_in_a_cluster_is_there():
     if torch.backends.cuda.is_built():
         assert callable(torch._C._cuda_getCurrentRawStream) and callable(torch.cuda._sleep)

@@ -1,9 +1,9 @@
 """Selective-scan operators for images and sequences, one signature for every backend.
 
 `selective_scan` is the 1-D operator, `cross_selective_scan` and `cross_ssd` take an image, project it, scan it along
-several routes and merge the results; `layer_norm` norms the channels of each pixel,
-`add_layer_norm` those of a sum.  `reference.py` is their
-specification; `registry.py` says who can serve a call.
+several routes and merge the results; `layer_norm` norms the channels of each pixel, `add_layer_norm` those of a sum;
+`depthwise_conv` convolves each channel.  `reference.py` is their specification; `registry.py` says who can serve a
+call.
 """
 
 from .operators import (
@@ -13,6 +13,7 @@ from .operators import (
     cross_scan,
     cross_selective_scan,
     cross_ssd,
+    depthwise_conv,
     layer_norm,
     selective_scan,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "cross_scan",
     "cross_selective_scan",
     "cross_ssd",
+    "depthwise_conv",
     "explain",
     "is_plain",
     "layer_norm",

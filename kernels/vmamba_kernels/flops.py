@@ -40,9 +40,14 @@ def cross_ssd(x: Shape, x_proj_weight: Shape, dt_bias: Shape, A: Shape, *_: obje
     return 2 * batch * height * width * routes * position
 
 
+def depthwise_conv(x: Shape, weight: Shape, *_: object, **__: object) -> int:
+    """Operations for x (batch, height, width, dim), weight (dim, 1, side, side)."""
+    return 2 * prod(x) * prod(weight[1:])
+
+
 def register(backend: str) -> None:
     """Tell FlopCounterMode the cost of the custom operators of `backend`."""
-    for formula in (selective_scan, cross_selective_scan, cross_ssd):
+    for formula in (selective_scan, cross_selective_scan, cross_ssd, depthwise_conv):
         operator = getattr(torch.ops.vmamba, f"{formula.__name__}_{backend}", None)
         if operator is not None:
             register_flop_formula(operator)(formula)

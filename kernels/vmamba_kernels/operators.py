@@ -326,6 +326,50 @@ def add_layer_norm(
     return norm(x, branch, factor, weight, bias, eps, out_dtype)
 
 
+def depthwise_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    silu: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """A convolution of each channel, with a border of zeros that keeps the image's size; SiLU of it if so asked.
+
+    Args:
+        x: (batch, height, width, dim), channels last.  Under autocast it takes its dtype.
+        weight: (dim, 1, side, side) of an odd side, as nn.Conv2d holds it.
+        bias: (dim,), or None.
+        silu: whether the result is SiLU (arXiv 1702.03118) of the convolution.
+        backend: a name from `backends()`; None or "auto" takes the fastest that can serve the call.
+
+    Returns:
+        (batch, height, width, dim) in the dtype of x; sums are taken in float32 or more.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, naming the argument.
+        BackendError: the backend asked for is unknown or cannot serve the call.
+    """
+    _check_image(x)
+    if weight.dim() != 4 or weight.shape[2] % 2 == 0:
+        raise ValueError(f"weight has shape {_shape(weight)}; it must be (dim, 1, side, side) of an odd side")
+    dim, side = x.shape[3], weight.shape[2]
+    _check_shape("weight", weight, (dim, 1, side, side), "x", x)
+    _check_shape("bias", bias, (dim,), "x", x)
+    _check_tensors(x=x, weight=weight, bias=bias)
+    (x,) = _to(_projection_dtype(x), x)
+    convolution = registry.implementation(
+        _that_can_be_seen_into(backend),
+        operator="depthwise_conv",
+        device=x.device,
+        dtype=x.dtype,
+        out_dtype=x.dtype,
+        dim=index(dim),
+        side=index(side),
+    )
+    return convolution(x, weight, bias, silu, registry.wants_gradient(x, weight, bias))
+
+
 def cross_scan(x: Tensor, routes: Sequence[str] = ROUTES) -> Tensor:
     """Lay an image out along routes: (batch, height, width, dim) -> (batch, routes, height*width, dim)."""
     _check_image(x)

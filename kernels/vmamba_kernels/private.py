@@ -15,6 +15,9 @@ WHERE = {
     "list_mode_options": "torch._inductor",
     "feature_take_indices": "timm.models._features",
     "MATCH_PREV_GROUP": "timm.models._manipulate",
+    "_foreach_add_": "torch",
+    "_foreach_lerp_": "torch",
+    "_foreach_mul": "torch",
 }
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Dispatch keys that a thread includes when nothing watches its calls.
@@ -59,6 +62,11 @@ def has_hooks(module: torch.nn.Module) -> bool:
         or "forward" in own
         or module._compiled_call_impl is not None
     )
+
+
+def takes_found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimiser leaves everything as it is where its `found_inf`, a tensor, is 1: PyTorch's fused ones."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def raw_stream(device: int) -> int:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from .private import is_transformed, promise
 
-_ROUNDS = 16  # of doubling: enough for chunks of 16 positions of 1024 x 1024
 ROUTES = ("row", "col", "row_rev", "col_rev")
+_ROUNDS = 16  # of doubling: enough for chunks of 16 positions of 1024 x 1024
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -172,6 +172,14 @@ def add_layer_norm(
         branch = branch * factor.view(-1, *[1] * (branch.dim() - 1))
     total = x + branch
     return total, layer_norm(total, weight, bias, eps, out_dtype)
+
+
+def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, keep: bool) -> Tensor:
+    """`vmamba_kernels.depthwise_conv`, already checked; autograd keeps what it needs by itself."""
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    with no_autocast(x.device.type):
+        out = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[2] // 2, groups=x.shape[3])
+        return (F.silu(out) if silu else out).permute(0, 2, 3, 1)
 
 
 def project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -390,4 +398,5 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     "cross_ssd": cross_ssd,
     "layer_norm": layer_norm,
     "add_layer_norm": add_layer_norm,
+    "depthwise_conv": depthwise_conv,
 }

@@ -34,6 +34,7 @@ PREFERENCE = {
     "cross_ssd": ("triton", "reference"),
     "layer_norm": ("cuda", "reference"),
     "add_layer_norm": ("cuda", "reference"),
+    "depthwise_conv": ("cuda", "reference"),
 }
 
 LARGE = 96  # channels of a scan that takes long without the cpu backend
@@ -61,6 +62,7 @@ class Call:
     states: int = 0
     rank: int = 0  # of the step-size projection; the number of heads for cross_ssd
     routes: tuple[str, ...] = ()
+    side: int = 0  # of a convolution's window
     gradient: bool = False  # whether a backward pass will follow
 
 

@@ -54,7 +54,7 @@ class Hand:
         loader.set_epoch(number)
         self.model.train()
         losses = []
-        for i, (images, labels) in enumerate(loader):
+        for i, (images, labels) in enumerate(map(loader.finish, loader)):
             step = 3 * number + i
             rate = 0.1 * 10 / 512 * self.factor(step / 3)
             for group in self.optimizer.param_groups:
@@ -104,7 +104,8 @@ def test_two_epochs_by_hand(tmp_path, opts):
     close = 1e-2 if config.AMP.ENABLE else 1e-5  # bfloat16 turns the last bit of a loss into another rounding
     for number, line in enumerate(metrics(config)):
         assert line["train_loss"] == pytest.approx(hand.epoch(number), rel=close)
-    images, labels = map(torch.cat, zip(*build_eval_loader(config, rank=0, world_size=1), strict=True))
+    loader = build_eval_loader(config, rank=0, world_size=1)
+    images, labels = map(torch.cat, zip(*map(loader.finish, loader), strict=True))
     for prefix, model in (("", hand.model), ("ema_", hand.average)):
         model.eval()
         with torch.no_grad(), hand.autocast():

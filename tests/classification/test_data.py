@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import Mixup, create_transform
+from torchvision import transforms
 
 from vmamba.classification.data import build_eval_loader, build_train_loader
-from vmamba.classification.transforms import build_mixup, build_transform
+from vmamba.classification.transforms import Normalise, build_mixup, build_pixels, build_transform, collate
 from vmamba.config import get_config
 from vmamba.data.draws import preserved_generators, seed_generators
 from vmamba.errors import UserError
@@ -34,7 +35,12 @@ def config_of(*opts):
 def batches(*opts, epoch=1, start=0, rank=0, world_size=1):
     loader = build_train_loader(config_of(*opts), rank=rank, world_size=world_size)
     loader.set_epoch(epoch, start)
-    return list(loader)
+    return finished(loader)
+
+
+def finished(loader):
+    """Its batches as (images, labels)."""
+    return list(map(loader.finish, loader))
 
 
 def same(first, second) -> bool:
@@ -91,11 +97,11 @@ def test_resuming_in_the_middle_gives_the_rest_of_the_epoch():
     assert same(whole[2 * 4 :], batches("TRAIN.ACCUMULATION_STEPS", 2, start=4))
     loader = build_train_loader(config_of("DATA.NUM_WORKERS", 1, "DATA.BATCH_SIZE", 256), rank=0, world_size=1)
     loader.set_epoch(0)
-    first = next(iter(loader))  # left with batches under way
+    first = loader.finish(next(iter(loader)))  # left with batches under way
     loader.set_epoch(3, 2)
-    assert same(list(loader), batches("DATA.BATCH_SIZE", 256, epoch=3, start=2))
+    assert same(finished(loader), batches("DATA.BATCH_SIZE", 256, epoch=3, start=2))
     loader.set_epoch(0)
-    assert same([first], [next(iter(loader))])
+    assert same([first], [loader.finish(next(iter(loader)))])
 
 
 def test_processes_and_accumulation_share_out_the_same_global_batches():
@@ -134,13 +140,13 @@ def test_the_generators_are_put_back_after_an_error():
 
 def test_evaluation_takes_each_image_once_over_all_processes(folders):
     config = of_folders(folders, "DATA.BATCH_SIZE", 2)
-    whole = [images for images, _ in build_eval_loader(config, rank=0, world_size=1)]
+    whole = [images for images, _ in finished(build_eval_loader(config, rank=0, world_size=1))]
     assert sum(map(len, whole)) == 7
     for world_size in (2, 3, 8):  # 8: one process has none
         shares = [
             images
             for rank in range(world_size)
-            for images, _ in build_eval_loader(config, rank=rank, world_size=world_size)
+            for images, _ in finished(build_eval_loader(config, rank=rank, world_size=world_size))
         ]
         assert sorted(torch.cat(shares).flatten(1).sum(1).tolist()) == sorted(
             torch.cat(whole).flatten(1).sum(1).tolist()
@@ -200,6 +206,41 @@ def test_the_training_transform_is_timms():
             expected = theirs(photo())
         with seeded(key):
             assert torch.equal(ours(photo()), expected)
+
+
+@pytest.mark.parametrize("mode, count", [("pixel", 1), ("rand", 3), ("const", 2)])
+def test_a_batch_of_bytes_becomes_timms_images_bit_for_bit(mode, count):
+    """Normalised by batches and erased then, which timm does image by image."""
+    opts = ["AUG.REPROB", 0.8, "AUG.REMODE", mode, "AUG.RECOUNT", count, "DATA.IMG_SIZE", 48, "MODEL.IN_CHANS", 3]
+    config = get_config(None, [*opts, "DATA.INTERPOLATION", "bilinear"])
+    to_pixels, normalise = build_pixels(config, training=True), Normalise(config)
+    theirs = create_transform(
+        48,
+        is_training=True,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        interpolation="bilinear",
+        re_prob=0.8,
+        re_mode=mode,
+        re_count=count,
+    )
+    samples, expected = [], []
+    for key in range(16):
+        with seeded(key):
+            samples.append((to_pixels(photo()), key))
+        with seeded(key):
+            expected.append(theirs(photo()))
+    batch = collate(samples)
+    assert batch["images"].dtype == torch.uint8 and len(batch["places"]) > 8
+    images, labels = normalise(batch)
+    assert images.is_contiguous() and torch.equal(images, torch.stack(expected)) and labels.tolist() == [*range(16)]
+
+
+def test_every_value_of_8_bits_is_normalised_as_torchvision_does():
+    config = get_config(None, [])
+    values = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).expand(3, -1, -1)
+    image = Image.fromarray(values.permute(1, 2, 0).numpy())
+    theirs = transforms.Normalize(config.DATA.MEAN, config.DATA.STD)(transforms.ToTensor()(image))
+    assert torch.equal(Normalise(config)(collate([((values, []), 0)]))[0][0], theirs)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +344,7 @@ def test_unreadable_images_are_replaced_in_training_and_counted(folders, workers
         (folders / "train" / "class1" / f"{i}.png").write_text("text")
     config = of_folders(folders, *PLAIN, "DATA.SKIP_BAD_IMAGES", True, "DATA.NUM_WORKERS", workers)
     loader = build_train_loader(config, rank=0, world_size=1)
-    results = [list(loader), list(loader)]
+    results = [finished(loader), finished(loader)]
     assert same(*results) and [len(labels) for _, labels in results[0]] == [4, 4, 4]
     assert loader.skipped == 3
     named = [record.getMessage() for record in caplog.records]
@@ -312,9 +353,9 @@ def test_unreadable_images_are_replaced_in_training_and_counted(folders, workers
 
 def test_the_place_of_a_readable_image_does_not_change_with_its_neighbours(folders):
     config = of_folders(folders, "DATA.SKIP_BAD_IMAGES", True)
-    before = list(build_train_loader(config, rank=0, world_size=1))
+    before = finished(build_train_loader(config, rank=0, world_size=1))
     (folders / "train" / "class0" / "0.png").write_text("text")
-    after = list(build_train_loader(config, rank=0, world_size=1))
+    after = finished(build_train_loader(config, rank=0, world_size=1))
     pairs = zip(torch.cat([i for i, _ in before]), torch.cat([i for i, _ in after]), strict=True)
     assert sum(not torch.equal(one, other) for one, other in pairs) == 1
 
@@ -325,7 +366,7 @@ def test_unreadable_images_are_left_out_of_evaluation_and_counted(folders):
     loader = build_eval_loader(
         of_folders(folders, "DATA.SKIP_BAD_IMAGES", True, "DATA.BATCH_SIZE", 3), rank=0, world_size=1
     )
-    labels = torch.cat([labels for _, labels in loader])
+    labels = torch.cat([batch["labels"] for batch in loader])
     assert labels.tolist() == [1, 1, 1, 1] and loader.skipped == 3
 
 

@@ -52,9 +52,9 @@ def make_archives(root: Path, labels=(0, 1, 0, 1, 1), compression=zipfile.ZIP_ST
     return root
 
 
-def opened(root: Path | str, *opts, training=True, rank=0, world_size=1, classes=2, dataset="imagenet"):
+def opened(root: Path | str, *opts, training=True, rank=0, on_machine=(0, 1), classes=2, dataset="imagenet"):
     opts = ["DATA.DATASET", dataset, "DATA.DATA_PATH", str(root), "MODEL.NUM_CLASSES", classes, *opts]
-    return open_dataset(get_config(None, opts), training=training, rank=rank, world_size=world_size)
+    return open_dataset(get_config(None, opts), training=training, rank=rank, on_machine=on_machine)
 
 
 def pixels(source, index: int) -> list:
@@ -98,7 +98,7 @@ def test_evaluation_needs_val_only(tmp_path):
 def test_archives_read_the_same_in_every_cache_mode(tmp_path):
     make_archives(tmp_path)
     for mode in ("no", "part", "full"):
-        source = opened(tmp_path, "DATA.ZIP_MODE", True, "DATA.CACHE_MODE", mode, rank=1, world_size=2)
+        source = opened(tmp_path, "DATA.ZIP_MODE", True, "DATA.CACHE_MODE", mode, rank=5, on_machine=(1, 2))
         assert [label for _, label in source.samples] == [0, 1, 0, 1, 1]
         copy = pickle.loads(pickle.dumps(source))  # as a worker process gets it
         for i in range(5):
@@ -114,7 +114,7 @@ def test_the_cache_mode_decides_what_becomes_of_an_archive(tmp_path, monkeypatch
     monkeypatch.setattr(Archive, "read_ahead", lambda self, *part: asked.append(part))
     monkeypatch.setattr(Archive, "hold", lambda self: asked.append("hold"))
     for mode in ("no", "part", "full"):
-        opened(tmp_path, "DATA.ZIP_MODE", True, "DATA.CACHE_MODE", mode, rank=1, world_size=2)
+        opened(tmp_path, "DATA.ZIP_MODE", True, "DATA.CACHE_MODE", mode, rank=5, on_machine=(1, 2))
     assert asked == [(1, 2), "hold"]
 
 
@@ -266,7 +266,7 @@ def test_what_is_left_out_is_told_once_with_its_number(tmp_path, caplog):
         path.parent.mkdir(exist_ok=True)
         path.touch()
     for rank in (0, 1, 2):
-        assert len(opened(tmp_path, rank=rank, world_size=3)) == 5
+        assert len(opened(tmp_path, rank=rank)) == 5
     (record,) = caplog.records
     sentence = record.getMessage()
     assert record.name == "vmamba" and sentence.startswith(f"left out of '{tmp_path / 'train'}': 3 .heic ('")

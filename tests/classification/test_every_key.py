@@ -43,6 +43,8 @@ CHANGED = {
     "DATA.MEAN": (0.1,),
     "DATA.STD": (0.1,),
     "DATA.NUM_WORKERS": (1,),
+    "DATA.PREFETCH_FACTOR": (3, "DATA.NUM_WORKERS", 1),
+    "DATA.PERSISTENT_WORKERS": (False, "DATA.NUM_WORKERS", 1),
     "DATA.DATASET": ("cifar10",),
     "DATA.IMG_SIZE": (20,),
     "DATA.INTERPOLATION": ("bilinear",),
@@ -142,7 +144,7 @@ def seen(monkeypatch):
 
         monkeypatch.setattr(owner, name, watching)
 
-    watch(DataLoader, "__init__", ("num_workers",))
+    watch(DataLoader, "__init__", ("num_workers", "prefetch_factor", "persistent_workers"))
     watch(nn.Module, "compile", call=False)
     watch(vssm, "checkpoint")
     watch(Records, "draw", call=False)  # which takes half a second

@@ -9,8 +9,12 @@ from sklearn.metrics import accuracy_score, f1_score, recall_score
 from timm.optim import param_groups_layer_decay
 
 import vmamba
-from vmamba.classification.task import Accuracy, Task
+from vmamba.classification import datasets
+from vmamba.classification.data import LabelledImages
+from vmamba.classification.datasets import Source
+from vmamba.classification.task import Accuracy, Task, balanced_weights
 from vmamba.config import output_folder
+from vmamba.data.folders import image_files as files
 from vmamba.errors import UserError
 from vmamba.runtime.distributed import World
 from vmamba.runtime.optim import build_optimizer, layer_scales
@@ -25,7 +29,6 @@ from .tiny import metrics, tiny_config
 def test_losses_by_hand(tmp_path, loss, soft):
     weights, smoothing = [0.5, 1.0, 2.0, 3.0, 1.0, 0.0], 0.1
     task = Task(tiny_config(tmp_path, "TRAIN.LOSS", loss, "TRAIN.CLASS_WEIGHTS", weights))
-    task.device = torch.device("cpu")
     torch.manual_seed(0)
     logits, labels = torch.randn(5, 6, dtype=torch.float64), torch.tensor([0, 5, 2, 2, 3])
     targets = torch.rand(5, 6, dtype=torch.float64).softmax(1) if soft else labels
@@ -40,14 +43,20 @@ def test_losses_by_hand(tmp_path, loss, soft):
     torch.testing.assert_close(task.criterion(logits, targets, 0.0 if soft else smoothing), by_hand)
 
 
-def test_balanced_weights_and_wrong_ones(tmp_path):
-    task = Task(tiny_config(tmp_path, "TRAIN.CLASS_WEIGHTS", "balanced"))
-    task.device = torch.device("cpu")
+def test_balanced_weights_and_wrong_ones(tmp_path, monkeypatch):
+    listed = []
+    monkeypatch.setattr(datasets, "image_files", lambda folder, *rest: listed.append(folder) or files(folder, *rest))
+    world, task = World(0, 1, 0, torch.device("cpu")), Task(tiny_config(tmp_path, "TRAIN.CLASS_WEIGHTS", "balanced"))
+    task.train_loader(world)
     assert task.class_weights.tolist() == [1.0] * 6  # each class has as many images
+    assert len(listed) == 6  # each folder once
     for number in range(2):
         (tmp_path / "images" / "train" / "class3").joinpath(f"{3 + 6 * number}.png").unlink()
-    del task.class_weights
+    task.train_loader(world)
     torch.testing.assert_close(task.class_weights, torch.tensor([28 / 30] * 3 + [28 / 18] + [28 / 30] * 2))
+    assert LabelledImages(task.config, Source(range(3), place="hfds/any")).class_counts() is None
+    with pytest.raises(UserError, match="DATASET 'imagenet' tells labels with images only; give a weight for each"):
+        balanced_weights(task.config, None)
     with pytest.raises(UserError, match="CLASS_WEIGHTS has 2 numbers, and MODEL.NUM_CLASSES is 6; give one to each"):
         run(tiny_config(tmp_path, "TRAIN.CLASS_WEIGHTS", [1, 2]))
 

@@ -86,14 +86,19 @@ def test_the_log_says_what_runs_and_how_it_goes(trained):
     assert len(steps) == 6
     names = "eta lr wd time data loss grad_norm loss_scale mem"
     assert [re.search(rf" {name} (\S+)", steps[-1]) is not None for name in names.split()] == [True] * 9
+    said = re.search(
+        r"takes ([\d.]+) ms of a core to load.* train ([\d,]+) images/s: that needs ([\d.]+) c", log(config)
+    )
+    core, rate, cores = (float(number.replace(",", "")) for number in said.groups())
+    assert cores == pytest.approx(core / 1000 * rate, abs=0.06)
     assert f"; held-out loss {results['val_loss']:.4f}, top-1 {results['acc1']:.2f}%" in log(config)
     assert f"EMA held-out loss {results['ema_val_loss']:.4f}, top-1 {results['ema_acc1']:.2f}%" in log(config)
 
 
 def test_evaluation_counts_every_image_once(trained):
     config, results = trained
-    images, targets = zip(*build_eval_loader(config, rank=0, world_size=1), strict=True)
-    images, targets = torch.cat(images), torch.cat(targets)
+    loader = build_eval_loader(config, rank=0, world_size=1)
+    images, targets = map(torch.cat, zip(*map(loader.finish, loader), strict=True))
     assert len(images) == HELD_OUT
     for prefix, key in (("", "model"), ("ema_", "model_ema")):
         with torch.no_grad():

@@ -1,5 +1,6 @@
 """Loading processes: signals that are not for them, and what the system lacks."""
 
+import math
 import os
 import signal
 import time
@@ -120,3 +121,18 @@ def test_an_unreadable_sample_counts_once_though_it_is_drawn_in_the_place_of_oth
     loading = TrainLoader(config, Examples(config, Half(), nothing, training=True), 0, 1)
     assert len(list(loading)) == 15
     assert loading.skipped == len(set(met)) == 30 < len(met)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_how_long_a_core_takes_for_an_image_leaves_waiting_out(workers):
+    class Busy(Slow):
+        def load(self, index):
+            start = time.thread_time()
+            while time.thread_time() - start < 0.002:
+                pass
+            return super().load(index)  # which sleeps for 10 ms
+
+    loading = loader(workers, Busy())
+    assert math.isnan(loading.seconds_an_image)
+    list(loading)
+    assert 0.002 <= loading.seconds_an_image < 0.006

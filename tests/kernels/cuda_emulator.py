@@ -18,8 +18,9 @@ import torch
 from vmamba_kernels.cuda import compiler, scan
 
 # The package's attributes of these names are functions.
-operators, sequences, norms = (
-    sys.modules[f"vmamba_kernels.cuda.{name}"] for name in ("cross_selective_scan", "selective_scan", "layer_norm")
+operators, sequences, norms, convolutions = (
+    sys.modules[f"vmamba_kernels.cuda.{name}"]
+    for name in ("cross_selective_scan", "selective_scan", "layer_norm", "depthwise_conv")
 )
 
 HEADER = Path(__file__).with_name("cuda_emulator.h")
@@ -91,7 +92,9 @@ def install(monkeypatch, folder: Path, processors: int = 1) -> None:
     monkeypatch.setattr(scan, "load", emulator)
     monkeypatch.setattr(sequences, "load", emulator)
     monkeypatch.setattr(norms, "load", emulator)
-    monkeypatch.setattr(norms, "_backward_blocks", lambda device: 3)
+    monkeypatch.setattr(convolutions, "load", emulator)
+    for module in (norms, convolutions):
+        monkeypatch.setattr(module, "_backward_blocks", lambda device: 3)
     monkeypatch.setattr(operators, "TYPED_PRODUCT", False)  # not on a CPU
     monkeypatch.setattr(scan, "_limits", lambda device: (processors, 227 * 1024))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())

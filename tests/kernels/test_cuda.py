@@ -29,7 +29,7 @@ from vmamba_kernels.cuda.scan import Geometry, Scan
 from vmamba_kernels.registry import Call
 
 from . import cuda_emulator
-from .cuda_emulator import norms, operators, sequences
+from .cuda_emulator import convolutions, norms, operators, sequences
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "sm_120": 99 * 1024}  # bytes of a block
@@ -505,8 +505,11 @@ def _install(monkeypatch, folder, processors=1):
         module._scan.cache_clear()  # of what another emulator has loaded
         for operator in (module.FORWARD, module.BACKWARD):
             _on_cpu_tensors(operator)
-    norms._kernels.cache_clear()
-    for operator in (norms.FORWARD, norms.BACKWARD, norms.ADD_FORWARD, norms.ADD_BACKWARD):
+    for module in (norms, convolutions):
+        module._kernels.cache_clear()
+        for operator in (module.FORWARD, module.BACKWARD):
+            _on_cpu_tensors(operator)
+    for operator in (norms.ADD_FORWARD, norms.ADD_BACKWARD):
         _on_cpu_tensors(operator)
 
 
@@ -733,3 +736,39 @@ def test_opcheck_of_the_norm_of_a_sum(on_a_cpu):
         )
         assert set(results.values()) == {"SUCCESS"}
     assert norms.add_layer_norm(x[:0], branch[:0], None, weight, bias, 1e-5, F32)[1].shape == (0, 3, 5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("shape, dtype, has_bias", [
+    ((2, 5, 21, 32), F32, True),
+    ((1, 7, 7, 200), BF16, False),
+    ((2, 1, 1, 6), F16, True),
+    ((1, 4, 40, 3), BF16, True),
+    ((3, 3, 2, 1), F32, False),
+])  # fmt: skip
+def test_depthwise_convolutions_on_an_emulated_gpu(on_a_cpu, monkeypatch, shape, dtype, has_bias, silu):
+    """Output and every gradient against float64, with strips of four columns and of sixteen."""
+    x, weight, bias, dy = (t.detach() for t in _leaves(shape, (shape[-1], 1, 3, 3), shape[-1:], shape))
+    leaves = [x.to(dtype), weight, *([bias] if has_bias else [])]
+    exact = [t.double().requires_grad_() for t in leaves]
+    out = reference.depthwise_conv(*exact, *([] if has_bias else [None]), silu, True)
+    want = [out, *torch.autograd.grad(out, exact, dy.to(dtype).double())]
+    for columns in (4, 16):
+        monkeypatch.setattr(convolutions, "_columns", lambda x, n=columns: n)
+        here = [t.clone().requires_grad_() for t in leaves]
+        out = convolutions.depthwise_conv(*here, *([] if has_bias else [None]), silu, True)
+        assert torch.equal(out, convolutions.depthwise_conv(*leaves, *([] if has_bias else [None]), silu, False))
+        got = [out, *torch.autograd.grad(out, here, dy.to(dtype))]
+        for one, other in zip(got, want, strict=True):
+            assert one.is_contiguous()
+            assert (one - other).norm() <= (1e-6 if dtype == F32 else 1e-2) * other.norm()
+
+
+@needs_compiler
+def test_opcheck_of_a_depthwise_convolution(on_a_cpu):
+    x, weight, bias = _leaves((2, 3, 5, 4), (4, 1, 3, 3), (4,))
+    for arguments in ((bias, True, True), (None, False, False)):
+        results = torch.library.opcheck(torch.ops.vmamba.depthwise_conv_cuda, (x, weight, *arguments))
+        assert set(results.values()) == {"SUCCESS"}
+    assert convolutions.depthwise_conv(x[:0], weight, None, True, True).shape == (0, 3, 5, 4)

@@ -14,7 +14,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 import vmamba
 import vmamba_kernels
-from vmamba.models.layers import on_channels_last
+from vmamba.models.layers import convolve_and_activate, on_channels_last
 from vmamba_kernels import operators, registry
 
 kinds = pytest.mark.parametrize("name", ["vmamba_tiny", "vmamba_tiny_s1l8", "vmamba_tiny_m2"])
@@ -277,6 +277,16 @@ def test_depthwise_convolutions_are_pytorchs(name):
     model(images()).sum().backward()
     close(model(images()), expected)
     assert all(each.up.weight.grad.abs().max() > 0 for each in model.modules() if isinstance(each, LowRank))
+
+
+def test_a_convolution_that_was_changed_is_called_as_it_is():
+    """As packages do that trade stride for dilation; then it is no longer what one operator computes."""
+    torch.manual_seed(0)
+    mixer, x = small("vmamba_tiny_s1l8").layers[0].blocks[0].op, torch.randn(1, 8, 8, 16)
+    convolution = mixer.conv2d
+    convolution.dilation, convolution.padding = (2, 2), (2, 2)
+    seen = convolve_and_activate(x[..., : convolution.in_channels], convolution, mixer.act)
+    close(seen, mixer.act(convolution(x[..., : convolution.in_channels].permute(0, 3, 1, 2))).permute(0, 2, 3, 1))
 
 
 @pytest.mark.parametrize(

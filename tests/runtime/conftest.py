@@ -21,11 +21,13 @@ CPU = World(0, 1, 0, torch.device("cpu"))
 class Tiny:
     """A state, its step, and batches for it."""
 
-    def __init__(self, *opts, model=None, steps_per_epoch=10):
+    def __init__(self, *opts, model=None, steps_per_epoch=10, fused=False):
         self.config = get_config(None, ["AMP.ENABLE", "False", "TRAIN.BASE_LR", "0.1", *opts])
         torch.manual_seed(0)
         model = model or nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 3))
         optimizer = build_optimizer(self.config, model, 512)
+        if fused:  # as it is on a GPU
+            optimizer = torch.optim.AdamW([{**group, "fused": True} for group in optimizer.param_groups], fused=True)
         self.state = TrainState(
             model=model,
             ema=ModelEmaV3(model, decay=0.9, use_warmup=True) if self.config.TRAIN.EMA.ENABLE else None,
@@ -45,8 +47,13 @@ class Tiny:
         generator = torch.Generator().manual_seed(index)
         return torch.randn(size, 4, generator=generator), torch.randint(3, (size,), generator=generator)
 
+    def one(self, *batches):
+        """The report of a step of these micro-batches."""
+        (report,) = [*self.step(self.state, batches), *self.step.settle(self.state)]
+        return report
+
     def train(self, steps):
-        return [self.step(self.state, [self.batch(self.state.step)]) for _ in range(steps)]
+        return [self.one(self.batch(self.state.step)) for _ in range(steps)]
 
     def weights(self):
         return {name: value.clone() for name, value in self.state.model.state_dict().items()}

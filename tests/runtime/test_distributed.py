@@ -41,6 +41,12 @@ def test_every_launcher_is_understood(environment, expected, monkeypatch):
     assert distributed._launched_as() == expected
 
 
+def test_a_processs_place_on_its_machine():
+    hosts = ["a", "a", "b", "a", "b"]  # SLURM may deal them out in turn
+    places = [distributed._place_on_machine(rank, hosts) for rank in range(5)]
+    assert places == [(0, 3), (1, 3), (0, 2), (2, 3), (1, 2)]
+
+
 @pytest.mark.parametrize(
     ("environment", "sentence"),
     [

@@ -11,6 +11,7 @@ from vmamba.runtime import logging, records
 from vmamba.runtime.distributed import World
 from vmamba.runtime.logging import Pace, create_logger, megabytes, memory_mb, progress
 from vmamba.runtime.records import read_metrics, write_metrics
+from vmamba.runtime.report import describe_loading
 
 from .conftest import CPU
 
@@ -100,6 +101,13 @@ def test_pace_counts_steps_not_micro_batches():
     again, _ = pace.lap(13)
     assert 0 <= waiting <= seconds
     assert again >= 0
+
+
+def test_the_cores_that_loading_needs_by_hand():
+    """1,000 images in 8 s of computing are 125 a second, of 4 ms each."""
+    told = describe_loading(seconds_an_image=0.004, images=1000, seconds=10.0, waited=2.0)
+    assert "waited 2.0 of 10.0 s for data" in told and "takes 4.00 ms of a core" in told
+    assert "could train 125 images/s: that needs 0.5 cores" in told
 
 
 def test_long_work_shows_a_bar_on_rank_0s_terminal_alone(capsys, monkeypatch):

@@ -1,33 +1,37 @@
-"""The images of a classification in batches: (B, IN_CHANS, H, W) float32, and their labels (B,) int64."""
+"""The images of a classification in batches: what `transforms.collate` makes, which `loader.finish` normalises where
+it is computed with."""
 
+from collections import Counter
 from collections.abc import Callable
 
 from PIL import Image
-from torch import Tensor
 from yacs.config import CfgNode
 
 from vmamba.classification.datasets import Source, open_dataset
-from vmamba.classification.transforms import build_transform
+from vmamba.classification.transforms import Normalise, Pixels, build_pixels, collate
 from vmamba.data.loaders import EvalLoader, Examples, TrainLoader
 from vmamba.errors import UserError
 
+Place = tuple[int, int]  # which of its machine's processes this is, and how many there are
 
-def build_train_loader(config: CfgNode, *, rank: int, world_size: int) -> TrainLoader:
+
+def build_train_loader(config: CfgNode, *, rank: int, world_size: int, on_machine: Place = (0, 1)) -> TrainLoader:
     """The training images in micro-batches.
 
     Raises UserError when the data is not there, does not fit the config, or does not fill one batch.
     """
-    return TrainLoader(config, _examples(config, True, rank, world_size), rank, world_size)
+    examples = _examples(config, True, rank, on_machine)
+    return TrainLoader(config, examples, rank, world_size, collate, Normalise(config))
 
 
-def build_eval_loader(config: CfgNode, *, rank: int, world_size: int) -> EvalLoader:
+def build_eval_loader(config: CfgNode, *, rank: int, world_size: int, on_machine: Place = (0, 1)) -> EvalLoader:
     """This process's share of the validation images.  Raises UserError when they are not there or do not fit."""
-    return EvalLoader(config, _examples(config, False, rank, world_size), rank, world_size)
+    return EvalLoader(config, _examples(config, False, rank, on_machine), rank, world_size, collate, Normalise(config))
 
 
-def _examples(config: CfgNode, training: bool, rank: int, world_size: int) -> Examples:
-    images = LabelledImages(config, open_dataset(config, training=training, rank=rank, world_size=world_size))
-    return Examples(config, images, OnImage(build_transform(config, training)), training=training)
+def _examples(config: CfgNode, training: bool, rank: int, on_machine: Place) -> Examples:
+    images = LabelledImages(config, open_dataset(config, training=training, rank=rank, on_machine=on_machine))
+    return Examples(config, images, OnImage(build_pixels(config, training)), training=training)
 
 
 class LabelledImages:
@@ -47,13 +51,21 @@ class LabelledImages:
             raise UserError(f"label {label} of '{name}' is out of range; MODEL.NUM_CLASSES is {self.classes}")
         return image, label
 
+    def class_counts(self) -> list[int] | None:
+        """Of each class its images; None where only reading every image would tell."""
+        labels = self.source.labels()
+        if labels is None:
+            return None
+        counts = Counter(labels)
+        return [counts[label] for label in range(self.classes)]
+
 
 class OnImage:
     """A transform of the image of (image, label)."""
 
-    def __init__(self, transform: Callable[[Image.Image], Tensor]):
+    def __init__(self, transform: Callable[[Image.Image], Pixels]):
         self.transform = transform
 
-    def __call__(self, sample: tuple[Image.Image, int]) -> tuple[Tensor, int]:
+    def __call__(self, sample: tuple[Image.Image, int]) -> tuple[Pixels, int]:
         image, label = sample
         return self.transform(image), label

@@ -10,6 +10,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -52,15 +53,28 @@ class Source:
         """The decoded image, of 1 or 3 channels of 8 bits, and its label.  Raises UnreadableImage."""
         name = self.name(index)
         with reading(name):
-            image, label = self.samples[index][:2]
-            label = int(-1 if label is None else label)
-            if self.archive:
-                image = self.archive.read(index)
-        return decode(image, channels, name), label
+            file, label = self.read(index)
+        return decode(file, channels, name), label
+
+    def read(self, index: int) -> tuple[Any, int]:
+        """The bytes of the image's file, or what else `decode` takes, and its label.  May raise any Exception."""
+        image, label = self.samples[index][:2]
+        if self.archive:
+            image = self.archive.read(index)
+        elif isinstance(image, (str, Path)):
+            image = Path(image).read_bytes()
+        return image, int(-1 if label is None else label)
+
+    def labels(self) -> Sequence[int] | None:
+        """Of all samples; None where only reading every image would tell."""
+        if isinstance(self.samples, list):
+            return [label for _, label in self.samples]
+        return getattr(self.samples, "targets", None)
 
 
-def open_dataset(config: CfgNode, *, training: bool, rank: int, world_size: int) -> Source:
-    """The training or the validation images of DATA.DATASET.  Rank 0 tells which files are left out.
+def open_dataset(config: CfgNode, *, training: bool, rank: int, on_machine: tuple[int, int]) -> Source:
+    """The training or the validation images of DATA.DATASET.  Rank 0 tells which files are left out; `on_machine` is
+    which of its machine's processes this is, and how many there are.
 
     Raises UserError when they are not there, or do not fit MODEL.NUM_CLASSES, or are of one class and for training.
     """
@@ -76,28 +90,12 @@ def open_dataset(config: CfgNode, *, training: bool, rank: int, world_size: int)
     if name in _CIFAR:
         return _cifar(config, training)
     if name == "imagenet" and config.DATA.ZIP_MODE:
-        return _archive(config, training, rank, world_size)
+        return _archive(config, training, on_machine)
     if name == "imagenet":
         return _folders(config, training, tell=rank == 0)
     if "/" in name:
         return _from_timm(config, training)
     raise unknown("DATA.DATASET", name, ["digits", "imagenet", *_CIFAR, "torch/<name>", "hfds/<name>"])
-
-
-def class_counts(config: CfgNode) -> list[int]:
-    """Of each class its training images.  Raises UserError where only reading every image would tell."""
-    config = config.clone()
-    config.defrost()
-    config.DATA.CACHE_MODE = "no"
-    samples = open_dataset(config, training=True, rank=1, world_size=2).samples
-    labels = getattr(samples, "targets", None)
-    if labels is None and not isinstance(samples, list):
-        raise UserError(
-            f"TRAIN.CLASS_WEIGHTS is balanced, and DATA.DATASET '{config.DATA.DATASET}' tells labels with images only; "
-            "give a weight for each class"
-        )
-    counts = Counter(labels if labels is not None else (label for _, label in samples))
-    return [counts[label] for label in range(config.MODEL.NUM_CLASSES)]
 
 
 def _digits(config: CfgNode, training: bool) -> Source:
@@ -267,7 +265,7 @@ def _check_same_classes(root: Path, split: str, classes: list[str], names_from: 
 # ------------------------------------------------------------------------------------------------ archives
 
 
-def _archive(config: CfgNode, training: bool, rank: int, world_size: int) -> Source:
+def _archive(config: CfgNode, training: bool, on_machine: tuple[int, int]) -> Source:
     root, classes, split = data_path(config), config.MODEL.NUM_CLASSES, "train" if training else "val"
     path, map_path = root / f"{split}.zip", root / f"{split}_map.txt"
     for file in (path, map_path):
@@ -282,7 +280,7 @@ def _archive(config: CfgNode, training: bool, rank: int, world_size: int) -> Sou
     _check_class_count(f"'{printable(map_path)}'", classes, config, training)
     archive = Archive(path, [name for name, _ in samples])
     if config.DATA.CACHE_MODE == "part":
-        archive.read_ahead(rank, world_size)
+        archive.read_ahead(*on_machine)
     if config.DATA.CACHE_MODE == "full":
         archive.hold()
     return Source(samples, archive=archive)

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from yacs.config import CfgNode
 
 from vmamba.classification.data import build_eval_loader, build_train_loader
-from vmamba.classification.datasets import class_counts
 from vmamba.classification.transforms import Batch, build_mixup
 from vmamba.config import image_size
 from vmamba.data.loaders import EvalLoader, TrainLoader
@@ -30,6 +29,7 @@ class Task:
 
     headline = "acc1"
     panels = MappingProxyType({"top-1 (%)": "acc1"})
+    class_weights: Tensor | None  # (classes,), as TRAIN.CLASS_WEIGHTS says, on the device: `train_loader` sets them
 
     def __init__(self, config: CfgNode):
         self.config = config
@@ -48,14 +48,17 @@ class Task:
         load_pretrained(model, checkpoint, drop_head=self.config.MODEL.DROP_HEAD)
 
     def train_loader(self, world: World) -> TrainLoader:
-        self.device = world.device
         if self.config.TRAIN.LOSS == "bce" and self.config.MODEL.LABEL_SMOOTHING == 1:
             raise UserError("MODEL.LABEL_SMOOTHING is 1, which TRAIN.LOSS bce does not take; choose less")
-        _ = self.mixup, self.class_weights  # refuse what cannot be before anything is opened
-        return build_train_loader(self.config, rank=world.rank, world_size=world.size)
+        _, weights = self.mixup, given_weights(self.config)  # refuse what cannot be before anything is opened
+        loader = build_train_loader(self.config, rank=world.rank, world_size=world.size, on_machine=world.on_machine)
+        if self.config.TRAIN.CLASS_WEIGHTS == "balanced":
+            weights = balanced_weights(self.config, loader.examples.source.class_counts())
+        self.class_weights = None if weights is None else weights.to(world.device)
+        return loader
 
     def eval_loader(self, world: World) -> EvalLoader:
-        return build_eval_loader(self.config, rank=world.rank, world_size=world.size)
+        return build_eval_loader(self.config, rank=world.rank, world_size=world.size, on_machine=world.on_machine)
 
     def loss(self, model: nn.Module, batch: Batch, *, step: int, part: int) -> Tensor:
         images, targets = batch
@@ -75,24 +78,6 @@ class Task:
             )  # of weighted classes too the mean counts images, so that micro-batches add up to their union
         return losses.mean()
 
-    @cached_property
-    def class_weights(self) -> Tensor | None:
-        """(classes,), as TRAIN.CLASS_WEIGHTS says."""
-        wanted, classes = self.config.TRAIN.CLASS_WEIGHTS, self.config.MODEL.NUM_CLASSES
-        if not wanted:
-            return None
-        if wanted == "balanced":
-            counts = torch.tensor(class_counts(self.config), dtype=torch.float32)
-            return (counts.sum() / (classes * counts.clamp(min=1))).to(self.device)
-        if len(wanted) != classes:
-            numbers = counted(len(wanted), "number")
-            raise UserError(f"TRAIN.CLASS_WEIGHTS has {numbers}, and MODEL.NUM_CLASSES is {classes}; give one to each")
-        if not any(wanted):
-            raise UserError(
-                "TRAIN.CLASS_WEIGHTS is 0 for every class, which leaves nothing to train; weigh some of them"
-            )
-        return torch.tensor(wanted, device=self.device)
-
     def meter(self, world: World) -> "Accuracy":
         return Accuracy(world, self.config)
 
@@ -107,6 +92,32 @@ class Task:
     def example(self, world: World) -> tuple[Tensor]:
         shape = (self.config.DATA.BATCH_SIZE, self.config.MODEL.IN_CHANS, *image_size(self.config))
         return (torch.randn(shape, device=world.device),)
+
+
+def given_weights(config: CfgNode) -> Tensor | None:
+    """(classes,) float32, as TRAIN.CLASS_WEIGHTS lists them; None where it does not.  Raises UserError for a list that
+    does not fit."""
+    wanted, classes = config.TRAIN.CLASS_WEIGHTS, config.MODEL.NUM_CLASSES
+    if not wanted or wanted == "balanced":
+        return None
+    if len(wanted) != classes:
+        numbers = counted(len(wanted), "number")
+        raise UserError(f"TRAIN.CLASS_WEIGHTS has {numbers}, and MODEL.NUM_CLASSES is {classes}; give one to each")
+    if not any(wanted):
+        raise UserError("TRAIN.CLASS_WEIGHTS is 0 for every class, which leaves nothing to train; weigh some of them")
+    return torch.tensor(wanted, dtype=torch.float32)
+
+
+def balanced_weights(config: CfgNode, counts: list[int] | None) -> Tensor:
+    """(classes,) float32, by the inverse of a class's images, 1 on average over them.  Raises UserError where the data
+    set does not tell how many images each class has."""
+    if counts is None:
+        raise UserError(
+            f"TRAIN.CLASS_WEIGHTS is balanced, and DATA.DATASET '{config.DATA.DATASET}' tells labels with images only; "
+            "give a weight for each class"
+        )
+    images = torch.tensor(counts, dtype=torch.float32)
+    return images.sum() / (len(counts) * images.clamp(min=1))
 
 
 class Accuracy:

@@ -1,11 +1,21 @@
-"""What becomes of an image before the model sees it: timm's transforms, mixup and cutmix."""
+"""What becomes of an image before the model sees it: timm's transforms, mixup and cutmix.
+
+A loading process makes pixels of 8 bits of it, a quarter of what they are as float32, and draws what random erasing
+puts into them; the device that computes takes off the mean and puts the patches in.  The numbers are timm's, bit for
+bit.
+"""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from PIL import Image, ImageOps
 from timm.data import Mixup, create_transform
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
+from torch.utils.data import default_collate
 from torchvision import transforms
 from yacs.config import CfgNode
 
@@ -17,8 +27,26 @@ Batch = tuple[Tensor, Tensor]  # images (B, C, H, W), float32; labels (B,), int6
 _SMALL = 32  # up to this size pixels are too few to zoom into
 
 
+@dataclass(frozen=True)
+class Patch:
+    """What random erasing puts into an image, its mean and standard deviation taken off."""
+
+    top: int
+    left: int
+    values: Tensor  # (C, h, w) float32
+
+
+Pixels = tuple[Tensor, list[Patch]]  # an image (C, H, W), uint8, and what is put into it
+
+
 def build_transform(config: CfgNode, training: bool) -> Callable[[Image.Image], Tensor]:
-    """timm's transform from an image to (IN_CHANS, H, W) float32.
+    """timm's transform from an image to (IN_CHANS, H, W) float32: of one image what a run does by batches."""
+    to_pixels, normalise = build_pixels(config, training), Normalise(config)
+    return lambda image: normalise(collate([(to_pixels(image), 0)]))[0][0]
+
+
+def build_pixels(config: CfgNode, training: bool) -> Callable[[Image.Image], Pixels]:
+    """The part of timm's transform that a loading process does.
 
     For training at up to 32 pixels the image is resized, padded by an eighth and cropped, instead of zoomed into.
     """
@@ -29,16 +57,14 @@ def build_transform(config: CfgNode, training: bool) -> Callable[[Image.Image], 
     common = {
         "input_size": (channels, *size),
         "interpolation": config.DATA.INTERPOLATION,
-        "mean": _by_channel(config, "MEAN"),
-        "std": _by_channel(config, "STD"),
+        "mean": _by_channel(config, "MEAN"),  # of what policies fill corners with
+        "normalize": False,
     }
     if not training:
         whole = small or not config.TEST.CROP
-        return create_transform(
-            **common,
-            crop_pct=1.0 if whole else config.TEST.CROP_PCT,
-            crop_mode="center" if config.TEST.CROP else "squash",
-        )
+        crop_pct = 1.0 if whole else config.TEST.CROP_PCT
+        crop_mode = "center" if config.TEST.CROP else "squash"
+        return _ToPixels(create_transform(**common, crop_pct=crop_pct, crop_mode=crop_mode))
     try:
         transform = create_transform(
             **common,
@@ -49,9 +75,6 @@ def build_transform(config: CfgNode, training: bool) -> Callable[[Image.Image], 
             vflip=aug.VFLIP,
             color_jitter=aug.COLOR_JITTER or None,
             auto_augment=_checked_policy(aug.AUTO_AUGMENT),
-            re_prob=aug.REPROB,
-            re_mode=aug.REMODE,
-            re_count=aug.RECOUNT,
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(f"timm does not know AUG.AUTO_AUGMENT '{aug.AUTO_AUGMENT}': {error}") from error
@@ -60,7 +83,76 @@ def build_transform(config: CfgNode, training: bool) -> Callable[[Image.Image], 
         mode = transforms.InterpolationMode(config.DATA.INTERPOLATION)
         padded = transforms.RandomCrop(size, padding=(size[1] // 8, size[0] // 8))
         transform.transforms[0:1] = [transforms.Resize(size, interpolation=mode), padded]
-    return transform
+    erasing = RandomErasing(aug.REPROB, mode=aug.REMODE, max_count=aug.RECOUNT, device="cpu") if aug.REPROB else None
+    return _ToPixels(transform, erasing)
+
+
+class _ToPixels:
+    def __init__(self, transform: Callable[[Image.Image], Tensor], erasing: RandomErasing | None = None):
+        self.transform, self.erasing = transform, erasing
+
+    def __call__(self, image: Image.Image) -> Pixels:
+        pixels, erased = self.transform(image), _Erased()
+        if self.erasing:
+            erased.shape = pixels.shape
+            self.erasing(erased)
+        return pixels, erased.patches
+
+
+class _Erased:
+    """Stands for a float32 image while timm's RandomErasing writes into it, and keeps what is written."""
+
+    dtype = torch.float32
+
+    def __init__(self) -> None:
+        self.shape, self.patches = torch.Size(), []
+
+    def size(self) -> torch.Size:
+        return self.shape
+
+    def __setitem__(self, place: tuple[slice, slice, slice], values: Tensor) -> None:
+        _, rows, columns = place
+        whole = values.expand(-1, rows.stop - rows.start, columns.stop - columns.start)
+        self.patches.append(Patch(rows.start, columns.start, whole))
+
+
+def collate(samples: Sequence[tuple[Pixels, int]]) -> dict[str, Any]:
+    """Samples of (pixels, label) -> what `Normalise` takes: `images` (B, C, H, W), uint8; `labels` (B,), int64;
+    `places`, of each patch (image, top, left, height, width); `patches`, the values of all of them in one row."""
+    images, labels = default_collate([(pixels, label) for (pixels, _), label in samples])
+    patches = [(number, patch) for number, ((_, erased), _) in enumerate(samples) for patch in erased]
+    return {
+        "images": images,
+        "labels": labels,
+        "places": [(number, patch.top, patch.left, *patch.values.shape[1:]) for number, patch in patches],
+        "patches": torch.cat([torch.empty(0), *(patch.values.flatten() for _, patch in patches)]),
+    }
+
+
+class Normalise:
+    """What `collate` made, on any device -> images (B, C, H, W), float32, DATA.MEAN taken off, over DATA.STD, the
+    patches put in; labels (B,).
+
+    Divisions are by tensors: for a number a GPU would multiply by its reciprocal, which gives another last bit.
+    """
+
+    def __init__(self, config: CfgNode):
+        mean, std = (torch.tensor(_by_channel(config, key)) for key in ("MEAN", "STD"))
+        self.constants = torch.tensor(255.0), mean[:, None, None], std[:, None, None]
+
+    def __call__(self, batch: Mapping[str, Any]) -> Batch:
+        images = batch["images"].to(torch.float32, memory_format=torch.contiguous_format)
+        if self.constants[0].device != images.device:
+            self.constants = tuple(constant.to(images.device, non_blocking=True) for constant in self.constants)
+        white, mean, std = self.constants
+        images.div_(white).sub_(mean).div_(std)
+        start, channels = 0, images.shape[1]
+        for number, top, left, height, width in batch["places"]:
+            end = start + channels * height * width
+            patch = batch["patches"][start:end].view(channels, height, width)
+            images[number, :, top : top + height, left : left + width] = patch
+            start = end
+        return images, batch["labels"]
 
 
 def _by_channel(config: CfgNode, key: str) -> tuple[float, ...]:

@@ -82,6 +82,8 @@ COMMON = (
         at_least=0,
         flag="workers",
     ),
+    key("DATA.PREFETCH_FACTOR", 2, "batches that each loading process is ahead by", at_least=1),
+    switch("DATA.PERSISTENT_WORKERS", "keep loading processes from one pass to the next", default=True),
     switch("DATA.PIN_MEMORY", "page-locked batches, for a GPU", default=True),
     #
     key("MODEL.NAME", "vmamba_tiny", "see vmamba.list_models()", also="arch architecture model.type"),

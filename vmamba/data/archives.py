@@ -61,8 +61,9 @@ class Archive:
             raise zipfile.BadZipFile("its bytes are not those that the archive's checksum is of")
         return data
 
-    def read_ahead(self, rank: int, world_size: int) -> None:
-        """Read this process's part of the archive once, from its beginning to its end, and keep none of it.
+    def read_ahead(self, part: int, parts: int) -> None:
+        """Read one of `parts` of the archive once, from its beginning to its end, and keep none of it: the processes of
+        a machine together read it whole, since each will want files of anywhere.
 
         The system keeps what was read (its page cache) for all processes of the machine, as far as its memory goes, and
         drops it when memory is wanted.  Does nothing where the archive is larger than the machine's memory.
@@ -71,7 +72,7 @@ class Archive:
             logger.info("'%s' is larger than the machine's memory and is not read ahead", printable(self.path))
             return
         logger.info("reading '%s' (%.1f GB) ahead, once", printable(self.path), self._size / 1e9)
-        start, end = self._size * rank // world_size, self._size * (rank + 1) // world_size
+        start, end = self._size * part // parts, self._size * (part + 1) // parts
         try:
             for place in range(start, end, _PIECE):
                 self._read_at(place, min(_PIECE, end - place))

@@ -4,6 +4,7 @@ import errno
 import logging
 import random
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ logger = logging.getLogger("vmamba")
 
 Key = tuple[int, int]  # epoch, index of the sample
 Example = tuple[Any, list[str]] | str  # what becomes of a sample (None: nothing), the unreadable; or what ends the run
+Seconds = float  # of a core: what was computed, without waiting for files
 
 _REPLACEMENTS = 10  # samples tried in the place of an unreadable one
 
@@ -42,10 +44,12 @@ class Examples(Dataset):
         self.source, self.transform, self.training = source, transform, training
         self.seed, self.skip = config.SEED, config.DATA.SKIP_BAD_IMAGES
 
-    def __getitems__(self, keys: Sequence[Key]) -> list[Example]:
+    def __getitems__(self, keys: Sequence[Key]) -> tuple[list[Example], Seconds]:
         """What DataLoader calls for a batch.  Keeping the generators' states is dear, so it is done once here."""
+        start = time.thread_time()
         with preserved_generators():
-            return [self._example(key) for key in keys]
+            examples = [self._example(key) for key in keys]
+        return examples, time.thread_time() - start
 
     def _example(self, key: Key) -> Example:
         """An error is a value here: raised in a worker process it would arrive wrapped in a traceback."""
@@ -70,11 +74,16 @@ class Examples(Dataset):
             yield random.randrange(len(self.source))
 
 
+def whole_already(batch: Any) -> Any:
+    return batch
+
+
 class Loader:
     """Iterates over batches.  A UserError met in a worker process is raised here, as one sentence.
 
+    `finish` makes a batch whole on the device that computes with it; whoever takes a batch there calls it.
     `skipped` counts the unreadable images that this process met since the iteration began (DATA.SKIP_BAD_IMAGES), each
-    once: drawn to replace another it is met again.
+    once: drawn to replace another it is met again.  `seconds_an_image` says how long a core took for one so far.
     """
 
     def __init__(
@@ -83,8 +92,11 @@ class Loader:
         examples: Examples,
         batches: Iterable[list[Key]],
         collate: Callable[[list[Any]], Any] = default_collate,
+        finish: Callable[[Any], Any] = whole_already,
     ):
+        self.examples, self.collate, self.finish = examples, collate, finish
         workers = config.DATA.NUM_WORKERS
+        self._seconds, self._images = 0.0, 0
         self._skipped: set[str] = set()
         self._named: set[str] = set()
         self._loader = DataLoader(
@@ -92,7 +104,8 @@ class Loader:
             batch_sampler=batches,
             collate_fn=_Collate(collate),
             num_workers=workers,
-            persistent_workers=workers > 0,
+            prefetch_factor=config.DATA.PREFETCH_FACTOR if workers else None,
+            persistent_workers=config.DATA.PERSISTENT_WORKERS and workers > 0,
             worker_init_fn=_start_worker,
             pin_memory=config.DATA.PIN_MEMORY and config.DEVICE != "cpu" and torch.cuda.is_available(),
             generator=torch.Generator(),  # else starting an iteration draws from PyTorch's global generator
@@ -105,13 +118,20 @@ class Loader:
     def skipped(self) -> int:
         return len(self._skipped)
 
+    @property
+    def seconds_an_image(self) -> Seconds:
+        """Reading, decoding, augmenting and collating, waiting for files left out; NaN before the first batch."""
+        return self._seconds / self._images if self._images else float("nan")
+
     def __iter__(self) -> Iterator[Any]:
         self._skipped = set()
         try:
             for loaded in self._iterator():
                 if isinstance(loaded, str):
                     raise UserError(loaded)
-                batch, unreadable = loaded
+                batch, unreadable, images, seconds = loaded
+                self._images += images
+                self._seconds += seconds
                 self._count(unreadable)
                 if batch is not None:
                     yield batch
@@ -149,12 +169,13 @@ class TrainLoader(Loader):
         rank: int,
         world_size: int,
         collate: Callable[[list[Any]], Any] = default_collate,
+        finish: Callable[[Any], Any] = whole_already,
     ):
         self.images = len(examples.source)
         groups = getattr(examples.source, "groups", None)
         self._batches = TrainingBatches(config, self.images, rank, world_size, groups)
         self.steps_per_epoch: int = self._batches.steps
-        super().__init__(config, examples, self._batches, collate)
+        super().__init__(config, examples, self._batches, collate, finish)
 
     def set_epoch(self, epoch: int, start_step: int = 0, end_step: int | None = None) -> None:
         """Let the next iteration run through `epoch` from optimiser step `start_step` up to `end_step`."""
@@ -172,11 +193,12 @@ class EvalLoader(Loader):
         rank: int,
         world_size: int,
         collate: Callable[[list[Any]], Any] = default_collate,
+        finish: Callable[[Any], Any] = whole_already,
     ):
         self.images = len(examples.source)
         mine, size = range(rank, self.images, world_size), config.DATA.BATCH_SIZE
         batches = [[(0, index) for index in mine[start : start + size]] for start in range(0, len(mine), size)]
-        super().__init__(config, examples, batches, collate)
+        super().__init__(config, examples, batches, collate, finish)
 
 
 class TrainingBatches:
@@ -221,17 +243,22 @@ def in_groups(order: Sequence[int], groups: Sequence[int], size: int) -> list[in
 
 
 class _Collate:
-    """A batch, None where no example is left, with the unreadable of its examples; or the first error among them."""
+    """A batch, None where no example is left, with the unreadable of its examples, their number and the time they took;
+    or the first error among them."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]):
         self.collate = collate
 
-    def __call__(self, examples: list[Example]) -> tuple[Any, list[str]] | str:
+    def __call__(self, loaded: tuple[list[Example], Seconds]) -> tuple[Any, list[str], int, Seconds] | str:
+        examples, seconds = loaded
+        start = time.thread_time()
         for example in examples:
             if isinstance(example, str):
                 return example
         kept = [example for example, _ in examples if example is not None]
-        return self.collate(kept) if kept else None, [sentence for _, names in examples for sentence in names]
+        batch = self.collate(kept) if kept else None
+        unreadable = [sentence for _, names in examples for sentence in names]
+        return batch, unreadable, len(examples), seconds + time.thread_time() - start
 
 
 def _start_worker(worker: int) -> None:

@@ -20,6 +20,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from vmamba.detection.roi_heads import PredictionSettings, RoIHead, paste_masks, pasted_in_parts
 from vmamba.detection.rpn import ProposalSettings, RPNHead
 from vmamba.errors import UserError
+from vmamba.models.layers import take_strides_of_gradients
 from vmamba.models.whole import check_images
 from vmamba.values import Takes
 
@@ -69,6 +70,7 @@ class MaskRCNN(nn.Module):
                 nn.init.xavier_uniform_(layer.weight)
         self.rpn_head = RPNHead(channels, rpn_samples)
         self.roi_head = RoIHead(channels, hidden, num_classes, samples)
+        take_strides_of_gradients(self.neck, self.rpn_head, self.roi_head)
 
     @staticmethod
     def name_of_head(released: str) -> str:

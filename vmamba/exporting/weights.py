@@ -43,9 +43,7 @@ def about(
         return told
     for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, model.in_chans):
-            raise UserError(
-                f"{name} has {len(values)} numbers; give one, or one for each of {model.in_chans} channels"
-            )
+            raise UserError(f"{name} has {len(values)} numbers; give one, or one for each of {model.in_chans} channels")
     data = {"IMG_SIZE": [int(side) for side in size], "MEAN": [float(x) for x in mean], "STD": [float(x) for x in std]}
     if model.pos_embed is not None:
         data["IMG_SIZE"] = [side * model.patch_size for side in model.pos_embed.shape[2:]]

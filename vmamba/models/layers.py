@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, GluMlp, Mlp, get_act_layer
 from torch import Tensor, nn
 
+import vmamba_kernels
 from vmamba.errors import UserError
 from vmamba_kernels import add_layer_norm, autocast_dtype, is_plain, layer_norm
 from vmamba_kernels.private import has_hooks
@@ -121,9 +122,34 @@ class ImageLayers(nn.Sequential):
 def depthwise_conv(dim: int, side: int, bias: bool) -> nn.Conv2d:
     """A convolution of each channel of channels-first images that keeps their size."""
     convolution = nn.Conv2d(dim, dim, side, padding=side // 2, groups=dim, bias=bias)
-    # The same memory with its gradient's strides, which DistributedDataParallel compares.
-    convolution.weight.data = convolution.weight.data.as_strided(convolution.weight.shape, (side * side, 1, side, 1))
+    take_strides_of_gradients(convolution)
     return convolution
+
+
+def convolve_and_activate(x: Tensor, convolution: nn.Module, act: nn.Module) -> Tensor:
+    """act(convolution(x)) of a channels-last image: one operator where both are as we make them, and unseen."""
+    if type(act) is nn.SiLU and is_unseen(x, convolution, act) and _keeps_size_and_channels(convolution):
+        return vmamba_kernels.depthwise_conv(x, convolution.weight, convolution.bias, silu=True)
+    return act(convolution(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+def _keeps_size_and_channels(layer: nn.Module) -> bool:
+    """Whether it is what `depthwise_conv` makes, also after somebody may have changed its stride or dilation."""
+    if type(layer) is not nn.Conv2d or not layer.groups == layer.in_channels == layer.out_channels:
+        return False
+    side = layer.kernel_size[0]
+    of_a_square = layer.kernel_size == (side, side) and layer.padding == (side // 2, side // 2) and side % 2 == 1
+    return of_a_square and layer.stride == layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+
+
+def take_strides_of_gradients(*modules: nn.Module) -> None:
+    """Give weights of convolutions the strides that their gradients have on channels-last images, where that is the
+    same memory (one channel to read, or 1x1): DistributedDataParallel compares strides, and warns."""
+    for layer in (layer for module in modules for layer in module.modules() if isinstance(layer, nn.Conv2d)):
+        _, channels, height, width = shape = layer.weight.shape
+        if channels == 1 or height == width == 1:
+            strides = (height * width * channels, 1, width * channels, channels)
+            layer.weight.data = layer.weight.data.as_strided(shape, strides)
 
 
 class StridedConv(nn.Conv2d):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vmamba.errors import UserError
-from vmamba.models.layers import activation, depthwise_conv, on_channels_last
+from vmamba.models.layers import activation, convolve_and_activate, depthwise_conv, on_channels_last
 from vmamba.models.layers import out_norm as out_norm_layer
 from vmamba.models.options import ScanOptions, signed_by
 from vmamba_kernels import ROUTES, autocast_dtype, cross_selective_scan, cross_ssd, no_autocast
@@ -64,7 +64,7 @@ class Mixer2D(nn.Module):
         x = self.in_proj(x)  # (B, H, W, d_inner), twice that with a gate
         if self.gate:
             x, z = x.chunk(2, dim=-1)
-        x = self.act(self.conv2d(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        x = convolve_and_activate(x, self.conv2d, self.act)
         x = self.out_act(on_channels_last(self.out_norm, self.scan(x)))
         if self.gate:
             x = x * self.gate_act(z)

@@ -6,7 +6,7 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class World:
     size: int
     local_rank: int  # among the processes of this machine
     device: torch.device
+    on_machine: tuple[int, int] = (0, 1)  # which of its machine's processes it is, and how many there are
 
     @property
     def main(self) -> bool:
@@ -50,10 +51,16 @@ def processes(device: str = "auto") -> Iterator[World]:
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise UserError(f"process {rank} of {size} cannot join the others at {where}: {error}") from error
+        world = replace(world, on_machine=_place_on_machine(rank, gather(socket.gethostname())))
     yield world
     # After an exception the group is left to the end of the process: closing it would wait for the others.
     if size > 1:
         dist.destroy_process_group()
+
+
+def _place_on_machine(rank: int, hosts: list[str]) -> tuple[int, int]:
+    """World.on_machine of `rank`; `hosts` are the machines of all, by rank."""
+    return hosts[:rank].count(hosts[rank]), hosts.count(hosts[rank])
 
 
 def _launched_as() -> tuple[int, int, int]:

@@ -17,12 +17,13 @@ from vmamba.files import make_folder, write_atomically, write_text
 from vmamba.models.pretrained import open_checkpoint, read_weights
 from vmamba.runtime import report
 from vmamba.runtime.distributed import World, on_main, share_buffers, sum_over_processes
+from vmamba.runtime.feed import Feed
 from vmamba.runtime.logging import megabytes, memory_mb, progress
 from vmamba.runtime.precision import autocast
 from vmamba.runtime.run import Run
 from vmamba.runtime.start import asked_for, newest
 from vmamba.runtime.state import TrainState
-from vmamba.runtime.step import parallelise, to_device
+from vmamba.runtime.step import parallelise
 from vmamba.runtime.stop import Stopped
 from vmamba.runtime.task import Meter, Results, open_task
 from vmamba.text import counted
@@ -56,11 +57,11 @@ def evaluate(run: Run, model: nn.Module, loader: Loader, folder: Path | None = N
     share_buffers(model)
     model.eval()
     meter = run.task.meter(run.world)
-    for batch in progress(loader, run.world, "evaluating"):
+    for batch in Feed(progress(loader, run.world, "evaluating"), run.world.device, loader.finish):
         if run.request.noted:
             break
         with autocast(run.config, run.world.device):
-            meter.add(model, to_device(batch, run.world.device))
+            meter.add(model, batch)
         if folder:
             save_files(meter, folder)
     if run.request.noted_by_any(run.world):

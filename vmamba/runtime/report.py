@@ -105,25 +105,34 @@ def changes(saved: dict, config: dict, prefix: str = "") -> list[str]:
 
 
 def step_line(
-    state: TrainState,
-    plan: Plan,
-    scale: float,
-    report: StepReport,
-    left: float,
-    seconds: float,
-    waiting: float,
-    memory: float,
+    state: TrainState, plan: Plan, report: StepReport, left: float, seconds: float, waiting: float, memory: float
 ) -> str:
-    """Where training stands: `left` seconds to the end, `seconds` a step, of which `waiting` went by for data."""
+    """Where training stood after a step: `left` seconds to the end, `seconds` a step, of which `waiting` went by for
+    data."""
     decay = state.optimizer.param_groups[0]["weight_decay"]
-    epoch, step = divmod(state.step - 1, plan.steps_per_epoch)
+    epoch, step = divmod(report.step - 1, plan.steps_per_epoch)
     skipped = f" skipped {state.bad_steps}" if state.bad_steps else ""
     parts = "".join(f" {name} {value:.4f}" for name, value in report.parts.items())
     return (
         f"train [{epoch + 1}/{plan.epochs}][{step + 1}/{plan.steps_per_epoch}] eta {timedelta(seconds=int(left))} "
-        f"lr {state.rate:.3e} wd {decay:.4f} time {seconds:.3f} data {waiting:.3f} "
+        f"lr {report.lr:.3e} wd {decay:.4f} time {seconds:.3f} data {waiting:.3f} "
         f"loss {report.loss:.4f} ({state.mean_loss:.4f}){parts} grad_norm {report.grad_norm:.4f} "
-        f"loss_scale {scale:g} mem {megabytes(memory)}{skipped}"
+        f"loss_scale {report.loss_scale:g} mem {megabytes(memory)}{skipped}"
+    )
+
+
+def describe_loading(seconds_an_image: float, images: float, seconds: float, waited: float) -> str:
+    """How long the device of this process waited for data, and how many cores would have loaded it in time.
+
+    Args:
+        seconds_an_image: of one core, to load it.
+        images: this process has trained on in `seconds`, in `waited` of which its device had nothing to compute.
+    """
+    rate = images / max(seconds - waited, 1e-9)
+    return (
+        f"training waited {waited:.1f} of {seconds:.1f} s for data; an image takes {1000 * seconds_an_image:.2f} ms of "
+        f"a core to load, and each process could train {rate:,.0f} images/s: that needs "
+        f"{rate * seconds_an_image:.1f} cores for loading"
     )
 
 

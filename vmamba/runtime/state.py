@@ -58,12 +58,22 @@ class TrainState:
     def mean_grad_norm(self) -> float:
         return self.round_grad_norm / self.round_good_steps if self.round_good_steps else float("nan")
 
-    def count(self, good: bool, overflow: bool = False) -> None:
-        """One more step; an overflow of float16 is bad, but no sign of trouble."""
+    def advance(self) -> None:
+        """One more step."""
         self.step += 1
         self.best_weights = None
-        self.bad_steps += not good
-        self.bad_steps_in_a_row = 0 if good else self.bad_steps_in_a_row + (not overflow)
+
+    def count(self, loss: float, grad_norm: float, *, good: bool, overflow: bool) -> None:
+        """What became of a step; an overflow of float16, for which the scaler halves its scale, is no sign of
+        trouble."""
+        if good:
+            self.bad_steps_in_a_row = 0
+            self.round_loss += loss
+            self.round_grad_norm += grad_norm
+            self.round_good_steps += 1
+        else:
+            self.bad_steps += 1
+            self.bad_steps_in_a_row += not overflow
 
     def finish_round(self) -> None:
         self.recorded = self.step

@@ -1,12 +1,14 @@
 """One optimiser step: what every task does with its batches once it can turn one into a loss."""
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
@@ -16,14 +18,43 @@ from vmamba.models.compilation import WITH_CUDA_GRAPHS, compile_options
 from vmamba.runtime.distributed import World, sum_over_processes
 from vmamba.runtime.precision import autocast
 from vmamba.runtime.state import TrainState
+from vmamba_kernels.private import _foreach_add_, _foreach_lerp_, _foreach_mul, takes_found_inf
 
 
-@dataclass
+@dataclass(frozen=True)
 class StepReport:
+    """What became of one step, the same on all processes."""
+
+    step: int  # completed with it
+    lr: float
     loss: float  # mean over the global batch
     grad_norm: float  # before clipping
+    loss_scale: float
     stop: bool  # a process was asked to stop
-    parts: dict[str, float] = field(default_factory=dict)  # what the loss is the sum of, where a task tells
+    parts: dict[str, float]  # what the loss is the sum of, where a task tells
+
+    @property
+    def good(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+class Unread:
+    """The numbers of a report on their way from the device."""
+
+    def __init__(self, step: int, lr: float, parts: Sequence[str], numbers: Tensor):
+        self.step, self.lr, self.parts = step, lr, parts
+        self.numbers = numbers.to("cpu", non_blocking=True)
+        self.there = torch.cuda.Event() if numbers.is_cuda else None
+        if self.there:
+            self.there.record()
+
+    def read(self) -> StepReport:
+        """Waits for the device to come so far."""
+        if self.there:
+            self.there.synchronize()
+        loss, *parts, stops, grad_norm, scale = self.numbers.tolist()
+        named = dict(zip(self.parts, parts, strict=True))
+        return StepReport(self.step, self.lr, loss, grad_norm, scale, stops > 0, named)
 
 
 class Loss(Protocol):
@@ -59,17 +90,6 @@ def parallelise(model: nn.Module, config: CfgNode, world: World) -> nn.Module:
     return DistributedDataParallel(model, device_ids=[world.device] if on_gpu else None)
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """`batch` with its tensors, inside of sequences and mappings too, on `device`."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {name: to_device(value, device) for name, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch
-
-
 class OptimizerStep:
     """Turns the micro-batches of one step into one update of `state`, the same as their union would give.
 
@@ -78,11 +98,16 @@ class OptimizerStep:
 
     def __init__(self, config: CfgNode, world: World, model: nn.Module, loss: Loss):
         self.config, self.world, self.model, self.loss = config, world, model, loss
+        self.unread: Unread | None = None  # of the step before
 
-    def __call__(self, state: TrainState, batches: Iterable, stop: bool = False) -> StepReport:
+    def __call__(self, state: TrainState, batches: Iterable, stop: bool = False) -> list[StepReport]:
         """One step; a step whose loss or gradient is not finite on any process is skipped on all, and counted.
 
-        `stop`: this process was asked to stop; the report says whether any was.
+        Returns the reports that have come in: of this step; or, where the optimiser can skip it by itself, of the one
+        before, so that the process goes on to the next step while the device computes this one.  `state` counts what is
+        reported; `settle` brings in the rest.
+
+        `batches`: on the device.  `stop`: this process was asked to stop; the report says whether any was.
         Raises UserError after TRAIN.MAX_BAD_STEPS bad steps in a row.
         """
         state.schedule.set_rate(state.step)
@@ -93,17 +118,51 @@ class OptimizerStep:
         state.scaler.unscale_(state.optimizer)
         clip = self.config.TRAIN.CLIP_GRAD or float("inf")
         norm = nn.utils.clip_grad_norm_(state.model.parameters(), clip)
-        loss, *parts, stops, grad_norm = torch.cat([sums, norm[None]]).tolist()  # the one wait for the device in a step
-        if np.isfinite(loss) and np.isfinite(grad_norm):
-            state.scaler.step(state.optimizer)
-            self._count_good(state, loss, grad_norm)
+        state.advance()
+        scale = state.scaler.scale(torch.ones((), device=self.world.device))
+        numbers = torch.cat([sums, torch.stack([norm, scale])])
+        unread = Unread(state.step, state.rate, [*losses][1:], numbers)
+        if takes_found_inf(state.optimizer):
+            reports = self.settle(state)
+            self.unread = unread
+            self._update_where(sums[0].isfinite() & norm.isfinite(), state, buffers)
         else:
-            for buffer, before in zip(state.model.buffers(), buffers, strict=True):
-                buffer.copy_(before)
-            self._count_bad(state, loss, grad_norm)
+            reports = [unread.read()]
+            self._update_if(reports[0].good, state, buffers)
+            self._count(state, reports[0])
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
-        return StepReport(loss, grad_norm, stops > 0, dict(zip([*losses][1:], parts, strict=True)))
+        return reports
+
+    def settle(self, state: TrainState) -> list[StepReport]:
+        """The report that is still out, if there is one, counted; then `state` is whole and can be saved."""
+        if self.unread is None:
+            return []
+        report, self.unread = self.unread.read(), None
+        self._count(state, report)
+        return [report]
+
+    def _update_if(self, good: bool, state: TrainState, buffers: Sequence[Tensor]) -> None:
+        if not good:
+            for buffer, before in zip(state.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+            return
+        state.optimizer.step()
+        if state.ema:
+            state.ema.update(state.model, step=self._step_of_the_average(state))
+
+    def _update_where(self, good: Tensor, state: TrainState, buffers: Sequence[Tensor]) -> None:
+        """The same, to the bit, of a `good` that only the device knows."""
+        state.optimizer.found_inf = (~good).float()  # what the fused optimisers do nothing for
+        state.optimizer.step()
+        del state.optimizer.found_inf
+        for buffer, before in zip(state.model.buffers(), buffers, strict=True):
+            buffer.copy_(torch.where(good, buffer, before))
+        if state.ema:
+            update_where(good, state.ema, state.model, self._step_of_the_average(state))
+
+    def _step_of_the_average(self, state: TrainState) -> int | None:
+        return state.step if self.config.TRAIN.EMA.WARMUP else None
 
     def _backward(self, state: TrainState, batches: Iterable) -> dict[str, Tensor]:
         """Accumulate the gradient of the step's mean loss; returns this process's part of that mean, of the whole loss
@@ -117,7 +176,7 @@ class OptimizerStep:
             with nullcontext() if last or self.world.size == 1 else self.model.no_sync():
                 with autocast(self.config, self.world.device):
                     part = micro_step * self.world.size + self.world.rank
-                    losses = self.loss(self.model, to_device(batch, self.world.device), step=state.step, part=part)
+                    losses = self.loss(self.model, batch, step=state.step, part=part)
                 parts = losses if isinstance(losses, Mapping) else {}
                 loss = (sum(parts.values()) if parts else losses) / count
                 state.scaler.scale(loss).backward()
@@ -126,23 +185,28 @@ class OptimizerStep:
         assert last, f"{micro_step + 1} micro-batches for a step of {count}"
         return total
 
-    def _count_good(self, state: TrainState, loss: float, grad_norm: float) -> None:
-        state.count(good=True)
-        state.round_loss += loss
-        state.round_grad_norm += grad_norm
-        state.round_good_steps += 1
-        if state.ema:
-            state.ema.update(state.model, step=state.step if self.config.TRAIN.EMA.WARMUP else None)
-
-    def _count_bad(self, state: TrainState, loss: float, grad_norm: float) -> None:
-        overflow = np.isfinite(loss) and state.scaler.is_enabled() and state.scaler.get_scale() > 1
-        state.count(good=False, overflow=overflow)  # of float16: the scaler halves its scale and all is well
+    def _count(self, state: TrainState, report: StepReport) -> None:
+        overflow = math.isfinite(report.loss) and state.scaler.is_enabled() and report.loss_scale > 1
+        state.count(report.loss, report.grad_norm, good=report.good, overflow=overflow)
         if state.bad_steps_in_a_row >= self.config.TRAIN.MAX_BAD_STEPS:
             raise UserError(
-                f"the loss ({loss:g}) or the gradient's norm ({grad_norm:g}) was not finite in "
-                f"{state.bad_steps_in_a_row} steps in a row, up to step {state.step}; try a lower TRAIN.BASE_LR, a "
+                f"the loss ({report.loss:g}) or the gradient's norm ({report.grad_norm:g}) was not finite in "
+                f"{state.bad_steps_in_a_row} steps in a row, up to step {report.step}; try a lower TRAIN.BASE_LR, a "
                 f"longer warm-up, or --disable-amp"
             )
+
+
+@torch.no_grad()
+def update_where(good: Tensor, ema: ModelEmaV3, model: nn.Module, step: int | None) -> None:
+    """`ema.update(model, step)`, to the bit, where `good`; else the average moves towards itself."""
+    values = [*zip(ema.module.state_dict().values(), model.state_dict().values(), strict=True)]
+    averages, weights = zip(*[pair for pair in values if pair[0].is_floating_point()], strict=True)
+    ends = _foreach_mul(weights, good.float())
+    _foreach_add_(ends, _foreach_mul(averages, (~good).float()))
+    _foreach_lerp_(averages, ends, weight=1 - ema.get_decay(step))
+    for average, weight in values:
+        if not average.is_floating_point():
+            average.copy_(weight)  # a count, such as of a batch norm: it is put back after a bad step
 
 
 def _mix(*numbers: int) -> int:

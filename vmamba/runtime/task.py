@@ -18,7 +18,7 @@ class Meter(Protocol):
     """One evaluation in the making."""
 
     def add(self, model: nn.Module, batch: Any) -> None:
-        """Evaluate one batch, already on the model's device, without waiting for the device."""
+        """Evaluate one batch, on the model's device and finished by the loader, without waiting for the device."""
 
     def results(self) -> Results:
         """Over the batches of all processes; each calls it once, at the end.  Raises UserError without any image."""
@@ -53,7 +53,8 @@ class Task(Protocol):
 
     def loss(self, model: nn.Module, batch: Any, *, step: int, part: int) -> Tensor | dict[str, Tensor]:
         """Mean loss of a micro-batch, the `part`-th of `step`'s global batch; of a dict the sum is trained and each
-        is logged.  Called under autocast; what it draws is a function of SEED, `step` and `part`."""
+        is logged.  The batch is on the model's device, finished by the loader.  Called under autocast; what it draws is
+        a function of SEED, `step` and `part`."""
 
     def meter(self, world: World) -> Meter: ...
 

@@ -3,7 +3,7 @@
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from vmamba.runtime import report
 from vmamba.runtime.checkpoint import BEST, LAST
 from vmamba.runtime.distributed import on_main, processes
 from vmamba.runtime.evaluation import evaluate_file, evaluate_state, tell_skipped, throughput
+from vmamba.runtime.feed import Feed
 from vmamba.runtime.lock import FolderLock
 from vmamba.runtime.logging import Pace, create_logger, log_the_end, memory_mb, progress
 from vmamba.runtime.plan import Plan, build_plan
@@ -32,6 +33,8 @@ from vmamba.runtime.state import TrainState
 from vmamba.runtime.step import OptimizerStep, StepReport, parallelise
 from vmamba.runtime.task import Results, open_task
 from vmamba.text import counted
+
+Laps = dict[int, tuple[float, float]]  # of steps that the log will tell of: seconds, and of them waiting for data
 
 _one_at_a_time = threading.Lock()
 
@@ -123,6 +126,8 @@ def train(run: Run, model: nn.Module) -> Results:
         finally:
             records.close()
         results = rounds.results
+        if rounds.steps:
+            run.logger.info(rounds.describe_loading())
     on_main(records.draw)
     best = report.best_so_far(task, state)
     run.logger.info(f"{counted(state.step, 'step')} trained; {report.summary(task, results)}{best}")
@@ -156,12 +161,15 @@ class Rounds:
         self.train_loader, self.eval_loader = train_loader, eval_loader
         self.results: Results = {}  # of the last evaluation, while the weights are the same
         self.seconds_to_evaluate = 0.0
+        self.steps, self.seconds, self.waited = 0, 0.0, 0.0  # trained here; how long that took, and waited for data
 
     def one(self) -> None:
         """What remains of the round in progress."""
         start, first, end = time.time(), self.state.step, self.plan.round_end(self.state.recorded)
         self._train_to(end)
         trained = time.time()
+        self.steps += self.state.step - first
+        self.seconds += trained - start
         self._save_last()  # an evaluation that fails costs no training
         self.results = {}
         if self.plan.evaluates(end):
@@ -170,6 +178,10 @@ class Rounds:
         rate = (self.state.step - first) * self._images_per_step() / (trained - start)
         self._finish(rate if self.state.step > first else None, time.time() - start)
 
+    def describe_loading(self) -> str:
+        images = self.steps * self._images_per_step() / self.run.world.size
+        return report.describe_loading(self.train_loader.seconds_an_image, images, self.seconds, self.waited)
+
     def _train_to(self, end: int) -> None:
         """Raises Stopped, the state being saved, when a signal asks for it."""
         run, state, config = self.run, self.state, self.run.config
@@ -177,16 +189,25 @@ class Rounds:
             return
         state.model.train()
         batches = Pace(self._batches(end), state.step)
+        ready = Feed(batches, run.world.device, self.train_loader.finish)
         title = f"epoch {state.step // self.plan.steps_per_epoch + 1}/{self.plan.epochs}"
+        laps: Laps = {}
         with progress(range(state.step, end), run.world, title) as bar:
             for _ in bar:
-                outcome = self.step(state, islice(batches, config.TRAIN.ACCUMULATION_STEPS), stop=run.request.noted)
+                outcomes = self.step(state, islice(ready, config.TRAIN.ACCUMULATION_STEPS), stop=run.request.noted)
                 if (state.step % self.plan.steps_per_epoch) % config.PRINT_FREQ == 0 or state.step == end:
-                    self._tell(outcome, batches, bar)
-                if outcome.stop:
+                    laps[state.step] = batches.lap(state.step)
+                self._tell(outcomes, laps, bar)
+                saves = config.TRAIN.SAVE_STEPS and state.step % config.TRAIN.SAVE_STEPS == 0
+                if saves or state.step == end or any(outcome.stop for outcome in outcomes):
+                    rest = self.step.settle(state)
+                    self._tell(rest, laps, bar)
+                    outcomes += rest
+                if any(outcome.stop for outcome in outcomes):
                     run.stop(state)
-                if config.TRAIN.SAVE_STEPS and state.step % config.TRAIN.SAVE_STEPS == 0:
+                if saves:
                     run.save(state, LAST)
+        self.waited += ready.waited()
         tell_skipped(run, self.train_loader)
 
     def _batches(self, end: int) -> Iterator[Any]:
@@ -207,26 +228,31 @@ class Rounds:
         data, train = self.run.config.DATA, self.run.config.TRAIN
         return data.BATCH_SIZE * self.run.world.size * train.ACCUMULATION_STEPS
 
-    def _tell(self, outcome: StepReport, batches: Pace, bar: tqdm) -> None:
+    def _tell(self, outcomes: Sequence[StepReport], laps: Laps, bar: tqdm) -> None:
+        """Log those of the steps in `laps`, and take them out there."""
+        for outcome in outcomes:
+            if outcome.step in laps:
+                self._tell_step(outcome, *laps.pop(outcome.step), bar)
+
+    def _tell_step(self, outcome: StepReport, seconds: float, waiting: float, bar: tqdm) -> None:
         run, state = self.run, self.state
-        seconds, waiting = batches.lap(state.step)
-        left = seconds * (self.plan.steps - state.step)
-        left += self.seconds_to_evaluate * self.plan.evaluations_left(state.step)
-        scale, memory = state.scaler.get_scale(), memory_mb(run.world.device)
-        run.logger.debug(report.step_line(state, self.plan, scale, outcome, left, seconds, waiting, memory))
+        left = seconds * (self.plan.steps - outcome.step)
+        left += self.seconds_to_evaluate * self.plan.evaluations_left(outcome.step)
+        memory = memory_mb(run.world.device)
+        run.logger.debug(report.step_line(state, self.plan, outcome, left, seconds, waiting, memory))
         bar.set_postfix_str(f"loss {state.mean_loss:.4f}", refresh=False)
         events = {
             "train/loss": outcome.loss,
             **{f"train/{name}": value for name, value in outcome.parts.items()},
             "train/grad_norm": outcome.grad_norm,
-            "train/lr": state.rate,
-            "train/loss_scale": scale,
+            "train/lr": outcome.lr,
+            "train/loss_scale": outcome.loss_scale,
             "speed/images_per_second": self._images_per_step() / seconds,
             "speed/seconds_a_step_for_data": waiting,
             "speed/memory_mb": memory,
         }
         if run.world.main:
-            self.records.write_events(events, state.step)
+            self.records.write_events(events, outcome.step)
 
     def _finish(self, images_per_second: float | None, seconds: float) -> None:
         """Record the round just trained, count it, and save."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vmamba.errors import UserError
+from vmamba.models.layers import take_strides_of_gradients
 from vmamba.models.whole import check_images
 from vmamba.values import Takes
 
@@ -169,6 +170,7 @@ class UperNet(nn.Module):
             head.apply(_initialise)
             nn.init.normal_(head.conv_seg.weight, std=init_std)
             nn.init.zeros_(head.conv_seg.bias)
+        take_strides_of_gradients(self.decode_head, self.auxiliary_head)
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Tensor | dict[str, Tensor]:
         """(B, 3, H, W) -> logits (B, classes, H, W); with `targets` (B, H, W), integers, the losses by name.

@@ -5,6 +5,7 @@ import torch
 from ..registry import Call, unknown_routes
 from .compiler import why_not_on
 from .cross_selective_scan import KINDS, cross_selective_scan
+from .depthwise_conv import SIDE, depthwise_conv
 from .layer_norm import MAX_DIM, add_layer_norm, layer_norm
 from .layout import MAX_RANK, MAX_ROUTES, MAX_STATES, TYPES
 from .selective_scan import selective_scan
@@ -14,6 +15,7 @@ OPERATORS = {
     "selective_scan": selective_scan,
     "layer_norm": layer_norm,
     "add_layer_norm": add_layer_norm,
+    "depthwise_conv": depthwise_conv,
 }
 
 
@@ -29,6 +31,9 @@ def why_not(call: Call) -> str | None:
     if call.operator in ("layer_norm", "add_layer_norm"):
         if call.dim > MAX_DIM:
             return f"it norms up to {MAX_DIM} channels, not {call.dim}"
+    elif call.operator == "depthwise_conv":
+        if call.side != SIDE:
+            return f"it convolves windows of {SIDE} x {SIDE}, not {call.side} x {call.side}"
     elif not 1 <= call.states <= MAX_STATES:
         return f"it holds 1 to {MAX_STATES} states, not {call.states}"
     if call.operator == "cross_selective_scan" and not 1 <= call.rank <= MAX_RANK:

@@ -1,0 +1,61 @@
+"""What feeds training, part by part: what is timed and what is said of it.  No time itself is tested."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from vmamba.analysis.dataloading import MODES, dataloading, make_jpegs, summary
+from vmamba.errors import UserError
+
+SMALL = ["DATA.IMG_SIZE", "32", "DATA.BATCH_SIZE", "4", "AMP.ENABLE", "false"]
+SMALL += ["MODEL.OPTIONS.depths", "[1,1]", "MODEL.OPTIONS.dims", "8"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dataloading")
+    make_jpegs(folder / "jpegs", 20)
+    return folder
+
+
+def test_both_modes_are_timed_on_jpegs_that_are_made_once(folder):
+    kept = sorted((folder / "jpegs").rglob("*.jpg"))
+    made = [path.stat().st_mtime_ns for path in kept]
+    assert len(kept) == 30
+    told = dataloading(images=20, workers=[0, 1], seconds=0.1, opts=SMALL, device="cpu", output=str(folder))
+    assert sorted((folder / "jpegs").rglob("*.jpg")) == kept and [path.stat().st_mtime_ns for path in kept] == made
+    for mode in MODES:
+        found = told[mode]
+        assert list(found["parts"]) == ["reading", "decoding", "augmentation", "collation", "transfer", "step"]
+        assert all(value > 0 for value in found["parts"].values())
+        assert list(found["loading"]) == list(found["from_files"]) == [0, 1]
+        core = sum(found["parts"][name] for name in ("decoding", "augmentation", "collation"))
+        assert 0.3 * core < found["core"] < 3 * core
+    assert json.loads((folder / "dataloading.json").read_text())["batch"] == 4
+    page = (folder / "dataloading.md").read_text()
+    assert "## Training" in page and "What limits evaluation is" in page
+
+
+def test_generated_jpegs_are_of_imagenets_sizes(folder):
+    paths = [folder / "jpegs" / "train" / f"class{index}" / f"{index}.jpg" for index in range(6)]
+    assert [Image.open(path).size for path in paths[:1] + paths[3:6]] == [
+        (500, 375),
+        (500, 333),
+        (375, 500),
+        (333, 500),
+    ]
+    assert 95_000 < paths[0].stat().st_size < 115_000
+
+
+def test_what_limits_and_the_cores_that_would_be_enough_by_hand():
+    found = {"loading": {1: 100.0, 4: 390.0}, "parts": {"transfer": 1e-4}, "step": 2000.0, "core": 0.010}
+    said = summary("training", found)
+    assert "What limits training is loading by 4 processes, 390 images/s" in said
+    assert "takes 10.00 ms of a core: that needs 20.0 cores" in said
+    assert "is the device, 50 images/s" in summary("training", found | {"step": 50.0})
+
+
+def test_another_task_is_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="scenes_detection.yaml is of detection; this times the images of a classif"):
+        dataloading(cfg="configs/scenes_detection.yaml", data_path=str(tmp_path), output=str(tmp_path))
