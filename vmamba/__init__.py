@@ -7,7 +7,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import vmamba.models.timm_models  # noqa: F401  (registers every variant with timm)
+import vmamba.models.timm_models
+import vmamba.models.vim  # noqa: F401  (registers Vim with timm)
 from vmamba.detection.models import create_detector, detector_from_released, load_detector
 from vmamba.errors import UserError
 from vmamba.exporting import export

@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from operator import index
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference, registry
+from .ends import extended
 from .private import is_exporting, is_transformed
 from .reference import ROUTES, autocast_dtype
 
@@ -33,9 +35,11 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     *,
     delta_softplus: bool = True,
+    initial_state: Tensor | None = None,
+    return_last_state: bool = False,
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Selective scan of sequences, the 1-D operator of Mamba.
 
     Args:
@@ -46,11 +50,14 @@ def selective_scan(
         D: (groups*dim,) the skip, or None.
         delta_bias: (groups*dim,) added to delta, or None.
         delta_softplus: whether the step sizes go through a softplus.
+        initial_state: (batch, groups*dim, states), h before the first position; None: zeros.
+        return_last_state: also give h after the last position.
         out_dtype: dtype of the result; by default u's, but float32 for float16.
         backend: a name from `backends()`; None or "auto" takes the fastest that can serve the call.
 
     Returns:
-        (batch, groups*dim, length).
+        (batch, groups*dim, length), and with `return_last_state` also (batch, groups*dim, states), in at least float32.
+        Each state, of both, costs one more position of the sequence, and a copy of it in at least float32.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, naming the argument.
@@ -74,12 +81,20 @@ def selective_scan(
     _check_shape("C", C, (batch, groups, states, length), "B", B)
     _check_shape("D", D, (channels,), "u", u)
     _check_shape("delta_bias", delta_bias, (channels,), "u", u)
-    _check_tensors(u=u, delta=delta, A=A, B=B, C=C, D=D, delta_bias=delta_bias)
+    _check_shape("initial_state", initial_state, (batch, channels, states), "u", u)
+    _check_tensors(u=u, delta=delta, A=A, B=B, C=C, D=D, delta_bias=delta_bias, initial_state=initial_state)
     if autocast_dtype(u.device.type) is not None and u.dtype != torch.float64:
         u, B, C = _to(autocast_dtype(u.device.type), u, B, C)
         delta = delta.float()
     A, D, delta_bias = _to(_state_dtype(u), A, D, delta_bias)
     out_dtype = _out_dtype(u, out_dtype)
+    if initial_state is not None or return_last_state:
+        delta = _steps(delta.to(A.dtype), delta_bias, delta_softplus)
+        longer = extended(u, delta, A, B, C, initial_state, return_last_state)
+        y = selective_scan(*longer, D, delta_softplus=False, out_dtype=A.dtype, backend=backend)
+        before = 0 if initial_state is None else states
+        out = y.narrow(2, before, length).to(out_dtype)
+        return (out, y.narrow(2, before + length, states)) if return_last_state else out
     scan = registry.implementation(
         _that_can_be_seen_into(backend),
         operator="selective_scan",
@@ -401,6 +416,13 @@ def _that_can_be_seen_into(backend: str | None) -> str | None:
             "leave it at auto, or choose reference"
         )
     return backend
+
+
+def _steps(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
+    """The step sizes that a scan makes of delta."""
+    if bias is not None:
+        delta = delta + bias[:, None]
+    return F.softplus(delta) if softplus else delta
 
 
 def _projection_dtype(x: Tensor) -> torch.dtype:

@@ -5,10 +5,12 @@ from collections import Counter
 from collections.abc import Callable
 
 from PIL import Image
+from torch import Tensor
 from yacs.config import CfgNode
 
 from vmamba.classification.datasets import Source, open_dataset
 from vmamba.classification.transforms import Normalise, Pixels, build_pixels, collate
+from vmamba.data.images import check_decoder, decode, decode_pixels
 from vmamba.data.loaders import EvalLoader, Examples, TrainLoader
 from vmamba.errors import UserError
 
@@ -39,13 +41,17 @@ class LabelledImages:
 
     def __init__(self, config: CfgNode, source: Source):
         self.source, self.channels, self.classes = source, config.MODEL.IN_CHANS, config.MODEL.NUM_CLASSES
+        self.decode = decode
+        if config.DATA.DECODE == "torchvision":
+            check_decoder()
+            self.decode = decode_pixels
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def load(self, index: int) -> tuple[Image.Image, int]:
+    def load(self, index: int) -> tuple[Image.Image | Tensor, int]:
         """Raises UnreadableImage, and UserError for a label out of range."""
-        image, label = self.source.load(index, self.channels)
+        image, label = self.source.load(index, self.channels, self.decode)
         if not 0 <= label < self.classes:
             name = self.source.name(index)
             raise UserError(f"label {label} of '{name}' is out of range; MODEL.NUM_CLASSES is {self.classes}")
@@ -63,9 +69,9 @@ class LabelledImages:
 class OnImage:
     """A transform of the image of (image, label)."""
 
-    def __init__(self, transform: Callable[[Image.Image], Pixels]):
+    def __init__(self, transform: Callable[[Image.Image | Tensor], Pixels]):
         self.transform = transform
 
-    def __call__(self, sample: tuple[Image.Image, int]) -> tuple[Pixels, int]:
+    def __call__(self, sample: tuple[Image.Image | Tensor, int]) -> tuple[Pixels, int]:
         image, label = sample
         return self.transform(image), label

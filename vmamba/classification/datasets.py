@@ -8,9 +8,9 @@ import os
 import random
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -29,6 +29,7 @@ from vmamba.text import counted, printable, some
 
 logger = logging.getLogger("vmamba")
 
+T = TypeVar("T")
 DIGITS_HELD_OUT = 360  # of 1,797
 _CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
@@ -49,8 +50,9 @@ class Source:
             return printable(f"image {index} of {self.place}")
         return printable(os.path.join(self.archive.path if self.archive else "", self.samples[index][0]))
 
-    def load(self, index: int, channels: int) -> tuple[Image.Image, int]:
-        """The decoded image, of 1 or 3 channels of 8 bits, and its label.  Raises UnreadableImage."""
+    def load(self, index: int, channels: int, decode: Callable[..., T] = decode) -> tuple[T, int]:
+        """The image, of 1 or 3 channels of 8 bits, as `decode` or `decode_pixels` give it, and its label.  Raises
+        UnreadableImage."""
         name = self.name(index)
         with reading(name):
             file, label = self.read(index)
