@@ -11,6 +11,7 @@ import vmamba.models.timm_models
 import vmamba.models.vim  # noqa: F401  (registers Vim with timm)
 from vmamba.detection.models import create_detector, detector_from_released, load_detector
 from vmamba.errors import UserError
+from vmamba.exporting import export
 from vmamba.models.backbone import Backbone
 from vmamba.models.pretrained import load_checkpoint
 from vmamba.models.released import from_released, to_released
@@ -44,6 +45,7 @@ __all__ = [
     "create_model",
     "create_segmenter",
     "detector_from_released",
+    "export",
     "from_released",
     "list_models",
     "load_checkpoint",

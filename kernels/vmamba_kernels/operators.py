@@ -96,7 +96,7 @@ def selective_scan(
         out = y.narrow(2, before, length).to(out_dtype)
         return (out, y.narrow(2, before + length, states)) if return_last_state else out
     scan = registry.implementation(
-        _that_can_be_seen_into(backend, u.device),
+        _that_can_be_seen_into(backend),
         operator="selective_scan",
         device=u.device,
         dtype=u.dtype,
@@ -164,7 +164,7 @@ def cross_selective_scan(
     dt_bias, A, D = _to(_state_dtype(x), dt_bias, A, D)
     out_dtype = _out_dtype(x, out_dtype)
     scan = registry.implementation(
-        _that_can_be_seen_into(backend, x.device),
+        _that_can_be_seen_into(backend),
         operator="cross_selective_scan",
         device=x.device,
         dtype=x.dtype,
@@ -232,7 +232,7 @@ def cross_ssd(
     dt_bias, A, D = _to(_state_dtype(x), dt_bias, A, D)
     out_dtype = _out_dtype(x, out_dtype)
     scan = registry.implementation(
-        _that_can_be_seen_into(backend, x.device),
+        _that_can_be_seen_into(backend),
         operator="cross_ssd",
         device=x.device,
         dtype=x.dtype,
@@ -278,7 +278,7 @@ def layer_norm(
     weight, bias = _to(_state_dtype(x), weight, bias)
     out_dtype = _out_dtype(x, x.dtype if out_dtype is None else out_dtype)
     norm = registry.implementation(
-        _that_can_be_seen_into(backend, x.device),
+        _that_can_be_seen_into(backend),
         operator="layer_norm",
         device=x.device,
         dtype=x.dtype,
@@ -331,7 +331,7 @@ def add_layer_norm(
         (factor,) = _to(branch.dtype, factor)
     out_dtype = _out_dtype(x, x.dtype if out_dtype is None else out_dtype)
     norm = registry.implementation(
-        _that_can_be_seen_into(backend, x.device),
+        _that_can_be_seen_into(backend),
         operator="add_layer_norm",
         device=x.device,
         dtype=x.dtype,
@@ -374,7 +374,7 @@ def depthwise_conv(
     _check_tensors(x=x, weight=weight, bias=bias)
     (x,) = _to(_projection_dtype(x), x)
     convolution = registry.implementation(
-        _that_can_be_seen_into(backend, x.device),
+        _that_can_be_seen_into(backend),
         operator="depthwise_conv",
         device=x.device,
         dtype=x.dtype,
@@ -403,22 +403,19 @@ def cross_merge(y: Tensor, height: int, width: int, routes: Sequence[str] = ROUT
     return reference.cross_merge(y, height, width, routes)
 
 
-def _that_can_be_seen_into(backend: str | None, device: torch.device) -> str | None:
-    """`backend`; the reference, where none is asked for, under torch.func, forward-mode AD and the ONNX exporter, which
-    know the operators of PyTorch only, and on a CPU in what torch.jit.trace and torch.export record, which then runs
-    where these kernels are not."""
-    if backend not in (None, "auto"):
-        if backend != "reference" and not torch.compiler.is_compiling() and is_transformed():
-            raise registry.BackendError(
-                f"backend '{backend}' cannot serve torch.func or forward-mode AD, which see into the reference alone; "
-                "leave it at auto, or choose reference"
-            )
-        return backend
-    on_cpu = device.type == "cpu"
-    if torch.compiler.is_compiling():
-        return "reference" if on_cpu and is_exporting() else backend
-    recorded = torch.jit.is_tracing() and (on_cpu or torch.onnx.is_in_onnx_export())
-    return "reference" if recorded or is_transformed() else backend
+def _that_can_be_seen_into(backend: str | None) -> str | None:
+    """`backend`; the reference, where none is asked for, under torch.func and forward-mode AD, which know the operators
+    of PyTorch only, and in what torch.jit.trace, torch.export and torch.onnx record, which then runs where these
+    kernels are not."""
+    if backend in (None, "auto"):
+        seen_into = is_exporting() if torch.compiler.is_compiling() else torch.jit.is_tracing() or is_transformed()
+        return "reference" if seen_into else backend
+    if backend != "reference" and not torch.compiler.is_compiling() and is_transformed():
+        raise registry.BackendError(
+            f"backend '{backend}' cannot serve torch.func or forward-mode AD, which see into the reference alone; "
+            "leave it at auto, or choose reference"
+        )
+    return backend
 
 
 def _steps(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:

@@ -135,34 +135,39 @@ def open_predictor(
     device: str = "auto",
 ) -> Opened:
     """The arguments are those of `predict`.  Raises UserError for a checkpoint that cannot be read."""
-    model = load_model(checkpoint, cfg=cfg, weights=weights).to(choose_device(device))
-    if names:
-        model.class_names = _read_names(names, model.config)
+    model = load_model(checkpoint, cfg=cfg, names=names, weights=weights).to(choose_device(device))
     return Opened(model, _predictor(model, score))
 
 
-def load_model(checkpoint: str | Path, *, cfg: str | None = None, weights: str = "auto") -> nn.Module:
+def load_model(
+    checkpoint: str | Path, *, cfg: str | None = None, names: str | None = None, weights: str = "auto"
+) -> nn.Module:
     """The model of a checkpoint of any task, in eval mode, with its `config` and the `class_names` of its data.
 
     Args:
-        checkpoint: of a run, or its folder (then its best), or a released file; an address is downloaded.
-        cfg, weights: as of `predict`.
+        checkpoint: of a run, or its folder (then its best), a released file, or one of `vmamba.export` with bare
+            weights; an address is downloaded.
+        cfg, names, weights: as of `predict`.
 
-    Raises UserError for a checkpoint that cannot be read, and a folder without one.
+    Raises UserError for a checkpoint that cannot be read, a folder without one, and names that are not one a class.
     """
-    path = checkpoint
-    if not is_url(str(path)) and what_is(path) == "folder":
-        kept = [name for name in (BEST, LAST) if what_is(Path(checkpoint, name)) == "file"]
-        if not kept:
-            raise UserError(f"'{printable(path)}' has neither {BEST} nor {LAST}; name the folder of a run, or a file")
-        path = Path(checkpoint, kept[0])
-    found = open_checkpoint(path, weights)
+    found = open_checkpoint(file_of(checkpoint), weights)
     config = config_of(found, cfg)
     task = open_task(config)
     model = task.build_model()
     task.load(model, found)
-    model.config, model.class_names = config, class_names(config)
+    model.config, model.class_names = config, _read_names(names, config) if names else _names(found, config)
     return model.eval()
+
+
+def file_of(checkpoint: str | Path) -> str | Path:
+    """`checkpoint`, or in a run's folder its best.  Raises UserError for a folder without one."""
+    if is_url(str(checkpoint)) or what_is(checkpoint) != "folder":
+        return checkpoint
+    kept = [Path(checkpoint, name) for name in (BEST, LAST) if what_is(Path(checkpoint, name)) == "file"]
+    if not kept:
+        raise UserError(f"'{printable(checkpoint)}' has neither {BEST} nor {LAST}; name the folder of a run, or a file")
+    return kept[0]
 
 
 def predict_images(
@@ -245,6 +250,12 @@ def config_of(checkpoint: Checkpoint, cfg: str | None) -> CfgNode:
     classes, _ = shape_of(checkpoint.state_dict, head, 2, checkpoint.path)
     name = variant_of(checkpoint.whole, checkpoint.path)
     return get_config(None, ["MODEL.NAME", name, "MODEL.NUM_CLASSES", classes])
+
+
+def _names(checkpoint: Checkpoint, config: CfgNode) -> list[str]:
+    """What the file calls its classes; where it does not, what its data does."""
+    told = list(checkpoint.classes)
+    return told if len(told) == config.MODEL.NUM_CLASSES else class_names(config)
 
 
 def _read_names(path: str, config: CfgNode) -> list[str]:
