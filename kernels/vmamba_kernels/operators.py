@@ -366,6 +366,8 @@ def depthwise_conv(
         BackendError: the backend asked for is unknown or cannot serve the call.
     """
     _check_image(x)
+    if not x.shape[3]:
+        raise ValueError(f"x has shape {_shape(x)}; its last dimension, the channels, is empty")
     if weight.dim() != 4 or weight.shape[2] % 2 == 0:
         raise ValueError(f"weight has shape {_shape(weight)}; it must be (dim, 1, side, side) of an odd side")
     dim, side = x.shape[3], weight.shape[2]

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from matplotlib.font_manager import findfont
+from matplotlib.font_manager import findfont, fontManager, get_font
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor, nn
 from yacs.config import CfgNode
@@ -374,16 +375,33 @@ def colour(number: int) -> tuple[int, int, int]:
     return int(red), int(green), int(blue)
 
 
-def _font(picture: Image.Image) -> ImageFont.FreeTypeFont:
+def _font(picture: Image.Image, lines: Sequence[str]) -> ImageFont.FreeTypeFont:
+    """For the lines, in a size for the picture."""
     side = min(max(picture.size) / 45, min(picture.size) / 6)
-    return ImageFont.truetype(findfont("DejaVu Sans"), max(12, round(side)))
+    return ImageFont.truetype(_font_file(frozenset("".join(lines))), max(12, round(side)))
+
+
+@cache
+def _font_file(letters: frozenset[str]) -> str:
+    """DejaVu Sans, which comes with matplotlib; where it lacks a letter, a font of this machine that has them all."""
+    usual = findfont("DejaVu Sans")
+    for file in (usual, *sorted({each.fname for each in fontManager.ttflist})):
+        if letters <= {chr(code) for code in get_font(file).get_charmap()}:
+            return file
+    lacking = sorted(letters - {chr(code) for code in get_font(usual).get_charmap()})
+    logger.warning(
+        "no font here has %s; pictures show boxes in their place (the JSON has the names), until a font such as Noto "
+        "Sans CJK is installed",
+        some(lacking),
+    )
+    return usual
 
 
 def beside(
     picture: Image.Image, lines: Sequence[str], colours: Sequence[tuple[int, int, int] | None] = ()
 ) -> Image.Image:
     """`picture` with lines of text at its right, each behind a square of its colour where it has one."""
-    font = _font(picture)
+    font = _font(picture, lines)
     step = round(1.5 * font.size)
     indent = step if colours else 0
     width = round(max((font.getlength(line) for line in lines), default=0)) + indent + step
@@ -404,7 +422,7 @@ def draw_objects(
 ) -> Image.Image:
     """Boxes in the picture's pixels, masks and labels, the best on top; `mask` gives each by its number, (H, W) of any
     size, one at a time."""
-    picture, font = picture.copy(), _font(picture)
+    picture, font = picture.copy(), _font(picture, labels)
     pad = font.size // 4
     widths = [font.getlength(label) + 2 * pad for label in labels]
     for number in reversed(range(len(labels))):

@@ -88,6 +88,7 @@ PICKLED = [
     *((kind, f"builtins.{kind.__name__}") for kind in (bool, dict, float, int, list, str, tuple)),  # what those make
     *((Ignored, f"datetime.{name}") for name in ("datetime", "date", "time", "timedelta", "timezone")),
     (Ignored, "mmengine.logging.history_buffer.HistoryBuffer"),
+    (Ignored, "builtins.getattr"),  # of its methods, which it pickles too; nothing is looked up
     (Ignored, "numpy.ndarray"),
     (NumberKind, "numpy.dtype"),
     *(
