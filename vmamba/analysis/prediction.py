@@ -385,7 +385,8 @@ def _font(picture: Image.Image, lines: Sequence[str]) -> ImageFont.FreeTypeFont:
 def _font_file(letters: frozenset[str]) -> str:
     """DejaVu Sans, which comes with matplotlib; where it lacks a letter, a font of this machine that has them all."""
     usual = findfont("DejaVu Sans")
-    for file in (usual, *sorted({each.fname for each in fontManager.ttflist})):
+    others = {each.fname for each in fontManager.ttflist if not each.name.startswith("Last Resort")}  # that is boxes
+    for file in (usual, *sorted(others)):
         if letters <= {chr(code) for code in get_font(file).get_charmap()}:
             return file
     lacking = sorted(letters - {chr(code) for code in get_font(usual).get_charmap()})
