@@ -21,7 +21,7 @@ from vmamba.runtime.optim import build_optimizer, layer_scales
 from vmamba.runtime.trainer import run
 from vmamba.segmentation.models import create_segmenter
 
-from .tiny import metrics, tiny_config
+from .tiny import metrics, saved, tiny_config
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "bce"])
@@ -140,3 +140,17 @@ def test_an_evaluation_of_broken_weights_is_json(tmp_path):
     run(tiny_config(tmp_path, "EVAL_MODE", True, "MODEL.RESUME", tmp_path / "nan.pth"))
     found = json.loads((output_folder(config) / "evaluation.json").read_text(), parse_constant=pytest.fail)
     assert found["results"]["val_loss"] is None
+
+
+def test_a_linear_probe_in_a_run_and_resumed(tmp_path):
+    """Everything but the head is, to the bit, what the run started from; also where it goes on."""
+    start = tiny_config(tmp_path, "TAG", "start", "MODEL.OPTIONS.norm_layer", "bn", "TRAIN.EPOCHS", 1)
+    run(start)
+    probe = ("MODEL.OPTIONS.norm_layer", "bn", "TRAIN.FREEZE", "all_but_head", "MODEL.WEIGHTS", "model")
+    probe += ("MODEL.PRETRAINED", output_folder(start) / "last.pth", "MODEL.DROP_HEAD", True)
+    for epochs in (1, 2):
+        run(tiny_config(tmp_path, "TRAIN.EPOCHS", epochs, *probe))
+    before, after = saved(start)["model"], saved(tiny_config(tmp_path))["model"]
+    head = {"classifier.head.weight", "classifier.head.bias"}
+    assert {name for name, weight in after.items() if not torch.equal(weight, before[name])} == head
+    assert any(name.endswith("running_mean") for name in before)

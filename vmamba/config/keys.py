@@ -26,8 +26,10 @@ class Key:
     also: str  # words that people look for it under
 
     def check(self, value: Any) -> Any:
-        """`value` as the key takes it; one number serves as a list of one.  Raises UserError."""
+        """`value` as the key takes it; one number, or name, serves as a list of one.  Raises UserError."""
         if self.takes.kinds == ([float],) and isinstance(value, (int, float)):
+            value = [value]
+        if self.takes.kinds == ([str],) and isinstance(value, str):
             value = [value]
         return self.takes.check(self.name, value)
 
@@ -121,7 +123,13 @@ COMMON = (
     key("TRAIN.SAVE_STEPS", 0, "optimiser steps between checkpoints inside an epoch; 0: none", at_least=0),
     key("TRAIN.MAX_BAD_STEPS", 10, "steps in a row without finite loss and gradient that end the run", at_least=1),
     switch("TRAIN.AUTO_RESUME", "go on from the newest checkpoint in the run's folder", default=True),
-    key("TRAIN.FREEZE", [], "parts that stay as they are, such as backbone, or layers.0", kinds=([str],)),
+    key(
+        "TRAIN.FREEZE",
+        [],
+        "parts that stay as they are, such as backbone, or layers.0; all_but_head: a linear probe",
+        kinds=([str],),
+        also="frozen_stages linear_probe",
+    ),
     key(
         "TRAIN.LAYER_DECAY",
         1.0,

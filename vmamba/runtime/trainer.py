@@ -17,6 +17,7 @@ from yacs.config import CfgNode
 from vmamba.config import output_folder, save_config
 from vmamba.data.loaders import EvalLoader, TrainLoader
 from vmamba.errors import UserError
+from vmamba.models import freezing
 from vmamba.runtime import report
 from vmamba.runtime.checkpoint import BEST, LAST
 from vmamba.runtime.distributed import on_main, processes
@@ -187,7 +188,7 @@ class Rounds:
         run, state, config = self.run, self.state, self.run.config
         if state.step >= end:  # stopped after the last step, before the evaluation
             return
-        state.model.train()
+        freezing.train(state.model)
         batches = Pace(self._batches(end), state.step)
         ready = Feed(batches, run.world.device, self.train_loader.finish)
         title = f"epoch {state.step // self.plan.steps_per_epoch + 1}/{self.plan.epochs}"
