@@ -150,19 +150,23 @@ def load_model(checkpoint: str | Path, *, cfg: str | None = None, weights: str =
 
     Raises UserError for a checkpoint that cannot be read, and a folder without one.
     """
-    path = checkpoint
-    if not is_url(str(path)) and what_is(path) == "folder":
-        kept = [name for name in (BEST, LAST) if what_is(Path(checkpoint, name)) == "file"]
-        if not kept:
-            raise UserError(f"'{printable(path)}' has neither {BEST} nor {LAST}; name the folder of a run, or a file")
-        path = Path(checkpoint, kept[0])
-    found = open_checkpoint(path, weights)
+    found = open_checkpoint(checkpoint_file(checkpoint), weights)
     config = config_of(found, cfg)
     task = open_task(config)
     model = task.build_model()
     task.load(model, found)
     model.config, model.class_names = config, class_names(config)
     return model.eval()
+
+
+def checkpoint_file(checkpoint: str | Path) -> str | Path:
+    """The file, of a run's folder its best.  Raises UserError for a folder without one."""
+    if is_url(str(checkpoint)) or what_is(checkpoint) != "folder":
+        return checkpoint
+    kept = [name for name in (BEST, LAST) if what_is(Path(checkpoint, name)) == "file"]
+    if not kept:
+        raise UserError(f"'{printable(checkpoint)}' has neither {BEST} nor {LAST}; name the folder of a run, or a file")
+    return Path(checkpoint, kept[0])
 
 
 def predict_images(

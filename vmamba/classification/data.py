@@ -20,18 +20,23 @@ def build_train_loader(config: CfgNode, *, rank: int, world_size: int, on_machin
 
     Raises UserError when the data is not there, does not fit the config, or does not fill one batch.
     """
-    examples = _examples(config, True, rank, on_machine)
+    images = _images(config, True, rank, on_machine)
+    examples = Examples(config, images, OnImage(build_pixels(config, True)), training=True)
     return TrainLoader(config, examples, rank, world_size, collate, Normalise(config))
 
 
-def build_eval_loader(config: CfgNode, *, rank: int, world_size: int, on_machine: Place = (0, 1)) -> EvalLoader:
-    """This process's share of the validation images.  Raises UserError when they are not there or do not fit."""
-    return EvalLoader(config, _examples(config, False, rank, on_machine), rank, world_size, collate, Normalise(config))
+def build_eval_loader(
+    config: CfgNode, *, rank: int, world_size: int, on_machine: Place = (0, 1), split: str = "val"
+) -> EvalLoader:
+    """This process's share of the validation images, or, with `split` "train", of the training images as evaluation
+    sees images.  Raises UserError when they are not there or do not fit."""
+    images = _images(config, split == "train", rank, on_machine)
+    examples = Examples(config, images, OnImage(build_pixels(config, False)), training=False)
+    return EvalLoader(config, examples, rank, world_size, collate, Normalise(config))
 
 
-def _examples(config: CfgNode, training: bool, rank: int, on_machine: Place) -> Examples:
-    images = LabelledImages(config, open_dataset(config, training=training, rank=rank, on_machine=on_machine))
-    return Examples(config, images, OnImage(build_pixels(config, training)), training=training)
+def _images(config: CfgNode, training: bool, rank: int, on_machine: Place) -> "LabelledImages":
+    return LabelledImages(config, open_dataset(config, training=training, rank=rank, on_machine=on_machine))
 
 
 class LabelledImages:

@@ -45,13 +45,19 @@ def merge(cfg_file: str | Path | None, more: Sequence[Setting]) -> CfgNode:
         schema.set(config, key, value, source)
     if path:
         config.NAME = config.NAME or path.stem
-    for key, value, source in more:
-        if key == "BASE":
-            raise UserError(f"{source}: BASE works in a config file only; name another file with --cfg")
-        schema.set(config, key, from_text(value, schema.kinds(key)) if isinstance(value, str) else value, source)
+    schema.add(config, more)
     config.NAME = config.NAME or config.MODEL.NAME
     config.freeze()
     return config
+
+
+def changed(config: CfgNode, opts: Sequence[Any]) -> CfgNode:
+    """A frozen copy with `opts` = [key, value, ...] set on top.  Raises UserError as `get_config`."""
+    copy = config.clone()
+    copy.defrost()
+    Schema(config.TASK).add(copy, pairs(opts))
+    copy.freeze()
+    return copy
 
 
 def restored(saved: Mapping[str, Any]) -> CfgNode:
@@ -141,6 +147,13 @@ class Schema:
             elif value is not None:
                 raise UserError(f"{source}: {key} is {value!r}; expected a section of keys")
         return found
+
+    def add(self, config: CfgNode, more: Sequence[Setting]) -> None:
+        """Set `more` keys, whose values may be text of the command line.  Raises UserError as `set`."""
+        for key, value, source in more:
+            if key == "BASE":
+                raise UserError(f"{source}: BASE works in a config file only; name another file with --cfg")
+            self.set(config, key, from_text(value, self.kinds(key)) if isinstance(value, str) else value, source)
 
     def set(self, config: CfgNode, key: str, value: Any, source: str) -> None:
         """Set one key.  Raises UserError, naming `source`, for an unknown key and for what the key does not take."""
