@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -9,6 +10,7 @@ from sklearn.metrics import accuracy_score, f1_score, recall_score
 from timm.optim import param_groups_layer_decay
 
 import vmamba
+from vmamba.analysis.prediction import predict
 from vmamba.classification import datasets
 from vmamba.classification.data import LabelledImages
 from vmamba.classification.datasets import Source
@@ -154,3 +156,28 @@ def test_a_linear_probe_in_a_run_and_resumed(tmp_path):
     head = {"classifier.head.weight", "classifier.head.bias"}
     assert {name for name, weight in after.items() if not torch.equal(weight, before[name])} == head
     assert any(name.endswith("running_mean") for name in before)
+
+
+def test_images_of_13_channels_from_weights_of_rgb(tmp_path):
+    """In .npy files, with every augmentation that knows no colours; what a file holds is what the model sees."""
+    start = tiny_config(tmp_path, "TAG", "rgb", "TRAIN.EPOCHS", 1)
+    run(start)
+    random = np.random.default_rng(0)
+    for number in range(24):
+        path = tmp_path / "bands" / f"class{number % 6}" / f"{number}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, random.integers(0, 256, (13, 40, 44), np.uint8))
+    bands = ("DATA.DATA_PATH", tmp_path / "bands", "DATA.VAL_FRACTION", 0.3, "MODEL.IN_CHANS", 13)
+    bands += ("DATA.MEAN", 0.5, "DATA.STD", 0.25, "DATA.IMG_SIZE", 36, "AUG.VFLIP", 0.5)
+    bands += ("MODEL.PRETRAINED", output_folder(start) / "last.pth", "MODEL.WEIGHTS", "model", "TRAIN.EPOCHS", 1)
+    config = tiny_config(tmp_path, *bands)
+    world = World(0, 1, 0, torch.device("cpu"))
+    loader = Task(tiny_config(tmp_path, *bands, "TEST.CROP_PCT", 1.0, "DATA.IMG_SIZE", "[40,44]")).eval_loader(world)
+    (images, labels), name = loader.finish(next(iter(loader))), loader.examples.source.source.samples[0][0]
+    torch.testing.assert_close(images[0], torch.from_numpy(np.load(name)) / 255 / 0.25 - 2)
+    run(config)
+    assert len(labels) == 6 and saved(config)["model"]["patch_embed.0.weight"].shape[1] == 13
+    told = vmamba.predict(vmamba.load_model(output_folder(config)), name)
+    assert len(told[0]["top"]) == 5
+    with pytest.raises(UserError, match="is of images of 13 channels, which no picture shows; use vmamba.predict"):
+        predict(str(output_folder(config)), [name], output=str(tmp_path / "pictures"))

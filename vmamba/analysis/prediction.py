@@ -23,7 +23,7 @@ from vmamba.analysis.zoo import choose_device
 from vmamba.classification.transforms import build_transform
 from vmamba.config import get_config, restored
 from vmamba.data.folders import LeftOut, image_files, what_is
-from vmamba.data.images import UnreadableImage, decode
+from vmamba.data.images import COLOURS, UnreadableImage, decode
 from vmamba.detection import models as detection_models
 from vmamba.detection.datasets import without_objects
 from vmamba.detection.evaluation import as_results
@@ -95,7 +95,12 @@ def predict(
     pictures = _picture_names(files)
     read = [*files, *filter(None, [checkpoint, cfg, names])]
     check_keeps(read, *(Path(output) / name for name in (*pictures, "predictions.json")))
-    predictor = open_predictor(checkpoint, cfg=cfg, names=names, score=score, weights=weights, device=device).answer
+    opened = open_predictor(checkpoint, cfg=cfg, names=names, score=score, weights=weights, device=device)
+    channels, predictor = _channels(opened.model.config), opened.answer
+    if channels != 3:
+        raise UserError(
+            f"'{checkpoint}' is of images of {channels} channels, which no picture shows; use vmamba.predict"
+        )
     told: dict[str, Any] = {}
     for path, picture in zip(files, pictures, strict=True):
         try:
@@ -194,7 +199,7 @@ def predict_images(
     for number, image in enumerate(given, 1):
         name = f"image {number} of {len(given)}" if isinstance(image, Image.Image) else image
         try:
-            pixels = decode(image, 3, name)
+            pixels = decode(image, _channels(model.config), name)
         except UnreadableImage as error:
             raise UserError(str(error)) from error
         told.append(answer(pixels).told)
@@ -202,6 +207,11 @@ def predict_images(
         if "objects" in each:
             each["objects"] = [found for found in each["objects"] if found["score"] >= score]
     return told
+
+
+def _channels(config: CfgNode) -> int:
+    """What an image is decoded to; of a model of gray ones it is for showing in colour as well."""
+    return 3 if config.MODEL.IN_CHANS in COLOURS else config.MODEL.IN_CHANS
 
 
 def _predictor(model: nn.Module, score: float) -> Predictor:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from PIL import Image
+from torch import Tensor
 from yacs.config import CfgNode
 
 from vmamba.classification.datasets import Source, open_dataset
@@ -48,7 +49,7 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.source)
 
-    def load(self, index: int) -> tuple[Image.Image, int]:
+    def load(self, index: int) -> tuple[Image.Image | Tensor, int]:
         """Raises UnreadableImage, and UserError for a label out of range."""
         image, label = self.source.load(index, self.channels)
         if not 0 <= label < self.classes:
@@ -68,9 +69,9 @@ class LabelledImages:
 class OnImage:
     """A transform of the image of (image, label)."""
 
-    def __init__(self, transform: Callable[[Image.Image], Pixels]):
+    def __init__(self, transform: Callable[[Image.Image | Tensor], Pixels]):
         self.transform = transform
 
-    def __call__(self, sample: tuple[Image.Image, int]) -> tuple[Pixels, int]:
+    def __call__(self, sample: tuple[Image.Image | Tensor, int]) -> tuple[Pixels, int]:
         image, label = sample
         return self.transform(image), label

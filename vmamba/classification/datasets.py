@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from timm.data import ImageDataset, create_dataset
+from torch import Tensor
 from torch.utils.data import IterableDataset
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity
@@ -49,8 +50,8 @@ class Source:
             return printable(f"image {index} of {self.place}")
         return printable(os.path.join(self.archive.path if self.archive else "", self.samples[index][0]))
 
-    def load(self, index: int, channels: int) -> tuple[Image.Image, int]:
-        """The decoded image, of 1 or 3 channels of 8 bits, and its label.  Raises UnreadableImage."""
+    def load(self, index: int, channels: int) -> tuple[Image.Image | Tensor, int]:
+        """The image of so many channels, as `decode` gives it, and its label.  Raises UnreadableImage."""
         name = self.name(index)
         with reading(name):
             file, label = self.read(index)
@@ -207,7 +208,7 @@ def _samples(
     samples = [
         (path, label)
         for label, name in enumerate(classes)
-        for path in image_files(os.path.join(folder, name), left_out)
+        for path in image_files(os.path.join(folder, name), left_out, config.MODEL.IN_CHANS)
     ]
     counts = Counter(label for _, label in samples)
     empty = [name for label, name in enumerate(classes) if not counts[label]]

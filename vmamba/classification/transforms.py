@@ -21,9 +21,11 @@ from yacs.config import CfgNode
 
 from vmamba.config import image_size
 from vmamba.data.draws import MIXUP, preserved_generators, seed_generators
+from vmamba.data.images import COLOURS
 from vmamba.errors import UserError
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W), float32; labels (B,), int64, or soft (B, classes)
+_OF_TENSORS = ("nearest", "bilinear", "bicubic")  # how torchvision resizes them
 _SMALL = 32  # up to this size pixels are too few to zoom into
 
 
@@ -39,20 +41,20 @@ class Patch:
 Pixels = tuple[Tensor, list[Patch]]  # an image (C, H, W), uint8, and what is put into it
 
 
-def build_transform(config: CfgNode, training: bool) -> Callable[[Image.Image], Tensor]:
+def build_transform(config: CfgNode, training: bool) -> Callable[[Image.Image | Tensor], Tensor]:
     """timm's transform from an image to (IN_CHANS, H, W) float32: of one image what a run does by batches."""
     to_pixels, normalise = build_pixels(config, training), Normalise(config)
     return lambda image: normalise(collate([(to_pixels(image), 0)]))[0][0]
 
 
-def build_pixels(config: CfgNode, training: bool) -> Callable[[Image.Image], Pixels]:
-    """The part of timm's transform that a loading process does.
+def build_pixels(config: CfgNode, training: bool) -> Callable[[Image.Image | Tensor], Pixels]:
+    """The part of timm's transform that a loading process does, to what `decode` gives.
 
     For training at up to 32 pixels the image is resized, padded by an eighth and cropped, instead of zoomed into.
     """
     size, channels, aug = image_size(config), config.MODEL.IN_CHANS, config.AUG
-    if channels not in (1, 3):
-        raise UserError(f"MODEL.IN_CHANS is {channels}; images are loaded as grayscale (1) or RGB (3)")
+    if channels not in COLOURS:
+        _check_bands(config, training)
     small = max(size) <= _SMALL
     common = {
         "input_size": (channels, *size),
@@ -87,11 +89,23 @@ def build_pixels(config: CfgNode, training: bool) -> Callable[[Image.Image], Pix
     return _ToPixels(transform, erasing)
 
 
+def _check_bands(config: CfgNode, training: bool) -> None:
+    """Raises UserError for what is known of gray and RGB images alone."""
+    aug, channels = config.AUG, f"MODEL.IN_CHANS {config.MODEL.IN_CHANS}"
+    settings = {"AUG.AUTO_AUGMENT": (aug.AUTO_AUGMENT, "null"), "AUG.COLOR_JITTER": (aug.COLOR_JITTER, 0)}
+    for key, (value, off) in settings.items():
+        if training and value:
+            raise UserError(f"{key} is {value} and {channels}; colours are of 1 and 3 channels, so set {key} {off}")
+    if config.DATA.INTERPOLATION not in _OF_TENSORS:
+        known = ", ".join(_OF_TENSORS)
+        raise UserError(f"DATA.INTERPOLATION is {config.DATA.INTERPOLATION}, and with {channels} it can be {known}")
+
+
 class _ToPixels:
-    def __init__(self, transform: Callable[[Image.Image], Tensor], erasing: RandomErasing | None = None):
+    def __init__(self, transform: Callable[[Image.Image | Tensor], Tensor], erasing: RandomErasing | None = None):
         self.transform, self.erasing = transform, erasing
 
-    def __call__(self, image: Image.Image) -> Pixels:
+    def __call__(self, image: Image.Image | Tensor) -> Pixels:
         pixels, erased = self.transform(image), _Erased()
         if self.erasing:
             erased.shape = pixels.shape

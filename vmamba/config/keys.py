@@ -90,7 +90,7 @@ COMMON = (
     #
     key("MODEL.NAME", "vmamba_tiny", "see vmamba.list_models()", also="arch architecture model.type"),
     key("MODEL.NUM_CLASSES", 1000, "of the data set", at_least=1, at_most=10**6, also="nb_classes", flag="num-classes"),
-    key("MODEL.IN_CHANS", 3, "3, or 1 for grayscale", at_least=1, at_most=10**4, also="in_channels"),
+    key("MODEL.IN_CHANS", 3, "3, 1 for grayscale, or others", at_least=1, at_most=10**4, also="in_channels"),
     share("MODEL.DROP_PATH_RATE", None, "stochastic depth; null: the variant's own", kinds=(None, float)),
     key("MODEL.BACKEND", "auto", "of the scan; see vmamba_kernels.backends()"),
     key("MODEL.PRETRAINED", "", "weights to start from: a file or an address", flag="pretrained"),
