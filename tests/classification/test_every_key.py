@@ -119,6 +119,7 @@ ELSEWHERE = {  # keys whose effect another test shows
     "DATA.VAL_FRACTION": "test_a_share_of_each_class_is_held_out",
     "DATA.SKIP_BAD_IMAGES": "test_unreadable_images_are_replaced_in_training_and_counted",
     "MODEL.WEIGHTS": "test_training_starts_from_pretrained_weights",
+    "TRAIN.PATIENCE": "test_early_stopping_is_exact_on_resume",
     "TRAIN.AUTO_RESUME": "test_starting_over_in_a_used_folder_is_refused",
 }
 

@@ -122,6 +122,13 @@ COMMON = (
     key("TRAIN.ACCUMULATION_STEPS", 1, "micro-batches an optimiser step", at_least=1, flag="accumulation-steps"),
     key("TRAIN.SAVE_STEPS", 0, "optimiser steps between checkpoints inside an epoch; 0: none", at_least=0),
     key("TRAIN.MAX_BAD_STEPS", 10, "steps in a row without finite loss and gradient that end the run", at_least=1),
+    key(
+        "TRAIN.PATIENCE",
+        0,
+        "evaluations in a row without a better result that end the training; 0: none do",
+        at_least=0,
+        also="early_stopping",
+    ),
     switch("TRAIN.AUTO_RESUME", "go on from the newest checkpoint in the run's folder", default=True),
     key(
         "TRAIN.FREEZE",

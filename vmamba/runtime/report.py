@@ -148,6 +148,12 @@ def best_so_far(task: Task, state: TrainState) -> str:
     return f"; best {task.headline} {max(state.best.values()):.2f}" if state.best else ""
 
 
+def impatience(state: TrainState) -> str:
+    """Why training ends, where TRAIN.PATIENCE ends it."""
+    patience = state.config["TRAIN"]["PATIENCE"]
+    return f"no result was better in {counted(state.unimproved, 'evaluation')} (TRAIN.PATIENCE {patience})"
+
+
 def _installed(name: str) -> bool:
     try:
         version(name)

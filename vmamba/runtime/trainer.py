@@ -112,8 +112,9 @@ def train(run: Run, model: nn.Module) -> Results:
         on_main(records.start_over)
     if source == run.folder / BEST:
         run.save(state, LAST)  # killed between the two: what a run leaves does not depend on where
-    if state.recorded >= plan.steps:
-        run.logger.info(f"nothing is left to train, {state.step} of {plan.steps} steps are done")
+    if state.recorded >= plan.steps or state.out_of_patience:
+        why = f", and {report.impatience(state)}" if state.out_of_patience else ""
+        run.logger.info(f"nothing is left to train, {state.step} of {plan.steps} steps are done{why}")
         with run.request.noting():
             results = evaluate_state(run, state, eval_loader)
     else:
@@ -122,7 +123,7 @@ def train(run: Run, model: nn.Module) -> Results:
         rounds = Rounds(run, plan, state, step, train_loader, eval_loader, records)
         try:
             with run.request.noting():
-                while state.recorded < plan.steps:
+                while state.recorded < plan.steps and not state.out_of_patience:
                     rounds.one()
         finally:
             records.close()
@@ -222,7 +223,7 @@ class Rounds:
             step += last - first
 
     def _save_last(self) -> None:
-        if self.plan.saves(self.state.step):
+        if self.plan.saves(self.state.step) or self.state.out_of_patience:
             self.run.save(self.state, LAST)
 
     def _images_per_step(self) -> int:
@@ -271,6 +272,10 @@ class Rounds:
             "seconds": round(seconds, 2),
         }
         improved = self._rank(results)
+        if results:
+            state.unimproved = 0 if improved else state.unimproved + 1
+        if run.config.TRAIN.PATIENCE:
+            entry["unimproved"] = state.unimproved
         state.finish_round()
         events = {f"eval/{name}": value for name, value in results.items()}
         on_main(lambda: self.records.write(entry, events))
@@ -282,6 +287,8 @@ class Rounds:
             f"epoch {entry['epoch']:.6g}/{self.plan.epoch(self.plan.steps):.6g} in {seconds:.1f}s: "
             f"training loss {entry['train_loss']:.4f}{told}{report.best_so_far(run.task, state)}"
         )
+        if state.out_of_patience:
+            run.logger.info(f"{report.impatience(state)}: training ends {self.plan.steps - state.step} steps early")
 
     def _rank(self, results: Results) -> bool:
         """Whether the evaluation just made is the best so far; a loss or a result that is not finite never is."""
