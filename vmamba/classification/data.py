@@ -10,7 +10,9 @@ from yacs.config import CfgNode
 
 from vmamba.classification.datasets import Source, open_dataset
 from vmamba.classification.transforms import Normalise, Pixels, build_pixels, collate
-from vmamba.data.loaders import EvalLoader, Examples, TrainLoader
+from vmamba.data.draws import permutation
+from vmamba.data.loaders import EvalLoader, Examples, Order, TrainLoader
+from vmamba.data.sampling import balanced, repeated
 from vmamba.errors import UserError
 
 Place = tuple[int, int]  # which of its machine's processes this is, and how many there are
@@ -23,7 +25,29 @@ def build_train_loader(config: CfgNode, *, rank: int, world_size: int, on_machin
     """
     images = _images(config, True, rank, on_machine)
     examples = Examples(config, images, OnImage(build_pixels(config, True)), training=True)
-    return TrainLoader(config, examples, rank, world_size, collate, Normalise(config))
+    order, deal = _order(config, images), config.AUG.REPEATS > 1
+    return TrainLoader(config, examples, rank, world_size, collate, Normalise(config), order, deal)
+
+
+def _order(config: CfgNode, images: "LabelledImages") -> Order | None:
+    """What DATA.SAMPLER and AUG.REPEATS make of an epoch; None for a permutation.  Raises UserError where no labels
+    tell what is balanced."""
+    is_balanced, repeats = config.DATA.SAMPLER == "balanced", config.AUG.REPEATS
+    if not is_balanced and repeats == 1:
+        return None
+    labels = images.source.labels() if is_balanced else None
+    if is_balanced and labels is None:
+        raise UserError(
+            f"DATA.SAMPLER is balanced, and DATA.DATASET '{config.DATA.DATASET}' tells labels with images only; set it "
+            "to shuffled"
+        )
+
+    def order(epoch: int) -> list[int]:
+        if labels is None:
+            return repeated(permutation(config.SEED, epoch, len(images)).tolist(), repeats)
+        return repeated(balanced(config.SEED, epoch, labels), repeats)
+
+    return order
 
 
 def build_eval_loader(

@@ -25,6 +25,12 @@ KEYS = (
         flag="cache-mode",
     ),
     share("DATA.VAL_FRACTION", 0.0, "of each class's images held out, where there is no val/; 0: there is"),
+    key(
+        "DATA.SAMPLER",
+        "shuffled",
+        "balanced: of each class as many images an epoch, those of small ones several times",
+        choices=("shuffled", "balanced"),
+    ),
     key("DATA.TRAIN_SPLIT", "train", "its name, for data sets opened by timm"),
     key("DATA.VAL_SPLIT", "validation", "likewise"),
     #
@@ -47,6 +53,13 @@ KEYS = (
     #
     share("AUG.SCALE", [0.08, 1.0], "least and most share of an image's area that a crop shows", length=2, rising=True),
     key("AUG.RATIO", [0.75, 4 / 3], "least and most width of a crop over its height", above=0, length=2, rising=True),
+    key(
+        "AUG.REPEATS",
+        1,
+        "versions of an image in a step, of so many fewer images an epoch",
+        at_least=1,
+        also="aug_repeats",
+    ),
     share("AUG.HFLIP", 0.5, "probability of a horizontal flip"),
     share("AUG.VFLIP", 0.0, "of a vertical one"),
     key("AUG.COLOR_JITTER", 0.4, "applies where AUTO_AUGMENT is off", at_least=0),

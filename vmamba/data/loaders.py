@@ -14,13 +14,15 @@ from yacs.config import CfgNode
 
 from vmamba.data.draws import IMAGE, permutation, preserved_generators, seed_generators
 from vmamba.data.images import UnreadableImage
+from vmamba.data.sampling import numbered
 from vmamba.errors import UserError
 from vmamba.signals import leave_them_to_the_parent
 
 logger = logging.getLogger("vmamba")
 
-Key = tuple[int, int]  # epoch, index of the sample
+Key = tuple[int, ...]  # epoch, index of the sample, and where it comes again in an epoch, which time that is
 Example = tuple[Any, list[str]] | str  # what becomes of a sample (None: nothing), the unreadable; or what ends the run
+Order = Callable[[int], Sequence[int]]  # of an epoch the indices of its samples, some perhaps several times
 Seconds = float  # of a core: what was computed, without waiting for files
 
 _REPLACEMENTS = 10  # samples tried in the place of an unreadable one
@@ -158,7 +160,8 @@ class Loader:
 class TrainLoader(Loader):
     """Yields ACCUMULATION_STEPS micro-batches an optimiser step, of the steps that `set_epoch` names.
 
-    The samples of step s are those at s*G to (s+1)*G of the epoch's permutation, G being the global batch.
+    The samples of step s are those at s*G to (s+1)*G of the epoch's order, by default a permutation, G being the
+    global batch.  `deal`: the processes take them in turns, so that neighbours go to different ones; else in pieces.
     Raises UserError when the samples do not fill one.
     """
 
@@ -170,10 +173,12 @@ class TrainLoader(Loader):
         world_size: int,
         collate: Callable[[list[Any]], Any] = default_collate,
         finish: Callable[[Any], Any] = whole_already,
+        order: Order | None = None,
+        deal: bool = False,
     ):
         self.images = len(examples.source)
         groups = getattr(examples.source, "groups", None)
-        self._batches = TrainingBatches(config, self.images, rank, world_size, groups)
+        self._batches = TrainingBatches(config, self.images, rank, world_size, groups, order, deal)
         self.steps_per_epoch: int = self._batches.steps
         super().__init__(config, examples, self._batches, collate, finish)
 
@@ -202,10 +207,20 @@ class EvalLoader(Loader):
 
 
 class TrainingBatches:
-    """The keys of one process's micro-batches, each of images of one of `groups` where there are such."""
+    """The keys of one process's micro-batches: each of images of one of `groups` where there are such, or in an `order`
+    of its own."""
 
-    def __init__(self, config: CfgNode, images: int, rank: int, world_size: int, groups: Sequence[int] | None = None):
-        self.groups = groups
+    def __init__(
+        self,
+        config: CfgNode,
+        images: int,
+        rank: int,
+        world_size: int,
+        groups: Sequence[int] | None = None,
+        order: Order | None = None,
+        deal: bool = False,
+    ):
+        self.groups, self.order, self.deal = groups, order, deal
         self.seed, self.images, self.rank, self.world_size = config.SEED, images, rank, world_size
         self.micro, self.accumulation = config.DATA.BATCH_SIZE, config.TRAIN.ACCUMULATION_STEPS
         total = self.micro * world_size * self.accumulation
@@ -221,12 +236,21 @@ class TrainingBatches:
         return (self.end - self.start) * self.accumulation
 
     def __iter__(self) -> Iterator[list[Key]]:
+        together, mine = self.world_size * self.micro, slice(self.rank, None, self.world_size)
+        if not self.deal:
+            mine = slice(self.rank * self.micro, (self.rank + 1) * self.micro)
+        keys = self._keys()
+        for number in range(self.start * self.accumulation, self.end * self.accumulation):
+            yield keys[number * together : (number + 1) * together][mine]
+
+    def _keys(self) -> list[Key]:
+        """Of the epoch."""
+        if self.order is not None:
+            return [(self.epoch, *key) for key in numbered(self.order(self.epoch))]
         order = permutation(self.seed, self.epoch, self.images).tolist()
         if self.groups is not None:
             order = in_groups(order, self.groups, self.micro)
-        for number in range(self.start * self.accumulation, self.end * self.accumulation):
-            first = (number * self.world_size + self.rank) * self.micro
-            yield [(self.epoch, index) for index in order[first : first + self.micro]]
+        return [(self.epoch, index) for index in order]
 
 
 def in_groups(order: Sequence[int], groups: Sequence[int], size: int) -> list[int]:
