@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageColor, ImageDraw, ImageFont
+from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
@@ -32,6 +33,7 @@ from vmamba.errors import UserError
 from vmamba.files import check_keeps, make_folder, read_text, write_atomically
 from vmamba.models.download import is_url
 from vmamba.models.pretrained import Checkpoint, open_checkpoint
+from vmamba.models.vssm import VSSM
 from vmamba.models.whole import shape_of, variant_of
 from vmamba.runtime.checkpoint import BEST, LAST
 from vmamba.runtime.task import open_task
@@ -207,6 +209,41 @@ def predict_images(
         if "objects" in each:
             each["objects"] = [found for found in each["objects"] if found["score"] >= score]
     return told
+
+
+def image_transform(model: nn.Module) -> Callable[[str | Path | Image.Image], Tensor]:
+    """What makes of an image, of Pillow or a file, what a classifier takes: (C, H, W) float32.
+
+    Args:
+        model: of `load_model`, whose config says it; of timm, whose settings say it; or another of ours, which is taken
+            for one of ImageNet's, of images of 224 pixels.
+
+    Raises UserError for a model that is no classifier or does not tell; what is returned, for an image that cannot be
+    read.
+    """
+    config = getattr(model, "config", None)
+    if isinstance(config, CfgNode) and config.TASK != "classification":
+        raise UserError(f"this model is of {config.TASK}, whose images come in many sizes; vmamba.predict takes them")
+    if isinstance(config, CfgNode):
+        channels, transform = _channels(config), build_transform(config, training=False)
+        gray = config.MODEL.IN_CHANS == 1
+    elif getattr(model, "pretrained_cfg", None):
+        channels, gray = 3, model.pretrained_cfg["input_size"][0] == 1
+        transform = create_transform(**resolve_data_config({}, model=model))
+    elif isinstance(model, VSSM) and model.in_chans == 3:
+        channels, gray, transform = 3, False, build_transform(get_config(), training=False)
+    else:
+        kind = type(model).__name__
+        raise UserError(f"this {kind} does not tell how its images are normalised; take it from vmamba.load_model")
+
+    def apply(image: str | Path | Image.Image) -> Tensor:
+        try:
+            pixels = decode(image, channels, "the image" if isinstance(image, Image.Image) else image)
+        except UnreadableImage as error:
+            raise UserError(str(error)) from error
+        return transform(pixels.convert("L") if gray else pixels)
+
+    return apply
 
 
 def _channels(config: CfgNode) -> int:

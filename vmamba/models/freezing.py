@@ -16,6 +16,13 @@ def freeze(model: nn.Module, parts: Sequence[str], key: str = "TRAIN.FREEZE") ->
 
     Raises UserError for a name that the model does not have, and where nothing would be left to train.
     """
+    mark(model, parts, key)
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise UserError(f"{key} is {list(parts)}, which is the whole model; leave something to train")
+
+
+def mark(model: nn.Module, parts: Sequence[str], key: str) -> None:
+    """`freeze`, perhaps of the whole model, which may be a part itself."""
     names = [name for part in parts for name in (_all_but_head(model, key) if part == ALL_BUT_HEAD else [part])]
     modules = dict(model.named_modules())
     for part in names:
@@ -28,16 +35,20 @@ def freeze(model: nn.Module, parts: Sequence[str], key: str = "TRAIN.FREEZE") ->
             weight.requires_grad_(False)
         if part in modules:
             modules[part].is_frozen = True
-    if not any(weight.requires_grad for weight in model.parameters()):
-        raise UserError(f"{key} is {list(parts)}, which is the whole model; leave something to train")
+    keep(model)
 
 
 def train(model: nn.Module) -> None:
     """Put the model into training mode, its frozen parts into that of evaluation."""
     model.train()
+    keep(model)
+
+
+def keep(model: nn.Module) -> None:
+    """Put the frozen parts into the mode of evaluation."""
     for module in model.modules():
         if getattr(module, "is_frozen", False):
-            module.eval()
+            nn.Module.train(module, False)
 
 
 def _all_but_head(model: nn.Module, key: str) -> list[str]:

@@ -201,6 +201,11 @@ def create_model(name: str, pretrained: bool = False, **options: Any) -> VSSM:
     if not isinstance(name, str) or name not in VARIANTS:
         raise unknown("model", name, VARIANTS)
     variant = VARIANTS[name]
+    if "features_only" in options:
+        raise UserError(
+            f"features_only is timm's: timm.create_model('{name}', features_only=True) after import vmamba; or take "
+            f"vmamba.Backbone(vmamba.create_model('{name}')), whose outputs have norms of their own"
+        )
     if pretrained and not variant.weights:
         raise UserError(f"'{name}' has no released weights; these have: {', '.join(list_models(pretrained=True))}")
     model = VSSM(**variant.options | options)
