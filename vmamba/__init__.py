@@ -10,6 +10,7 @@ from typing import Any
 import vmamba.models.timm_models  # noqa: F401  (registers every variant with timm)
 from vmamba.detection.models import create_detector, detector_from_released, load_detector
 from vmamba.errors import UserError
+from vmamba.extensions import register_dataset, register_loss
 from vmamba.models.backbone import Backbone
 from vmamba.models.flops import flops
 from vmamba.models.pretrained import load_checkpoint
@@ -57,6 +58,8 @@ __all__ = [
     "load_model",
     "load_segmenter",
     "predict",
+    "register_dataset",
+    "register_loss",
     "segmenter_from_released",
     "to_released",
 ]

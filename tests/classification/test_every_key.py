@@ -115,6 +115,7 @@ CHANGED = {
     "TEST.CROP_PCT": (1.0, "DATA.IMG_SIZE", 40),
 }
 ELSEWHERE = {  # keys whose effect another test shows
+    "IMPORT": "test_the_example_of_the_page",
     "BASE": "test_base_files_merge_in_order_and_the_file_itself_wins",
     "DATA.CACHE_MODE": "test_the_cache_mode_decides_what_becomes_of_an_archive",
     "DATA.PIN_MEMORY": "test_batches_are_pinned_for_a_gpu",

@@ -26,6 +26,7 @@ from vmamba.data.archives import Archive
 from vmamba.data.folders import LeftOut, contents, data_path, image_files, listing, what_is
 from vmamba.data.images import decode, reading, suffixes
 from vmamba.errors import UserError, unknown
+from vmamba.extensions import DATASETS
 from vmamba.files import cannot_read, read_text
 from vmamba.text import counted, printable, some
 
@@ -90,6 +91,8 @@ def open_dataset(config: CfgNode, *, training: bool, rank: int, on_machine: tupl
     if (config.DATA.TRAIN_LABELS or config.DATA.VAL_LABELS) and (name != "imagenet" or config.DATA.ZIP_MODE):
         what = "an archive" if config.DATA.ZIP_MODE else f"DATA.DATASET '{name}'"
         raise UserError(f"DATA.TRAIN_LABELS and VAL_LABELS are of images in folders, and {what} has labels; empty them")
+    if name in DATASETS:
+        return _registered(config, training)
     if name == "digits":
         return _digits(config, training)
     if name in _CIFAR:
@@ -100,7 +103,7 @@ def open_dataset(config: CfgNode, *, training: bool, rank: int, on_machine: tupl
         return _folders(config, training, tell=rank == 0)
     if "/" in name:
         return _from_timm(config, training)
-    raise unknown("DATA.DATASET", name, ["digits", "imagenet", *_CIFAR, "torch/<name>", "hfds/<name>"])
+    raise unknown("DATA.DATASET", name, ["digits", "imagenet", *_CIFAR, "torch/<name>", "hfds/<name>", *DATASETS])
 
 
 def _digits(config: CfgNode, training: bool) -> Source:
@@ -140,6 +143,21 @@ def _incomplete_cifar(root: Path, name: str) -> UserError:
                 "or, if it was changed on purpose, write the images into folders of classes (DATA.DATASET imagenet)"
             )
     return UserError(f"'{printable(root)}' does not hold {name} whole: {contents(root)}; unpack {kind.url} there")
+
+
+def _registered(config: CfgNode, training: bool) -> Source:
+    """Of `vmamba.extensions.register_dataset`."""
+    name, part = config.DATA.DATASET, "training" if training else "held-out"
+    samples = DATASETS[name](config, training)
+    if not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
+        kind = type(samples).__name__
+        raise UserError(f"DATA.DATASET '{name}' gives a {kind}; register what gives a sequence of (image, label)")
+    if not len(samples):
+        raise UserError(f"DATA.DATASET '{name}' has no {part} image; check DATA.DATA_PATH '{config.DATA.DATA_PATH}'")
+    classes = getattr(samples, "classes", None)
+    if classes:
+        _check_class_count(name, len(classes), config, training)
+    return Source(samples, place=f"the {part} images of {name}")
 
 
 def _from_timm(config: CfgNode, training: bool) -> Source:

@@ -5,7 +5,11 @@ from vmamba.config.keys import key, share, switch
 _FILTERS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 KEYS = (
-    key("DATA.DATASET", "imagenet", "imagenet (folders), digits, cifar10, cifar100, or one of timm's (torch/, hfds/)"),
+    key(
+        "DATA.DATASET",
+        "imagenet",
+        "imagenet (folders), digits, cifar10, cifar100, one of timm's (torch/, hfds/), or a registered one",
+    ),
     key(
         "DATA.IMG_SIZE",
         224,
@@ -40,8 +44,7 @@ KEYS = (
     key(
         "TRAIN.LOSS",
         "cross_entropy",
-        "bce: each class by itself, as DeiT III",
-        choices=("cross_entropy", "bce"),
+        "cross_entropy; bce: each class by itself, as DeiT III; or a registered one",
         also="binary_cross_entropy",
     ),
     key(

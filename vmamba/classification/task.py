@@ -15,7 +15,8 @@ from vmamba.classification.data import build_eval_loader, build_train_loader
 from vmamba.classification.transforms import Batch, build_mixup
 from vmamba.config import image_size
 from vmamba.data.loaders import EvalLoader, TrainLoader
-from vmamba.errors import UserError
+from vmamba.errors import UserError, unknown
+from vmamba.extensions import LOSSES
 from vmamba.models.flops import complexity
 from vmamba.models.pretrained import Checkpoint, load_pretrained
 from vmamba.models.variants import build_model
@@ -48,6 +49,8 @@ class Task:
         load_pretrained(model, checkpoint, drop_head=self.config.MODEL.DROP_HEAD)
 
     def train_loader(self, world: World) -> TrainLoader:
+        if self.config.TRAIN.LOSS not in ("cross_entropy", "bce", *LOSSES):
+            raise unknown("TRAIN.LOSS", self.config.TRAIN.LOSS, ("cross_entropy", "bce", *LOSSES))
         if self.config.TRAIN.LOSS == "bce" and self.config.MODEL.LABEL_SMOOTHING == 1:
             raise UserError("MODEL.LABEL_SMOOTHING is 1, which TRAIN.LOSS bce does not take; choose less")
         _, weights = self.mixup, given_weights(self.config)  # refuse what cannot be before anything is opened
@@ -70,13 +73,29 @@ class Task:
 
     def criterion(self, logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
         """Of logits (B, classes) float32 and labels (B,) or soft targets (B, classes): the mean over the images."""
-        if self.config.TRAIN.LOSS == "bce":
+        if self.config.TRAIN.LOSS in LOSSES:
+            losses = self._registered_loss(logits, targets, smoothing)
+        elif self.config.TRAIN.LOSS == "bce":
             losses = BinaryCrossEntropy(smoothing, weight=self.class_weights, reduction="none")(logits, targets)
         else:
             losses = F.cross_entropy(
                 logits, targets, self.class_weights, label_smoothing=smoothing, reduction="none"
             )  # of weighted classes too the mean counts images, so that micro-batches add up to their union
         return losses.mean()
+
+    def _registered_loss(self, logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+        """(B,), each image's weighed by what its targets have of the classes' weights."""
+        name, classes = self.config.TRAIN.LOSS, logits.shape[1]
+        soft = targets
+        if targets.dim() == 1:
+            soft = F.one_hot(targets, classes).float() * (1 - smoothing) + smoothing / classes
+        losses = LOSSES[name](logits, soft)
+        if losses.shape != logits.shape[:1]:
+            shape = tuple(losses.shape)
+            raise UserError(
+                f"TRAIN.LOSS '{name}' gives losses {shape} of {len(logits)} images; give one for each, (B,)"
+            )
+        return losses if self.class_weights is None else losses * (soft @ self.class_weights)
 
     def meter(self, world: World) -> "Accuracy":
         return Accuracy(world, self.config)

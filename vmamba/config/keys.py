@@ -51,6 +51,7 @@ def share(name: str, default: Any, meaning: str, *, kinds: tuple = (), flag: str
 COMMON = (
     key("TASK", "classification", "what is trained", choices=TASKS),
     key("BASE", [], "files this one builds on, relative to it; empty once they are merged", kinds=(str, [str])),
+    key("IMPORT", [], "modules of your own to import first: docs/extending.md", kinds=([str],), flag="import"),
     key("NAME", "", "name of the run; empty: the config file's stem"),
     key("OUTPUT", "output", "the run's folder is OUTPUT/NAME/TAG", flag="output", also="output_dir work_dir"),
     key("TAG", "default", "tells runs of one config apart", flag="tag"),

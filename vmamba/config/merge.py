@@ -11,6 +11,7 @@ from yacs.config import CfgNode
 from vmamba.config.files import Setting, find, from_text, settings
 from vmamba.config.keys import TASKS, Key, keys_of
 from vmamba.errors import UserError, unknown
+from vmamba.extensions import import_modules
 from vmamba.files import write_atomically
 from vmamba.models.options import CONFIGURABLE, check_configured
 from vmamba.models.released_yaml import from_released_config
@@ -20,7 +21,7 @@ OPTIONS = "MODEL.OPTIONS"  # a section that takes the options of the model
 
 
 def get_config(cfg_file: str | Path | None = None, opts: Sequence[Any] = ()) -> CfgNode:
-    """The frozen config of a file (None: the defaults) with `opts` = [key, value, ...] set on top.
+    """The frozen config of a file (None: the defaults) with `opts` = [key, value, ...] set on top; its IMPORT is done.
 
     A relative path is looked for in the working directory, then in the repository.
     Raises UserError for a missing file, an unknown key, a value that does not fit.
@@ -47,6 +48,7 @@ def merge(cfg_file: str | Path | None, more: Sequence[Setting]) -> CfgNode:
         config.NAME = config.NAME or path.stem
     schema.add(config, more)
     config.NAME = config.NAME or config.MODEL.NAME
+    import_modules(config.IMPORT)
     config.freeze()
     return config
 
@@ -56,6 +58,7 @@ def changed(config: CfgNode, opts: Sequence[Any]) -> CfgNode:
     copy = config.clone()
     copy.defrost()
     Schema(config.TASK).add(copy, pairs(opts))
+    import_modules(copy.IMPORT)
     copy.freeze()
     return copy
 

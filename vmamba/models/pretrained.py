@@ -226,7 +226,7 @@ def adapted(
 
 def told_by_timm(model: nn.Module, what: str) -> tuple[str, ...]:
     """The names of a timm model's "classifier" or "first_conv"; a distilled model has two classifiers."""
-    names = model.pretrained_cfg.get(what) or ()
+    names = (getattr(model, "pretrained_cfg", None) or {}).get(what) or ()
     return (names,) if isinstance(names, str) else tuple(names)
 
 

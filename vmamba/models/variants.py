@@ -252,7 +252,8 @@ def _timm_model(config: CfgNode) -> nn.Module:
         options["img_size"] = config.DATA.IMG_SIZE
     try:
         model = timm.create_model(name, num_classes=settings.NUM_CLASSES, in_chans=settings.IN_CHANS, **options)
-        model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
+        if config.TRAIN.USE_CHECKPOINT:
+            model.set_grad_checkpointing()
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"timm cannot build '{name}' with these settings: {error or type(error).__name__}") from error
     size = config.DATA.IMG_SIZE
@@ -263,7 +264,7 @@ def _timm_model(config: CfgNode) -> nn.Module:
 def timm_settings(name: str) -> PretrainedCfg:
     """What timm knows of one of its models' weights.  Raises UserError for a tag, behind the dot, that there is not."""
     try:
-        return timm.get_pretrained_cfg(name)
+        return timm.get_pretrained_cfg(name) or PretrainedCfg()  # of one that a user's module registered
     except RuntimeError as error:  # "resnet18.a1_in1k"
         architecture = name.partition(".")[0]
         raise unknown("model", name, [architecture, *timm.list_pretrained(f"{architecture}.*")]) from error

@@ -17,6 +17,7 @@ from yacs.config import CfgNode
 from vmamba.config import output_folder, save_config
 from vmamba.data.loaders import EvalLoader, TrainLoader
 from vmamba.errors import UserError
+from vmamba.extensions import import_modules
 from vmamba.models import freezing
 from vmamba.runtime import report
 from vmamba.runtime.checkpoint import BEST, LAST
@@ -55,6 +56,7 @@ def run(config: CfgNode) -> Results:
 
 
 def _run_alone(config: CfgNode) -> Results:
+    import_modules(config.IMPORT)  # again where the config comes from another process
     folder = None if config.THROUGHPUT_MODE else output_folder(config)
     with processes(config.DEVICE) as world, _only_writer(config, folder):
         logger = create_logger(world, folder)
