@@ -24,8 +24,9 @@ from vmamba.runtime.checkpoint import BEST, LAST
 from vmamba.runtime.distributed import on_main, processes
 from vmamba.runtime.evaluation import evaluate_file, evaluate_state, tell_skipped, throughput
 from vmamba.runtime.feed import Feed
+from vmamba.runtime.history import History, facts
 from vmamba.runtime.lock import FolderLock
-from vmamba.runtime.logging import Pace, create_logger, log_the_end, memory_mb, progress
+from vmamba.runtime.logging import Pace, cause, create_logger, log_the_end, memory_mb, progress
 from vmamba.runtime.plan import Plan, build_plan
 from vmamba.runtime.precision import set_up_precision
 from vmamba.runtime.records import Records
@@ -60,12 +61,14 @@ def _run_alone(config: CfgNode) -> Results:
     folder = None if config.THROUGHPUT_MODE else output_folder(config)
     with processes(config.DEVICE) as world, _only_writer(config, folder):
         logger = create_logger(world, folder)
-        run = Run(config, open_task(config), world, logger)
+        trains = world.main and not (config.EVAL_MODE or config.THROUGHPUT_MODE)
+        run = Run(config, open_task(config), world, logger, history=History(folder if trains else None))
         try:
             with run.request:
                 return _run(run, folder)
         except BaseException as error:
             log_the_end(logger, error)
+            run.history.end(cause(error))
             raise
 
 
@@ -85,8 +88,10 @@ def _only_writer(config: CfgNode, folder: Path | None) -> Iterator[None]:
 
 def _run(run: Run, folder: Path | None) -> Results:
     config, world = run.config, run.world
+    told = facts(config, world)
+    run.history.begin(told)
     if world.main:
-        for line in report.describe_start(config, folder):
+        for line in report.describe_start(told, folder):
             run.logger.info(line)
     set_up_precision(config, world.device)
     random_seed(config.SEED)
@@ -135,6 +140,8 @@ def train(run: Run, model: nn.Module) -> Results:
     on_main(records.draw)
     best = report.best_so_far(task, state)
     run.logger.info(f"{counted(state.step, 'step')} trained; {report.summary(task, results)}{best}")
+    why = report.impatience(state) if state.out_of_patience else "finished"
+    run.history.end(f"{why}, {state.step} of {plan.steps} steps")
     return results
 
 
