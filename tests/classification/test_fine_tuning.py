@@ -1,5 +1,6 @@
 """What fine-tuning adds: losses by class, evaluation in detail, rates by layer, against scikit-learn and timm."""
 
+import csv
 import json
 
 import numpy as np
@@ -181,3 +182,29 @@ def test_images_of_13_channels_from_weights_of_rgb(tmp_path):
     assert len(told[0]["top"]) == 5
     with pytest.raises(UserError, match="is of images of 13 channels, which no picture shows; use vmamba.predict"):
         predict(str(output_folder(config)), [name], output=str(tmp_path / "pictures"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_predictions_of_an_evaluation_by_image(tmp_path, workers):
+    """By hand, image by image; an unreadable one is left out, and training leaves none."""
+    config = tiny_config(tmp_path, "TRAIN.EPOCHS", 1, "TRAIN.EMA.ENABLE", False)
+    run(config)
+    assert not (output_folder(config) / "predictions").exists()
+    (tmp_path / "images" / "val" / "class2" / "2.png").write_text("no image")
+    options = ("DATA.SKIP_BAD_IMAGES", True, "DATA.NUM_WORKERS", workers, "DATA.BATCH_SIZE", 4)
+    results = run(tiny_config(tmp_path, "EVAL_MODE", True, *options))
+    with open(output_folder(config) / "predictions" / "predictions.csv", newline="") as file:
+        rows = [*csv.DictReader(file)]
+    images = [path for path in files(tmp_path / "images" / "val") if path.rpartition("/")[2] != "2.png"]
+    assert [row["image"] for row in rows] == images and len(images) == 11
+    model = vmamba.load_model(output_folder(config) / "last.pth")
+    for row in rows:
+        (told,) = vmamba.predict(model, row["image"])
+        chances = {each["class"]: each["probability"] for each in told["top"]}
+        label = int(row["label"])
+        assert f"class{label}/" in row["image"] and int(row["prediction"]) == told["top"][0]["class"]
+        assert float(row["probability"]) == pytest.approx(told["top"][0]["probability"], abs=1e-5)
+        if label in chances:  # of the best five
+            assert float(row["probability_of_label"]) == pytest.approx(chances[label], abs=1e-5)
+    right = sum(row["label"] == row["prediction"] for row in rows)
+    assert results["acc1"] == pytest.approx(100 * right / 11)

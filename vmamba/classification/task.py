@@ -1,5 +1,7 @@
 """Classification as a task: cross-entropy, top-1 and top-5 accuracy."""
 
+import csv
+import io
 from collections.abc import Callable
 from functools import cached_property, partial
 from types import MappingProxyType
@@ -20,7 +22,7 @@ from vmamba.extensions import LOSSES
 from vmamba.models.flops import complexity
 from vmamba.models.pretrained import Checkpoint, load_pretrained
 from vmamba.models.variants import build_model
-from vmamba.runtime.distributed import World, sum_over_processes
+from vmamba.runtime.distributed import World, gather, sum_over_processes
 from vmamba.runtime.task import Results
 from vmamba.text import counted
 
@@ -61,7 +63,10 @@ class Task:
         return loader
 
     def eval_loader(self, world: World) -> EvalLoader:
-        return build_eval_loader(self.config, rank=world.rank, world_size=world.size, on_machine=world.on_machine)
+        self.held_out = build_eval_loader(
+            self.config, rank=world.rank, world_size=world.size, on_machine=world.on_machine
+        )
+        return self.held_out
 
     def loss(self, model: nn.Module, batch: Batch, *, step: int, part: int) -> Tensor:
         images, targets = batch
@@ -98,7 +103,7 @@ class Task:
         return losses if self.class_weights is None else losses * (soft @ self.class_weights)
 
     def meter(self, world: World) -> "Accuracy":
-        return Accuracy(world, self.config)
+        return Accuracy(world, self.config, self.held_out if self.config.EVAL_MODE else None)
 
     def describe(self, results: Results) -> str:
         return f"held-out loss {results['val_loss']:.4f}, top-1 {results['acc1']:.2f}%, top-5 {results['acc5']:.2f}%"
@@ -143,12 +148,14 @@ class Accuracy:
     """Mean cross-entropy, top-1 and top-5 accuracy in percent (of fewer classes than 5: all).
 
     In detail the accuracy of each class, means over the classes, and the expected calibration error over 15 bins (arXiv
-    1706.04599).
+    1706.04599).  Of each image that `loader` gives its prediction is kept, where one is named.
     """
 
     bins = 15
 
-    def __init__(self, world: World, config: CfgNode):
+    def __init__(self, world: World, config: CfgNode, loader: EvalLoader | None = None):
+        self.loader, self.answers = loader, []  # of each batch (4, B): label, prediction, the chances of both
+        self.rows: list[tuple[int, list[float]]] = []  # of all processes, by the image's index
         self.classes, self.place = config.MODEL.NUM_CLASSES, config.DATA.DATA_PATH
         zeros = partial(torch.zeros, dtype=torch.float64, device=world.device)
         self.sums = zeros(4)  # loss, top-1, top-5, images
@@ -170,10 +177,17 @@ class Accuracy:
         bins = (chance * self.bins).long().clamp(max=self.bins - 1)
         for row, amount in ((0, right), (1, chance), (2, torch.ones_like(right))):
             self.by_chance[row].index_add_(0, bins, amount)
+        if self.loader:
+            chances = logits.double().softmax(1).gather(1, torch.stack([best[:, 0], targets], 1))
+            self.answers.append(torch.stack([targets.double(), best[:, 0].double(), *chances.unbind(1)]))
 
     def results(self) -> Results:
         self.by_class, self.by_chance = sum_over_processes(self.by_class), sum_over_processes(self.by_chance)
         loss, top1, top5, images = sum_over_processes(self.sums).tolist()
+        if self.loader:
+            answers = torch.cat([torch.empty(4, 0, device=self.sums.device), *self.answers], 1)
+            mine = zip(self.loader.given, answers.T.tolist(), strict=True)
+            self.rows = sorted(row for rows in gather([*mine]) for row in rows)
         if not images:
             raise UserError(f"none of the validation images could be read; check DATA.DATA_PATH '{self.place}'")
         return {"val_loss": loss / images, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images}
@@ -193,4 +207,13 @@ class Accuracy:
         }
 
     def files(self) -> dict[str, bytes]:
-        return {}
+        """predictions.csv, a line an image: its name, label, prediction, and the chances of the prediction and of the
+        label."""
+        if not self.rows:
+            return {}
+        source, text = self.loader.examples.source.source, io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(["image", "label", "prediction", "probability", "probability_of_label"])
+        for index, (label, prediction, *chances) in self.rows:
+            table.writerow([source.name(index), int(label), int(prediction), *(f"{chance:.6f}" for chance in chances)])
+        return {"predictions.csv": text.getvalue().encode()}

@@ -131,10 +131,11 @@ class Loader:
             for loaded in self._iterator():
                 if isinstance(loaded, str):
                     raise UserError(loaded)
-                batch, unreadable, images, seconds = loaded
+                batch, unreadable, images, seconds, kept = loaded
                 self._images += images
                 self._seconds += seconds
                 self._count(unreadable)
+                self._note(kept)
                 if batch is not None:
                     yield batch
         except (RuntimeError, OSError) as error:
@@ -142,6 +143,9 @@ class Loader:
             if sentence is None:
                 raise
             raise UserError(sentence) from error
+
+    def _note(self, kept: list[int]) -> None:
+        """Which examples of the next batch are in it, by their places."""
 
     def _iterator(self) -> Iterator[Any]:
         iterator = iter(self._loader)
@@ -189,7 +193,10 @@ class TrainLoader(Loader):
 
 
 class EvalLoader(Loader):
-    """This process's share of the samples: over all processes each comes exactly once, without padding."""
+    """This process's share of the samples: over all processes each comes exactly once, without padding.
+
+    `given` are the indices of those that came so far in this iteration, in order.
+    """
 
     def __init__(
         self,
@@ -202,8 +209,17 @@ class EvalLoader(Loader):
     ):
         self.images = len(examples.source)
         mine, size = range(rank, self.images, world_size), config.DATA.BATCH_SIZE
-        batches = [[(0, index) for index in mine[start : start + size]] for start in range(0, len(mine), size)]
-        super().__init__(config, examples, batches, collate, finish)
+        self._batches = [[(0, index) for index in mine[start : start + size]] for start in range(0, len(mine), size)]
+        self.given: list[int] = []
+        super().__init__(config, examples, self._batches, collate, finish)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.given, self._next = [], iter(self._batches)
+        return super().__iter__()
+
+    def _note(self, kept: list[int]) -> None:
+        keys = next(self._next)
+        self.given += [keys[place][1] for place in kept]
 
 
 class TrainingBatches:
@@ -267,22 +283,22 @@ def in_groups(order: Sequence[int], groups: Sequence[int], size: int) -> list[in
 
 
 class _Collate:
-    """A batch, None where no example is left, with the unreadable of its examples, their number and the time they took;
-    or the first error among them."""
+    """A batch, None where no example is left, with the unreadable of its examples, their number, the time they took and
+    the places of those that are left; or the first error among them."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]):
         self.collate = collate
 
-    def __call__(self, loaded: tuple[list[Example], Seconds]) -> tuple[Any, list[str], int, Seconds] | str:
+    def __call__(self, loaded: tuple[list[Example], Seconds]) -> tuple[Any, list[str], int, Seconds, list[int]] | str:
         examples, seconds = loaded
         start = time.thread_time()
         for example in examples:
             if isinstance(example, str):
                 return example
-        kept = [example for example, _ in examples if example is not None]
-        batch = self.collate(kept) if kept else None
+        kept = [place for place, (example, _) in enumerate(examples) if example is not None]
+        batch = self.collate([examples[place][0] for place in kept]) if kept else None
         unreadable = [sentence for _, names in examples for sentence in names]
-        return batch, unreadable, len(examples), seconds + time.thread_time() - start
+        return batch, unreadable, len(examples), seconds + time.thread_time() - start, kept
 
 
 def _start_worker(worker: int) -> None:
