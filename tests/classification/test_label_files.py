@@ -1,6 +1,7 @@
 """CSV files of labels give what folders of the same images give; what is wrong in one is named by its line."""
 
 import random
+import shutil
 
 import pytest
 
@@ -40,6 +41,8 @@ def test_a_file_of_labels_is_what_the_folders_are(tmp_path, name, header):
     train, held_out = listed(divided, True), listed(divided, False)
     assert sorted(train + held_out) == listed(config, True) and len(held_out) == 12
     assert {label for _, label in held_out} == {*range(6)}
+    shutil.rmtree(tmp_path / "images" / "train")
+    assert class_names(files) == [name(str(number)) for number in range(6)]
 
 
 def test_a_run_with_balanced_classes(tmp_path):

@@ -189,7 +189,7 @@ def test_other_numbers_of_channels_are_taken_as_they_are(tmp_path):
         for image in (tmp_path / "it.npy", str(tmp_path / "it.npy"), npy(values), file, behind):
             assert np.array_equal(decode(image, 13, "it"), values)
     for mode in ("RGBA", "CMYK"):  # the fourth is no transparency here
-        four = Image.fromarray(values[:4].transpose(1, 2, 0), mode)
+        four = Image.frombytes(mode, (7, 5), values[:4].transpose(1, 2, 0).tobytes())
         assert np.array_equal(decode(four, 4, "it"), values[:4])
     assert np.array_equal(decode(encoded(Image.fromarray(values[:4].transpose(1, 2, 0))), 4, "it"), values[:4])
     assert suffixes(13) - suffixes() == {".npy"} and suffixes(1) == suffixes()

@@ -64,9 +64,9 @@ def _classification(config: CfgNode) -> list[str]:
 
 
 def _listed(file: Path, root: Path) -> list[str]:
-    """The classes of a file of labels; none where it, or what it lists, has gone."""
+    """The classes of a file of labels; none where it has gone."""
     try:
-        return classes_of(read_labels(file, root))
+        return classes_of(read_labels(file, root, check=False))
     except UserError:
         return []
 

@@ -16,15 +16,16 @@ HEADER = ["image", "label"]  # a first line that names the columns, which may be
 
 @dataclass(frozen=True)
 class Line:
-    image: str  # the path of a file that is there
+    image: str  # a file's path
     label: str
     place: str  # "'labels.csv', line 3"
 
 
-def read_labels(path: Path, root: Path) -> list[Line]:
+def read_labels(path: Path, root: Path, check: bool = True) -> list[Line]:
     """The lines "image,label" of a file; images lie below `root`.
 
-    Raises UserError, naming the line, for what is none, an image that is not there, and one that is listed twice.
+    Raises UserError, naming the line, for what is none, an image that is listed twice, and, with `check`, one that is
+    not there.
     """
     rows = csv.reader(read_text(path).splitlines(), skipinitialspace=True, strict=True)
     lines: dict[str, Line] = {}
@@ -41,7 +42,7 @@ def read_labels(path: Path, root: Path) -> list[Line]:
             image = os.path.join(root, fields[0])
             if image in lines:
                 raise UserError(f"{place}: '{printable(fields[0])}' stands in {lines[image].place} already; remove one")
-            if what_is(image) != "file":
+            if check and what_is(image) != "file":
                 header = f"; a line of names is {','.join(HEADER)}" if rows.line_num == 1 else ""
                 raise UserError(f"{place}: there is no file '{printable(image)}'; mend or remove the line{header}")
             lines[image] = Line(image, fields[1], place)
