@@ -52,6 +52,17 @@ def share(text: str) -> float:
     return number
 
 
+def above_zero(text: str) -> float:
+    """The type of a flag that takes a number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is no number above 0")
+    return number
+
+
 def or_word(word: str, type_: Callable[[str], Any]) -> Callable[[str], Any]:
     """The type of a flag that takes `word`, which stands for None, or else what `type_` does."""
 

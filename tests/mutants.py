@@ -306,6 +306,55 @@ MUTANTS = (
         "logits, size",
         SEGMENTATION,
     ),
+    Mutant(
+        "patience is not kept in a checkpoint",
+        "vmamba/runtime/state.py",
+        '    "unimproved",\n    "best_weights",',
+        '    "best_weights",',
+        "tests/classification/test_resume.py",
+    ),
+    Mutant(
+        "an image that comes again looks the same",
+        "vmamba/data/sampling.py",
+        "keys.append((index, again) if again else (index,))",
+        "keys.append((index,))",
+        "tests/data/test_sampling.py",
+    ),
+    Mutant(
+        "repeated images go to one process",
+        "vmamba/data/loaders.py",
+        "if not self.deal:",
+        "if True:",
+        "tests/data/test_sampling.py",
+    ),
+    Mutant(
+        "frozen parts train as the others",
+        "vmamba/models/freezing.py",
+        "nn.Module.train(module, False)",
+        "pass",
+        "tests/models/test_freezing.py",
+    ),
+    Mutant(
+        "predictions are of other images where one is unreadable",
+        "vmamba/data/loaders.py",
+        "self.given += [keys[place][1] for place in kept]",
+        "self.given += [keys[place][1] for place in range(len(kept))]",
+        "tests/classification/test_fine_tuning.py",
+    ),
+    Mutant(
+        "neighbours vote alike",
+        "vmamba/analysis/knn.py",
+        "((similarity - similarity[:, :1]) / temperature).exp()",
+        "torch.ones_like(similarity)",
+        "tests/analyze/test_knn.py",
+    ),
+    Mutant(
+        "a registered loss is not smoothed",
+        "vmamba/classification/task.py",
+        "* (1 - smoothing) + smoothing / classes",
+        "* 1.0",
+        "tests/classification/test_extensions.py",
+    ),
 )
 
 

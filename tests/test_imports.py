@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = [  # rooms in one line are neighbours and do not know each other
     ["vmamba_kernels"],
     ["vmamba.errors", "vmamba.text"],
-    ["vmamba.files", "vmamba.signals", "vmamba.timing", "vmamba.values"],
+    ["vmamba.extensions", "vmamba.files", "vmamba.signals", "vmamba.timing", "vmamba.values"],
     ["vmamba.data"],
     ["vmamba.models"],
     ["vmamba.config"],

@@ -44,7 +44,7 @@ def test_wheel_holds_every_source_and_nothing_else(wheel):
         return {
             path.relative_to(folder.parent).as_posix()
             for path in folder.rglob("*")
-            if path.suffix in (".py", ".cu", ".cuh")
+            if path.suffix in (".py", ".cu", ".cuh") or path.name == "py.typed"
         }
 
     expected = sources(REPOSITORY / "vmamba") | sources(REPOSITORY / "kernels" / "vmamba_kernels")

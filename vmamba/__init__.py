@@ -12,11 +12,14 @@ import vmamba.models.vim  # noqa: F401  (registers Vim with timm)
 from vmamba.detection.models import create_detector, detector_from_released, load_detector
 from vmamba.errors import UserError
 from vmamba.exporting import export
+from vmamba.extensions import register_dataset, register_loss
 from vmamba.models.backbone import Backbone
+from vmamba.models.flops import flops
 from vmamba.models.pretrained import load_checkpoint
 from vmamba.models.released import from_released, to_released
+from vmamba.models.ss2d import SS2D
 from vmamba.models.variants import create_model, list_models
-from vmamba.models.vssm import VSSM
+from vmamba.models.vssm import VSSM, Block
 from vmamba.segmentation.models import create_segmenter, load_segmenter, segmenter_from_released
 
 try:
@@ -25,6 +28,7 @@ except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "unknown"
 
 _LAZY = {  # imported when first asked for, with the libraries of the pictures: name -> where, what
+    "build_transform": ("vmamba.analysis.prediction", "image_transform"),
     "load_model": ("vmamba.analysis.prediction", "load_model"),
     "predict": ("vmamba.analysis.prediction", "predict_images"),
 }
@@ -38,14 +42,18 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "SS2D",
     "VSSM",
     "Backbone",
+    "Block",
     "UserError",
+    "build_transform",
     "create_detector",
     "create_model",
     "create_segmenter",
     "detector_from_released",
     "export",
+    "flops",
     "from_released",
     "list_models",
     "load_checkpoint",
@@ -53,6 +61,8 @@ __all__ = [
     "load_model",
     "load_segmenter",
     "predict",
+    "register_dataset",
+    "register_loss",
     "segmenter_from_released",
     "to_released",
 ]

@@ -313,7 +313,18 @@ def test_policies_at_full_magnitude_take_every_image(policy, channels):
         ("AUG.AUTO_AUGMENT randm9", "AUG.AUTO_AUGMENT 'randm9'"),
         ("AUG.AUTO_AUGMENT rand-m9-mst0.5", "AUG.AUTO_AUGMENT 'rand-m9-mst0.5'"),
         ("AUG.AUTO_AUGMENT rand-m9-inc", "expected a policy with its numbers"),
-        ("MODEL.IN_CHANS 4", "MODEL.IN_CHANS is 4; images are loaded as grayscale"),
+        (
+            "MODEL.IN_CHANS 4 DATA.MEAN 0 AUG.AUTO_AUGMENT rand-m9",
+            "AUTO_AUGMENT is rand-m9 and MODEL.IN_CHANS 4; colours are of 1 and 3 channels, so set .*AUTO_AUGMENT null",
+        ),
+        (
+            "MODEL.IN_CHANS 4 DATA.MEAN 0 AUG.AUTO_AUGMENT null AUG.COLOR_JITTER 0.4",
+            "AUG.COLOR_JITTER is 0.4 and MODEL.IN_CHANS 4; .*so set AUG.COLOR_JITTER 0",
+        ),
+        (
+            "MODEL.IN_CHANS 4 AUG.AUTO_AUGMENT null AUG.COLOR_JITTER 0 DATA.INTERPOLATION lanczos",
+            "DATA.INTERPOLATION is lanczos, and with MODEL.IN_CHANS 4 it can be nearest, bilinear, bicubic",
+        ),
         ("MODEL.IN_CHANS 1", r"DATA.MEAN is \[0.485, 0.456, 0.406\]; expected one number"),
     ],
 )

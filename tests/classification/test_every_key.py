@@ -50,6 +50,7 @@ CHANGED = {
     "DATA.DECODE": ("torchvision",),
     "DATA.INTERPOLATION": ("bilinear",),
     "DATA.ZIP_MODE": (True,),
+    "DATA.SAMPLER": ("balanced",),
     "DATA.TRAIN_SPLIT": ("val", *OF_TIMM),
     "DATA.VAL_SPLIT": ("train", *OF_TIMM),
     "MODEL.NAME": ("vmamba_tiny",),
@@ -97,6 +98,7 @@ CHANGED = {
     "AMP.DTYPE": ("float16", "AMP.ENABLE", True),
     "AUG.SCALE": ([0.5, 1.0], "DATA.IMG_SIZE", 40),
     "AUG.RATIO": ([1.0, 1.0], "DATA.IMG_SIZE", 40),
+    "AUG.REPEATS": (3,),
     "AUG.HFLIP": (1.0,),
     "AUG.VFLIP": (1.0,),
     "AUG.COLOR_JITTER": (0.8,),
@@ -114,12 +116,16 @@ CHANGED = {
     "TEST.CROP_PCT": (1.0, "DATA.IMG_SIZE", 40),
 }
 ELSEWHERE = {  # keys whose effect another test shows
+    "IMPORT": "test_the_example_of_the_page",
     "BASE": "test_base_files_merge_in_order_and_the_file_itself_wins",
     "DATA.CACHE_MODE": "test_the_cache_mode_decides_what_becomes_of_an_archive",
     "DATA.PIN_MEMORY": "test_batches_are_pinned_for_a_gpu",
+    "DATA.TRAIN_LABELS": "test_a_file_of_labels_is_what_the_folders_are",
+    "DATA.VAL_LABELS": "test_a_file_of_labels_is_what_the_folders_are",
     "DATA.VAL_FRACTION": "test_a_share_of_each_class_is_held_out",
     "DATA.SKIP_BAD_IMAGES": "test_unreadable_images_are_replaced_in_training_and_counted",
     "MODEL.WEIGHTS": "test_training_starts_from_pretrained_weights",
+    "TRAIN.PATIENCE": "test_early_stopping_is_exact_on_resume",
     "TRAIN.AUTO_RESUME": "test_starting_over_in_a_used_folder_is_refused",
 }
 

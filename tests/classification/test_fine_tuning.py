@@ -1,7 +1,9 @@
 """What fine-tuning adds: losses by class, evaluation in detail, rates by layer, against scikit-learn and timm."""
 
+import csv
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -9,6 +11,7 @@ from sklearn.metrics import accuracy_score, f1_score, recall_score
 from timm.optim import param_groups_layer_decay
 
 import vmamba
+from vmamba.analysis.prediction import predict
 from vmamba.classification import datasets
 from vmamba.classification.data import LabelledImages
 from vmamba.classification.datasets import Source
@@ -21,7 +24,7 @@ from vmamba.runtime.optim import build_optimizer, layer_scales
 from vmamba.runtime.trainer import run
 from vmamba.segmentation.models import create_segmenter
 
-from .tiny import metrics, tiny_config
+from .tiny import metrics, saved, tiny_config
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "bce"])
@@ -140,3 +143,68 @@ def test_an_evaluation_of_broken_weights_is_json(tmp_path):
     run(tiny_config(tmp_path, "EVAL_MODE", True, "MODEL.RESUME", tmp_path / "nan.pth"))
     found = json.loads((output_folder(config) / "evaluation.json").read_text(), parse_constant=pytest.fail)
     assert found["results"]["val_loss"] is None
+
+
+def test_a_linear_probe_in_a_run_and_resumed(tmp_path):
+    """Everything but the head is, to the bit, what the run started from; also where it goes on."""
+    start = tiny_config(tmp_path, "TAG", "start", "MODEL.OPTIONS.norm_layer", "bn", "TRAIN.EPOCHS", 1)
+    run(start)
+    probe = ("MODEL.OPTIONS.norm_layer", "bn", "TRAIN.FREEZE", "all_but_head", "MODEL.WEIGHTS", "model")
+    probe += ("MODEL.PRETRAINED", output_folder(start) / "last.pth", "MODEL.DROP_HEAD", True)
+    for epochs in (1, 2):
+        run(tiny_config(tmp_path, "TRAIN.EPOCHS", epochs, *probe))
+    before, after = saved(start)["model"], saved(tiny_config(tmp_path))["model"]
+    head = {"classifier.head.weight", "classifier.head.bias"}
+    assert {name for name, weight in after.items() if not torch.equal(weight, before[name])} == head
+    assert any(name.endswith("running_mean") for name in before)
+
+
+def test_images_of_13_channels_from_weights_of_rgb(tmp_path):
+    """In .npy files, with every augmentation that knows no colours; what a file holds is what the model sees."""
+    start = tiny_config(tmp_path, "TAG", "rgb", "TRAIN.EPOCHS", 1)
+    run(start)
+    random = np.random.default_rng(0)
+    for number in range(24):
+        path = tmp_path / "bands" / f"class{number % 6}" / f"{number}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, random.integers(0, 256, (13, 40, 44), np.uint8))
+    bands = ("DATA.DATA_PATH", tmp_path / "bands", "DATA.VAL_FRACTION", 0.3, "MODEL.IN_CHANS", 13)
+    bands += ("DATA.MEAN", 0.5, "DATA.STD", 0.25, "DATA.IMG_SIZE", 36, "AUG.VFLIP", 0.5)
+    bands += ("MODEL.PRETRAINED", output_folder(start) / "last.pth", "MODEL.WEIGHTS", "model", "TRAIN.EPOCHS", 1)
+    config = tiny_config(tmp_path, *bands)
+    world = World(0, 1, 0, torch.device("cpu"))
+    loader = Task(tiny_config(tmp_path, *bands, "TEST.CROP_PCT", 1.0, "DATA.IMG_SIZE", "[40,44]")).eval_loader(world)
+    (images, labels), name = loader.finish(next(iter(loader))), loader.examples.source.source.samples[0][0]
+    torch.testing.assert_close(images[0], torch.from_numpy(np.load(name)) / 255 / 0.25 - 2)
+    run(config)
+    assert len(labels) == 6 and saved(config)["model"]["patch_embed.0.weight"].shape[1] == 13
+    told = vmamba.predict(vmamba.load_model(output_folder(config)), name)
+    assert len(told[0]["top"]) == 5
+    with pytest.raises(UserError, match="is of images of 13 channels, which no picture shows; use vmamba.predict"):
+        predict(str(output_folder(config)), [name], output=str(tmp_path / "pictures"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_predictions_of_an_evaluation_by_image(tmp_path, workers):
+    """By hand, image by image; an unreadable one is left out, and training leaves none."""
+    config = tiny_config(tmp_path, "TRAIN.EPOCHS", 1, "TRAIN.EMA.ENABLE", False)
+    run(config)
+    assert not (output_folder(config) / "predictions").exists()
+    (tmp_path / "images" / "val" / "class2" / "2.png").write_text("no image")
+    options = ("DATA.SKIP_BAD_IMAGES", True, "DATA.NUM_WORKERS", workers, "DATA.BATCH_SIZE", 4)
+    results = run(tiny_config(tmp_path, "EVAL_MODE", True, *options))
+    with open(output_folder(config) / "predictions" / "predictions.csv", newline="") as file:
+        rows = [*csv.DictReader(file)]
+    images = [path for path in files(tmp_path / "images" / "val") if path.rpartition("/")[2] != "2.png"]
+    assert [row["image"] for row in rows] == images and len(images) == 11
+    model = vmamba.load_model(output_folder(config) / "last.pth")
+    for row in rows:
+        (told,) = vmamba.predict(model, row["image"])
+        chances = {each["class"]: each["probability"] for each in told["top"]}
+        label = int(row["label"])
+        assert f"class{label}/" in row["image"] and int(row["prediction"]) == told["top"][0]["class"]
+        assert float(row["probability"]) == pytest.approx(told["top"][0]["probability"], abs=1e-5)
+        if label in chances:  # of the best five
+            assert float(row["probability_of_label"]) == pytest.approx(chances[label], abs=1e-5)
+    right = sum(row["label"] == row["prediction"] for row in rows)
+    assert results["acc1"] == pytest.approx(100 * right / 11)

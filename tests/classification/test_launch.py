@@ -1,5 +1,6 @@
 """Several processes, by each launcher: the curve of one process, every image counted once, jobs that resume."""
 
+import csv
 import os
 import re
 import signal
@@ -76,6 +77,19 @@ def test_from_classification_the_old_launcher_evaluates_every_image_once(folder,
     (line,) = [line for line in out.splitlines() if "last.pth: " in line]
     assert re.findall(r"top-1 ([\d.]+)%", line) == [f"{results[key]:.2f}" for key in ("acc1", "ema_acc1")]
     assert re.findall(r"loss ([\d.]+)", line) == [f"{results[key]:.4f}" for key in ("val_loss", "ema_val_loss")]
+    alone = tiny_config(folder, "EVAL_MODE", True, "MODEL.RESUME", checkpoint)
+    tables = [output_folder(alone) / kind / "predictions.csv" for kind in ("predictions", "ema_predictions")]
+    of_two = [predictions(path) for path in tables]
+    run(alone)
+    for two, one in zip(of_two, map(predictions, tables), strict=True):  # whichever process saw which
+        assert [row[:3] for row in two] == [row[:3] for row in one] and len(two) == 13
+        chances = [[*map(float, row[3:])] for row in one[1:]]
+        assert [[*map(float, row[3:])] for row in two[1:]] == [pytest.approx(row, abs=1e-5) for row in chances]
+
+
+def predictions(path):
+    with path.open(newline="") as file:
+        return [*csv.reader(file)]
 
 
 def test_a_local_job_warned_in_time_is_requeued_and_resumes(folder, one_process):

@@ -305,3 +305,40 @@ def test_processes_ended_by_sigterm_to_their_group_and_by_sigkill(tmp_path):
     assert stopped_at <= saved(config)["step"] < 3 * epochs
     run(config)
     assert_same_run(config, uninterrupted)
+
+
+def test_early_stopping_is_exact_on_resume(tmp_path, monkeypatch):
+    """A run whose results get worse ends after PATIENCE evaluations; so it does when it was stopped in between, and
+    with more patience it goes on as if it had never ended."""
+    results = iter([])
+    told = Accuracy.results
+
+    def scripted(self):
+        return told(self) | {"acc1": next(results)}
+
+    monkeypatch.setattr(Accuracy, "results", scripted)
+    early = ("TRAIN.EMA.ENABLE", False, "TRAIN.EPOCHS", 6)
+    script = [10.0, 30.0, 30.0, float("nan"), 40.0, 5.0]
+
+    def go(tag, patience, answers):
+        nonlocal results
+        results = iter(answers)
+        config = tiny_config(tmp_path, *early, "TAG", tag, "TRAIN.PATIENCE", patience)
+        run(config)
+        assert next(results, None) is None  # all were asked for
+        return config
+
+    whole = go("whole", 3, script)
+    assert [line["unimproved"] for line in metrics(whole)] == [0, 0, 1, 2, 0, 1]
+    assert "training ends" not in log(whole)
+    stopped = go("stopped", 2, script[:4])
+    assert saved(stopped)["step"] == 12 and saved(stopped)["best"] == {"acc1": 30.0}
+    assert "no result was better in 2 evaluations (TRAIN.PATIENCE 2): training ends 6 steps early" in log(stopped)
+    go("stopped", 2, [7.0])  # nothing is left: the weights are evaluated, and stay
+    assert "12 of 18 steps are done, and no result was better in 2 evaluations" in log(stopped)
+    assert saved(stopped)["step"] == 12 and len(metrics(stopped)) == 4
+    assert_same_run(go("stopped", 3, script[4:]), whole)
+    with pytest.raises(StopIteration):
+        go("killed", 2, script[:3])
+    assert saved(killed := go("killed", 2, script[3:4]))["step"] == 12  # which the state before the evaluation told
+    assert [line["unimproved"] for line in metrics(killed)] == [0, 0, 1, 2]

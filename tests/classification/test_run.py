@@ -47,7 +47,8 @@ def test_a_run_leaves_one_folder(trained):
     folder = output_folder(config)
     names = {re.sub(r"tfevents.*", "tfevents", path.name) for path in folder.iterdir()}
     assert names == {
-        *("config.yaml", "log.txt", "metrics.jsonl", "events.out.tfevents", "last.pth", "best.pth", "curves.png")
+        *("config.yaml", "log.txt", "metrics.jsonl", "events.out.tfevents", "last.pth", "best.pth", "curves.png"),
+        "run.json",
     }
     assert get_config(folder / "config.yaml") == config
     assert saved(config)["config"] == yaml.safe_load(config.dump())

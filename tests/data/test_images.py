@@ -173,3 +173,37 @@ def test_the_suffixes_are_those_of_formats_with_pixels():
     known = suffixes()
     assert {".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".mpo"} <= known
     assert not {".eps", ".h5", ".pdf", ".mpg", ".txt", ".heic"} & known  # .pdf is written only
+
+
+def npy(array) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def test_other_numbers_of_channels_are_taken_as_they_are(tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (13, 5, 7), dtype=np.uint8)
+    (tmp_path / "it.npy").write_bytes(npy(values))
+    with (tmp_path / "it.npy").open("rb") as file:
+        behind = npy(np.asfortranarray(values.transpose(1, 2, 0)))
+        for image in (tmp_path / "it.npy", str(tmp_path / "it.npy"), npy(values), file, behind):
+            assert np.array_equal(decode(image, 13, "it"), values)
+    for mode in ("RGBA", "CMYK"):  # the fourth is no transparency here
+        four = Image.frombytes(mode, (7, 5), values[:4].transpose(1, 2, 0).tobytes())
+        assert np.array_equal(decode(four, 4, "it"), values[:4])
+    assert np.array_equal(decode(encoded(Image.fromarray(values[:4].transpose(1, 2, 0))), 4, "it"), values[:4])
+    assert suffixes(13) - suffixes() == {".npy"} and suffixes(1) == suffixes()
+
+
+@pytest.mark.parametrize(("image", "why"), [
+    (npy(np.zeros((13, 5, 5), np.uint16)), "its values are uint16; scale them to 0..255 and convert them to uint8"),
+    (npy(np.zeros((12, 5, 5), np.uint8)), r"the shape \(12, 5, 5\), and MODEL.IN_CHANS is 13"),
+    (npy(np.zeros((5, 5), np.uint8)), r"the shape \(5, 5\), and MODEL.IN_CHANS is 13"),
+    (npy(np.zeros((13, 0, 5), np.uint8)), r"the shape \(13, 0, 5\), and MODEL.IN_CHANS is 13"),
+    (npy(np.array([{}], object)), "allow_pickle"),
+    (npy(np.zeros((13, 5, 5), np.uint8))[:200], "cannot read 'it'"),
+    (Image.new("RGB", (5, 5)), r"the shape \(5, 5, 3\), and MODEL.IN_CHANS is 13"),
+])  # fmt: skip
+def test_other_channels_that_do_not_fit_are_refused(image, why):
+    with pytest.raises(UnreadableImage, match=why):
+        decode(image, 13, "it")

@@ -21,12 +21,15 @@ from safetensors.torch import save_file
 from yacs.config import CfgNode
 
 import vmamba
+from vmamba.config import get_config
 from vmamba.errors import UserError
 from vmamba.models import variants
+from vmamba.models.backbones import create_backbone
 from vmamba.models.download import download
 from vmamba.models.formats import Ignored, read_file
-from vmamba.models.pretrained import Checkpoint, load_pretrained
+from vmamba.models.pretrained import Checkpoint, load_pretrained, open_checkpoint
 from vmamba.models.released import to_released
+from vmamba.models.variants import build_model
 from vmamba.models.vssm import resize_pos_embed
 
 SMALL = dict(dims=8, depths=(1, 2), num_classes=5, img_size=32)
@@ -555,7 +558,7 @@ def test_other_widths_are_taken_and_a_model_without_numbers_is_not_filled(plain)
         load_pretrained(model(3).to("meta"), Checkpoint(Path("w.pth"), "", plain, {}, {}))
 
 
-@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("channels", [1, 4, 13])
 def test_another_number_of_channels_is_adapted_as_timm_does(released, averaged, said, channels):
     target = model(3, in_chans=channels)
     load_pretrained(target, vmamba.load_checkpoint(released))
@@ -573,6 +576,26 @@ def test_another_number_of_channels_is_adapted_as_timm_does(released, averaged, 
     gray = Checkpoint(Path("gray.pth"), "", target.state_dict(), {}, {})
     with pytest.raises(UserError, match=rf"patch_embed\.0\.weight: file \(8, {channels}, 4, 4\), model \(8, 2, 4, 4\)"):
         load_pretrained(model(in_chans=2), gray)
+
+
+@pytest.mark.parametrize("channels", [1, 4, 13])
+def test_other_channels_of_a_model_of_timm_are_as_timm_adapts_them(channels, tmp_path):
+    """As a classifier and as a backbone; `convnext_atto`'s first convolution is not called as ours."""
+    torch.save(timm.create_model("convnext_atto", num_classes=5).state_dict(), tmp_path / "rgb.pth")
+    peer = timm.create_model(
+        "convnext_atto",
+        pretrained=True,
+        pretrained_cfg_overlay=dict(file=str(tmp_path / "rgb.pth"), num_classes=5),
+        num_classes=5,
+        in_chans=channels,
+    )
+    config = get_config(None, ["MODEL.NAME", "timm/convnext_atto", "MODEL.NUM_CLASSES", 5, "MODEL.IN_CHANS", channels])
+    ours = build_model(config)
+    load_pretrained(ours, open_checkpoint(tmp_path / "rgb.pth"))
+    assert same(ours.state_dict(), peer.state_dict())
+    backbone = create_backbone("timm/convnext_atto", in_chans=channels, num_classes=5)
+    backbone.start_from(open_checkpoint(tmp_path / "rgb.pth"))
+    assert torch.equal(backbone.model.model.state_dict()["stem.0.weight"], peer.state_dict()["stem.0.weight"])
 
 
 def test_a_mismatch_is_listed_in_groups_and_loads_nothing(released):

@@ -82,7 +82,7 @@ def test_a_state_of_the_first_version_goes_on(tiny, same):
     first.state.finish_round()
     first.train(2)
     state = first.state.state_dict()
-    new = ("recorded", "round_loss", "round_grad_norm", "round_good_steps", "best", "best_weights")
+    new = ("recorded", "round_loss", "round_grad_norm", "round_good_steps", "best", "unimproved", "best_weights")
     old = {name: value for name, value in state.items() if name not in new}
     old |= {"epoch": 1, "epoch_loss": state["round_loss"], "epoch_loss_steps": 2}
     old |= {"max_accuracy": 55.0, "max_accuracy_ema": -1.0}

@@ -6,6 +6,7 @@ from timm.data import ImageNetInfo
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from yacs.config import CfgNode
 
+from vmamba.classification.label_files import classes_of, read_labels
 from vmamba.data import scenes
 from vmamba.data.folders import LeftOut, listing, what_is
 from vmamba.detection.annotations import read_annotations
@@ -52,12 +53,22 @@ def _classification(config: CfgNode) -> list[str]:
         return list(scenes.CLASSES)
     if data.DATASET != "imagenet":
         return []
+    if data.TRAIN_LABELS:
+        return _listed(Path(data.DATA_PATH, data.TRAIN_LABELS), Path(data.DATA_PATH))
     if classes == 1000:
         known = ImageNetInfo("imagenet-1k")
         return [known.index_to_description(index).partition(",")[0] for index in range(1000)]
     places = [Path(data.DATA_PATH, split) for split in ("train", "val", *([""] if data.VAL_FRACTION else []))]
     folder = next((place for place in places if data.DATA_PATH and what_is(place) == "folder"), None)
     return listing(folder, LeftOut())[0] if folder else []
+
+
+def _listed(file: Path, root: Path) -> list[str]:
+    """The classes of a file of labels; none where it has gone."""
+    try:
+        return classes_of(read_labels(file, root, check=False))
+    except UserError:
+        return []
 
 
 def _detection(config: CfgNode) -> list[str]:

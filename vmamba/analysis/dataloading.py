@@ -27,6 +27,7 @@ from vmamba.data.images import decode
 from vmamba.data.loaders import Key, Loader
 from vmamba.errors import UserError
 from vmamba.files import check_writable, make_folder, write_atomically, write_text
+from vmamba.models import freezing
 from vmamba.runtime.distributed import World
 from vmamba.runtime.feed import Feed, to_device
 from vmamba.runtime.plan import build_plan
@@ -172,8 +173,9 @@ def time_transfer(loader: Loader, batch: Any, device: torch.device, repeats: int
 
 def trainer(run: Run, model: nn.Module, loader: Loader) -> tuple[Callable[[Any], Any], Callable[[], Any]]:
     """A step of training as a function of a batch on the device; and what waits for the last one."""
-    config, model = run.config, model.train()
+    config = run.config
     state = build_state(run, model, build_plan(config, loader.steps_per_epoch))
+    freezing.train(model)
     step = OptimizerStep(config, run.world, parallelise(model, config, run.world), run.task.loss)
     size = config.TRAIN.ACCUMULATION_STEPS
     waiting: list[Any] = []

@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from vmamba.analysis.zoo import Subject
 from vmamba.data.folders import LeftOut, image_files
-from vmamba.data.images import UnreadableImage, decode
+from vmamba.data.images import COLOURS, UnreadableImage, decode
 from vmamba.errors import UserError
 from vmamba.text import counted, printable
 
@@ -52,7 +52,12 @@ def square(path: str | Path | None, size: int) -> Image.Image:
 
 
 def tensor(image: Image.Image, subject: Subject) -> Tensor:
-    """What the model takes: (1, in_chans, H, W), normalised as it was trained."""
+    """What the model takes: (1, in_chans, H, W), normalised as it was trained.  Raises UserError for one that takes
+    neither gray nor RGB images."""
+    if subject.in_chans not in COLOURS:
+        raise UserError(
+            f"{subject.name} is of images of {subject.in_chans} channels, which no picture shows; choose another"
+        )
     if subject.in_chans == 1:
         image = image.convert("L")
     pixels = transforms.to_dtype(transforms.to_image(image), torch.float32, scale=True)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from matplotlib.font_manager import findfont, fontManager, get_font
 from PIL import Image, ImageColor, ImageDraw, ImageFont
+from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
@@ -24,7 +25,7 @@ from vmamba.analysis.zoo import choose_device
 from vmamba.classification.transforms import build_transform
 from vmamba.config import get_config, restored
 from vmamba.data.folders import LeftOut, image_files, what_is
-from vmamba.data.images import UnreadableImage, decode
+from vmamba.data.images import COLOURS, UnreadableImage, decode
 from vmamba.detection import models as detection_models
 from vmamba.detection.datasets import without_objects
 from vmamba.detection.evaluation import as_results
@@ -33,6 +34,7 @@ from vmamba.errors import UserError
 from vmamba.files import check_keeps, make_folder, read_text, write_atomically
 from vmamba.models.download import is_url
 from vmamba.models.pretrained import Checkpoint, open_checkpoint
+from vmamba.models.vssm import VSSM
 from vmamba.models.whole import shape_of, variant_of
 from vmamba.runtime.checkpoint import BEST, LAST
 from vmamba.runtime.task import open_task
@@ -96,7 +98,12 @@ def predict(
     pictures = _picture_names(files)
     read = [*files, *filter(None, [checkpoint, cfg, names])]
     check_keeps(read, *(Path(output) / name for name in (*pictures, "predictions.json")))
-    predictor = open_predictor(checkpoint, cfg=cfg, names=names, score=score, weights=weights, device=device).answer
+    opened = open_predictor(checkpoint, cfg=cfg, names=names, score=score, weights=weights, device=device)
+    channels, predictor = _channels(opened.model.config), opened.answer
+    if channels != 3:
+        raise UserError(
+            f"'{checkpoint}' is of images of {channels} channels, which no picture shows; use vmamba.predict"
+        )
     told: dict[str, Any] = {}
     for path, picture in zip(files, pictures, strict=True):
         try:
@@ -196,7 +203,7 @@ def predict_images(
     for number, image in enumerate(given, 1):
         name = f"image {number} of {len(given)}" if isinstance(image, Image.Image) else image
         try:
-            pixels = decode(image, 3, name)
+            pixels = decode(image, _channels(model.config), name)
         except UnreadableImage as error:
             raise UserError(str(error)) from error
         told.append(answer(pixels).told)
@@ -204,6 +211,46 @@ def predict_images(
         if "objects" in each:
             each["objects"] = [found for found in each["objects"] if found["score"] >= score]
     return told
+
+
+def image_transform(model: nn.Module) -> Callable[[str | Path | Image.Image], Tensor]:
+    """What makes of an image, of Pillow or a file, what a classifier takes: (C, H, W) float32.
+
+    Args:
+        model: of `load_model`, whose config says it; of timm, whose settings say it; or another of ours, which is taken
+            for one of ImageNet's, of images of 224 pixels.
+
+    Raises UserError for a model that is no classifier or does not tell; what is returned, for an image that cannot be
+    read.
+    """
+    config = getattr(model, "config", None)
+    if isinstance(config, CfgNode) and config.TASK != "classification":
+        raise UserError(f"this model is of {config.TASK}, whose images come in many sizes; vmamba.predict takes them")
+    if isinstance(config, CfgNode):
+        channels, transform = _channels(config), build_transform(config, training=False)
+        gray = config.MODEL.IN_CHANS == 1
+    elif getattr(model, "pretrained_cfg", None):
+        channels, gray = 3, model.pretrained_cfg["input_size"][0] == 1
+        transform = create_transform(**resolve_data_config({}, model=model))
+    elif isinstance(model, VSSM) and model.in_chans == 3:
+        channels, gray, transform = 3, False, build_transform(get_config(), training=False)
+    else:
+        kind = type(model).__name__
+        raise UserError(f"this {kind} does not tell how its images are normalised; take it from vmamba.load_model")
+
+    def apply(image: str | Path | Image.Image) -> Tensor:
+        try:
+            pixels = decode(image, channels, "the image" if isinstance(image, Image.Image) else image)
+        except UnreadableImage as error:
+            raise UserError(str(error)) from error
+        return transform(pixels.convert("L") if gray else pixels)
+
+    return apply
+
+
+def _channels(config: CfgNode) -> int:
+    """What an image is decoded to; of a model of gray ones it is for showing in colour as well."""
+    return 3 if config.MODEL.IN_CHANS in COLOURS else config.MODEL.IN_CHANS
 
 
 def _predictor(model: nn.Module, score: float) -> Predictor:

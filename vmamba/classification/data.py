@@ -10,8 +10,10 @@ from yacs.config import CfgNode
 
 from vmamba.classification.datasets import Source, open_dataset
 from vmamba.classification.transforms import Normalise, Pixels, build_pixels, collate
+from vmamba.data.draws import permutation
 from vmamba.data.images import check_decoder, decode, decode_pixels
-from vmamba.data.loaders import EvalLoader, Examples, TrainLoader
+from vmamba.data.loaders import EvalLoader, Examples, Order, TrainLoader
+from vmamba.data.sampling import balanced, repeated
 from vmamba.errors import UserError
 
 Place = tuple[int, int]  # which of its machine's processes this is, and how many there are
@@ -22,18 +24,45 @@ def build_train_loader(config: CfgNode, *, rank: int, world_size: int, on_machin
 
     Raises UserError when the data is not there, does not fit the config, or does not fill one batch.
     """
-    examples = _examples(config, True, rank, on_machine)
-    return TrainLoader(config, examples, rank, world_size, collate, Normalise(config))
+    images = _images(config, True, rank, on_machine)
+    examples = Examples(config, images, OnImage(build_pixels(config, True)), training=True)
+    order, deal = _order(config, images), config.AUG.REPEATS > 1
+    return TrainLoader(config, examples, rank, world_size, collate, Normalise(config), order, deal)
 
 
-def build_eval_loader(config: CfgNode, *, rank: int, world_size: int, on_machine: Place = (0, 1)) -> EvalLoader:
-    """This process's share of the validation images.  Raises UserError when they are not there or do not fit."""
-    return EvalLoader(config, _examples(config, False, rank, on_machine), rank, world_size, collate, Normalise(config))
+def _order(config: CfgNode, images: "LabelledImages") -> Order | None:
+    """What DATA.SAMPLER and AUG.REPEATS make of an epoch; None for a permutation.  Raises UserError where no labels
+    tell what is balanced."""
+    is_balanced, repeats = config.DATA.SAMPLER == "balanced", config.AUG.REPEATS
+    if not is_balanced and repeats == 1:
+        return None
+    labels = images.source.labels() if is_balanced else None
+    if is_balanced and labels is None:
+        raise UserError(
+            f"DATA.SAMPLER is balanced, and DATA.DATASET '{config.DATA.DATASET}' tells labels with images only; set it "
+            "to shuffled"
+        )
+
+    def order(epoch: int) -> list[int]:
+        if labels is None:
+            return repeated(permutation(config.SEED, epoch, len(images)).tolist(), repeats)
+        return repeated(balanced(config.SEED, epoch, labels), repeats)
+
+    return order
 
 
-def _examples(config: CfgNode, training: bool, rank: int, on_machine: Place) -> Examples:
-    images = LabelledImages(config, open_dataset(config, training=training, rank=rank, on_machine=on_machine))
-    return Examples(config, images, OnImage(build_pixels(config, training)), training=training)
+def build_eval_loader(
+    config: CfgNode, *, rank: int, world_size: int, on_machine: Place = (0, 1), split: str = "val"
+) -> EvalLoader:
+    """This process's share of the validation images, or, with `split` "train", of the training images as evaluation
+    sees images.  Raises UserError when they are not there or do not fit."""
+    images = _images(config, split == "train", rank, on_machine)
+    examples = Examples(config, images, OnImage(build_pixels(config, False)), training=False)
+    return EvalLoader(config, examples, rank, world_size, collate, Normalise(config))
+
+
+def _images(config: CfgNode, training: bool, rank: int, on_machine: Place) -> "LabelledImages":
+    return LabelledImages(config, open_dataset(config, training=training, rank=rank, on_machine=on_machine))
 
 
 class LabelledImages:

@@ -20,10 +20,12 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity
 from yacs.config import CfgNode
 
+from vmamba.classification.label_files import classes_of, labelled, read_labels
 from vmamba.data.archives import Archive
 from vmamba.data.folders import LeftOut, contents, data_path, image_files, listing, what_is
 from vmamba.data.images import decode, reading, suffixes
 from vmamba.errors import UserError, unknown
+from vmamba.extensions import DATASETS
 from vmamba.files import cannot_read, read_text
 from vmamba.text import counted, printable, some
 
@@ -51,7 +53,7 @@ class Source:
         return printable(os.path.join(self.archive.path if self.archive else "", self.samples[index][0]))
 
     def load(self, index: int, channels: int, decode: Callable[..., T] = decode) -> tuple[T, int]:
-        """The image, of 1 or 3 channels of 8 bits, as `decode` or `decode_pixels` give it, and its label.  Raises
+        """The image of so many channels, as `decode` or `decode_pixels` gives it, and its label.  Raises
         UnreadableImage."""
         name = self.name(index)
         with reading(name):
@@ -87,6 +89,11 @@ def open_dataset(config: CfgNode, *, training: bool, rank: int, on_machine: tupl
         what = "an archive" if config.DATA.ZIP_MODE else f"DATA.DATASET '{name}'"
         share = f"DATA.VAL_FRACTION is {config.DATA.VAL_FRACTION:g}"
         raise UserError(f"{share}, and {what} comes with held-out images of its own; set it to 0")
+    if (config.DATA.TRAIN_LABELS or config.DATA.VAL_LABELS) and (name != "imagenet" or config.DATA.ZIP_MODE):
+        what = "an archive" if config.DATA.ZIP_MODE else f"DATA.DATASET '{name}'"
+        raise UserError(f"DATA.TRAIN_LABELS and VAL_LABELS are of images in folders, and {what} has labels; empty them")
+    if name in DATASETS:
+        return _registered(config, training)
     if name == "digits":
         return _digits(config, training)
     if name in _CIFAR:
@@ -97,7 +104,7 @@ def open_dataset(config: CfgNode, *, training: bool, rank: int, on_machine: tupl
         return _folders(config, training, tell=rank == 0)
     if "/" in name:
         return _from_timm(config, training)
-    raise unknown("DATA.DATASET", name, ["digits", "imagenet", *_CIFAR, "torch/<name>", "hfds/<name>"])
+    raise unknown("DATA.DATASET", name, ["digits", "imagenet", *_CIFAR, "torch/<name>", "hfds/<name>", *DATASETS])
 
 
 def _digits(config: CfgNode, training: bool) -> Source:
@@ -139,6 +146,21 @@ def _incomplete_cifar(root: Path, name: str) -> UserError:
     return UserError(f"'{printable(root)}' does not hold {name} whole: {contents(root)}; unpack {kind.url} there")
 
 
+def _registered(config: CfgNode, training: bool) -> Source:
+    """Of `vmamba.extensions.register_dataset`."""
+    name, part = config.DATA.DATASET, "training" if training else "held-out"
+    samples = DATASETS[name](config, training)
+    if not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
+        kind = type(samples).__name__
+        raise UserError(f"DATA.DATASET '{name}' gives a {kind}; register what gives a sequence of (image, label)")
+    if not len(samples):
+        raise UserError(f"DATA.DATASET '{name}' has no {part} image; check DATA.DATA_PATH '{config.DATA.DATA_PATH}'")
+    classes = getattr(samples, "classes", None)
+    if classes:
+        _check_class_count(name, len(classes), config, training)
+    return Source(samples, place=f"the {part} images of {name}")
+
+
 def _from_timm(config: CfgNode, training: bool) -> Source:
     name = config.DATA.DATASET
     split = config.DATA.TRAIN_SPLIT if training else config.DATA.VAL_SPLIT
@@ -163,6 +185,8 @@ def _from_timm(config: CfgNode, training: bool) -> Source:
 
 def _folders(config: CfgNode, training: bool, tell: bool) -> Source:
     root, split = data_path(config), "train" if training else "val"
+    if config.DATA.TRAIN_LABELS or config.DATA.VAL_LABELS:
+        return _listed(config, training)
     if config.DATA.VAL_FRACTION:
         return _divided(config, training, tell)
     names_from = "val" if config.EVAL_MODE and what_is(root / "train") != "folder" else "train"
@@ -184,21 +208,47 @@ def _divided(config: CfgNode, training: bool, tell: bool) -> Source:
         )
     folder, left_out = root / "train" if what_is(root / "train") == "folder" else root, LeftOut()
     classes = _classes_in(folder, left_out)
+    samples = _samples(config, folder, classes, True, tell and training, left_out)
+    return Source(_one_side(samples, classes, config.DATA.VAL_FRACTION, training, folder))
+
+
+def _one_side(
+    samples: Sequence[tuple[str, int]], classes: Sequence[str], fraction: float, training: bool, place: Path
+) -> list[tuple[str, int]]:
+    """Of each class the images that are trained on, or those that are held out."""
     by_class: dict[int, list[str]] = {}
-    for path, label in _samples(config, folder, classes, True, tell and training, left_out):
+    for path, label in samples:
         by_class.setdefault(label, []).append(path)
     alone = [name for label, name in enumerate(classes) if len(by_class[label]) < 2]
     if alone:
         raise UserError(
-            f"'{printable(folder)}' has one image in class {some(alone)}, and DATA.VAL_FRACTION needs two, one of them "
-            "to hold out; add images or remove the folder"
+            f"'{printable(place)}' has one image in class {some(alone)}, and DATA.VAL_FRACTION needs two, one of them "
+            "to hold out; add images or remove the class"
         )
-    samples = []
-    for label, paths in by_class.items():
-        held_out = min(max(round(len(paths) * config.DATA.VAL_FRACTION), 1), len(paths) - 1)
+    kept = []
+    for label, paths in sorted(by_class.items()):
+        held_out = min(max(round(len(paths) * fraction), 1), len(paths) - 1)
         chosen = {*random.Random(label).sample(range(len(paths)), held_out)}
-        samples += [(path, label) for place, path in enumerate(paths) if (place in chosen) is not training]
-    return Source(samples)
+        kept += [(path, label) for number, path in enumerate(paths) if (number in chosen) is not training]
+    return kept
+
+
+def _listed(config: CfgNode, training: bool) -> Source:
+    """The images that CSV files list."""
+    root, data = data_path(config), config.DATA
+    if not data.TRAIN_LABELS:
+        raise UserError(f"DATA.VAL_LABELS is '{data.VAL_LABELS}', and classes are told by DATA.TRAIN_LABELS; name both")
+    if bool(data.VAL_LABELS) == bool(data.VAL_FRACTION):
+        given = "both given" if data.VAL_LABELS else "neither given"
+        raise UserError(f"DATA.VAL_LABELS and DATA.VAL_FRACTION say what is held out, and {given}; give one of them")
+    file = root / data.TRAIN_LABELS
+    lines = read_labels(file, root)
+    classes = classes_of(lines)
+    _check_class_count(f"'{printable(file)}'", len(classes), config, training, classes)
+    if data.VAL_FRACTION:
+        return Source(_one_side(labelled(lines, classes), classes, data.VAL_FRACTION, training, file))
+    held_out = None if training else read_labels(root / data.VAL_LABELS, root)
+    return Source(labelled(lines if held_out is None else held_out, classes))
 
 
 def _samples(
@@ -209,7 +259,7 @@ def _samples(
     samples = [
         (path, label)
         for label, name in enumerate(classes)
-        for path in image_files(os.path.join(folder, name), left_out)
+        for path in image_files(os.path.join(folder, name), left_out, config.MODEL.IN_CHANS)
     ]
     counts = Counter(label for _, label in samples)
     empty = [name for label, name in enumerate(classes) if not counts[label]]

@@ -5,7 +5,11 @@ from vmamba.config.keys import key, share, switch
 _FILTERS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 KEYS = (
-    key("DATA.DATASET", "imagenet", "imagenet (folders), digits, cifar10, cifar100, or one of timm's (torch/, hfds/)"),
+    key(
+        "DATA.DATASET",
+        "imagenet",
+        "imagenet (folders), digits, cifar10, cifar100, one of timm's (torch/, hfds/), or a registered one",
+    ),
     key(
         "DATA.IMG_SIZE",
         224,
@@ -31,6 +35,14 @@ KEYS = (
         flag="cache-mode",
     ),
     share("DATA.VAL_FRACTION", 0.0, "of each class's images held out, where there is no val/; 0: there is"),
+    key("DATA.TRAIN_LABELS", "", "CSV file below DATA_PATH, of lines image,label, in the place of folders"),
+    key("DATA.VAL_LABELS", "", "likewise"),
+    key(
+        "DATA.SAMPLER",
+        "shuffled",
+        "balanced: of each class as many images an epoch, those of small ones several times",
+        choices=("shuffled", "balanced"),
+    ),
     key("DATA.TRAIN_SPLIT", "train", "its name, for data sets opened by timm"),
     key("DATA.VAL_SPLIT", "validation", "likewise"),
     #
@@ -38,8 +50,7 @@ KEYS = (
     key(
         "TRAIN.LOSS",
         "cross_entropy",
-        "bce: each class by itself, as DeiT III",
-        choices=("cross_entropy", "bce"),
+        "cross_entropy; bce: each class by itself, as DeiT III; or a registered one",
         also="binary_cross_entropy",
     ),
     key(
@@ -53,6 +64,13 @@ KEYS = (
     #
     share("AUG.SCALE", [0.08, 1.0], "least and most share of an image's area that a crop shows", length=2, rising=True),
     key("AUG.RATIO", [0.75, 4 / 3], "least and most width of a crop over its height", above=0, length=2, rising=True),
+    key(
+        "AUG.REPEATS",
+        1,
+        "versions of an image in a step, of so many fewer images an epoch",
+        at_least=1,
+        also="aug_repeats",
+    ),
     share("AUG.HFLIP", 0.5, "probability of a horizontal flip"),
     share("AUG.VFLIP", 0.0, "of a vertical one"),
     key("AUG.COLOR_JITTER", 0.4, "applies where AUTO_AUGMENT is off", at_least=0),

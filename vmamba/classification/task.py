@@ -1,5 +1,7 @@
 """Classification as a task: cross-entropy, top-1 and top-5 accuracy."""
 
+import csv
+import io
 from collections.abc import Callable
 from functools import cached_property, partial
 from types import MappingProxyType
@@ -15,11 +17,12 @@ from vmamba.classification.data import build_eval_loader, build_train_loader
 from vmamba.classification.transforms import Batch, build_mixup
 from vmamba.config import image_size
 from vmamba.data.loaders import EvalLoader, TrainLoader
-from vmamba.errors import UserError
+from vmamba.errors import UserError, unknown
+from vmamba.extensions import LOSSES
 from vmamba.models.flops import complexity
 from vmamba.models.pretrained import Checkpoint, load_pretrained
 from vmamba.models.variants import build_model
-from vmamba.runtime.distributed import World, sum_over_processes
+from vmamba.runtime.distributed import World, gather, sum_over_processes
 from vmamba.runtime.task import Results
 from vmamba.text import counted
 
@@ -48,6 +51,8 @@ class Task:
         load_pretrained(model, checkpoint, drop_head=self.config.MODEL.DROP_HEAD)
 
     def train_loader(self, world: World) -> TrainLoader:
+        if self.config.TRAIN.LOSS not in ("cross_entropy", "bce", *LOSSES):
+            raise unknown("TRAIN.LOSS", self.config.TRAIN.LOSS, ("cross_entropy", "bce", *LOSSES))
         if self.config.TRAIN.LOSS == "bce" and self.config.MODEL.LABEL_SMOOTHING == 1:
             raise UserError("MODEL.LABEL_SMOOTHING is 1, which TRAIN.LOSS bce does not take; choose less")
         _, weights = self.mixup, given_weights(self.config)  # refuse what cannot be before anything is opened
@@ -58,7 +63,10 @@ class Task:
         return loader
 
     def eval_loader(self, world: World) -> EvalLoader:
-        return build_eval_loader(self.config, rank=world.rank, world_size=world.size, on_machine=world.on_machine)
+        self.held_out = build_eval_loader(
+            self.config, rank=world.rank, world_size=world.size, on_machine=world.on_machine
+        )
+        return self.held_out
 
     def loss(self, model: nn.Module, batch: Batch, *, step: int, part: int) -> Tensor:
         images, targets = batch
@@ -70,7 +78,9 @@ class Task:
 
     def criterion(self, logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
         """Of logits (B, classes) float32 and labels (B,) or soft targets (B, classes): the mean over the images."""
-        if self.config.TRAIN.LOSS == "bce":
+        if self.config.TRAIN.LOSS in LOSSES:
+            losses = self._registered_loss(logits, targets, smoothing)
+        elif self.config.TRAIN.LOSS == "bce":
             losses = BinaryCrossEntropy(smoothing, weight=self.class_weights, reduction="none")(logits, targets)
         else:
             losses = F.cross_entropy(
@@ -78,8 +88,22 @@ class Task:
             )  # of weighted classes too the mean counts images, so that micro-batches add up to their union
         return losses.mean()
 
+    def _registered_loss(self, logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+        """(B,), each image's weighed by what its targets have of the classes' weights."""
+        name, classes = self.config.TRAIN.LOSS, logits.shape[1]
+        soft = targets
+        if targets.dim() == 1:
+            soft = F.one_hot(targets, classes).float() * (1 - smoothing) + smoothing / classes
+        losses = LOSSES[name](logits, soft)
+        if losses.shape != logits.shape[:1]:
+            shape = tuple(losses.shape)
+            raise UserError(
+                f"TRAIN.LOSS '{name}' gives losses {shape} of {len(logits)} images; give one for each, (B,)"
+            )
+        return losses if self.class_weights is None else losses * (soft @ self.class_weights)
+
     def meter(self, world: World) -> "Accuracy":
-        return Accuracy(world, self.config)
+        return Accuracy(world, self.config, self.held_out if self.config.EVAL_MODE else None)
 
     def describe(self, results: Results) -> str:
         return f"held-out loss {results['val_loss']:.4f}, top-1 {results['acc1']:.2f}%, top-5 {results['acc5']:.2f}%"
@@ -124,12 +148,14 @@ class Accuracy:
     """Mean cross-entropy, top-1 and top-5 accuracy in percent (of fewer classes than 5: all).
 
     In detail the accuracy of each class, means over the classes, and the expected calibration error over 15 bins (arXiv
-    1706.04599).
+    1706.04599).  Of each image that `loader` gives its prediction is kept, where one is named.
     """
 
     bins = 15
 
-    def __init__(self, world: World, config: CfgNode):
+    def __init__(self, world: World, config: CfgNode, loader: EvalLoader | None = None):
+        self.loader, self.answers = loader, []  # of each batch (4, B): label, prediction, the chances of both
+        self.rows: list[tuple[int, list[float]]] = []  # of all processes, by the image's index
         self.classes, self.place = config.MODEL.NUM_CLASSES, config.DATA.DATA_PATH
         zeros = partial(torch.zeros, dtype=torch.float64, device=world.device)
         self.sums = zeros(4)  # loss, top-1, top-5, images
@@ -151,10 +177,17 @@ class Accuracy:
         bins = (chance * self.bins).long().clamp(max=self.bins - 1)
         for row, amount in ((0, right), (1, chance), (2, torch.ones_like(right))):
             self.by_chance[row].index_add_(0, bins, amount)
+        if self.loader:
+            chances = logits.double().softmax(1).gather(1, torch.stack([best[:, 0], targets], 1))
+            self.answers.append(torch.stack([targets.double(), best[:, 0].double(), *chances.unbind(1)]))
 
     def results(self) -> Results:
         self.by_class, self.by_chance = sum_over_processes(self.by_class), sum_over_processes(self.by_chance)
         loss, top1, top5, images = sum_over_processes(self.sums).tolist()
+        if self.loader:
+            answers = torch.cat([torch.empty(4, 0, device=self.sums.device), *self.answers], 1)
+            mine = zip(self.loader.given, answers.T.tolist(), strict=True)
+            self.rows = sorted(row for rows in gather([*mine]) for row in rows)
         if not images:
             raise UserError(f"none of the validation images could be read; check DATA.DATA_PATH '{self.place}'")
         return {"val_loss": loss / images, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images}
@@ -174,4 +207,13 @@ class Accuracy:
         }
 
     def files(self) -> dict[str, bytes]:
-        return {}
+        """predictions.csv, a line an image: its name, label, prediction, and the chances of the prediction and of the
+        label."""
+        if not self.rows:
+            return {}
+        source, text = self.loader.examples.source.source, io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(["image", "label", "prediction", "probability", "probability_of_label"])
+        for index, (label, prediction, *chances) in self.rows:
+            table.writerow([source.name(index), int(label), int(prediction), *(f"{chance:.6f}" for chance in chances)])
+        return {"predictions.csv": text.getvalue().encode()}

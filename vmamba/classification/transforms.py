@@ -25,6 +25,7 @@ from yacs.config import CfgNode
 from vmamba.classification.on_device import Augment, Operation, in_groups, write_down
 from vmamba.config import image_size
 from vmamba.data.draws import MIXUP, preserved_generators, seed_generators
+from vmamba.data.images import COLOURS
 from vmamba.errors import UserError
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W), float32; labels (B,), int64, or soft (B, classes)
@@ -49,11 +50,16 @@ class Pixels(NamedTuple):
     patches: Sequence[Patch] = ()  # what is put into them then
 
 
-def build_transform(config: CfgNode, training: bool) -> Callable[[Image.Image], Tensor]:
+def build_transform(config: CfgNode, training: bool) -> Callable[[Image.Image | Tensor], Tensor]:
     """timm's transform from an image to (IN_CHANS, H, W) float32: of one image what a run does by batches."""
     to_pixels, normalise = build_pixels(config, training), Normalise(config)
-    as_it_is = pil_to_tensor if config.DATA.DECODE == "torchvision" else lambda image: image
-    return lambda image: normalise(collate([(to_pixels(as_it_is(image)), 0)]))[0][0]
+    of_tensors = config.DATA.DECODE == "torchvision"
+
+    def transform(image: Image.Image | Tensor) -> Tensor:
+        image = pil_to_tensor(image) if of_tensors and not isinstance(image, Tensor) else image
+        return normalise(collate([(to_pixels(image), 0)]))[0][0]
+
+    return transform
 
 
 def build_pixels(config: CfgNode, training: bool) -> Callable[[Any], Pixels]:
@@ -63,8 +69,8 @@ def build_pixels(config: CfgNode, training: bool) -> Callable[[Any], Pixels]:
     For training at up to 32 pixels the image is resized, padded by an eighth and cropped, instead of zoomed into.
     """
     size, channels, aug = image_size(config), config.MODEL.IN_CHANS, config.AUG
-    if channels not in (1, 3):
-        raise UserError(f"MODEL.IN_CHANS is {channels}; images are loaded as grayscale (1) or RGB (3)")
+    if channels not in COLOURS:
+        _check_bands(config, training)
     small = max(size) <= _SMALL
     common = {
         "input_size": (channels, *size),
@@ -113,6 +119,18 @@ def _by_decoder(
         )
     steps = transform.transforms
     return _ToPixels(_Crop(steps[:crop_steps]), write_down(steps[crop_steps:-1]), erasing)
+
+
+def _check_bands(config: CfgNode, training: bool) -> None:
+    """Raises UserError for what is known of gray and RGB images alone."""
+    aug, channels = config.AUG, f"MODEL.IN_CHANS {config.MODEL.IN_CHANS}"
+    settings = {"AUG.AUTO_AUGMENT": (aug.AUTO_AUGMENT, "null"), "AUG.COLOR_JITTER": (aug.COLOR_JITTER, 0)}
+    for key, (value, off) in settings.items():
+        if training and value:
+            raise UserError(f"{key} is {value} and {channels}; colours are of 1 and 3 channels, so set {key} {off}")
+    if config.DATA.INTERPOLATION not in _OF_TENSORS:
+        known = ", ".join(_OF_TENSORS)
+        raise UserError(f"DATA.INTERPOLATION is {config.DATA.INTERPOLATION}, and with {channels} it can be {known}")
 
 
 class _ToPixels:

@@ -5,10 +5,11 @@ itself, and `KEY VALUE` pairs.  Every key and every value is checked; what does 
 """
 
 from vmamba.config.command_line import argument_parser, config_from_args
-from vmamba.config.merge import get_config, image_size, output_folder, restored, save_config, sides
+from vmamba.config.merge import changed, get_config, image_size, output_folder, restored, save_config, sides
 
 __all__ = [
     "argument_parser",
+    "changed",
     "config_from_args",
     "get_config",
     "image_size",

@@ -26,8 +26,10 @@ class Key:
     also: str  # words that people look for it under
 
     def check(self, value: Any) -> Any:
-        """`value` as the key takes it; one number serves as a list of one.  Raises UserError."""
+        """`value` as the key takes it; one number, or name, serves as a list of one.  Raises UserError."""
         if self.takes.kinds == ([float],) and isinstance(value, (int, float)):
+            value = [value]
+        if self.takes.kinds == ([str],) and isinstance(value, str):
             value = [value]
         return self.takes.check(self.name, value)
 
@@ -49,6 +51,7 @@ def share(name: str, default: Any, meaning: str, *, kinds: tuple = (), flag: str
 COMMON = (
     key("TASK", "classification", "what is trained", choices=TASKS),
     key("BASE", [], "files this one builds on, relative to it; empty once they are merged", kinds=(str, [str])),
+    key("IMPORT", [], "modules of your own to import first: docs/extending.md", kinds=([str],), flag="import"),
     key("NAME", "", "name of the run; empty: the config file's stem"),
     key("OUTPUT", "output", "the run's folder is OUTPUT/NAME/TAG", flag="output", also="output_dir work_dir"),
     key("TAG", "default", "tells runs of one config apart", flag="tag"),
@@ -88,7 +91,7 @@ COMMON = (
     #
     key("MODEL.NAME", "vmamba_tiny", "see vmamba.list_models()", also="arch architecture model.type"),
     key("MODEL.NUM_CLASSES", 1000, "of the data set", at_least=1, at_most=10**6, also="nb_classes", flag="num-classes"),
-    key("MODEL.IN_CHANS", 3, "3, or 1 for grayscale", at_least=1, at_most=10**4, also="in_channels"),
+    key("MODEL.IN_CHANS", 3, "3, 1 for grayscale, or others", at_least=1, at_most=10**4, also="in_channels"),
     share("MODEL.DROP_PATH_RATE", None, "stochastic depth; null: the variant's own", kinds=(None, float)),
     key("MODEL.BACKEND", "auto", "of the scan; see vmamba_kernels.backends()"),
     key("MODEL.PRETRAINED", "", "weights to start from: a file or an address", flag="pretrained"),
@@ -120,8 +123,21 @@ COMMON = (
     key("TRAIN.ACCUMULATION_STEPS", 1, "micro-batches an optimiser step", at_least=1, flag="accumulation-steps"),
     key("TRAIN.SAVE_STEPS", 0, "optimiser steps between checkpoints inside an epoch; 0: none", at_least=0),
     key("TRAIN.MAX_BAD_STEPS", 10, "steps in a row without finite loss and gradient that end the run", at_least=1),
+    key(
+        "TRAIN.PATIENCE",
+        0,
+        "evaluations in a row without a better result that end the training; 0: none do",
+        at_least=0,
+        also="early_stopping",
+    ),
     switch("TRAIN.AUTO_RESUME", "go on from the newest checkpoint in the run's folder", default=True),
-    key("TRAIN.FREEZE", [], "parts that stay as they are, such as backbone, or layers.0", kinds=([str],)),
+    key(
+        "TRAIN.FREEZE",
+        [],
+        "parts that stay as they are, such as backbone, or layers.0; all_but_head: a linear probe",
+        kinds=([str],),
+        also="frozen_stages linear_probe",
+    ),
     key(
         "TRAIN.LAYER_DECAY",
         1.0,

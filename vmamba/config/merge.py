@@ -11,6 +11,7 @@ from yacs.config import CfgNode
 from vmamba.config.files import Setting, find, from_text, settings
 from vmamba.config.keys import TASKS, Key, keys_of
 from vmamba.errors import UserError, unknown
+from vmamba.extensions import import_modules
 from vmamba.files import write_atomically
 from vmamba.models.options import CONFIGURABLE, check_configured
 from vmamba.models.released_yaml import from_released_config
@@ -20,7 +21,7 @@ OPTIONS = "MODEL.OPTIONS"  # a section that takes the options of the model
 
 
 def get_config(cfg_file: str | Path | None = None, opts: Sequence[Any] = ()) -> CfgNode:
-    """The frozen config of a file (None: the defaults) with `opts` = [key, value, ...] set on top.
+    """The frozen config of a file (None: the defaults) with `opts` = [key, value, ...] set on top; its IMPORT is done.
 
     A relative path is looked for in the working directory, then in the repository.
     Raises UserError for a missing file, an unknown key, a value that does not fit.
@@ -45,13 +46,21 @@ def merge(cfg_file: str | Path | None, more: Sequence[Setting]) -> CfgNode:
         schema.set(config, key, value, source)
     if path:
         config.NAME = config.NAME or path.stem
-    for key, value, source in more:
-        if key == "BASE":
-            raise UserError(f"{source}: BASE works in a config file only; name another file with --cfg")
-        schema.set(config, key, from_text(value, schema.kinds(key)) if isinstance(value, str) else value, source)
+    schema.add(config, more)
     config.NAME = config.NAME or config.MODEL.NAME
+    import_modules(config.IMPORT)
     config.freeze()
     return config
+
+
+def changed(config: CfgNode, opts: Sequence[Any]) -> CfgNode:
+    """A frozen copy with `opts` = [key, value, ...] set on top.  Raises UserError as `get_config`."""
+    copy = config.clone()
+    copy.defrost()
+    Schema(config.TASK).add(copy, pairs(opts))
+    import_modules(copy.IMPORT)
+    copy.freeze()
+    return copy
 
 
 def restored(saved: Mapping[str, Any]) -> CfgNode:
@@ -141,6 +150,13 @@ class Schema:
             elif value is not None:
                 raise UserError(f"{source}: {key} is {value!r}; expected a section of keys")
         return found
+
+    def add(self, config: CfgNode, more: Sequence[Setting]) -> None:
+        """Set `more` keys, whose values may be text of the command line.  Raises UserError as `set`."""
+        for key, value, source in more:
+            if key == "BASE":
+                raise UserError(f"{source}: BASE works in a config file only; name another file with --cfg")
+            self.set(config, key, from_text(value, self.kinds(key)) if isinstance(value, str) else value, source)
 
     def set(self, config: CfgNode, key: str, value: Any, source: str) -> None:
         """Set one key.  Raises UserError, naming `source`, for an unknown key and for what the key does not take."""

@@ -37,8 +37,12 @@ def seed_generators(*key: int) -> None:
 
 def permutation(seed: int, epoch: int, length: int) -> Tensor:
     """The order of an epoch's images (length,)."""
-    words = np.random.SeedSequence((seed, ORDER, epoch)).generate_state(4)
-    return torch.randperm(length, generator=torch.Generator().manual_seed(_integer(words)))
+    return torch.randperm(length, generator=generator(seed, ORDER, epoch))
+
+
+def generator(*key: int) -> torch.Generator:
+    """One of its own for `key`."""
+    return torch.Generator().manual_seed(_integer(np.random.SeedSequence(key).generate_state(4)))
 
 
 def _integer(words: np.ndarray) -> int:

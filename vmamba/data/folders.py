@@ -113,17 +113,17 @@ def data_path(config: CfgNode) -> Path:
     return path
 
 
-def image_files(folder: str | Path, left_out: LeftOut | None = None) -> list[str]:
+def image_files(folder: str | Path, left_out: LeftOut | None = None, channels: int = 3) -> list[str]:
     """The paths of the images in `folder` and the folders below it: folder by folder, by name in each.
 
-    What has a suffix that `decode` reads is one.  Links are followed, but not to a folder they lie in, which would
-    never end; what is above a class holds the other classes and the other split.  What is not taken is added to
-    `left_out`: files of other suffixes, what is hidden, such links.
+    What has a suffix that `decode` reads, of so many `channels`, is one.  Links are followed, but not to a folder they
+    lie in, which would never end; what is above a class holds the other classes and the other split.  What is not
+    taken is added to `left_out`: files of other suffixes, what is hidden, such links.
     Raises UserError where a folder cannot be looked into.
     """
     left_out = LeftOut() if left_out is None else left_out
     found: dict[str, list[str]] = {}
-    _walk(str(folder), _above(folder), suffixes(), found, left_out)
+    _walk(str(folder), _above(folder), suffixes(channels), found, left_out)
     return [path for place in sorted(found) for path in found[place]]
 
 

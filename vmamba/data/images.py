@@ -1,4 +1,5 @@
-"""The one decoder: an image of any kind becomes gray or RGB of 8 bits a value, or is refused in a sentence.
+"""The one decoder: an image of any kind becomes gray or RGB of 8 bits a value, or is refused in a sentence.  Of another
+number of channels it is taken as it is, from NumPy's files and from Pillow's modes with so many.
 
 Of several frames the first counts.  Transparency, EXIF orientation and colour profiles are left aside, as timm does.
 
@@ -28,6 +29,7 @@ from vmamba.errors import UserError
 from vmamba.text import printable
 
 logger = logging.getLogger("vmamba")
+COLOURS = (1, 3)  # channels of gray and RGB images
 
 # Pillow names these and has no pixels of them, or starts another program to get some (EPS), or on Windows only (WMF).
 _NO_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
@@ -42,12 +44,15 @@ class UnreadableImage(Exception):
     """An image that cannot be read or decoded.  Its text names the image and says why, in one line."""
 
 
-def decode(image: Image.Image | bytes | str | Path | BinaryIO, channels: int, name: str | Path) -> Image.Image:
-    """`image`, the bytes of a file, its path or the open file, as gray (1 channel) or RGB (3), 8 bits a value.
+def decode(image: Image.Image | bytes | str | Path | BinaryIO, channels: int, name: str | Path) -> Image.Image | Tensor:
+    """`image`, the bytes of a file, its path or the open file, as gray (1 channel) or RGB (3), 8 bits a value; of other
+    `channels` as a tensor (channels, H, W), uint8.
 
     `name` stands in the sentences.  Raises UnreadableImage.
     """
     with reading(name):
+        if channels not in COLOURS:
+            return _bands(image, channels)
         if not isinstance(image, Image.Image):
             image = _open(image)
         sixteen_bits = any(re.search("(?<!BGR);16", str(tile[3])) for tile in getattr(image, "tile", ()))
@@ -70,10 +75,11 @@ def decode_pixels(image: Image.Image | bytes | str | Path | BinaryIO, channels: 
         if isinstance(image, (str, Path)):
             image = Path(image).read_bytes()
         if isinstance(image, bytes):
-            data, image = image, _open(image)
-            if image.format == "JPEG" and image.mode in ("L", _mode(channels)):
-                return _decode_jpeg(data, channels)
-    return pil_to_tensor(decode(image, channels, name))
+            opened = _open(image) if channels in COLOURS else None
+            if opened and opened.format == "JPEG" and opened.mode in ("L", _mode(channels)):
+                return _decode_jpeg(image, channels)
+    decoded = decode(image, channels, name)
+    return decoded if isinstance(decoded, Tensor) else pil_to_tensor(decoded)
 
 
 def check_decoder() -> None:
@@ -100,11 +106,33 @@ def reading(name: str | Path) -> Iterator[None]:
         raise UnreadableImage(printable(f"cannot read '{name}': {_reason(error)}")) from error
 
 
-def suffixes() -> set[str]:
-    """Of files that `decode` may read: in small letters, with their dots."""
+def suffixes(channels: int = 3) -> set[str]:
+    """Of files that `decode` may read of so many channels: in small letters, with their dots."""
     Image.init()
     formats = {*Image.OPEN, "MPO"} - _NO_PIXELS  # MPO is opened as the JPEG that it begins with
-    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in formats}
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in formats}
+    return known if channels in COLOURS else known | {".npy"}
+
+
+def _bands(image: Image.Image | bytes | str | Path | BinaryIO, channels: int) -> Tensor:
+    """(channels, H, W), uint8, of an array with the channels in front or behind, in front where both could be."""
+    if isinstance(image, (str, Path)):
+        image = Path(image).read_bytes()
+    elif not isinstance(image, (bytes, Image.Image)):
+        image = image.read()
+    if isinstance(image, bytes) and image.startswith(b"\x93NUMPY"):
+        array = np.load(io.BytesIO(image), allow_pickle=False)
+    else:
+        image = image if isinstance(image, Image.Image) else _open(image)
+        array = np.asarray(image)
+    if array.dtype != np.uint8:
+        raise ValueError(f"its values are {array.dtype}; scale them to 0..255 and convert them to uint8")
+    shape = array.shape
+    if array.ndim == 3 and shape[0] != channels:
+        array = array.transpose(2, 0, 1)
+    if array.ndim != 3 or array.shape[0] != channels or 0 in array.shape:
+        raise ValueError(f"its values have the shape {shape}, and MODEL.IN_CHANS is {channels}")
+    return torch.from_numpy(array.copy())
 
 
 def _open(file: bytes | str | Path | BinaryIO) -> Image.Image:

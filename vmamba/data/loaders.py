@@ -14,13 +14,15 @@ from yacs.config import CfgNode
 
 from vmamba.data.draws import IMAGE, permutation, preserved_generators, seed_generators
 from vmamba.data.images import UnreadableImage
+from vmamba.data.sampling import numbered
 from vmamba.errors import UserError
 from vmamba.signals import leave_them_to_the_parent
 
 logger = logging.getLogger("vmamba")
 
-Key = tuple[int, int]  # epoch, index of the sample
+Key = tuple[int, ...]  # epoch, index of the sample, and where it comes again in an epoch, which time that is
 Example = tuple[Any, list[str]] | str  # what becomes of a sample (None: nothing), the unreadable; or what ends the run
+Order = Callable[[int], Sequence[int]]  # of an epoch the indices of its samples, some perhaps several times
 Seconds = float  # of a core: what was computed, without waiting for files
 
 _REPLACEMENTS = 10  # samples tried in the place of an unreadable one
@@ -129,10 +131,11 @@ class Loader:
             for loaded in self._iterator():
                 if isinstance(loaded, str):
                     raise UserError(loaded)
-                batch, unreadable, images, seconds = loaded
+                batch, unreadable, images, seconds, kept = loaded
                 self._images += images
                 self._seconds += seconds
                 self._count(unreadable)
+                self._note(kept)
                 if batch is not None:
                     yield batch
         except (RuntimeError, OSError) as error:
@@ -140,6 +143,9 @@ class Loader:
             if sentence is None:
                 raise
             raise UserError(sentence) from error
+
+    def _note(self, kept: list[int]) -> None:
+        """Which examples of the next batch are in it, by their places."""
 
     def _iterator(self) -> Iterator[Any]:
         iterator = iter(self._loader)
@@ -158,8 +164,38 @@ class Loader:
 class TrainLoader(Loader):
     """Yields ACCUMULATION_STEPS micro-batches an optimiser step, of the steps that `set_epoch` names.
 
-    The samples of step s are those at s*G to (s+1)*G of the epoch's permutation, G being the global batch.
+    The samples of step s are those at s*G to (s+1)*G of the epoch's order, by default a permutation, G being the
+    global batch.  `deal`: the processes take them in turns, so that neighbours go to different ones; else in pieces.
     Raises UserError when the samples do not fill one.
+    """
+
+    def __init__(
+        self,
+        config: CfgNode,
+        examples: Examples,
+        rank: int,
+        world_size: int,
+        collate: Callable[[list[Any]], Any] = default_collate,
+        finish: Callable[[Any], Any] = whole_already,
+        order: Order | None = None,
+        deal: bool = False,
+    ):
+        self.images = len(examples.source)
+        groups = getattr(examples.source, "groups", None)
+        self._batches = TrainingBatches(config, self.images, rank, world_size, groups, order, deal)
+        self.steps_per_epoch: int = self._batches.steps
+        super().__init__(config, examples, self._batches, collate, finish)
+
+    def set_epoch(self, epoch: int, start_step: int = 0, end_step: int | None = None) -> None:
+        """Let the next iteration run through `epoch` from optimiser step `start_step` up to `end_step`."""
+        self._batches.epoch, self._batches.start = epoch, start_step
+        self._batches.end = self.steps_per_epoch if end_step is None else end_step
+
+
+class EvalLoader(Loader):
+    """This process's share of the samples: over all processes each comes exactly once, without padding.
+
+    `given` are the indices of those that came so far in this iteration, in order.
     """
 
     def __init__(
@@ -172,40 +208,35 @@ class TrainLoader(Loader):
         finish: Callable[[Any], Any] = whole_already,
     ):
         self.images = len(examples.source)
-        groups = getattr(examples.source, "groups", None)
-        self._batches = TrainingBatches(config, self.images, rank, world_size, groups)
-        self.steps_per_epoch: int = self._batches.steps
+        mine, size = range(rank, self.images, world_size), config.DATA.BATCH_SIZE
+        self._batches = [[(0, index) for index in mine[start : start + size]] for start in range(0, len(mine), size)]
+        self.given: list[int] = []
         super().__init__(config, examples, self._batches, collate, finish)
 
-    def set_epoch(self, epoch: int, start_step: int = 0, end_step: int | None = None) -> None:
-        """Let the next iteration run through `epoch` from optimiser step `start_step` up to `end_step`."""
-        self._batches.epoch, self._batches.start = epoch, start_step
-        self._batches.end = self.steps_per_epoch if end_step is None else end_step
+    def __iter__(self) -> Iterator[Any]:
+        self.given, self._next = [], iter(self._batches)
+        return super().__iter__()
+
+    def _note(self, kept: list[int]) -> None:
+        keys = next(self._next)
+        self.given += [keys[place][1] for place in kept]
 
 
-class EvalLoader(Loader):
-    """This process's share of the samples: over all processes each comes exactly once, without padding."""
+class TrainingBatches:
+    """The keys of one process's micro-batches: each of images of one of `groups` where there are such, or in an `order`
+    of its own."""
 
     def __init__(
         self,
         config: CfgNode,
-        examples: Examples,
+        images: int,
         rank: int,
         world_size: int,
-        collate: Callable[[list[Any]], Any] = default_collate,
-        finish: Callable[[Any], Any] = whole_already,
+        groups: Sequence[int] | None = None,
+        order: Order | None = None,
+        deal: bool = False,
     ):
-        self.images = len(examples.source)
-        mine, size = range(rank, self.images, world_size), config.DATA.BATCH_SIZE
-        batches = [[(0, index) for index in mine[start : start + size]] for start in range(0, len(mine), size)]
-        super().__init__(config, examples, batches, collate, finish)
-
-
-class TrainingBatches:
-    """The keys of one process's micro-batches, each of images of one of `groups` where there are such."""
-
-    def __init__(self, config: CfgNode, images: int, rank: int, world_size: int, groups: Sequence[int] | None = None):
-        self.groups = groups
+        self.groups, self.order, self.deal = groups, order, deal
         self.seed, self.images, self.rank, self.world_size = config.SEED, images, rank, world_size
         self.micro, self.accumulation = config.DATA.BATCH_SIZE, config.TRAIN.ACCUMULATION_STEPS
         total = self.micro * world_size * self.accumulation
@@ -221,12 +252,21 @@ class TrainingBatches:
         return (self.end - self.start) * self.accumulation
 
     def __iter__(self) -> Iterator[list[Key]]:
+        together, mine = self.world_size * self.micro, slice(self.rank, None, self.world_size)
+        if not self.deal:
+            mine = slice(self.rank * self.micro, (self.rank + 1) * self.micro)
+        keys = self._keys()
+        for number in range(self.start * self.accumulation, self.end * self.accumulation):
+            yield keys[number * together : (number + 1) * together][mine]
+
+    def _keys(self) -> list[Key]:
+        """Of the epoch."""
+        if self.order is not None:
+            return [(self.epoch, *key) for key in numbered(self.order(self.epoch))]
         order = permutation(self.seed, self.epoch, self.images).tolist()
         if self.groups is not None:
             order = in_groups(order, self.groups, self.micro)
-        for number in range(self.start * self.accumulation, self.end * self.accumulation):
-            first = (number * self.world_size + self.rank) * self.micro
-            yield [(self.epoch, index) for index in order[first : first + self.micro]]
+        return [(self.epoch, index) for index in order]
 
 
 def in_groups(order: Sequence[int], groups: Sequence[int], size: int) -> list[int]:
@@ -243,22 +283,22 @@ def in_groups(order: Sequence[int], groups: Sequence[int], size: int) -> list[in
 
 
 class _Collate:
-    """A batch, None where no example is left, with the unreadable of its examples, their number and the time they took;
-    or the first error among them."""
+    """A batch, None where no example is left, with the unreadable of its examples, their number, the time they took and
+    the places of those that are left; or the first error among them."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]):
         self.collate = collate
 
-    def __call__(self, loaded: tuple[list[Example], Seconds]) -> tuple[Any, list[str], int, Seconds] | str:
+    def __call__(self, loaded: tuple[list[Example], Seconds]) -> tuple[Any, list[str], int, Seconds, list[int]] | str:
         examples, seconds = loaded
         start = time.thread_time()
         for example in examples:
             if isinstance(example, str):
                 return example
-        kept = [example for example, _ in examples if example is not None]
-        batch = self.collate(kept) if kept else None
+        kept = [place for place, (example, _) in enumerate(examples) if example is not None]
+        batch = self.collate([examples[place][0] for place in kept]) if kept else None
         unreadable = [sentence for _, names in examples for sentence in names]
-        return batch, unreadable, len(examples), seconds + time.thread_time() - start
+        return batch, unreadable, len(examples), seconds + time.thread_time() - start, kept
 
 
 def _start_worker(worker: int) -> None:

@@ -16,7 +16,7 @@ from vmamba.errors import UserError, unknown
 from vmamba.models.backbone import Backbone
 from vmamba.models.layers import LayerNorm
 from vmamba.models.options import check_configured
-from vmamba.models.pretrained import Checkpoint
+from vmamba.models.pretrained import Checkpoint, adapted, told_by_timm
 from vmamba.models.variants import TIMM, VARIANTS, create_model
 from vmamba.models.weights import load_weights
 
@@ -150,8 +150,7 @@ class TimmBackbone(nn.Module):
         Raises UserError, loading nothing, when they are of another model.
         """
         whole = timm.create_model(self.name, **self.options)
-        own, heads = whole.state_dict(), whole.default_cfg["classifier"]
-        heads = tuple(f"{name}." for name in ([heads] if isinstance(heads, str) else heads))
+        own, heads = whole.state_dict(), tuple(f"{name}." for name in told_by_timm(whole, "classifier"))
         filtered = getattr(sys.modules[timm.model_entrypoint(self.name).__module__], "checkpoint_filter_fn", None)
         try:
             weights = filtered(dict(checkpoint.whole), whole) if filtered else checkpoint.whole
@@ -160,6 +159,7 @@ class TimmBackbone(nn.Module):
                 f"'{checkpoint.path}' is no file of weights of timm's '{self.name}': {type(error).__name__} {error}"
             ) from error
         weights = {name: weight for name, weight in weights.items() if not name.startswith(heads)}
+        weights = adapted(weights, own, told_by_timm(whole, "first_conv"))
         head = {name: weight for name, weight in own.items() if name.startswith(heads)}
         load_weights(whole, weights | head, checkpoint.path)
         loaded = whole.state_dict()

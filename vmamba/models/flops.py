@@ -33,6 +33,11 @@ class Complexity:
     activations: int  # elements
 
 
+def flops(model: nn.Module, size: int | tuple[int, int] = 224) -> int:
+    """Multiply-adds of `model`, ours or timm's, for one image of `size` pixels (a side, or (height, width))."""
+    return complexity(model, size).macs
+
+
 def complexity(model: nn.Module, size: int | tuple[int, int]) -> Complexity:
     """Count `model`, which is left alone, for images of `size` pixels (a side, or (height, width))."""
     height, width = (size, size) if isinstance(size, int) else size

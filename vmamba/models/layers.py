@@ -25,6 +25,16 @@ PATCH_EMBEDS = ("v1", "v2")
 DOWNSAMPLES = ("v1", "v2", "v3")
 
 
+@torch.fx.wrap  # what it does depends on sizes
+def check_channels_last(x: Tensor, dim: int, what: str) -> None:
+    """Raises UserError for features that are not (B, H, W, dim)."""
+    if x.dim() == 4 and x.shape[-1] == dim:
+        return
+    first = x.dim() == 4 and x.shape[1] == dim
+    remedy = "; its channels come first: give it x.permute(0, 2, 3, 1)" if first else ""
+    raise UserError(f"x has the shape {tuple(x.shape)}, and this {what} takes (batch, height, width, {dim}){remedy}")
+
+
 class ToChannelsFirst(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)

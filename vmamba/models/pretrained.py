@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -184,9 +184,9 @@ def load_pretrained(model: nn.Module, checkpoint: Checkpoint, drop_head: bool = 
 
 
 def _load_timm(model: nn.Module, checkpoint: Checkpoint, drop_head: bool) -> None:
-    own, weights = model.state_dict(), checkpoint.whole
-    heads = model.pretrained_cfg["classifier"]
-    heads = tuple(f"{name}." for name in ([heads] if isinstance(heads, str) else heads))
+    own = model.state_dict()
+    weights = adapted(checkpoint.whole, own, told_by_timm(model, "first_conv"))
+    heads = tuple(f"{name}." for name in told_by_timm(model, "classifier"))
     if drop_head:
         kept = {name: weight for name, weight in own.items() if name.startswith(heads)}
         weights = {name: weight for name, weight in weights.items() if not name.startswith(heads)} | kept
@@ -210,19 +210,28 @@ def local_file(path_or_url: str | Path) -> Path:
     return download(str(path_or_url)) if is_url(path_or_url) else Path(path_or_url).expanduser()
 
 
-def adapted(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`weights` with a position map and a first convolution of the sizes that a model's `own` weights have, as far as
+def adapted(
+    weights: Mapping[str, Tensor], own: Mapping[str, Tensor], first_convs: Sequence[str] = ("patch_embed.0",)
+) -> dict[str, Tensor]:
+    """`weights` with a position map and first convolutions of the sizes that a model's `own` weights have, as far as
     that can be, which is logged."""
-    weights, stem = dict(weights), "patch_embed.0.weight"
+    weights = dict(weights)
     theirs, ours = weights.get("pos_embed"), own.get("pos_embed")
     if _differ(theirs, ours) and theirs.shape[:2] == ours.shape[:2]:
         weights["pos_embed"] = resize_pos_embed(theirs, ours.shape[2:])
         logger.info(f"resized the position map from {tuple(theirs.shape[2:])} to {tuple(ours.shape[2:])}")
-    theirs, ours = weights.get(stem), own.get(stem)
-    if _differ(theirs, ours) and theirs.shape[1] == 3 != ours.shape[1]:
-        weights[stem] = adapt_input_conv(ours.shape[1], theirs)
-        logger.info(f"adapted the first convolution from 3 channels of the images to {ours.shape[1]}")
+    for name in (f"{layer}.weight" for layer in first_convs):
+        theirs, ours = weights.get(name), own.get(name)
+        if _differ(theirs, ours) and theirs.shape[1] == 3 != ours.shape[1]:
+            weights[name] = adapt_input_conv(ours.shape[1], theirs)
+            logger.info(f"adapted the first convolution from 3 channels of the images to {ours.shape[1]}")
     return weights
+
+
+def told_by_timm(model: nn.Module, what: str) -> tuple[str, ...]:
+    """The names of a timm model's "classifier" or "first_conv"; a distilled model has two classifiers."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get(what) or ()
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _differ(theirs: Tensor | None, ours: Tensor | None) -> bool:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from vmamba.errors import UserError
+from vmamba.models import layers
 from vmamba.models.layers import activation, convolve_and_activate, depthwise_conv, on_channels_last
 from vmamba.models.layers import out_norm as out_norm_layer
 from vmamba.models.options import ScanOptions, signed_by
+from vmamba.values import Takes
 from vmamba_kernels import ROUTES, autocast_dtype, cross_selective_scan, cross_ssd, no_autocast
 
 
@@ -40,6 +42,7 @@ class Mixer2D(nn.Module):
     def __init__(self, dim: int, options: ScanOptions | None = None, **changes: Any):
         super().__init__()
         o = (options or ScanOptions()).changed(**changes)
+        self.dim = dim = Takes((int,), at_least=1, at_most=2**14).check("dim", dim)
         self.d_inner = int(o.ssm_ratio * dim)
         self.d_state = o.d_state
         self.dt_rank = math.ceil(dim / 16) if o.dt_rank == "auto" else o.dt_rank
@@ -66,7 +69,8 @@ class Mixer2D(nn.Module):
         self.dropout = nn.Dropout(o.ssm_drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, dim) -> (B, H, W, dim)."""
+        """(B, H, W, dim) -> (B, H, W, dim).  Raises UserError for features of another shape."""
+        layers.check_channels_last(x, self.dim, type(self).__name__)
         x = self.in_proj(x)  # (B, H, W, d_inner), twice that with a gate
         if self.gate:
             x, z = x.chunk(2, dim=-1)

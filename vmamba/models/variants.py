@@ -201,6 +201,11 @@ def create_model(name: str, pretrained: bool = False, **options: Any) -> VSSM:
     if not isinstance(name, str) or name not in VARIANTS:
         raise unknown("model", name, VARIANTS)
     variant = VARIANTS[name]
+    if "features_only" in options:
+        raise UserError(
+            f"features_only is timm's: timm.create_model('{name}', features_only=True) after import vmamba; or take "
+            f"vmamba.Backbone(vmamba.create_model('{name}')), whose outputs have norms of their own"
+        )
     if pretrained and not variant.weights:
         raise UserError(f"'{name}' has no released weights; these have: {', '.join(list_models(pretrained=True))}")
     model = VSSM(**variant.options | options)
@@ -247,7 +252,8 @@ def _timm_model(config: CfgNode) -> nn.Module:
         options["img_size"] = config.DATA.IMG_SIZE
     try:
         model = timm.create_model(name, num_classes=settings.NUM_CLASSES, in_chans=settings.IN_CHANS, **options)
-        model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
+        if config.TRAIN.USE_CHECKPOINT:
+            model.set_grad_checkpointing()
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"timm cannot build '{name}' with these settings: {error or type(error).__name__}") from error
     size = config.DATA.IMG_SIZE
@@ -258,7 +264,7 @@ def _timm_model(config: CfgNode) -> nn.Module:
 def timm_settings(name: str) -> PretrainedCfg:
     """What timm knows of one of its models' weights.  Raises UserError for a tag, behind the dot, that there is not."""
     try:
-        return timm.get_pretrained_cfg(name)
+        return timm.get_pretrained_cfg(name) or PretrainedCfg()  # of one that a user's module registered
     except RuntimeError as error:  # "resnet18.a1_in1k"
         architecture = name.partition(".")[0]
         raise unknown("model", name, [architecture, *timm.list_pretrained(f"{architecture}.*")]) from error

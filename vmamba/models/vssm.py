@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vmamba.errors import UserError, unknown
-from vmamba.models import layers
+from vmamba.models import freezing, layers
 from vmamba.models.options import ModelOptions, ScanOptions, signed_by
 from vmamba.models.ss2d import SS2D, SSD2D, Mixer2D
+from vmamba.values import Takes
 from vmamba_kernels.private import MATCH_PREV_GROUP, feature_take_indices
 
 SCANS = {"selective": SS2D, "ssd": SSD2D}
@@ -26,16 +27,31 @@ SCANS = {"selective": SS2D, "ssd": SSD2D}
 class Block(nn.Module):
     """x + op(norm(x)), then x + mlp(norm2(x)) where there is an MLP; stochastic depth on both branches."""
 
-    def __init__(self, op: Mixer2D, norm: nn.Module, mlp: nn.Module | None, norm2: nn.Module | None, drop_path: float):
+    @signed_by(ModelOptions)
+    def __init__(self, dim: int, options: ModelOptions | None = None, drop_path: float = 0.0, **changes: Any):
+        """Args:
+            dim: channels in and out.
+            options: what can be chosen, or `changes` of it by name: see `options.ModelOptions`, of whose options a
+                block reads those of the scan, the MLP and the norms.
+            drop_path: probability of leaving out a branch in training.
+
+        Raises UserError: an option is unknown, or its value impossible; in `forward`, features do not fit.
+        """
         super().__init__()
-        self.norm = norm
+        o = (options or ModelOptions()).changed(**changes)
+        drop_path = ModelOptions(drop_path_rate=drop_path).drop_path_rate  # in bounds
+        norm = layers.norm_layer(o.norm_layer)
+        op = SCANS[o.scan](dim, o)
+        mlp = layers.mlp(dim, o.mlp_ratio, o.mlp_act, o.mlp_drop_rate, o.gated_mlp) if o.mlp_ratio else None
+        self.norm = norm(dim)  # optimisers' states in files count on this order of the parts
         self.op = op
         self.drop_path = DropPath(drop_path)
-        self.norm2 = norm2
+        self.norm2 = norm(dim) if o.mlp_ratio else None
         self.mlp = mlp
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
+        layers.check_channels_last(x, self.op.dim, "Block")
         x, branch = self.before_the_sum(x, layers.on_channels_last(self.norm, x))
         return x + self.drop_path(branch)
 
@@ -147,16 +163,7 @@ class VSSM(nn.Module):
         rates = [o.drop_path_rate * i / max(sum(o.depths) - 1, 1) for i in range(sum(o.depths))]
         stages = []
         for i, (dim, depth) in enumerate(zip(dims, o.depths, strict=True)):
-            blocks = [
-                Block(
-                    op=SCANS[o.scan](dim, o),
-                    norm=norm(dim),
-                    mlp=layers.mlp(dim, o.mlp_ratio, o.mlp_act, o.mlp_drop_rate, o.gated_mlp) if o.mlp_ratio else None,
-                    norm2=norm(dim) if o.mlp_ratio else None,
-                    drop_path=rates.pop(0),
-                )
-                for _ in range(depth)
-            ]
+            blocks = [Block(dim, o, rates.pop(0)) for _ in range(depth)]
             stages.append(
                 Stage(blocks, layers.downsample(o.downsample, dim, dims[i + 1], norm) if dims[i + 1 :] else None)
             )
@@ -295,6 +302,25 @@ class VSSM(nn.Module):
         """Recompute each block in the backward pass instead of keeping its activations."""
         for stage in self.layers:
             stage.grad_checkpointing = enable
+
+    def freeze(self, stages: int) -> "VSSM":
+        """Let the stem and the first `stages` stages stay as they are, with all of them everything but the head: no
+        gradient, no statistics of batch norms, nothing dropped at random, also in training mode.
+
+        Returns the model.  Raises UserError for a number of stages that there are not.
+        """
+        stages = Takes((int,), at_least=0, at_most=len(self.layers)).check("stages", stages)
+        if stages == len(self.layers) and self.classifier is not None and [*self.classifier.head.parameters()]:
+            freezing.freeze(self, [freezing.ALL_BUT_HEAD], "freeze")
+            return self
+        position_map = ["pos_embed"] if self.pos_embed is not None else []
+        freezing.mark(self, ["patch_embed", *position_map, *(f"layers.{stage}" for stage in range(stages))], "freeze")
+        return self
+
+    def train(self, mode: bool = True) -> "VSSM":
+        super().train(mode)
+        freezing.keep(self)
+        return self
 
     def set_backend(self, backend: str) -> None:
         """Choose the backend of every scan; "auto" is the fastest that can serve a call.  UserError for no backend."""

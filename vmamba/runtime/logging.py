@@ -81,14 +81,17 @@ def _file_handler(folder: Path) -> logging.Handler:
 
 
 def log_the_end(logger: logging.Logger, error: BaseException) -> None:
-    """Put what ends a run into its log; the console gets it from the door."""
-    if isinstance(error, (UserError, BackendError, Stopped)):
-        text = str(error)
-    elif isinstance(error, KeyboardInterrupt):
-        text = "interrupted"
-    else:
-        text = "".join(traceback.format_exception(error)).strip()
+    """Put what ends a run into its log, of a bug the traceback; the console gets it from the door."""
+    expected = isinstance(error, (UserError, BackendError, Stopped, KeyboardInterrupt))
+    text = cause(error) if expected else "".join(traceback.format_exception(error)).strip()
     logger.error(f"the run ends: {text}", extra={"file_only": True})
+
+
+def cause(error: BaseException) -> str:
+    """What ends a run, in a line."""
+    if isinstance(error, (UserError, BackendError, Stopped)):
+        return str(error)
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
 
 
 def on_terminal() -> bool:

@@ -1,7 +1,6 @@
 """What moves the weights: groups by weight decay, any optimiser timm names, the learning rate of every step."""
 
 import math
-from collections.abc import Sequence
 
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
@@ -11,7 +10,6 @@ from yacs.config import CfgNode
 
 from vmamba.errors import UserError, unknown
 from vmamba.runtime.plan import Plan
-from vmamba.text import some
 
 # What of an optimiser's groups is the config's and not training's own: it survives loading a state.
 CONFIGURED = ("initial_lr", "weight_decay", "betas", "eps", "momentum", "fused")
@@ -61,23 +59,6 @@ def build_optimizer(config: CfgNode, model: nn.Module, global_batch: int) -> Opt
             f"TRAIN.OPTIMIZER.NAME {options.NAME} cannot be had here: {str(error) or type(error).__name__}; install "
             f"what it needs, or choose another such as adamw"
         ) from error
-
-
-def freeze(model: nn.Module, parts: Sequence[str]) -> None:
-    """Let the parameters of `parts`, names of modules or parameters, stay as they are.
-
-    Raises UserError for a name that the model does not have, and where nothing would be left to train.
-    """
-    for part in parts:
-        found = [weight for name, weight in model.named_parameters() if f"{name}.".startswith(f"{part}.")]
-        if not found:
-            raise UserError(
-                f"TRAIN.FREEZE names '{part}', and the model has {some([name for name, _ in model.named_children()])}"
-            )
-        for weight in found:
-            weight.requires_grad_(False)
-    if not any(weight.requires_grad for weight in model.parameters()):
-        raise UserError(f"TRAIN.FREEZE is {list(parts)}, which is the whole model; leave something to train")
 
 
 def rate_scale(config: CfgNode, global_batch: int) -> float:

@@ -1,14 +1,9 @@
 """What a run says of itself: at its start, every few steps, after an evaluation."""
 
-import platform
-import shlex
-import socket
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,18 +21,17 @@ from vmamba.runtime.task import Results, Task
 from vmamba.text import counted
 from vmamba_kernels import Call, choice
 
-_PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy")
-_REPOSITORY = Path(__file__).resolve().parents[2]
 
-
-def describe_start(config: CfgNode, folder: Path | None) -> list[str]:
-    """Where, by what command, with which code and seed."""
-    versions = ", ".join(f"{name} {version(name)}" for name in _PACKAGES if _installed(name))
+def describe_start(facts: Mapping[str, Any], folder: Path | None) -> list[str]:
+    """Where, by what command, with which code and seed: see `history.facts`."""
+    versions = {name: number for name, number in facts["versions"].items() if number and name != "cuda"}
+    ours, python = versions.pop("vmamba", "(not installed)"), versions.pop("python")
+    commit = (facts["commit"] or "unknown")[:8] + (" with changes" if facts["changed"] else "")
     return [
-        f"{shlex.join(sys.argv)}  (on {socket.gethostname()}, seed {config.SEED}"
+        f"{facts['command']}  (on {', '.join(facts['hosts'])}, seed {facts['seed']}"
         + (f", folder {folder})" if folder else ")"),
-        f"vmamba {version('vmamba') if _installed('vmamba') else '(not installed)'}, commit {_commit()}; "
-        f"Python {platform.python_version()}, {versions}",
+        f"vmamba {ours}, commit {commit}; Python {python}, "
+        + ", ".join(f"{name} {number}" for name, number in versions.items()),
     ]
 
 
@@ -148,25 +142,7 @@ def best_so_far(task: Task, state: TrainState) -> str:
     return f"; best {task.headline} {max(state.best.values()):.2f}" if state.best else ""
 
 
-def _installed(name: str) -> bool:
-    try:
-        version(name)
-        return True
-    except PackageNotFoundError:
-        return False
-
-
-def _commit() -> str:
-    """Of the repository that this file lies in, and whether files differ from it."""
-    head, changed = (_git(*arguments) for arguments in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain")))
-    return "unknown" if head is None else head + (" with changes" if changed else "")
-
-
-def _git(*arguments: str) -> str | None:
-    if not (_REPOSITORY / ".git").exists():
-        return None
-    command: Sequence[str] = ("git", "-C", str(_REPOSITORY), *arguments)
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+def impatience(state: TrainState) -> str:
+    """Why training ends, where TRAIN.PATIENCE ends it."""
+    patience = state.config["TRAIN"]["PATIENCE"]
+    return f"no result was better in {counted(state.unimproved, 'evaluation')} (TRAIN.PATIENCE {patience})"

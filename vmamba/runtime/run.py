@@ -9,6 +9,7 @@ from yacs.config import CfgNode
 from vmamba.config import output_folder
 from vmamba.runtime.checkpoint import LAST, save_checkpoint
 from vmamba.runtime.distributed import World, on_main
+from vmamba.runtime.history import History
 from vmamba.runtime.state import TrainState
 from vmamba.runtime.stop import Stopped, StopRequest
 from vmamba.runtime.task import Task
@@ -21,6 +22,7 @@ class Run:
     world: World
     logger: logging.Logger
     request: StopRequest = field(default_factory=StopRequest)
+    history: History = field(default_factory=lambda: History(None))
 
     @property
     def folder(self) -> Path:

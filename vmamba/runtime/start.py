@@ -7,11 +7,12 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from vmamba.errors import UserError
+from vmamba.models.freezing import freeze
 from vmamba.models.pretrained import open_checkpoint
 from vmamba.runtime import report
 from vmamba.runtime.checkpoint import BEST, is_there, newest_checkpoint, read_training_state
 from vmamba.runtime.distributed import on_main
-from vmamba.runtime.optim import Schedule, build_optimizer, freeze
+from vmamba.runtime.optim import Schedule, build_optimizer
 from vmamba.runtime.plan import Plan
 from vmamba.runtime.precision import build_scaler
 from vmamba.runtime.run import Run

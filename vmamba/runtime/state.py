@@ -36,6 +36,7 @@ class TrainState:
     round_grad_norm: float = 0.0
     round_good_steps: int = 0
     best: dict[str, float] = field(default_factory=dict)  # the headline's best value so far; "ema_..." of the EMA
+    unimproved: int = 0  # evaluations since the last that was the best so far
     best_weights: str | None = None  # "model" or "ema": the better in the evaluation of just these weights
     random_states: list[dict] = field(default_factory=list)  # of every process, by rank
 
@@ -78,6 +79,12 @@ class TrainState:
     def finish_round(self) -> None:
         self.recorded = self.step
         self.round_loss, self.round_grad_norm, self.round_good_steps = 0.0, 0.0, 0
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether TRAIN.PATIENCE ends the training here."""
+        patience = self.config["TRAIN"]["PATIENCE"]
+        return 0 < patience <= self.unimproved
 
     def gather_random_states(self) -> None:
         """Collect the random states of all processes; all call it before one saves."""
@@ -158,16 +165,19 @@ _PLAIN = (
     "round_grad_norm",
     "round_good_steps",
     "best",
+    "unimproved",
     "best_weights",
     "random_states",
 )
 
 
 def of_today(state: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """A state as the first version wrote it (`epoch`, `epoch_loss`, `max_accuracy`, ...) in today's names.
+    """A state as earlier versions wrote it, the first one with `epoch`, `epoch_loss`, `max_accuracy`, ..., in today's
+    names.
 
     `config`: of this run; where it leaves the betas to the optimiser, those of the state were that version's default.
     """
+    state = {"unimproved": 0} | state
     if "epoch_loss" not in state:
         return state
     saved = copy.deepcopy(dict(state["config"]))

@@ -17,13 +17,16 @@ from yacs.config import CfgNode
 from vmamba.config import output_folder, save_config
 from vmamba.data.loaders import EvalLoader, TrainLoader
 from vmamba.errors import UserError
+from vmamba.extensions import import_modules
+from vmamba.models import freezing
 from vmamba.runtime import report
 from vmamba.runtime.checkpoint import BEST, LAST
 from vmamba.runtime.distributed import on_main, processes
 from vmamba.runtime.evaluation import evaluate_file, evaluate_state, tell_skipped, throughput
 from vmamba.runtime.feed import Feed
+from vmamba.runtime.history import History, facts
 from vmamba.runtime.lock import FolderLock
-from vmamba.runtime.logging import Pace, create_logger, log_the_end, memory_mb, progress
+from vmamba.runtime.logging import Pace, cause, create_logger, log_the_end, memory_mb, progress
 from vmamba.runtime.plan import Plan, build_plan
 from vmamba.runtime.precision import set_up_precision
 from vmamba.runtime.records import Records
@@ -54,15 +57,18 @@ def run(config: CfgNode) -> Results:
 
 
 def _run_alone(config: CfgNode) -> Results:
+    import_modules(config.IMPORT)  # again where the config comes from another process
     folder = None if config.THROUGHPUT_MODE else output_folder(config)
     with processes(config.DEVICE) as world, _only_writer(config, folder):
         logger = create_logger(world, folder)
-        run = Run(config, open_task(config), world, logger)
+        trains = world.main and not (config.EVAL_MODE or config.THROUGHPUT_MODE)
+        run = Run(config, open_task(config), world, logger, history=History(folder if trains else None))
         try:
             with run.request:
                 return _run(run, folder)
         except BaseException as error:
             log_the_end(logger, error)
+            run.history.end(cause(error))
             raise
 
 
@@ -82,8 +88,10 @@ def _only_writer(config: CfgNode, folder: Path | None) -> Iterator[None]:
 
 def _run(run: Run, folder: Path | None) -> Results:
     config, world = run.config, run.world
+    told = facts(config, world)
+    run.history.begin(told)
     if world.main:
-        for line in report.describe_start(config, folder):
+        for line in report.describe_start(told, folder):
             run.logger.info(line)
     set_up_precision(config, world.device)
     random_seed(config.SEED)
@@ -111,8 +119,9 @@ def train(run: Run, model: nn.Module) -> Results:
         on_main(records.start_over)
     if source == run.folder / BEST:
         run.save(state, LAST)  # killed between the two: what a run leaves does not depend on where
-    if state.recorded >= plan.steps:
-        run.logger.info(f"nothing is left to train, {state.step} of {plan.steps} steps are done")
+    if state.recorded >= plan.steps or state.out_of_patience:
+        why = f", and {report.impatience(state)}" if state.out_of_patience else ""
+        run.logger.info(f"nothing is left to train, {state.step} of {plan.steps} steps are done{why}")
         with run.request.noting():
             results = evaluate_state(run, state, eval_loader)
     else:
@@ -121,7 +130,7 @@ def train(run: Run, model: nn.Module) -> Results:
         rounds = Rounds(run, plan, state, step, train_loader, eval_loader, records)
         try:
             with run.request.noting():
-                while state.recorded < plan.steps:
+                while state.recorded < plan.steps and not state.out_of_patience:
                     rounds.one()
         finally:
             records.close()
@@ -131,6 +140,8 @@ def train(run: Run, model: nn.Module) -> Results:
     on_main(records.draw)
     best = report.best_so_far(task, state)
     run.logger.info(f"{counted(state.step, 'step')} trained; {report.summary(task, results)}{best}")
+    why = report.impatience(state) if state.out_of_patience else "finished"
+    run.history.end(f"{why}, {state.step} of {plan.steps} steps")
     return results
 
 
@@ -187,7 +198,7 @@ class Rounds:
         run, state, config = self.run, self.state, self.run.config
         if state.step >= end:  # stopped after the last step, before the evaluation
             return
-        state.model.train()
+        freezing.train(state.model)
         batches = Pace(self._batches(end), state.step)
         ready = Feed(batches, run.world.device, self.train_loader.finish)
         title = f"epoch {state.step // self.plan.steps_per_epoch + 1}/{self.plan.epochs}"
@@ -221,7 +232,7 @@ class Rounds:
             step += last - first
 
     def _save_last(self) -> None:
-        if self.plan.saves(self.state.step):
+        if self.plan.saves(self.state.step) or self.state.out_of_patience:
             self.run.save(self.state, LAST)
 
     def _images_per_step(self) -> int:
@@ -270,6 +281,10 @@ class Rounds:
             "seconds": round(seconds, 2),
         }
         improved = self._rank(results)
+        if results:
+            state.unimproved = 0 if improved else state.unimproved + 1
+        if run.config.TRAIN.PATIENCE:
+            entry["unimproved"] = state.unimproved
         state.finish_round()
         events = {f"eval/{name}": value for name, value in results.items()}
         on_main(lambda: self.records.write(entry, events))
@@ -281,6 +296,8 @@ class Rounds:
             f"epoch {entry['epoch']:.6g}/{self.plan.epoch(self.plan.steps):.6g} in {seconds:.1f}s: "
             f"training loss {entry['train_loss']:.4f}{told}{report.best_so_far(run.task, state)}"
         )
+        if state.out_of_patience:
+            run.logger.info(f"{report.impatience(state)}: training ends {self.plan.steps - state.step} steps early")
 
     def _rank(self, results: Results) -> bool:
         """Whether the evaluation just made is the best so far; a loss or a result that is not finite never is."""

@@ -1,0 +1,96 @@
+"""A user's own module: the example of docs/extending.md as its page says, and what goes wrong in one."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import vmamba
+from vmamba import extensions
+from vmamba.classification.task import Task
+from vmamba.config import argument_parser, config_from_args, get_config
+from vmamba.errors import UserError
+from vmamba.runtime.trainer import run
+
+from .tiny import ROOT, log, tiny_config
+
+PAGE = (ROOT / "docs" / "extending.md").read_text()
+
+
+@pytest.fixture
+def alone(monkeypatch, tmp_path):
+    """A working directory and registries of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for registry in (extensions.LOSSES, extensions.DATASETS):
+        for name in [*registry]:
+            monkeypatch.delitem(registry, name)
+    yield tmp_path
+    extensions.LOSSES.clear(), extensions.DATASETS.clear()
+    for name in ("my_module", "broken"):
+        sys.modules.pop(name, None)
+
+
+def test_the_example_of_the_page(alone):
+    Path("my_module.py").write_text(re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1])
+    line = shlex.split(re.search(r"^    python main.py (.*)$", PAGE, re.MULTILINE)[1])
+    whole = config_from_args(argument_parser().parse_args(line))
+    results = run(whole)
+    assert results["acc1"] > 90
+    assert "256 images to train on, 64 held out, 2 classes" in log(whole)
+    extensions.LOSSES.clear()  # another process: what a file names is not imported
+    extensions.DATASETS.clear()
+    assert get_config("output/vmamba_digits/default/config.yaml").IMPORT == ["my_module"]
+    held_out = sys.modules["my_module"].Stripes(None, training=False)
+    images, labels = zip(*[held_out[number] for number in range(20)], strict=True)
+    told = vmamba.predict(vmamba.load_model("output/vmamba_digits/default"), images)
+    assert sum(each["top"][0]["class"] == label for each, label in zip(told, labels, strict=True)) > 16
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_registered_loss_by_hand(alone, soft):
+    """Smoothed or mixed targets, and the classes' weights."""
+    vmamba.register_loss("ce")(lambda logits, targets: -(targets * logits.log_softmax(1)).sum(1))
+    task = Task(tiny_config(alone, "TRAIN.LOSS", "ce"))
+    torch.manual_seed(0)
+    logits, labels = torch.randn(5, 6), torch.tensor([0, 5, 2, 2, 3])
+    targets = torch.rand(5, 6).softmax(1) if soft else labels
+    task.class_weights = None
+    smoothing = 0.0 if soft else 0.1
+    torch.testing.assert_close(
+        task.criterion(logits, targets, smoothing), F.cross_entropy(logits, targets, label_smoothing=smoothing)
+    )
+    task.class_weights = torch.tensor([0.5, 1.0, 2.0, 3.0, 1.0, 0.0])
+    weights = targets @ task.class_weights if soft else 0.9 * task.class_weights[labels] + 0.1 * 7.5 / 6
+    by_hand = (F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none") * weights).mean()
+    torch.testing.assert_close(task.criterion(logits, targets, smoothing), by_hand)
+
+
+def test_what_a_module_does_wrong_is_a_sentence(alone):
+    vmamba.register_loss("mean")(lambda logits, targets: logits.mean())
+    vmamba.register_dataset("stream")(lambda config, training: iter([]))
+    vmamba.register_dataset("none")(lambda config, training: [])
+    for opts, words in (
+        (("TRAIN.LOSS", "mean"), r"TRAIN.LOSS 'mean' gives losses \(\) of 10 images; give one for each, \(B,\)"),
+        (("TRAIN.LOSS", "maen"), "unknown TRAIN.LOSS 'maen'; did you mean 'mean'"),
+        (("DATA.DATASET", "stream"), r"DATA.DATASET 'stream' gives a list_iterator; register what gives a sequence"),
+        (("DATA.DATASET", "none"), "DATA.DATASET 'none' has no training image; check DATA.DATA_PATH"),
+        (("DATA.DATASET", "nnone"), "unknown DATA.DATASET 'nnone'; did you mean 'none'"),
+        (
+            ("IMPORT", "my_modul"),
+            "IMPORT names 'my_modul', and there is no such module in '.*', nor where Python looks",
+        ),
+        (("IMPORT", "my/module.py"), "give its name, without .py and with dots for slashes"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(tiny_config(alone, *opts))
+    for register, name in ((vmamba.register_loss, "mean"), (vmamba.register_dataset, "imagenet")):
+        with pytest.raises(UserError, match=f"the name '{name}' of a .* is taken; choose another"):
+            register(name)(len)
+    Path("broken.py").write_text("import nowhere_to_be_found")
+    with pytest.raises(ModuleNotFoundError, match="nowhere_to_be_found"):  # whose traceback is the user's to read
+        get_config(None, ["IMPORT", "broken"])

@@ -1,0 +1,124 @@
+"""What one line of the library gives: parts of the model alone, frozen stages, transforms, costs."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+import vmamba
+from vmamba.classification.transforms import build_transform
+from vmamba.config import get_config
+from vmamba.errors import UserError
+from vmamba.models.flops import complexity
+
+
+def test_parts_alone_are_those_of_the_model():
+    torch.manual_seed(0)
+    model = vmamba.create_model("vmamba_digits", dims=8, depths=(1, 1)).eval()
+    inside, x = model.layers[1].blocks[0], torch.randn(2, 4, 3, 16)
+    options = dict(d_state=1, ssm_ratio=1.0, gate=False, ssm_conv_bias=False)
+    block, scan = vmamba.Block(16, **options).eval(), vmamba.SS2D(16, **options).eval()
+    block.load_state_dict(inside.state_dict())
+    scan.load_state_dict(inside.op.state_dict())
+    assert torch.equal(block(x), inside(x)) and torch.equal(scan(x), inside.op(x))
+    assert torch.equal(block(x), model.layers[1](x))
+    assert vmamba.Block(6)(torch.randn(1, 3, 5, 6)).shape == (1, 3, 5, 6)
+    assert vmamba.Block(6, mlp_ratio=0, norm_layer="bn").mlp is None
+
+
+@pytest.mark.parametrize("kind", ["Block", "SS2D"])
+def test_a_part_that_is_given_what_it_does_not_take_says_so(kind):
+    part = getattr(vmamba, kind)(6)
+    takes = rf"this {kind} takes \(batch, height, width, 6\)"
+    with pytest.raises(UserError, match=rf"\(2, 6, 4, 5\), and {takes}; its channels come first: .*permute\(0, 2, 3"):
+        part(torch.randn(2, 6, 4, 5))
+    for shape in ((2, 5, 4, 7), (4, 4, 6), (6,)):
+        with pytest.raises(UserError, match=f"{takes}$"):
+            part(torch.randn(shape))
+    for dim, words in ((0, "dim is 0; it must be between 1"), ("6", r"dim is '6' \(str\); expected an integer")):
+        with pytest.raises(UserError, match=words):
+            getattr(vmamba, kind)(dim)
+    with pytest.raises(UserError, match="unknown model option 'dstate'; did you mean 'd_state'"):
+        getattr(vmamba, kind)(6, dstate=1)
+
+
+def test_block_bounds_its_drop_path():
+    with pytest.raises(UserError, match="drop_path_rate is 1.5"):
+        vmamba.Block(6, drop_path=1.5)
+
+
+def test_frozen_stages():
+    model = vmamba.create_model("vmamba_digits", dims=8, depths=(1, 1), pos_embed=True, img_size=32, norm_layer="bn")
+    assert model.freeze(1) is model
+    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+    wanted = ("patch_embed.", "pos_embed", "layers.0.")
+    assert frozen == {name for name, _ in model.named_parameters() if name.startswith(wanted)}
+    assert model.train().training and not model.layers[0].training and model.layers[1].training
+    before = model.layers[0].blocks[0].norm.running_mean.clone()
+    model(torch.randn(2, 3, 32, 32))
+    assert torch.equal(model.layers[0].blocks[0].norm.running_mean, before)
+    assert {name for name, weight in model.freeze(2).named_parameters() if weight.requires_grad} == {
+        "classifier.head.weight",
+        "classifier.head.bias",
+    }
+    backbone = vmamba.Backbone(vmamba.create_model("vmamba_digits", dims=8, depths=(1, 1)), (0, 1))
+    backbone.model.freeze(2)  # its norms are left
+    assert {name for name, weight in backbone.named_parameters() if weight.requires_grad} == {
+        f"outnorm{stage}.{name}" for stage in (0, 1) for name in ("weight", "bias")
+    }
+    assert backbone.train().model.layers[0].training is False
+    for stages in (3, -1, "all"):
+        with pytest.raises(UserError, match="stages is"):
+            model.freeze(stages)
+
+
+def photograph(mode="RGB"):
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
+    return Image.fromarray(pixels).resize((300, 250)).convert(mode)
+
+
+def test_transforms_of_models(tmp_path):
+    image = photograph()
+    image.save(tmp_path / "it.png")
+    ours = vmamba.build_transform(vmamba.create_model("vmamba_digits"))
+    peer = create_transform((3, 224, 224), interpolation="bicubic", crop_pct=0.875)
+    torch.testing.assert_close(ours(image), peer(image))
+    assert torch.equal(ours(tmp_path / "it.png"), ours(image)) and torch.equal(ours(image.convert("RGBA")), ours(image))
+    timms = timm.create_model("test_vit")  # of 160 pixels and other constants
+    data = timm.data.resolve_data_config({}, model=timms)
+    assert torch.equal(vmamba.build_transform(timms)(image), create_transform(**data)(image))
+    model = vmamba.create_model("vmamba_digits", in_chans=1)
+    with pytest.raises(UserError, match="this VSSM does not tell how its images are normalised; take it from vmamba"):
+        vmamba.build_transform(model)
+    model.config = get_config("configs/vmamba_digits.yaml")
+    wanted = build_transform(model.config, training=False)(image.convert("L"))
+    assert torch.equal(vmamba.build_transform(model)(image), wanted) and wanted.shape == (1, 32, 32)
+    model.config = get_config("configs/scenes_detection.yaml")
+    with pytest.raises(UserError, match="this model is of detection, whose images come in many sizes; vmamba.predict"):
+        vmamba.build_transform(model)
+    (tmp_path / "no.png").write_text("no image")
+    with pytest.raises(UserError, match="cannot read '.*no.png'"):
+        ours(tmp_path / "no.png")
+
+
+def test_costs_and_a_name_of_timms():
+    model = vmamba.create_model("vmamba_digits")
+    assert vmamba.flops(model, (32, 64)) == complexity(model, (32, 64)).macs > vmamba.flops(model, 32)
+    assert vmamba.flops(timm.create_model("resnet18")) == pytest.approx(1.82e9, rel=0.01)
+    with pytest.raises(UserError, match=r"features_only is timm's: timm.create_model\('vmamba_tiny', feat"):
+        vmamba.create_model("vmamba_tiny", features_only=True)
+    assert vmamba.__version__
+
+
+def test_the_page_of_the_library_runs(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "library.md").read_text()
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, names)
+    assert names["x"].shape == (2, 14, 14, 96)
+    assert capsys.readouterr().out.splitlines()[-1] == "[(1, 32, 16, 16), (1, 64, 8, 8)]"
