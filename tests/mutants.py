@@ -120,8 +120,8 @@ MUTANTS = (
     Mutant(
         "patches of random erasing in the next image",
         "vmamba/classification/transforms.py",
-        "[(number, patch) for number, ((_, erased), _) in enumerate(samples)",
-        "[(number, patch) for number, ((_, erased), _) in enumerate(samples, -1)",
+        "[(number, patch) for number, (pixels, _) in enumerate(samples)",
+        "[(number, patch) for number, (pixels, _) in enumerate(samples, -1)",
         "tests/classification/test_data.py -k bytes",
     ),
     Mutant(

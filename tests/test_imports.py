@@ -19,6 +19,7 @@ ROOMS = [  # rooms in one line are neighbours and do not know each other
     ["vmamba.runtime"],
     ["vmamba.classification", "vmamba.detection", "vmamba.segmentation"],
     ["vmamba.analysis"],
+    ["vmamba.exporting"],
 ]
 DOORS = ("main.py", "kernels", "classification", "detection", "segmentation", "analyze")
 
@@ -47,8 +48,11 @@ def imported_modules(source: str, package: str) -> set[str]:
 def may_import(room: str, other: str) -> bool:
     """Whether a file in `room` may import one in `other`."""
     level = {name: number for number, names in enumerate(ROOMS) for name in names}
-    if room == "vmamba":  # the package's face shows the models, those of detection and segmentation too
-        return other in ("vmamba.detection", "vmamba.segmentation") or level.get(other, 99) <= level["vmamba.models"]
+    if room == "vmamba":  # the package's face shows the models, those of detection and segmentation too, and `export`
+        return (
+            other in ("vmamba.detection", "vmamba.segmentation", "vmamba.exporting")
+            or level.get(other, 99) <= level["vmamba.models"]
+        )
     return room == other or level.get(other, 99) < level[room]
 
 

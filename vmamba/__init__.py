@@ -7,9 +7,11 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import vmamba.models.timm_models  # noqa: F401  (registers every variant with timm)
+import vmamba.models.timm_models
+import vmamba.models.vim  # noqa: F401  (registers Vim with timm)
 from vmamba.detection.models import create_detector, detector_from_released, load_detector
 from vmamba.errors import UserError
+from vmamba.exporting import export
 from vmamba.extensions import register_dataset, register_loss
 from vmamba.models.backbone import Backbone
 from vmamba.models.flops import flops
@@ -50,6 +52,7 @@ __all__ = [
     "create_model",
     "create_segmenter",
     "detector_from_released",
+    "export",
     "flops",
     "from_released",
     "list_models",

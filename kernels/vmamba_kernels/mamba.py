@@ -1,7 +1,7 @@
-"""Mamba's names for the selective scan: its function on our operators, and its package as one of our backends.
+"""Mamba's names for the selective scan: its functions on our operators, and its package as one of our backends.
 
-`selective_scan_fn` has the arguments of `mamba_ssm.ops.selective_scan_interface.selective_scan_fn`, so that a model
-written for that package runs here by changing one import.
+`selective_scan_fn` and `selective_state_update` have the arguments of `mamba_ssm`'s functions of these names, so that a
+model written for that package runs here by changing one import.
 """
 
 import math
@@ -28,6 +28,7 @@ def selective_scan_fn(
     delta_softplus: bool = False,
     return_last_state: bool = False,
     *,
+    initial_state: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Selective scan with the arguments and the meaning of Mamba's function (arXiv 2312.00752).
@@ -41,6 +42,7 @@ def selective_scan_fn(
         z: (batch, dim, length) or None; the result is multiplied by silu(z).
         delta_softplus: whether the step sizes go through a softplus after the bias.
         return_last_state: also return the state after the last position.
+        initial_state: (batch, dim, states), before the first position; None: zeros.
         backend: as in `vmamba_kernels.selective_scan`.
 
     Returns:
@@ -63,25 +65,83 @@ def selective_scan_fn(
     groups = math.lcm(B.shape[1], C.shape[1])
     B, C = (t.repeat_interleave(groups // t.shape[1], dim=1) for t in (B, C))
     state_dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
-    if not return_last_state:
-        y = selective_scan(
-            u, delta, A, B, C, D, delta_bias, delta_softplus=delta_softplus, out_dtype=state_dtype, backend=backend
+    result = selective_scan(
+        u, delta, A, B, C, D, delta_bias, delta_softplus=delta_softplus, initial_state=initial_state,
+        return_last_state=return_last_state, out_dtype=state_dtype, backend=backend,
+    )  # fmt: skip
+    if return_last_state:
+        return _gated(result[0], z, u.dtype), result[1]
+    return _gated(result, z, u.dtype)
+
+
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+) -> Tensor:
+    """One position of the scan, for inference position by position; with the arguments and the meaning of
+    `mamba_ssm.ops.triton.selective_state_update`.
+
+    Args:
+        state: (batch, dim, states), which becomes the state after this position, in its own memory and dtype.
+        x, dt: (batch, dim).
+        A: (dim, states), real.
+        B, C: (batch, states), shared by all channels; or (batch, groups, states).
+        D, dt_bias: (dim,) or None.
+        z: (batch, dim) or None; the result is multiplied by silu(z).
+        dt_softplus: whether the step sizes go through a softplus after the bias.
+
+    Returns:
+        (batch, dim) in x's dtype, without a gradient: the states before are gone.
+
+    Raises ValueError for a shape that does not fit, naming the argument.
+    """
+    if state.dim() != 3:
+        raise ValueError(f"state has shape {tuple(state.shape)}; it must be (batch, dim, states)")
+    batch, dim, states = state.shape
+    for name, t, shape in (
+        ("x", x, (batch, dim)),
+        ("dt", dt, (batch, dim)),
+        ("A", A, (dim, states)),
+        ("z", z, (batch, dim)),
+        ("D", D, (dim,)),
+        ("dt_bias", dt_bias, (dim,)),
+    ):
+        if t is not None and tuple(t.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(t.shape)}; beside a state of shape {tuple(state.shape)} it must be {shape}"
+            )
+    dtype = torch.float64 if state.dtype == torch.float64 else torch.float32
+    with torch.no_grad():
+        B, C = (_of_channels(name, t, batch, dim, states).to(dtype) for name, t in (("B", B), ("C", C)))
+        x_, dt = x.to(dtype), dt.to(dtype)
+        if dt_bias is not None:
+            dt = dt + dt_bias.to(dtype)
+        if dt_softplus:
+            dt = F.softplus(dt)
+        h = torch.exp(dt[..., None] * A.to(dtype)) * state.to(dtype) + (dt * x_)[..., None] * B
+        state.copy_(h)
+        y = (h * C).sum(-1)
+        if D is not None:
+            y = y + D.to(dtype) * x_
+        return _gated(y, z, x.dtype)
+
+
+def _of_channels(name: str, t: Tensor, batch: int, dim: int, states: int) -> Tensor:
+    """B or C of one position, (batch, states) or (batch, groups, states) -> (batch, dim, states)."""
+    t = t.unsqueeze(1) if t.dim() == 2 else t
+    if t.dim() != 3 or t.shape[::2] != (batch, states) or t.shape[1] < 1 or dim % t.shape[1]:
+        raise ValueError(
+            f"{name} has shape {tuple(t.shape)}; it must be ({batch}, {states}) or ({batch}, groups, {states})"
         )
-        return _gated(y, z, u.dtype)
-    # One more position for each state, where the step is 0 and C reads that state alone: nothing moves and the scan
-    # itself, whichever backend runs it, gives out the last state and its gradients.
-    states = A.shape[1]
-    delta = delta.to(state_dtype)
-    if delta_bias is not None:
-        delta = delta + delta_bias.to(state_dtype)[:, None]
-    if delta_softplus:
-        delta = F.softplus(delta)
-    unit = torch.eye(states, dtype=C.dtype, device=C.device).expand(batch, groups, states, states)
-    u_longer, delta, B = (F.pad(t, (0, states)) for t in (u, delta, B))
-    C = torch.cat((C, unit), dim=-1)
-    y = selective_scan(u_longer, delta, A, B, C, D, delta_softplus=False, out_dtype=state_dtype, backend=backend)
-    y, last_state = y.split((length, states), dim=-1)
-    return _gated(y, z, u.dtype), last_state
+    return t.repeat_interleave(dim // t.shape[1], dim=1)
 
 
 def _by_group(name: str, t: Tensor, batch: int, length: int) -> Tensor:

@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from operator import index
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference, registry
+from .ends import extended
 from .private import is_exporting, is_transformed
 from .reference import ROUTES, autocast_dtype
 
@@ -33,9 +35,11 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     *,
     delta_softplus: bool = True,
+    initial_state: Tensor | None = None,
+    return_last_state: bool = False,
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Selective scan of sequences, the 1-D operator of Mamba.
 
     Args:
@@ -46,11 +50,14 @@ def selective_scan(
         D: (groups*dim,) the skip, or None.
         delta_bias: (groups*dim,) added to delta, or None.
         delta_softplus: whether the step sizes go through a softplus.
+        initial_state: (batch, groups*dim, states), h before the first position; None: zeros.
+        return_last_state: also give h after the last position.
         out_dtype: dtype of the result; by default u's, but float32 for float16.
         backend: a name from `backends()`; None or "auto" takes the fastest that can serve the call.
 
     Returns:
-        (batch, groups*dim, length).
+        (batch, groups*dim, length), and with `return_last_state` also (batch, groups*dim, states), in at least float32.
+        Each state, of both, costs one more position of the sequence, and a copy of it in at least float32.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, naming the argument.
@@ -74,14 +81,22 @@ def selective_scan(
     _check_shape("C", C, (batch, groups, states, length), "B", B)
     _check_shape("D", D, (channels,), "u", u)
     _check_shape("delta_bias", delta_bias, (channels,), "u", u)
-    _check_tensors(u=u, delta=delta, A=A, B=B, C=C, D=D, delta_bias=delta_bias)
+    _check_shape("initial_state", initial_state, (batch, channels, states), "u", u)
+    _check_tensors(u=u, delta=delta, A=A, B=B, C=C, D=D, delta_bias=delta_bias, initial_state=initial_state)
     if autocast_dtype(u.device.type) is not None and u.dtype != torch.float64:
         u, B, C = _to(autocast_dtype(u.device.type), u, B, C)
         delta = delta.float()
     A, D, delta_bias = _to(_state_dtype(u), A, D, delta_bias)
     out_dtype = _out_dtype(u, out_dtype)
+    if initial_state is not None or return_last_state:
+        delta = _steps(delta.to(A.dtype), delta_bias, delta_softplus)
+        longer = extended(u, delta, A, B, C, initial_state, return_last_state)
+        y = selective_scan(*longer, D, delta_softplus=False, out_dtype=A.dtype, backend=backend)
+        before = 0 if initial_state is None else states
+        out = y.narrow(2, before, length).to(out_dtype)
+        return (out, y.narrow(2, before + length, states)) if return_last_state else out
     scan = registry.implementation(
-        _that_can_be_seen_into(backend, u.device),
+        _that_can_be_seen_into(backend),
         operator="selective_scan",
         device=u.device,
         dtype=u.dtype,
@@ -149,7 +164,7 @@ def cross_selective_scan(
     dt_bias, A, D = _to(_state_dtype(x), dt_bias, A, D)
     out_dtype = _out_dtype(x, out_dtype)
     scan = registry.implementation(
-        _that_can_be_seen_into(backend, x.device),
+        _that_can_be_seen_into(backend),
         operator="cross_selective_scan",
         device=x.device,
         dtype=x.dtype,
@@ -217,7 +232,7 @@ def cross_ssd(
     dt_bias, A, D = _to(_state_dtype(x), dt_bias, A, D)
     out_dtype = _out_dtype(x, out_dtype)
     scan = registry.implementation(
-        _that_can_be_seen_into(backend, x.device),
+        _that_can_be_seen_into(backend),
         operator="cross_ssd",
         device=x.device,
         dtype=x.dtype,
@@ -263,7 +278,7 @@ def layer_norm(
     weight, bias = _to(_state_dtype(x), weight, bias)
     out_dtype = _out_dtype(x, x.dtype if out_dtype is None else out_dtype)
     norm = registry.implementation(
-        _that_can_be_seen_into(backend, x.device),
+        _that_can_be_seen_into(backend),
         operator="layer_norm",
         device=x.device,
         dtype=x.dtype,
@@ -316,7 +331,7 @@ def add_layer_norm(
         (factor,) = _to(branch.dtype, factor)
     out_dtype = _out_dtype(x, x.dtype if out_dtype is None else out_dtype)
     norm = registry.implementation(
-        _that_can_be_seen_into(backend, x.device),
+        _that_can_be_seen_into(backend),
         operator="add_layer_norm",
         device=x.device,
         dtype=x.dtype,
@@ -351,6 +366,8 @@ def depthwise_conv(
         BackendError: the backend asked for is unknown or cannot serve the call.
     """
     _check_image(x)
+    if not x.shape[3]:
+        raise ValueError(f"x has shape {_shape(x)}; its last dimension, the channels, is empty")
     if weight.dim() != 4 or weight.shape[2] % 2 == 0:
         raise ValueError(f"weight has shape {_shape(weight)}; it must be (dim, 1, side, side) of an odd side")
     dim, side = x.shape[3], weight.shape[2]
@@ -359,7 +376,7 @@ def depthwise_conv(
     _check_tensors(x=x, weight=weight, bias=bias)
     (x,) = _to(_projection_dtype(x), x)
     convolution = registry.implementation(
-        _that_can_be_seen_into(backend, x.device),
+        _that_can_be_seen_into(backend),
         operator="depthwise_conv",
         device=x.device,
         dtype=x.dtype,
@@ -388,22 +405,26 @@ def cross_merge(y: Tensor, height: int, width: int, routes: Sequence[str] = ROUT
     return reference.cross_merge(y, height, width, routes)
 
 
-def _that_can_be_seen_into(backend: str | None, device: torch.device) -> str | None:
-    """`backend`; the reference, where none is asked for, under torch.func, forward-mode AD and the ONNX exporter, which
-    know the operators of PyTorch only, and on a CPU in what torch.jit.trace and torch.export record, which then runs
-    where these kernels are not."""
-    if backend not in (None, "auto"):
-        if backend != "reference" and not torch.compiler.is_compiling() and is_transformed():
-            raise registry.BackendError(
-                f"backend '{backend}' cannot serve torch.func or forward-mode AD, which see into the reference alone; "
-                "leave it at auto, or choose reference"
-            )
-        return backend
-    on_cpu = device.type == "cpu"
-    if torch.compiler.is_compiling():
-        return "reference" if on_cpu and is_exporting() else backend
-    recorded = torch.jit.is_tracing() and (on_cpu or torch.onnx.is_in_onnx_export())
-    return "reference" if recorded or is_transformed() else backend
+def _that_can_be_seen_into(backend: str | None) -> str | None:
+    """`backend`; the reference, where none is asked for, under torch.func and forward-mode AD, which know the operators
+    of PyTorch only, and in what torch.jit.trace, torch.export and torch.onnx record, which then runs where these
+    kernels are not."""
+    if backend in (None, "auto"):
+        seen_into = is_exporting() if torch.compiler.is_compiling() else torch.jit.is_tracing() or is_transformed()
+        return "reference" if seen_into else backend
+    if backend != "reference" and not torch.compiler.is_compiling() and is_transformed():
+        raise registry.BackendError(
+            f"backend '{backend}' cannot serve torch.func or forward-mode AD, which see into the reference alone; "
+            "leave it at auto, or choose reference"
+        )
+    return backend
+
+
+def _steps(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
+    """The step sizes that a scan makes of delta."""
+    if bias is not None:
+        delta = delta + bias[:, None]
+    return F.softplus(delta) if softplus else delta
 
 
 def _projection_dtype(x: Tensor) -> torch.dtype:

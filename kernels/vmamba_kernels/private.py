@@ -11,6 +11,7 @@ import torch
 
 WHERE = {
     "TorchDispatchMode": "torch.utils._python_dispatch",
+    "aoti_compile_and_package": "torch._inductor",
     "list_mode_options": "torch._inductor",
     "feature_take_indices": "timm.models._features",
     "MATCH_PREV_GROUP": "timm.models._manipulate",
@@ -45,6 +46,11 @@ def is_exporting() -> bool:
 def is_watched() -> bool:
     """Whether a mode, a transform of torch.func or a trace gets to see what this thread's operators are called with."""
     return bool(torch._C._dispatch_tls_local_include_set().raw_repr() & ~_UNWATCHED)
+
+
+def promise(holds: torch.SymBool) -> None:
+    """Take for granted what is recorded of sizes that are symbols; the program that is recorded checks it."""
+    torch._check(holds)
 
 
 def has_hooks(module: torch.nn.Module) -> bool:

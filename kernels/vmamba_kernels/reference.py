@@ -4,7 +4,8 @@ against this file, so it says what the operators are; it is also what runs on a 
 A scan is a few dozen steps, however long the route: chunks of 7 to 16 positions are scanned side by side, then chunks
 of their ends.  Large images are scanned in pieces, and without gradients memory is used again where it can be: on a
 CPU, fresh memory costs as much as arithmetic.  Where a call is recorded or transformed (`is_plain`) no memory is used
-again, and the pieces do not depend on the number of images, which a recorded graph may take other values of.
+again, and the pieces do not depend on the number of images, which a recorded graph may take other values of; where
+the sides of an image are symbols (torch.export), there are no pieces, and a scan has a fixed number of steps.
 """
 
 import math
@@ -16,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .private import is_transformed
+from .private import is_transformed, promise
 
 ROUTES = ("row", "col", "row_rev", "col_rev")
+_ROUNDS = 16  # of doubling: enough for chunks of 16 positions of 1024 x 1024
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -107,9 +109,9 @@ def cross_selective_scan(
     rank, states, dtype = dt_weight.shape[2], A.shape[2], A.dtype
     height, width = x.shape[1:3]
     plain = is_plain()
-    projected = _project(x, x_proj_weight, dtype)
+    projected = project(x, x_proj_weight, dtype)
     # Large routes are walked a few at a time, in memory that is used again.
-    several = max(1, min(len(routes), 2**21 // max(1, _elements(x, plain) * states)))
+    several = min(len(routes), _share(2**21, _elements(x, plain) * states, len(routes)))
     merged = []
     for start in range(0, len(routes), several):
         some = slice(start, start + several)
@@ -122,7 +124,7 @@ def cross_selective_scan(
             delta = F.softplus(delta, out=delta) if _overwrites(plain) else F.softplus(delta)
             y = _scan(_times(u, delta, plain), delta, A[some], B, C, plain)
         merged.append(cross_merge(y, height, width, routes[some]))
-    return _skip(reduce(torch.add, merged), x, D, out_dtype)
+    return skip(reduce(torch.add, merged), x, D, out_dtype)
 
 
 def cross_ssd(
@@ -140,14 +142,14 @@ def cross_ssd(
     states = (x_proj_weight.shape[1] - heads) // 2
     height, width = x.shape[1:3]
     u = cross_scan(x, routes)  # (batch, routes, length, dim)
-    projected = _walk(_project(x, x_proj_weight, dtype), routes)  # (batch, routes, length, heads + 2*states)
+    projected = _walk(project(x, x_proj_weight, dtype), routes)  # (batch, routes, length, heads + 2*states)
     delta, B, C = projected.split((heads, states, states), dim=-1)
     if dt_bias is not None:
         delta = delta + dt_bias[:, None]
     with no_autocast(x.device.type):
-        y = _ssd(u.to(dtype).unflatten(-1, (heads, -1)), F.softplus(delta), A, B, C, chunk_size)
+        y = ssd(u.to(dtype).unflatten(-1, (heads, -1)), F.softplus(delta), A, B, C, chunk_size)
     merged = cross_merge(y.flatten(-2), height, width, routes)
-    return _skip(merged, x, None if D is None else D.flatten(1), out_dtype)
+    return skip(merged, x, None if D is None else D.flatten(1), out_dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
@@ -180,7 +182,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, k
         return (F.silu(out) if silu else out).permute(0, 2, 3, 1)
 
 
-def _project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """x (batch, height, width, dim) by weight (routes, rows, dim) -> (batch, height, width, routes, rows)."""
     return F.linear(x, weight.flatten(0, 1)).to(dtype).unflatten(-1, (weight.shape[0], -1))
 
@@ -199,7 +201,7 @@ def _walk(x: Tensor, routes: tuple[str, ...]) -> Tensor:
     return torch.stack(along, dim=1)
 
 
-def _skip(merged: Tensor, x: Tensor, D: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+def skip(merged: Tensor, x: Tensor, D: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """Add the skip to the merged routes; only the sum of D over the routes reaches the output."""
     if D is not None:
         merged = torch.addcmul(merged, x.to(D.dtype), D.sum(0))
@@ -216,6 +218,11 @@ def _elements(t: Tensor, plain: bool) -> int:
     return t.numel() if plain else math.prod(t.shape[1:])
 
 
+def _share(memory: int, elements: int, most: int) -> int:
+    """How many times `elements` fit into `memory`, at least once; `most` where their number is a symbol."""
+    return most if isinstance(elements, torch.SymInt) else max(1, memory // max(1, elements))
+
+
 def _scan(inputs: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, plain: bool) -> Tensor:
     """The recurrence from a zero state.  Plain and without gradients it overwrites `inputs` and `delta`.
 
@@ -229,7 +236,7 @@ def _scan(inputs: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, plain:
         (batch, groups, length, dim).
     """
     dim, states = A.shape[1:]
-    channels = max(1, 3 * 2**20 * dim // max(1, _elements(delta, plain) * states))
+    channels = _share(3 * 2**20 * dim, _elements(delta, plain) * states, dim)
     if channels < dim and states > 1 and A.device.type == "cpu":
         # A few at a time: memory of 12 MB is used again, of more than 32 MB it is new in every call.
         pieces = -(-dim // channels)
@@ -264,7 +271,7 @@ def _states(decay: Tensor, inputs: Tensor, in_place: bool) -> Tensor:
     contributes, which needs no further steps.
 
     Args:
-        decay, inputs: (batch, groups, length, states, dim).
+        decay, inputs: (batch, groups, length, states, dim); decay's last two may be 1.
         in_place: overwrite both.
 
     Returns:
@@ -272,68 +279,117 @@ def _states(decay: Tensor, inputs: Tensor, in_place: bool) -> Tensor:
     """
     addcmul, mul = (Tensor.addcmul_, Tensor.mul_) if in_place else (torch.addcmul, torch.mul)
     length = inputs.shape[2]
-    if length <= 16:
+    known = not isinstance(length, torch.SymInt)
+    if known and length <= 16:
         states = [inputs.new_zeros(())]
         for decay_of_step, input_of_step in zip(decay.unbind(2), inputs.unbind(2), strict=True):
             states.append(addcmul(input_of_step, decay_of_step, states[-1]))
         return inputs if in_place else torch.stack(states[1:], dim=2)
 
-    steps = max([divisor for divisor in range(7, 17) if length % divisor == 0], default=16)
-    if length % steps:  # what stands behind the end changes nothing before it
-        decay, inputs = (F.pad(t, (0, 0, 0, 0, 0, -length % steps)) for t in (decay, inputs))
-    decay, inputs = decay.unflatten(2, (-1, steps)), inputs.unflatten(2, (-1, steps))
+    steps = max([divisor for divisor in range(7, 17) if known and length % divisor == 0], default=16)
+    chunks = _chunks(length, steps)
+    if not known or length % steps:  # what stands behind the end changes nothing before it
+        decay, inputs = (F.pad(t, (0, 0, 0, 0, 0, chunks * steps - length)) for t in (decay, inputs))
+    decay, inputs = decay.unflatten(2, (chunks, steps)), inputs.unflatten(2, (chunks, steps))
     states, since_start = list(inputs.unbind(3)), list(decay.unbind(3))  # of each step, for all chunks
     for step in range(1, steps):
         states[step] = addcmul(states[step], since_start[step], states[step - 1])
         since_start[step] = mul(since_start[step], since_start[step - 1])
     h, decay = (inputs, decay) if in_place else (torch.stack(states, dim=3), torch.stack(since_start, dim=3))
-    ends = _states(since_start[-1].clone(), states[-1].clone(), in_place)
-    starts = F.pad(ends.narrow(2, 0, ends.shape[2] - 1), (0, 0, 0, 0, 1, 0))
-    h = addcmul(h, decay, starts.unsqueeze(3))
-    return h.flatten(2, 3).narrow(2, 0, length)
+    if known:
+        ends = _states(since_start[-1].clone(), states[-1].clone(), in_place)
+    else:
+        ends = _by_doubling(since_start[-1], states[-1])
+    h = addcmul(h, decay, _later(ends, 1).unsqueeze(3))
+    return _up_to(h.flatten(2, 3), length)
 
 
-def _ssd(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int) -> Tensor:
+def _chunks(length: int | torch.SymInt, size: int) -> int | torch.SymInt:
+    """How many chunks hold so many positions; one or two more where their number is a symbol, so never a single one,
+    which torch.export takes for a constant."""
+    return length // size + 2 if isinstance(length, torch.SymInt) else -(-length // size)
+
+
+def _up_to(x: Tensor, length: int | torch.SymInt) -> Tensor:
+    """The first positions, over dimension 2: a copy where their number is a symbol, since what a view of them can be
+    reshaped to would depend on it."""
+    if isinstance(length, torch.SymInt):
+        return x.index_select(2, torch.arange(length, device=x.device))
+    return x.narrow(2, 0, length)
+
+
+def _by_doubling(decay: Tensor, states: Tensor) -> Tensor:
+    """`_states` of a length that is a symbol: after k rounds a position has what the 2**k positions up to it put in."""
+    promise(states.shape[2] <= 2**_ROUNDS + 2)  # the last two hold nothing
+    for k in range(_ROUNDS):
+        states = torch.addcmul(states, decay, _later(states, 2**k))
+        decay = decay * _later(decay, 2**k)
+    return states
+
+
+def _later(x: Tensor, positions: int) -> Tensor:
+    """x[l - positions] at l, over dimension 2, zero where there is none."""
+    length = x.shape[2]
+    if not isinstance(length, torch.SymInt):
+        return F.pad(x, (0, 0) * (x.dim() - 3) + (positions, 0)).narrow(2, 0, length)
+    source = torch.arange(length, device=x.device) - positions  # there may be far fewer than `positions`
+    there = (source >= 0).view(-1, *[1] * (x.dim() - 3))
+    return torch.where(there, x.index_select(2, source.clamp(min=0)), x.new_zeros(()))
+
+
+def _ends(decay: Tensor, inputs: Tensor) -> Tensor:
+    """From chunk to chunk, (batch, routes, chunks, heads, 1) and (batch, routes, chunks, heads, *)."""
+    known = not isinstance(inputs.shape[2], torch.SymInt)
+    return _states(decay, inputs, in_place=False) if known else _by_doubling(decay, inputs)
+
+
+def ssd(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    recurrence: Callable[[Tensor, Tensor], Tensor] = _ends,
+) -> Tensor:
     """The recurrence with one decay a head, from a zero state: a masked matrix product inside each chunk.
 
     Args:
         u: (batch, routes, length, heads, dim).  delta: (batch, routes, length, heads).  A: (routes, heads).
         B, C: (batch, routes, length, states).
+        recurrence: from chunk to chunk, as `_states`.
 
     Returns:
         (batch, routes, length, heads, dim).
     """
     length = u.shape[2]
-    if u.numel() == 0:
+    known = not isinstance(length, torch.SymInt)
+    if known and u.numel() == 0:
         return u * ((delta * A.unsqueeze(1)) * (B * C).sum(-1, keepdim=True)).unsqueeze(-1)
-    size = min(chunk_size, length)
-    chunks = math.ceil(length / size)
+    size = min(chunk_size, length) if known else chunk_size
+    chunks = _chunks(length, size)
 
     def chunked(t: Tensor) -> Tensor:  # (batch, routes, length, *) -> (batch, routes, chunks, size, *), zeros behind
         behind = (0, 0) * (t.dim() - 3) + (0, chunks * size - length)
         return F.pad(t, behind).unflatten(2, (chunks, size))
 
     w, exponent = chunked(delta.unsqueeze(-1) * u), chunked(delta * A.unsqueeze(1))
+    w, exponent = w.transpose(3, 4), exponent.transpose(3, 4)  # (batch, routes, chunks, heads, size, dim and none)
     B, C = chunked(B), chunked(C)
-    exponent = exponent.transpose(3, 4)  # (batch, routes, chunks, heads, size)
     # decay[i, j] = exp(exponent[j+1] + ... + exponent[i]), summed term by term: a difference of two running sums
     # would lose the digits of a short span behind a long one.
-    lower = torch.ones(size, size, dtype=torch.bool, device=u.device).tril()
-    terms = exponent.unsqueeze(-1).expand(-1, -1, -1, -1, -1, size).masked_fill(~lower.tril(-1), 0)
-    decay = terms.cumsum(-2).exp().masked_fill(~lower, 0)  # (batch, routes, chunks, heads, size, size)
-    y = torch.einsum("bkcin,bkcjn,bkchij,bkcjhd->bkcihd", C, B, decay, w)
-    if chunks == 1:
-        return y.flatten(2, 3).narrow(2, 0, length)
-
-    state_of_chunk = torch.einsum("bkcjn,bkchj,bkcjhd->bkchnd", B, decay[..., -1, :], w)
-    decay_from_start = exponent.cumsum(-1).exp()  # (batch, routes, chunks, heads, size)
-    ends = [state_of_chunk.select(2, 0)]
-    for c in range(1, chunks - 1):
-        decay_of_chunk = decay_from_start.select(2, c).select(-1, -1)  # (batch, routes, heads)
-        ends.append(decay_of_chunk[..., None, None] * ends[-1] + state_of_chunk.select(2, c))
-    starts = F.pad(torch.stack(ends, dim=2), (0, 0, 0, 0, 0, 0, 1, 0))
-    y = y + torch.einsum("bkcin,bkchi,bkchnd->bkcihd", C, decay_from_start, starts)
-    return y.flatten(2, 3).narrow(2, 0, length)
+    lower, zero = torch.ones(size, size, dtype=torch.bool, device=u.device).tril(), exponent.new_zeros(())
+    terms = torch.where(lower.tril(-1), exponent.unsqueeze(-1), zero)
+    decay = torch.where(lower, terms.cumsum(-2).exp(), zero)  # (batch, routes, chunks, heads, size, size)
+    y = ((C @ B.transpose(3, 4)).unsqueeze(3) * decay) @ w  # (batch, routes, chunks, heads, size, dim)
+    if not known or chunks > 1:
+        to_end = B.transpose(3, 4).unsqueeze(3) * decay[..., -1:, :]
+        state_of_chunk = to_end @ w  # (batch, routes, chunks, heads, states, dim)
+        decay_from_start = exponent.cumsum(-1).exp()  # (batch, routes, chunks, heads, size)
+        ends = recurrence(decay_from_start[..., -1:], state_of_chunk.flatten(-2))  # (batch, routes, chunks, heads, *)
+        starts = _later(ends, 1).unflatten(-1, state_of_chunk.shape[-2:])
+        y = y + decay_from_start.unsqueeze(-1) * (C.unsqueeze(3) @ starts)
+    return _up_to(y.transpose(3, 4).flatten(2, 3), length)
 
 
 OPERATORS: dict[str, Callable[..., Tensor]] = {

@@ -24,6 +24,7 @@ MODULES = {
     "reference": "vmamba_kernels.reference",
     "mamba_ssm": "vmamba_kernels.mamba",
     "shapes": "vmamba_kernels.shapes",
+    "graph": "vmamba_kernels.graph",
 }
 
 # Fastest first, by the measurements in docs/kernels.md.  What is not listed is used only when asked for by name.

@@ -12,6 +12,10 @@ def why_not(call: Call) -> str | None:
     return None if call.device.type == "meta" else f"it knows shapes only, and the tensors are on {call.device}"
 
 
+def selective_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype) -> Tensor:
+    return _selective_scan(u, delta, A, B, C, D, delta_bias, out_dtype)
+
+
 def cross_selective_scan(x, x_proj_weight, dt_weight, dt_bias, A, D, routes, out_dtype) -> Tensor:
     return _cross_selective_scan(x, x_proj_weight, dt_weight, dt_bias, A, D, out_dtype)
 
@@ -29,6 +33,14 @@ def _operator(function: Callable) -> Callable:
 
 
 @_operator
+def _selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return torch.empty_like(u, dtype=out_dtype)
+
+
+@_operator
 def _cross_selective_scan(
     x: Tensor, x_proj_weight: Tensor, dt_weight: Tensor, dt_bias: Tensor | None, A: Tensor, D: Tensor | None,
     out_dtype: torch.dtype,
@@ -43,4 +55,4 @@ def _cross_ssd(
     return torch.empty_like(x, dtype=out_dtype)
 
 
-OPERATORS = {"cross_selective_scan": cross_selective_scan, "cross_ssd": cross_ssd}
+OPERATORS = {"selective_scan": selective_scan, "cross_selective_scan": cross_selective_scan, "cross_ssd": cross_ssd}

@@ -17,6 +17,7 @@ from vmamba.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 OF_RUNS = ("average", "compare", "curves")
+GIVEN = {door: ["run"] for door in [*OF_RUNS, "shrink"]}  # arguments without which it does not start
 DOORS = sorted(path.stem for path in (ROOT / "analyze").glob("[a-z]*.py"))
 
 
@@ -30,7 +31,7 @@ def parser_of(monkeypatch):
 @pytest.mark.parametrize("door", DOORS)
 def test_flags_are_the_functions_arguments_and_help_tells_their_defaults(door, parser_of):
     parser = parser_of(door)
-    args = vars(parser.parse_args(["run"] if door in OF_RUNS else []))
+    args = vars(parser.parse_args(GIVEN.get(door, [])))
     signature = inspect.signature(parser.function)
     assert list(signature.parameters) == list(signature.bind(**args).arguments)
     for name, parameter in signature.parameters.items():
@@ -38,7 +39,7 @@ def test_flags_are_the_functions_arguments_and_help_tells_their_defaults(door, p
     assert "python analyze/" in parser.format_help()
     for action in parser._actions:
         switch = isinstance(action, (argparse._StoreTrueAction, argparse._HelpAction))
-        assert switch or action.dest in ("runs", "checkpoints") or "(default:" in action.help, action.dest
+        assert switch or action.dest in ("runs", "checkpoints", "folder") or "(default:" in action.help, action.dest
 
 
 def test_a_default_is_shown_as_it_is_typed(parser_of):
@@ -57,7 +58,7 @@ NUMBERS |= {"--target", "--channels", "--at"}
 def test_numbers_are_typed_and_bounded(door, value, parser_of, capsys):
     for flag in NUMBERS & set(parser_of(door).flags):
         with pytest.raises(SystemExit) as stop:
-            parser_of(door).parse_args([flag, value, *(["run"] if door in OF_RUNS else [])])
+            parser_of(door).parse_args([flag, value, *GIVEN.get(door, [])])
         said = capsys.readouterr().err
         assert stop.value.code == 2
         assert said.count("\n") == 1
@@ -99,10 +100,10 @@ def test_where_nothing_can_be_written_is_said_before_the_work(door, parser_of, m
         monkeypatch.setattr(f"vmamba.analysis.{name}", work)
     function = parser_of(door).function
     (tmp_path / "file").touch()
-    runs = [["run", "other"]] if door in OF_RUNS else []
+    given = [["run", "other"]] if door in OF_RUNS else GIVEN.get(door, [])
     file = "file/x" if door in ("average", "summary") else "file"
     with pytest.raises(UserError, match="cannot write '.*file.*; free some space or choose another folder"):
-        function(*runs, output=str(tmp_path / file))
+        function(*given, output=str(tmp_path / file))
     if door in ("summary", "throughput"):
         flag = "output" if door == "summary" else "markdown"
         with pytest.raises(UserError, match=f"cannot write '{tmp_path}': it is a folder"):

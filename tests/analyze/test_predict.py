@@ -14,7 +14,7 @@ from PIL import Image
 import vmamba
 from vmamba.analysis import zoo
 from vmamba.analysis.classes import category_numbers, class_names
-from vmamba.analysis.prediction import _label_place, colour, draw_objects, find_images, paint, predict, readable
+from vmamba.analysis.prediction import _label_place, beside, colour, draw_objects, find_images, paint, predict, readable
 from vmamba.analysis.scene_pictures import NAMES, scene_pictures
 from vmamba.classification.transforms import build_transform
 from vmamba.config import get_config
@@ -168,6 +168,16 @@ def test_a_map_is_painted_in_its_legends_colours_but_for_the_background():
         assert found[place] == pytest.approx(grey + (np.array(colour(label)) - grey) * 160 / 255, abs=1)
     colours = [colour(number) for number in range(150)]
     assert len(set(colours)) > 140 and len(set(colours[:12])) == 12
+
+
+def test_names_in_letters_that_no_font_has_are_told_once(caplog):
+    picture = Image.new("RGB", (64, 64))
+    for _ in range(2):
+        beside(picture, ["cat 29%", "\U0003fff0\U0003fff1 29%"])  # which are no letters
+    assert caplog.text.count("no font here has \\U0003fff0, \\U0003fff1; pictures show boxes") == 1
+    caplog.clear()
+    beside(picture, ["Katze 29%"])
+    assert not caplog.text
 
 
 def test_labels_of_objects_lie_in_the_picture_and_cover_no_other():

@@ -12,7 +12,7 @@ from timm.data import Mixup, create_transform
 from torchvision import transforms
 
 from vmamba.classification.data import build_eval_loader, build_train_loader
-from vmamba.classification.transforms import Normalise, build_mixup, build_pixels, build_transform, collate
+from vmamba.classification.transforms import Normalise, Pixels, build_mixup, build_pixels, build_transform, collate
 from vmamba.config import get_config
 from vmamba.data.draws import preserved_generators, seed_generators
 from vmamba.errors import UserError
@@ -240,7 +240,7 @@ def test_every_value_of_8_bits_is_normalised_as_torchvision_does():
     values = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).expand(3, -1, -1)
     image = Image.fromarray(values.permute(1, 2, 0).numpy())
     theirs = transforms.Normalize(config.DATA.MEAN, config.DATA.STD)(transforms.ToTensor()(image))
-    assert torch.equal(Normalise(config)(collate([((values, []), 0)]))[0][0], theirs)
+    assert torch.equal(Normalise(config)(collate([(Pixels(values), 0)]))[0][0], theirs)
 
 
 @pytest.mark.parametrize(
@@ -324,6 +324,10 @@ def test_policies_at_full_magnitude_take_every_image(policy, channels):
         (
             "MODEL.IN_CHANS 4 AUG.AUTO_AUGMENT null AUG.COLOR_JITTER 0 DATA.INTERPOLATION lanczos",
             "DATA.INTERPOLATION is lanczos, and with MODEL.IN_CHANS 4 it can be nearest, bilinear, bicubic",
+        ),
+        (
+            "MODEL.IN_CHANS 4 AUG.AUTO_AUGMENT null AUG.COLOR_JITTER 0 DATA.DECODE torchvision",
+            "DATA.DECODE is torchvision, and MODEL.IN_CHANS 4; set DATA.DECODE pillow, which reads .npy",
         ),
         ("MODEL.IN_CHANS 1", r"DATA.MEAN is \[0.485, 0.456, 0.406\]; expected one number"),
     ],

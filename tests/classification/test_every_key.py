@@ -47,6 +47,7 @@ CHANGED = {
     "DATA.PERSISTENT_WORKERS": (False, "DATA.NUM_WORKERS", 1),
     "DATA.DATASET": ("cifar10",),
     "DATA.IMG_SIZE": (20,),
+    "DATA.DECODE": ("torchvision",),
     "DATA.INTERPOLATION": ("bilinear",),
     "DATA.ZIP_MODE": (True,),
     "DATA.SAMPLER": ("balanced",),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as run_lengths
 
 from vmamba.detection.annotations import parse
 from vmamba.detection.datasets import Sample, open_dataset
@@ -165,6 +166,29 @@ def test_boxes_without_area_or_outside_are_left_out_and_told(tmp_path, caplog):
     plain, odd = open_dataset(tiny_config(tmp_path), True), open_dataset(config, True, tell=True)
     assert [plain.load(n).boxes.tolist() for n in range(7)] == [odd.load(n).boxes.tolist() for n in range(7)]
     assert "boxes without area (3), boxes outside of their image (2)" in caplog.text
+
+
+def test_masks_without_a_pixel_are_left_out_and_told(tmp_path, caplog):
+    caplog.set_level("INFO", logger="vmamba")
+    tiny_config(tmp_path)
+    content = read(tmp_path)
+    template = next(each for each in content["annotations"] if isinstance(each["segmentation"], list))
+    (image,) = [each for each in content["images"] if each["id"] == template["image_id"]]
+    size = [image["height"], image["width"]]
+    beside = [[[-500, -500, -400, -500, -400, -400]], [[5, size[0], 9, size[0], 9, size[0] + 4]]]
+    nothing = {"size": size, "counts": [size[0] * size[1]]}
+    masks = [*beside, nothing, {"size": size, "counts": compressed(nothing)}]
+    for number, mask in enumerate(masks):
+        content["annotations"].append(template | {"id": 9000 + number, "segmentation": mask})
+    (tmp_path / "data" / "odd.json").write_text(json.dumps(content))
+    odd = open_dataset(tiny_config(tmp_path, "DATA.TRAIN_ANNOTATIONS", "odd.json"), True, tell=True)
+    plain = open_dataset(tiny_config(tmp_path), True)
+    assert [plain.load(n).boxes.tolist() for n in range(7)] == [odd.load(n).boxes.tolist() for n in range(7)]
+    assert "masks without a pixel of their image (4)" in caplog.text
+
+
+def compressed(mask):
+    return run_lengths.frPyObjects(mask, *mask["size"])["counts"].decode()
 
 
 def test_an_image_that_is_listed_and_not_there(tmp_path):

@@ -26,6 +26,7 @@ from vmamba_kernels.cuda import operator as operator_module
 from vmamba_kernels.cuda.cross_selective_scan import KINDS
 from vmamba_kernels.cuda.layout import MAX_RANK, MAX_STATES, Layout
 from vmamba_kernels.cuda.scan import Geometry, Scan
+from vmamba_kernels.ends import extended
 from vmamba_kernels.registry import Call
 
 from . import cuda_emulator
@@ -627,6 +628,22 @@ def test_selective_scan_on_an_emulated_gpu(
     bound = {BF16: 1e-2, F16: 2e-3, F32: 1e-6 * length**0.5}[dtype]
     for got, want in zip(*results, strict=True):
         assert got.is_contiguous() and (got - want).norm() <= bound * want.norm()
+
+
+@needs_compiler
+def test_states_before_and_behind_on_an_emulated_gpu(on_a_cpu):
+    """The longer scan that `selective_scan` makes of a sequence with states, against the reference in float64."""
+    u, delta, A, B, C, state = (
+        t.detach() for t in _leaves((2, 6, 30), (2, 6, 30), (6, 5), *[(2, 2, 5, 30)] * 2, (2, 6, 5))
+    )
+    leaves = [u, 0.1 * delta.abs(), -A.exp(), B, C, state]
+    results = []
+    for scan_of, kind in ((sequences.selective_scan, F32), (reference.selective_scan, torch.float64)):
+        here = [t.to(kind).requires_grad_() for t in leaves]
+        out = scan_of(*extended(*here, with_last=True), None, None, False, kind)[..., 5:]
+        results.append([out, *torch.autograd.grad(out.square().sum(), here)])
+    for got, want in zip(*results, strict=True):
+        assert (got - want).norm() <= 1e-5 * want.norm()
 
 
 class _Watch(TorchDispatchMode):

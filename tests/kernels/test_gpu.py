@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from vmamba_kernels import BackendError, cross_selective_scan, cross_ssd, selective_scan
+from vmamba_kernels import BackendError, add_layer_norm, cross_selective_scan, cross_ssd, selective_scan
 
 pytestmark = [
     pytest.mark.gpu,
@@ -435,3 +435,17 @@ def test_export(backend):
     tensors = [t.detach() for t in make(1, (5, 9), 16, 4, 3, F32)]
     program = torch.export.export(Scan(), tuple(tensors))
     torch.testing.assert_close(program.module()(*tensors), Scan()(*tensors))
+
+
+def test_what_is_recorded_without_a_backend_is_the_reference():
+    """A program runs where nothing of ours is installed."""
+
+    class Scan(torch.nn.Module):
+        def forward(self, x, *weights):
+            norm = torch.ones(16, device="cuda")
+            return add_layer_norm(x, cross_selective_scan(x, *weights), norm, norm)[1]
+
+    tensors = tuple(t.detach() for t in make(1, (5, 9), 16, 4, 3, F32))
+    program, traced = torch.export.export(Scan(), tensors), torch.jit.trace(Scan(), tensors)
+    assert "ops.vmamba" not in program.graph_module.code and "vmamba::" not in str(traced.inlined_graph)
+    torch.testing.assert_close(program.module()(*tensors), Scan()(*tensors), rtol=1e-4, atol=1e-4)

@@ -154,6 +154,16 @@ def test_ssd(sizes, routes, bias, skip, dtype):
     assert_agrees(vk.cross_ssd, case, dtype, routes=routes, chunk_size=16)
 
 
+def test_states_before_and_behind():
+    """The output, the last state and all gradients at once: the state is so many more positions of the output."""
+
+    def both(*args, **options):
+        return torch.cat(vk.selective_scan(*args, return_last_state=True, **options), -1)
+
+    case = sequence(2, 2, 3, 19, 4) | dict(initial_state=torch.randn(2, 6, 4))
+    assert_agrees(both, case, out_dtype=None)
+
+
 @pytest.mark.parametrize("bias", [-30.0, 20.0])
 @pytest.mark.parametrize("factor", [1.0, 1e4])
 def test_extreme_steps_and_decays(bias, factor):

@@ -85,6 +85,20 @@ def test_mm_vssm_starts_as_init_cfg_says(tmp_path):
     assert all(stage.grad_checkpointing for stage in started(None, use_checkpoint=True).backbone.model.layers)
 
 
+def test_the_adapter_leaves_the_position_map_out_as_the_released_backbone():
+    from vmamba.models.mm_vssm import MM_VSSM
+
+    options = dict(dims=8, depths=[1, 1], posembed=True, imgsize=32, ssm_d_state=1)
+    torch.manual_seed(0)
+    adapter = MM_VSSM(out_indices=(0, 1), **options).eval()
+    weights = adapter.state_dict() | {"pos_embed": torch.randn(1, 8, 8, 8)}
+    adapter.load_state_dict(weights)
+    expected = vmamba.from_released(options, weights, features=(0, 1))
+    image = torch.randn(1, 3, 32, 32)
+    for ours, theirs in zip(adapter(image), expected(image), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 # --------------------------------------------------------------------- the blocks of docs/elsewhere.md, as written
 
 BLOCKS = re.findall(r"^## (.+?)\n.*?```python\n(.+?)```", (ROOT / "docs" / "elsewhere.md").read_text(), re.S | re.M)

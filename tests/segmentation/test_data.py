@@ -266,3 +266,29 @@ def test_segmenters_take_images_of_any_size(name):
     with torch.no_grad():
         for size in ((1, 130), (61, 1), (37, 51)):
             assert model(torch.randn(1, 3, *size)).shape == (1, CLASSES, *size)
+
+
+def test_distortion_is_mmsegmentations(monkeypatch):
+    """Each change by itself against its formula; none makes red blue, and black becomes gray by brightness."""
+    import colorsys
+
+    from vmamba.segmentation import transforms
+
+    torch.manual_seed(0)
+    image = torch.randint(0, 256, (3, 9, 8), dtype=torch.uint8)
+    for factor in (0.5, 0.8, 1.5):
+        out = transforms._saturated(image, factor)
+        for pixel, changed in zip(image.flatten(1).T.tolist(), out.flatten(1).T.tolist(), strict=True):
+            hue, saturation, value = colorsys.rgb_to_hsv(*(each / 255 for each in pixel))
+            wanted = colorsys.hsv_to_rgb(hue, min(1, saturation * factor), value)
+            assert max(abs(one - 255 * other) for one, other in zip(changed, wanted, strict=True)) <= 1
+    draws = iter([0.9, 0.1, 0.9, 0.9, 0.1])  # brightness, then contrast at the end
+    monkeypatch.setattr(transforms.random, "random", lambda: next(draws))
+    monkeypatch.setattr(transforms.random, "uniform", lambda low, high: {-32: -20.0, 0.5: 1.5}[low])
+    expected = ((image.float() - 20).clamp(0, 255).floor() * 1.5).clamp(0, 255).floor()
+    assert torch.equal(transforms.photometric_distortion(image).float(), expected)
+    monkeypatch.undo()
+    red, black = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(3, 4, 4, dtype=torch.uint8)
+    red[0] = 200
+    assert all(int(transforms.photometric_distortion(red)[:, 0, 0].argmax()) == 0 for _ in range(200))
+    assert 0 < max(int(transforms.photometric_distortion(black).max()) for _ in range(200)) <= 48

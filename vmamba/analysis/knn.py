@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from yacs.config import CfgNode
 
-from vmamba.analysis.prediction import checkpoint_file, config_of
+from vmamba.analysis.prediction import config_of, file_of
 from vmamba.analysis.tables import markdown, write_json
 from vmamba.analysis.zoo import choose_device
 from vmamba.classification.data import build_eval_loader
@@ -55,7 +55,7 @@ def knn(
     check_writable(Path(output, "knn.json"))
     if run is None and cfg is None:
         raise UserError("there is no model to look at; name a run, or a config with --cfg")
-    found = open_checkpoint(checkpoint_file(run), weights) if run else None
+    found = open_checkpoint(file_of(run), weights) if run else None
     config = changed(get_config(cfg) if cfg else config_of(found, None), opts)
     if config.TASK != "classification":
         raise UserError(f"this is of {config.TASK}, and the labels of images are needed; give one of classification")

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from matplotlib.font_manager import findfont
+from matplotlib.font_manager import findfont, fontManager, get_font
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
@@ -142,38 +143,39 @@ def open_predictor(
     device: str = "auto",
 ) -> Opened:
     """The arguments are those of `predict`.  Raises UserError for a checkpoint that cannot be read."""
-    model = load_model(checkpoint, cfg=cfg, weights=weights).to(choose_device(device))
-    if names:
-        model.class_names = _read_names(names, model.config)
+    model = load_model(checkpoint, cfg=cfg, names=names, weights=weights).to(choose_device(device))
     return Opened(model, _predictor(model, score))
 
 
-def load_model(checkpoint: str | Path, *, cfg: str | None = None, weights: str = "auto") -> nn.Module:
+def load_model(
+    checkpoint: str | Path, *, cfg: str | None = None, names: str | None = None, weights: str = "auto"
+) -> nn.Module:
     """The model of a checkpoint of any task, in eval mode, with its `config` and the `class_names` of its data.
 
     Args:
-        checkpoint: of a run, or its folder (then its best), or a released file; an address is downloaded.
-        cfg, weights: as of `predict`.
+        checkpoint: of a run, or its folder (then its best), a released file, or one of `vmamba.export` with bare
+            weights; an address is downloaded.
+        cfg, names, weights: as of `predict`.
 
-    Raises UserError for a checkpoint that cannot be read, and a folder without one.
+    Raises UserError for a checkpoint that cannot be read, a folder without one, and names that are not one a class.
     """
-    found = open_checkpoint(checkpoint_file(checkpoint), weights)
+    found = open_checkpoint(file_of(checkpoint), weights)
     config = config_of(found, cfg)
     task = open_task(config)
     model = task.build_model()
     task.load(model, found)
-    model.config, model.class_names = config, class_names(config)
+    model.config, model.class_names = config, _read_names(names, config) if names else _names(found, config)
     return model.eval()
 
 
-def checkpoint_file(checkpoint: str | Path) -> str | Path:
-    """The file, of a run's folder its best.  Raises UserError for a folder without one."""
+def file_of(checkpoint: str | Path) -> str | Path:
+    """`checkpoint`, or in a run's folder its best.  Raises UserError for a folder without one."""
     if is_url(str(checkpoint)) or what_is(checkpoint) != "folder":
         return checkpoint
-    kept = [name for name in (BEST, LAST) if what_is(Path(checkpoint, name)) == "file"]
+    kept = [Path(checkpoint, name) for name in (BEST, LAST) if what_is(Path(checkpoint, name)) == "file"]
     if not kept:
         raise UserError(f"'{printable(checkpoint)}' has neither {BEST} nor {LAST}; name the folder of a run, or a file")
-    return Path(checkpoint, kept[0])
+    return kept[0]
 
 
 def predict_images(
@@ -298,6 +300,12 @@ def config_of(checkpoint: Checkpoint, cfg: str | None) -> CfgNode:
     return get_config(None, ["MODEL.NAME", name, "MODEL.NUM_CLASSES", classes])
 
 
+def _names(checkpoint: Checkpoint, config: CfgNode) -> list[str]:
+    """What the file calls its classes; where it does not, what its data does."""
+    told = list(checkpoint.classes)
+    return told if len(told) == config.MODEL.NUM_CLASSES else class_names(config)
+
+
 def _read_names(path: str, config: CfgNode) -> list[str]:
     names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if len(names) != config.MODEL.NUM_CLASSES:
@@ -414,16 +422,34 @@ def colour(number: int) -> tuple[int, int, int]:
     return int(red), int(green), int(blue)
 
 
-def _font(picture: Image.Image) -> ImageFont.FreeTypeFont:
+def _font(picture: Image.Image, lines: Sequence[str]) -> ImageFont.FreeTypeFont:
+    """For the lines, in a size for the picture."""
     side = min(max(picture.size) / 45, min(picture.size) / 6)
-    return ImageFont.truetype(findfont("DejaVu Sans"), max(12, round(side)))
+    return ImageFont.truetype(_font_file(frozenset("".join(lines))), max(12, round(side)))
+
+
+@cache
+def _font_file(letters: frozenset[str]) -> str:
+    """DejaVu Sans, which comes with matplotlib; where it lacks a letter, a font of this machine that has them all."""
+    usual = findfont("DejaVu Sans")
+    others = {each.fname for each in fontManager.ttflist if not each.name.startswith("Last Resort")}  # that is boxes
+    for file in (usual, *sorted(others)):
+        if letters <= {chr(code) for code in get_font(file).get_charmap()}:
+            return file
+    lacking = sorted(letters - {chr(code) for code in get_font(usual).get_charmap()})
+    logger.warning(
+        "no font here has %s; pictures show boxes in their place (the JSON has the names), until a font such as Noto "
+        "Sans CJK is installed",
+        some(lacking),
+    )
+    return usual
 
 
 def beside(
     picture: Image.Image, lines: Sequence[str], colours: Sequence[tuple[int, int, int] | None] = ()
 ) -> Image.Image:
     """`picture` with lines of text at its right, each behind a square of its colour where it has one."""
-    font = _font(picture)
+    font = _font(picture, lines)
     step = round(1.5 * font.size)
     indent = step if colours else 0
     width = round(max((font.getlength(line) for line in lines), default=0)) + indent + step
@@ -444,7 +470,7 @@ def draw_objects(
 ) -> Image.Image:
     """Boxes in the picture's pixels, masks and labels, the best on top; `mask` gives each by its number, (H, W) of any
     size, one at a time."""
-    picture, font = picture.copy(), _font(picture)
+    picture, font = picture.copy(), _font(picture, labels)
     pad = font.size // 4
     widths = [font.getlength(label) + 2 * pad for label in labels]
     for number in reversed(range(len(labels))):

@@ -11,6 +11,7 @@ from yacs.config import CfgNode
 from vmamba.classification.datasets import Source, open_dataset
 from vmamba.classification.transforms import Normalise, Pixels, build_pixels, collate
 from vmamba.data.draws import permutation
+from vmamba.data.images import check_decoder, decode, decode_pixels
 from vmamba.data.loaders import EvalLoader, Examples, Order, TrainLoader
 from vmamba.data.sampling import balanced, repeated
 from vmamba.errors import UserError
@@ -69,13 +70,17 @@ class LabelledImages:
 
     def __init__(self, config: CfgNode, source: Source):
         self.source, self.channels, self.classes = source, config.MODEL.IN_CHANS, config.MODEL.NUM_CLASSES
+        self.decode = decode
+        if config.DATA.DECODE == "torchvision":
+            check_decoder()
+            self.decode = decode_pixels
 
     def __len__(self) -> int:
         return len(self.source)
 
     def load(self, index: int) -> tuple[Image.Image | Tensor, int]:
         """Raises UnreadableImage, and UserError for a label out of range."""
-        image, label = self.source.load(index, self.channels)
+        image, label = self.source.load(index, self.channels, self.decode)
         if not 0 <= label < self.classes:
             name = self.source.name(index)
             raise UserError(f"label {label} of '{name}' is out of range; MODEL.NUM_CLASSES is {self.classes}")

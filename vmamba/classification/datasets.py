@@ -8,14 +8,13 @@ import os
 import random
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 from timm.data import ImageDataset, create_dataset
-from torch import Tensor
 from torch.utils.data import IterableDataset
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity
@@ -32,6 +31,7 @@ from vmamba.text import counted, printable, some
 
 logger = logging.getLogger("vmamba")
 
+T = TypeVar("T")
 DIGITS_HELD_OUT = 360  # of 1,797
 _CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
@@ -52,8 +52,9 @@ class Source:
             return printable(f"image {index} of {self.place}")
         return printable(os.path.join(self.archive.path if self.archive else "", self.samples[index][0]))
 
-    def load(self, index: int, channels: int) -> tuple[Image.Image | Tensor, int]:
-        """The image of so many channels, as `decode` gives it, and its label.  Raises UnreadableImage."""
+    def load(self, index: int, channels: int, decode: Callable[..., T] = decode) -> tuple[T, int]:
+        """The image of so many channels, as `decode` or `decode_pixels` give it, and its label.  Raises
+        UnreadableImage."""
         name = self.name(index)
         with reading(name):
             file, label = self.read(index)

@@ -19,6 +19,12 @@ KEYS = (
         length=2,
         flag="img-size",
     ),
+    key(
+        "DATA.DECODE",
+        "pillow",
+        "torchvision: JPEGs decoded by it, augmentation by batches where the model computes",
+        choices=("pillow", "torchvision"),
+    ),
     key("DATA.INTERPOLATION", "bicubic", "of resizing", choices=_FILTERS),
     switch("DATA.ZIP_MODE", "read train.zip, train_map.txt, val.zip, val_map.txt instead of folders", flag="zip"),
     key(

@@ -8,24 +8,28 @@ bit.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, ImageOps
 from timm.data import Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision import transforms
+from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.v2.functional import resize, resized_crop
 from yacs.config import CfgNode
 
+from vmamba.classification.on_device import Augment, Operation, in_groups, write_down
 from vmamba.config import image_size
 from vmamba.data.draws import MIXUP, preserved_generators, seed_generators
 from vmamba.data.images import COLOURS
 from vmamba.errors import UserError
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W), float32; labels (B,), int64, or soft (B, classes)
-_OF_TENSORS = ("nearest", "bilinear", "bicubic")  # how torchvision resizes them
+_OF_TENSORS = ("nearest", "bilinear", "bicubic")  # filters that resize tensors
 _SMALL = 32  # up to this size pixels are too few to zoom into
 
 
@@ -38,17 +42,24 @@ class Patch:
     values: Tensor  # (C, h, w) float32
 
 
-Pixels = tuple[Tensor, list[Patch]]  # an image (C, H, W), uint8, and what is put into it
+class Pixels(NamedTuple):
+    """What a loading process makes of an image."""
+
+    values: Tensor  # (C, H, W) uint8
+    operations: Sequence[Operation] = ()  # what is still to be done to them
+    patches: Sequence[Patch] = ()  # what is put into them then
 
 
 def build_transform(config: CfgNode, training: bool) -> Callable[[Image.Image | Tensor], Tensor]:
     """timm's transform from an image to (IN_CHANS, H, W) float32: of one image what a run does by batches."""
     to_pixels, normalise = build_pixels(config, training), Normalise(config)
-    return lambda image: normalise(collate([(to_pixels(image), 0)]))[0][0]
+    as_it_is = pil_to_tensor if config.DATA.DECODE == "torchvision" else lambda image: image
+    return lambda image: normalise(collate([(to_pixels(as_it_is(image)), 0)]))[0][0]
 
 
-def build_pixels(config: CfgNode, training: bool) -> Callable[[Image.Image | Tensor], Pixels]:
-    """The part of timm's transform that a loading process does, to what `decode` gives.
+def build_pixels(config: CfgNode, training: bool) -> Callable[[Any], Pixels]:
+    """The part of timm's transform that a loading process does, of an image as DATA.DECODE gives it: Pillow's, or a
+    tensor, of which it does the crop and leaves the rest to `Normalise`.
 
     For training at up to 32 pixels the image is resized, padded by an eighth and cropped, instead of zoomed into.
     """
@@ -66,7 +77,8 @@ def build_pixels(config: CfgNode, training: bool) -> Callable[[Image.Image | Ten
         whole = small or not config.TEST.CROP
         crop_pct = 1.0 if whole else config.TEST.CROP_PCT
         crop_mode = "center" if config.TEST.CROP else "squash"
-        return _ToPixels(create_transform(**common, crop_pct=crop_pct, crop_mode=crop_mode))
+        transform = create_transform(**common, crop_pct=crop_pct, crop_mode=crop_mode)
+        return _by_decoder(config, transform, crop_steps=len(transform.transforms) - 1)
     try:
         transform = create_transform(
             **common,
@@ -86,7 +98,22 @@ def build_pixels(config: CfgNode, training: bool) -> Callable[[Image.Image | Ten
         padded = transforms.RandomCrop(size, padding=(size[1] // 8, size[0] // 8))
         transform.transforms[0:1] = [transforms.Resize(size, interpolation=mode), padded]
     erasing = RandomErasing(aug.REPROB, mode=aug.REMODE, max_count=aug.RECOUNT, device="cpu") if aug.REPROB else None
-    return _ToPixels(transform, erasing)
+    return _by_decoder(config, transform, crop_steps=2 if small else 1, erasing=erasing)
+
+
+def _by_decoder(
+    config: CfgNode, transform: transforms.Compose, crop_steps: int, erasing: RandomErasing | None = None
+) -> Callable[[Any], Pixels]:
+    """timm's `transform`, of which the first `crop_steps` make an image of the right size and the last a tensor."""
+    if config.DATA.DECODE == "pillow":
+        return _ToPixels(transform, tuple, erasing)
+    if config.DATA.INTERPOLATION not in _OF_TENSORS:
+        raise UserError(
+            f"DATA.INTERPOLATION is {config.DATA.INTERPOLATION}, which DATA.DECODE torchvision does not do; choose one "
+            f"of {', '.join(_OF_TENSORS)}, or DATA.DECODE pillow"
+        )
+    steps = transform.transforms
+    return _ToPixels(_Crop(steps[:crop_steps]), write_down(steps[crop_steps:-1]), erasing)
 
 
 def _check_bands(config: CfgNode, training: bool) -> None:
@@ -96,21 +123,50 @@ def _check_bands(config: CfgNode, training: bool) -> None:
     for key, (value, off) in settings.items():
         if training and value:
             raise UserError(f"{key} is {value} and {channels}; colours are of 1 and 3 channels, so set {key} {off}")
+    if config.DATA.DECODE != "pillow":
+        raise UserError(
+            f"DATA.DECODE is {config.DATA.DECODE}, and {channels}; set DATA.DECODE pillow, which reads .npy"
+        )
     if config.DATA.INTERPOLATION not in _OF_TENSORS:
         known = ", ".join(_OF_TENSORS)
         raise UserError(f"DATA.INTERPOLATION is {config.DATA.INTERPOLATION}, and with {channels} it can be {known}")
 
 
 class _ToPixels:
-    def __init__(self, transform: Callable[[Image.Image | Tensor], Tensor], erasing: RandomErasing | None = None):
-        self.transform, self.erasing = transform, erasing
+    """Crop, operations and erasing are drawn in this order, whoever does them."""
 
-    def __call__(self, image: Image.Image | Tensor) -> Pixels:
-        pixels, erased = self.transform(image), _Erased()
+    def __init__(
+        self,
+        crop: Callable[[Any], Tensor],
+        draw: Callable[[], Sequence[Operation]],
+        erasing: RandomErasing | None,
+    ):
+        self.crop, self.draw, self.erasing = crop, draw, erasing
+
+    def __call__(self, image: Any) -> Pixels:
+        values, operations, erased = self.crop(image), self.draw(), _Erased()
         if self.erasing:
-            erased.shape = pixels.shape
+            erased.shape = values.shape
             self.erasing(erased)
-        return pixels, erased.patches
+        return Pixels(values, operations, erased.patches)
+
+
+class _Crop:
+    """The first steps of timm's transform on a tensor (C, H, W), uint8."""
+
+    def __init__(self, steps: Sequence[Callable]):
+        self.steps = steps
+
+    def __call__(self, image: Tensor) -> Tensor:
+        for step in self.steps:
+            if isinstance(step, RandomResizedCropAndInterpolation):
+                place = step.get_params(image, step.scale, step.ratio)
+                image = resized_crop(image, *place, list(step.size), step.interpolation, antialias=True)
+            elif isinstance(step, transforms.Resize):
+                image = resize(image, step.size, step.interpolation, antialias=True)
+            else:
+                image = step(image)
+        return image
 
 
 class _Erased:
@@ -132,20 +188,22 @@ class _Erased:
 
 def collate(samples: Sequence[tuple[Pixels, int]]) -> dict[str, Any]:
     """Samples of (pixels, label) -> what `Normalise` takes: `images` (B, C, H, W), uint8; `labels` (B,), int64;
-    `places`, of each patch (image, top, left, height, width); `patches`, the values of all of them in one row."""
-    images, labels = default_collate([(pixels, label) for (pixels, _), label in samples])
-    patches = [(number, patch) for number, ((_, erased), _) in enumerate(samples) for patch in erased]
+    `operations`, as `in_groups` lists them; `places`, of each patch (image, top, left, height, width); `patches`, the
+    values of all of them in one row."""
+    images, labels = default_collate([(pixels.values, label) for pixels, label in samples])
+    patches = [(number, patch) for number, (pixels, _) in enumerate(samples) for patch in pixels.patches]
     return {
         "images": images,
         "labels": labels,
+        "operations": in_groups([pixels.operations for pixels, _ in samples]),
         "places": [(number, patch.top, patch.left, *patch.values.shape[1:]) for number, patch in patches],
         "patches": torch.cat([torch.empty(0), *(patch.values.flatten() for _, patch in patches)]),
     }
 
 
 class Normalise:
-    """What `collate` made, on any device -> images (B, C, H, W), float32, DATA.MEAN taken off, over DATA.STD, the
-    patches put in; labels (B,).
+    """What `collate` made, on any device -> images (B, C, H, W), float32, the operations done, DATA.MEAN taken off,
+    over DATA.STD, the patches put in; labels (B,).
 
     Divisions are by tensors: for a number a GPU would multiply by its reciprocal, which gives another last bit.
     """
@@ -153,9 +211,11 @@ class Normalise:
     def __init__(self, config: CfgNode):
         mean, std = (torch.tensor(_by_channel(config, key)) for key in ("MEAN", "STD"))
         self.constants = torch.tensor(255.0), mean[:, None, None], std[:, None, None]
+        self.augment = Augment([min(255, round(255 * value)) for value in mean.tolist()])  # corners as timm fills them
 
     def __call__(self, batch: Mapping[str, Any]) -> Batch:
-        images = batch["images"].to(torch.float32, memory_format=torch.contiguous_format)
+        images = self.augment(batch["images"], batch["operations"])
+        images = images.to(torch.float32, memory_format=torch.contiguous_format)
         if self.constants[0].device != images.device:
             self.constants = tuple(constant.to(images.device, non_blocking=True) for constant in self.constants)
         white, mean, std = self.constants

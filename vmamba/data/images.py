@@ -23,7 +23,9 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
+from vmamba.errors import UserError
 from vmamba.text import printable
 
 logger = logging.getLogger("vmamba")
@@ -61,6 +63,37 @@ def decode(image: Image.Image | bytes | str | Path | BinaryIO, channels: int, na
         if sixteen_bits and np.max(image.getextrema()) < 256 // _DARK:  # Pillow keeps the upper 8 bits
             _tell_dark(name, 65535)
         return image
+
+
+def decode_pixels(image: Image.Image | bytes | str | Path | BinaryIO, channels: int, name: str | Path) -> Tensor:
+    """What `decode` gives, as a tensor (channels, H, W), uint8; JPEGs decoded by torchvision, which is faster.
+
+    That is for JPEGs of gray or RGB that need no conversion but from gray to RGB; the others are Pillow's.  Raises
+    UnreadableImage.
+    """
+    with reading(name):
+        if isinstance(image, (str, Path)):
+            image = Path(image).read_bytes()
+        if isinstance(image, bytes):
+            data, image = image, _open(image)
+            if image.format == "JPEG" and image.mode in ("L", _mode(channels)):
+                return _decode_jpeg(data, channels)
+    return pil_to_tensor(decode(image, channels, name))
+
+
+def check_decoder() -> None:
+    """Raises UserError where torchvision does not decode: newer ones call it deprecated."""
+    try:
+        from torchvision.io import decode_jpeg  # noqa: F401
+    except ImportError as error:
+        raise UserError("this torchvision decodes no JPEGs; choose DATA.DECODE pillow, or an older one") from error
+
+
+def _decode_jpeg(data: bytes, channels: int) -> Tensor:
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
+    return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What detection and segmentation do with an image of any size: fit it into a scale, distort its colours, normalise."""
+"""What detection and segmentation do with an image of any size: fit it into a scale, normalise."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from yacs.config import CfgNode
 
@@ -38,8 +37,3 @@ class Normalise:
 
     def __call__(self, image: Tensor) -> Tensor:
         return F.normalize(F.to_dtype(image.as_subclass(Tensor), torch.float32, scale=True), self.mean, self.std)
-
-
-def photometric_distortion() -> v2.Transform:
-    """Brightness, contrast, saturation, hue and the order of the channels, each by a coin (SSD, arXiv 1512.02325)."""
-    return v2.RandomPhotometricDistort(hue=(-0.1, 0.1))

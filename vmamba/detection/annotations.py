@@ -172,6 +172,8 @@ class _Reader:
         inside_y = min(y + height, image.height) - max(y, 0)
         if inside_x <= 0 or inside_y <= 0:
             return "boxes outside of their image", None
+        if _is_empty(mask, image):
+            return "masks without a pixel of their image", None
         return "", Instance((x, y, x + width, y + height), label_of[category], mask)
 
     def _check_mask(self, mask: Any, which: int, image: ImageEntry) -> None:
@@ -199,6 +201,15 @@ class _Reader:
                 f"annotation {which} has segmentation {mask!r:.60}; expected polygons of three points or more, x and y "
                 f"in turn, or run lengths"
             )
+
+
+def _is_empty(mask: Any, image: ImageEntry) -> bool:
+    """Run lengths of background alone, or polygons that lie beside the image."""
+    if isinstance(mask, Mapping):
+        counts = mask["counts"]
+        return not any((_uncompressed(counts) if isinstance(counts, str) else counts)[1::2])
+    x, y = ([value for polygon in mask for value in polygon[start::2]] for start in (0, 1))
+    return max(x) <= 0 or max(y) <= 0 or min(x) >= image.width or min(y) >= image.height
 
 
 def _is_number(value: Any, largest: float = _LARGEST) -> bool:

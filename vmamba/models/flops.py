@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vmamba.models.mamba1d import Mamba1D
 from vmamba.models.vssm import VSSM
 from vmamba_kernels import registry
 from vmamba_kernels.private import TorchDispatchMode
@@ -42,7 +43,7 @@ def complexity(model: nn.Module, size: int | tuple[int, int]) -> Complexity:
     height, width = (size, size) if isinstance(size, int) else size
     shapes = copy.deepcopy(model).to("meta").eval()
     for module in shapes.modules():
-        if isinstance(module, VSSM):
+        if isinstance(module, (VSSM, Mamba1D)):
             registry.load("shapes")
             module.set_backend("shapes")
     image = torch.empty(1, _in_chans(shapes), height, width, device="meta", dtype=next(shapes.parameters()).dtype)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from vmamba.errors import UserError
 
@@ -87,6 +88,7 @@ PICKLED = [
     *((kind, f"builtins.{kind.__name__}") for kind in (bool, dict, float, int, list, str, tuple)),  # what those make
     *((Ignored, f"datetime.{name}") for name in ("datetime", "date", "time", "timedelta", "timezone")),
     (Ignored, "mmengine.logging.history_buffer.HistoryBuffer"),
+    (Ignored, "builtins.getattr"),  # of its methods, which it pickles too; nothing is looked up
     (Ignored, "numpy.ndarray"),
     (NumberKind, "numpy.dtype"),
     *(
@@ -118,15 +120,21 @@ def read_file(path: str | Path) -> Any:
         raise UserError(f"'{path}' {other}")
     try:
         if _is_safetensors(start):
-            from safetensors.torch import load_file
-
-            return load_file(path)
+            return _safetensors(path)
         with path.open("rb") as file, torch.serialization.safe_globals(PICKLED):  # by a name torch.load would guess
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"'{path}' {_why_not_unpickled(path, start, error)}") from error
     except Exception as error:  # bytes that are not a checkpoint fail in as many ways as there are bytes
         raise UserError(f"'{path}' is truncated or not a checkpoint{_reason(error)}") from error
+
+
+def _safetensors(path: Path) -> dict[str, Any]:
+    """Its tensors by name; where it tells of their model (`vmamba.export`), they under "model" beside that."""
+    with safe_open(path, "pt") as file:
+        tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    told = json.loads(about["vmamba"]) if "vmamba" in about else {}
+    return {"model": tensors, **told} if told else tensors
 
 
 def _is_safetensors(start: bytes) -> bool:

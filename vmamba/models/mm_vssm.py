@@ -45,7 +45,9 @@ class MM_VSSM(nn.Module):
         **options: Any,
     ):
         super().__init__()
-        self.backbone = Backbone(VSSM(**options_from_released(options)), out_indices)
+        model = VSSM(**options_from_released(options))
+        model.pos_embed = None  # which the released backbone leaves out, also where its files hold one
+        self.backbone = Backbone(model, out_indices)
         self.backbone.model.set_grad_checkpointing(Takes((bool,)).check("use_checkpoint", use_checkpoint))
         self.pretrained, self.prefix = pretrained, ""
         if init_cfg:
@@ -100,5 +102,8 @@ def _to_released(module: nn.Module, state_dict: dict[str, Any], prefix: str, met
 def _from_released(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     for name in [name for name in state_dict if name.startswith(prefix)]:
         released = name.removeprefix(prefix)
+        if released == "pos_embed":
+            del state_dict[name]
+            continue
         ours = _OURS[1] if released.startswith("outnorm") else _OURS[0]
         state_dict[f"{prefix}{ours}{released}"] = state_dict.pop(name)

@@ -43,6 +43,7 @@ class Checkpoint:
     whole: dict[str, Tensor]  # all the weights, under the file's names without those of wrappers
     metadata: dict[str, Any]  # those there are of: epoch, max_accuracy and max_accuracy_ema in percent, best_weights
     config: dict[str, Any]  # of the run that wrote it, as plain values; empty where the file has none
+    classes: tuple[str, ...] = ()  # their names, where the file tells them
 
     @cached_property
     def state_dict(self) -> dict[str, Tensor]:
@@ -113,7 +114,10 @@ def read_weights(path_or_url: str | Path) -> dict[str, Checkpoint]:
     if content.get("best_weights") in list(_WHERE):
         metadata["best_weights"] = content["best_weights"]
     config = _plain(content["config"]) if isinstance(content.get("config"), Mapping) else {}
-    return {kind: Checkpoint(path, source, weights, metadata, config) for kind, (source, weights) in held.items()}
+    names = content.get("classes")
+    named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    rest = metadata, config, tuple(names) if named else ()
+    return {kind: Checkpoint(path, source, weights, *rest) for kind, (source, weights) in held.items()}
 
 
 def weights_in(content: Any, source: object) -> dict[str, tuple[str, dict[str, Tensor]]]:

@@ -19,6 +19,12 @@ from vmamba.values import Takes
 from vmamba_kernels import ROUTES, autocast_dtype, cross_selective_scan, cross_ssd, no_autocast
 
 
+def step_biases(*shape: int) -> Tensor:
+    """Biases of which softplus makes steps between 0.001 and 0.1, log-uniform (arXiv 2312.00752, section 3.6)."""
+    step = torch.empty(shape).uniform_(math.log(0.001), math.log(0.1)).exp().clamp(min=1e-4)
+    return step + torch.log(-torch.expm1(-step))  # the inverse of softplus
+
+
 class Mixer2D(nn.Module):
     """What both scans share.  A subclass adds the scan's parameters and `scan`.
 
@@ -87,8 +93,7 @@ class Mixer2D(nn.Module):
             return 0.1 * torch.randn(shape)
         if init == "v2":
             return 0.1 * torch.rand(shape)
-        step = torch.empty(shape).uniform_(math.log(0.001), math.log(0.1)).exp().clamp(min=1e-4)
-        return step + torch.log(-torch.expm1(-step))  # the inverse of softplus
+        return step_biases(*shape)
 
     def _projection_init(self, numbers: int) -> Tensor:
         """(routes, numbers, d_inner), as PyTorch starts a linear layer."""

@@ -147,6 +147,7 @@ class VSSM(nn.Module):
         if len(dims) != len(o.depths) or not dims:
             raise UserError(f"dims has {len(dims)} stages and depths {len(o.depths)}; give both one number a stage")
         o.changed(dims=dims)  # in bounds after doubling too
+        self.options = o  # as they were given; the classifier may have become another
         norm = layers.norm_layer(o.norm_layer)
         self.num_classes, self.in_chans, self.dims, self.patch_size = o.num_classes, o.in_chans, dims, o.patch_size
         self.norm_layer = o.norm_layer

@@ -69,9 +69,10 @@ class Folders:
         name, path, map_path = self.examples[index]
         image, classes = decode(path, 3, path), self._read_map(map_path)
         if classes.shape != (image.height, image.width):
+            stored = " as it is stored (an EXIF orientation is not applied)" if classes.shape == image.size else ""
             raise UserError(
                 f"the map '{printable(map_path)}' is {classes.shape[1]} x {classes.shape[0]} pixels and its image "
-                f"{image.width} x {image.height}; make it again for that image"
+                f"{image.width} x {image.height}{stored}; make it again for that image"
             )
         return Sample(image, classes, name)
 

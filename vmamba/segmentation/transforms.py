@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import functional as F
 from yacs.config import CfgNode
 
 from vmamba.config import sides
-from vmamba.data.transforms import Normalise, as_image, fitted, photometric_distortion, resize
+from vmamba.data.transforms import Normalise, as_image, fitted, resize
 from vmamba.segmentation.datasets import Sample
 
 _CROPS = 10  # drawn at most, until one is not all of one class
@@ -23,7 +23,7 @@ class TrainTransform:
     def __init__(self, config: CfgNode):
         self.aug, self.scale, self.size = config.AUG, config.DATA.SCALE, sides(config.DATA.CROP_SIZE)
         self.ignored, self.normalise = config.DATA.IGNORE_INDEX, Normalise(config)
-        self.distort = photometric_distortion() if config.AUG.PHOTOMETRIC else v2.Identity()
+        self.distort = photometric_distortion if config.AUG.PHOTOMETRIC else v2.Identity()
 
     def __call__(self, sample: Sample) -> tuple[Tensor, Tensor]:
         image, classes = as_image(sample.image), tv_tensors.Mask(torch.from_numpy(sample.classes)[None])
@@ -51,6 +51,38 @@ class TrainTransform:
             if (counts > 0).sum() > 1 and counts.max() < self.aug.MOST_OF_ONE_CLASS * counts.sum():
                 break
         return F.crop(image, top, left, height, width), F.crop(classes, top, left, height, width)
+
+
+def photometric_distortion(image: Tensor) -> Tensor:
+    """An image (3, H, W) uint8 with its brightness, contrast, saturation and hue changed, each by a coin, the contrast
+    before or after the last two: mmsegmentation's PhotoMetricDistortion with its defaults, after SSD (arXiv
+    1512.02325)."""
+    image, contrast_first = image.as_subclass(Tensor), random.random() < 0.5
+    if random.random() < 0.5:
+        image = _bytes(image + random.uniform(-32, 32))
+    if contrast_first:
+        image = _contrast(image)
+    if random.random() < 0.5:
+        image = _saturated(image, random.uniform(0.5, 1.5))
+    if random.random() < 0.5:
+        image = F.adjust_hue(image, random.randint(-18, 17) / 180)
+    return image if contrast_first else _contrast(image)
+
+
+def _contrast(image: Tensor) -> Tensor:
+    return _bytes(image * random.uniform(0.5, 1.5)) if random.random() < 0.5 else image
+
+
+def _saturated(image: Tensor, factor: float) -> Tensor:
+    """The saturation of HSV times `factor`, hue and value kept: a channel's distance from the largest one grows so."""
+    values = image.float()
+    largest = values.amax(0)
+    room = (largest - values.amin(0)).clamp(min=1)  # a saturation above 1 is 1
+    return _bytes(largest - (largest - values) * torch.minimum(torch.tensor(factor), largest / room) + 0.5)
+
+
+def _bytes(image: Tensor) -> Tensor:
+    return image.clamp(0, 255).to(torch.uint8)
 
 
 class EvalTransform:

@@ -1,0 +1,382 @@
+"""Files for other programs: what they hold, what runs them gives what the model gives, and what is refused."""
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from torch import nn
+
+import vmamba
+from vmamba.errors import UserError
+from vmamba.exporting import comparison, graphs, programs
+from vmamba.models.pretrained import load_pretrained
+from vmamba.models.variants import VARIANTS
+from vmamba.models.vssm import VSSM
+
+needs_onnx = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+
+def small(name, seed=0, **options):
+    """With weights so large that every scan shows in the result."""
+    torch.manual_seed(seed)
+    options = dict(depths=(1, 1), dims=8, num_classes=5, ssm_init="v1") | options
+    model = vmamba.create_model(name, **options).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+def images(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def same(found, expected):
+    """To 1e-4 of the largest number, and the same class comes first."""
+    expected = expected.detach()
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    if expected.dim() == 2:
+        assert torch.equal(found.argmax(1), expected.argmax(1))
+
+
+# ------------------------------------------------------------------------------------------------ weights
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_bare_weights_load_here_and_in_timm(tmp_path, suffix):
+    model, path = small("vmamba_digits", drop_path_rate=0.3, dims=32, depths=(2, 1)), tmp_path / f"model.{suffix}"
+    classes = ["a", "b", "c", "d", "é"]
+    vmamba.export(nn.DataParallel(model), path, size=(32, 48), classes=classes, mean=[0.5], std=[0.25])
+    found = vmamba.load_checkpoint(path)
+    assert found.classes == tuple(classes)
+    assert found.config["MODEL"] == dict(
+        NAME="vmamba_nano",  # as vmamba_digits but for the depths
+        NUM_CLASSES=5,
+        IN_CHANS=3,
+        OPTIONS=dict(depths=[2, 1], ssm_init="v1"),
+    )
+    assert found.config["DATA"] == dict(IMG_SIZE=[32, 48], MEAN=[0.5], STD=[0.25])
+    other = small("vmamba_digits", 1, dims=32, depths=(2, 1))
+    load_pretrained(other, found)
+    x = images(2, 3, 32, 32)
+    assert torch.equal(other(x), model(x))
+    options = dict(depths=(2, 1), ssm_init="v1")
+    theirs = timm.create_model("vmamba_digits", num_classes=5, checkpoint_path=str(path), **options)
+    assert torch.equal(theirs.eval()(x), model(x))
+
+
+def test_weights_of_the_released_spellings(tmp_path):
+    model = small("vmamba_tiny", depths=(1, 1, 1, 1))
+    for spelling in ("released", "january"):
+        vmamba.export(model, tmp_path / "a.pth", spelling=spelling)
+        held = torch.load(tmp_path / "a.pth", weights_only=True)["model"]
+        expected = vmamba.to_released(model, january=spelling == "january")
+        assert list(held) == list(expected) and all(torch.equal(held[name], expected[name]) for name in held)
+        x = images(1, 3, 32, 32)
+        options = dict(depths=(1, 1, 1, 1), dims=8, num_classes=5, forward_type="v4", mlp_ratio=0.0)
+        options |= dict(downsample_version="v1", patchembed_version="v1", norm_layer="ln")
+        assert torch.equal(vmamba.from_released(options, held)(x), model(x))
+    backbone = vmamba.Backbone(small("vmamba_tiny"), (0, 1))
+    vmamba.export(backbone, tmp_path / "b.safetensors", spelling="released")
+    with safe_open(tmp_path / "b.safetensors", "pt") as file:
+        assert set(file.keys()) == set(vmamba.to_released(backbone))
+        assert json.loads(file.metadata()["vmamba"]) == {}
+
+
+@pytest.mark.parametrize("name", ["vmamba_base_s2l15", "vmamba_small_m2", "vmamba_digits"])
+def test_options_are_told_beside_the_nearest_variant(tmp_path, name):
+    from vmamba.exporting.weights import described
+
+    with torch.device("meta"):
+        model = vmamba.create_model(name, pos_embed=True, img_size=64, patch_size=4, num_classes=7)
+        assert described(model) == (name, {"pos_embed": True})
+        other = VSSM(**VARIANTS[name].options | dict(depths=(2, 1), dims=(24, 48), routes="col"))
+    found, options = described(other)
+    with torch.device("meta"):
+        again = vmamba.create_model(found, **options)
+    shapes = [{key: tuple(each.shape) for key, each in each.state_dict().items()} for each in (other, again)]
+    assert shapes[0] == shapes[1] and again.layers[0].blocks[0].op.routes == ("col",)
+
+
+def test_the_command_takes_a_runs_checkpoint_and_predict_takes_its_file(tmp_path):
+    import yaml
+    from PIL import Image
+
+    from vmamba.analysis.prediction import predict
+    from vmamba.config import get_config
+    from vmamba.exporting.command import export_file
+
+    config = get_config("configs/vmamba_digits.yaml", ["MODEL.OPTIONS.dims", 8, "DATA.DATA_PATH", str(tmp_path)])
+    model = vmamba.create_model("vmamba_digits", num_classes=10, in_chans=1, dims=8).eval()
+    average = {name: weight + 0.1 for name, weight in model.state_dict().items()}
+    content = {"model": model.state_dict(), "model_ema": average, "config": yaml.safe_load(config.dump())}
+    torch.save(content, tmp_path / "best.pth")
+    path = export_file(checkpoint=str(tmp_path), weights="ema", output=str(tmp_path / "out.safetensors"))
+    found = vmamba.load_checkpoint(path)
+    assert all(torch.equal(found.state_dict[name], weight) for name, weight in average.items())
+    data = found.config["DATA"]
+    assert data == dict(IMG_SIZE=[32, 32], MEAN=config.DATA.MEAN, STD=config.DATA.STD)
+    assert found.classes == tuple("0123456789") and str(tmp_path) not in path.read_bytes().decode("latin-1")
+    Image.new("L", (8, 8)).save(tmp_path / "image.png")
+    answers = [
+        predict(str(file), [str(tmp_path / "image.png")], weights=which, device="cpu", output=str(tmp_path / "told"))
+        for file, which in ((path, "auto"), (tmp_path / "best.pth", "ema"))
+    ]
+    assert answers[0] == answers[1]
+    with pytest.raises(UserError, match="would be written over '.*best.pth', which is read here"):
+        export_file(checkpoint=str(tmp_path), output=str(tmp_path / "best.pth"))
+    loaded = vmamba.load_model(path)
+    loaded.head = nn.Linear(16, 3)  # of other classes, whose names nothing tells
+    found = vmamba.load_checkpoint(vmamba.export(loaded, tmp_path / "again.pth"))
+    assert not found.classes and found.config["DATA"] == data
+
+
+# ------------------------------------------------------------------------------------------------ programs
+
+ELSEWHERE = """
+import sys, torch
+class No:
+    def find_spec(self, name, *rest):
+        if name.startswith("vmamba"):
+            raise ImportError(name)
+sys.meta_path.insert(0, No())
+path = sys.argv[1]
+program = torch.export.load(path).module()
+torch.save([program(x) for x in torch.load(path + ".in")], path + ".out")
+"""
+
+
+def test_programs_run_in_a_process_that_has_only_pytorch(tmp_path):
+    model, path = small("vmamba_tiny_s1l8", depths=(1,)), tmp_path / "backbone.pt2"
+    backbone = vmamba.Backbone(model, (0,))
+    model.set_backend("triton")  # which no CPU serves
+    vmamba.export(backbone, path, size=(36, 44))
+    model.set_backend("auto")
+    several = [images(count, 3, 36, 44) for count in (1, 3)]
+    torch.save(several, f"{path}.in")
+    subprocess.run([sys.executable, "-c", ELSEWHERE, path], check=True, timeout=120)
+    for x, found in zip(several, torch.load(f"{path}.out"), strict=True):
+        same(found[0], backbone(x)[0])
+
+
+class Measured(torch.fx.Interpreter):
+    """Runs a program and keeps the size of its largest tensor."""
+
+    largest = 0
+
+    def run_node(self, node):
+        found = super().run_node(node)
+        self.largest = max(self.largest, found.numel() if isinstance(found, torch.Tensor) else 0)
+        return found
+
+
+def test_a_program_of_any_size():
+    model = small("vmamba_tiny", depths=(1, 0), patch_size=16)  # a stride of 32, as four stages have with patches of 4
+    assert programs.open_sides(model) == (64, 2**14)
+    program = programs.recorded(model, images(2, 3, 32, 32), ("batch", "size")).module()
+    x, large = images(3, 3, 64, 68), images(1, 3, 517, 403)
+    same(program(large), model(large))
+    run = Measured(program)
+    same(run.run(x), model(x))
+    assert run.largest <= 3 * 4 * 48 * 16 * 16  # three images, four routes, three chunks, states, channels
+
+
+def test_a_scan_of_heads_of_any_size():
+    op = small("vmamba_tiny_m2", depths=(1,)).layers[0].blocks[0].op
+    shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("height"), 2: torch.export.Dim("width")}
+    with torch.no_grad():
+        program = torch.export.export(op, (images(2, 6, 7, 8),), dynamic_shapes=(shape,), strict=False).module()
+    for sides in ((3, 4, 5), (1, 41, 33)):  # of one chunk and of several
+        same(program(images(*sides, 8)), op(images(*sides, 8)))
+
+
+def test_a_program_tells_nothing_of_the_machine_and_leaves_the_model_as_it_is(tmp_path):
+    model = changed().train()  # of layers that no option makes
+    before = copy.deepcopy(model.state_dict())
+    vmamba.export(model, tmp_path / "a.pt2", size=32)
+    with zipfile.ZipFile(tmp_path / "a.pt2") as archive:
+        assert not [name for name in archive.namelist() if b"vmamba/models" in archive.read(name)]
+    assert model.training and all(each.requires_grad for each in model.parameters())
+    assert all(torch.equal(before[name], each) for name, each in model.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------------ ONNX
+
+
+def outputs(path, x):
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime has no wheel here (Python 3.10)")
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return [torch.from_numpy(each) for each in session.run(None, {"images": x.numpy()})]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A model of 16 states and its ONNX file, of any batch and size."""
+    pytest.importorskip("onnxscript")
+    model, path = small("vmamba_tiny", depths=(1, 0)), tmp_path_factory.mktemp("exported") / "model.onnx"
+    vmamba.export(model, path, dynamic=("batch", "size"), classes=list("abcde"))
+    return model, path
+
+
+@needs_onnx
+def test_onnx_of_any_batch_and_size(exported):
+    model, path = exported
+    for shape in ((1, 3, 32, 44), (3, 3, 75, 61)):
+        same(outputs(path, images(*shape))[0], model(images(*shape)))
+
+
+@needs_onnx
+def test_an_onnx_file_has_standard_operators_alone_and_tells_nothing_of_the_machine(exported):
+    onnx = pytest.importorskip("onnx")
+    held = onnx.load(exported[1])
+    onnx.checker.check_model(held, full_check=True)
+    assert [(each.domain, each.version) for each in held.opset_import] == [("", 18)] and not held.functions
+    nodes = list(graphs._nodes(held.graph))
+    names = {node.op_type for node in nodes}
+    assert {node.domain for node in nodes} == {""} and "Scan" in names and "Loop" not in names
+    content = exported[1].read_bytes()
+    assert b"site-packages" not in content and b".py" not in content
+    sides = [
+        [[dim.dim_param or dim.dim_value for dim in each.type.tensor_type.shape.dim] for each in values]
+        for values in (held.graph.input, held.graph.output)
+    ]
+    assert sides == [[["batch", 3, "height", "width"]], [["batch", 5]]]
+    assert json.loads(held.metadata_props[0].value)["classes"] == list("abcde")
+
+
+@needs_onnx
+def test_onnx_of_a_segmenter_and_of_its_other_options(tmp_path):
+    """The scan is of heads, in four chunks."""
+    pytest.importorskip("onnxscript")
+    options = dict(depths=(1, 0, 0, 0), dims=8, routes=("col_rev", "row"), out_norm="softmax", norm_layer="bn")
+    segmenter = vmamba.create_segmenter("upernet", "vmamba_tiny_m2", 3, backbone_options=options, channels=8).eval()
+    vmamba.export(segmenter, tmp_path / "a.onnx", size=64)
+    for count in (1, 3):
+        x = images(count, 3, 64, 64)
+        same(outputs(tmp_path / "a.onnx", x)[0], segmenter(x))
+
+
+def test_the_maps_of_a_backbone_are_called_after_their_stages():
+    assert graphs.output_names(vmamba.Backbone(small("vmamba_tiny"), (1, 0))) == ["stage1", "stage0"]
+    assert graphs.output_names(small("vmamba_tiny")) == ["logits"]
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+def changed():
+    model = small("vmamba_digits", depths=(1,))
+    model.layers[0].blocks[0].op.in_proj = nn.Linear(8, 8)  # which has a bias
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "options", "sentence"),
+    [
+        (lambda: nn.Linear(1, 1), "a.onnx", {}, "this is a Linear; export takes what create_model"),
+        (lambda: None, "a.onnx", {}, "this is a NoneType; export takes what create_model"),
+        (
+            lambda: small("vmamba_digits"),
+            "a.zip",
+            {},
+            "the suffix of '.*a.zip' says no format; use one of .safetensors",
+        ),
+        (lambda: small("vmamba_digits"), "a.pt2", dict(format="torhc"), "unknown format 'torhc'; did you mean 'torch'"),
+        (lambda: small("vmamba_digits"), "a.pt", dict(format="torch"), "let its name end in .pt2"),
+        (
+            lambda: small("vmamba_digits"),
+            "a.pt2",
+            dict(dynamic="batches"),
+            "unknown word of dynamic 'batches'; did you",
+        ),
+        (lambda: small("vmamba_digits"), "a.pt2", dict(size=(1, 2, 3)), "size is .1, 2, 3.; expected 2 values"),
+        (lambda: small("vmamba_digits"), "a.pt2", dict(spelling="released"), "has no names of weights; leave it out"),
+        (lambda: small("vmamba_tiny"), "a.pt2", dict(size=3), "images are 3 x 3 pixels; this model's patches need"),
+        (lambda: small("vmamba_digits"), "a.pth", dict(classes=["a"]), "classes names 1, and the model has 5"),
+        (lambda: small("vmamba_digits"), "a.pth", dict(mean=[0, 0]), "mean has 2 numbers; give one, or one for"),
+        (lambda: small("vmamba_digits"), "a.pth", dict(spelling="january"), "has no name in files of January 2024"),
+        (changed, "a.safetensors", {}, "no longer those that its options make"),
+        (lambda: small("vmamba_digits").half(), "a.onnx", {}, "the weights are float16, and a program is recorded in"),
+        (lambda: small("vmamba_digits").to("meta"), "a.pt2", {}, "the weights are on the meta device"),
+        (lambda: small("vmamba_digits").to("meta"), "a.pth", {}, "holds no plain numbers"),
+        (
+            lambda: small("vmamba_digits", pos_embed=True, img_size=32),
+            "a.onnx",
+            dict(dynamic=("batch", "size")),
+            "a model with pos_embed resizes its map by the size of the images",
+        ),
+        (
+            lambda: vmamba.create_detector("mask_rcnn", "vmamba_nano", 2, channels=8, hidden=8),
+            "a.onnx",
+            {},
+            "a detector gives as many boxes as it finds, .* export its maps: vmamba.export.model.backbone",
+        ),
+        (
+            lambda: vmamba.create_segmenter("upernet", "vmamba_nano", 2, channels=8),
+            "a.pt2",
+            dict(dynamic="size"),
+            "a UperNet can be recorded for one size of images alone",
+        ),
+        (
+            lambda: vmamba.create_segmenter("upernet", "vmamba_nano", 2, channels=8),
+            "a.pth",
+            dict(spelling="released"),
+            "spelling is 'released', which classifiers and backbones have alone",
+        ),
+    ],
+)
+def test_what_cannot_be_exported_is_one_sentence_before_any_work(tmp_path, monkeypatch, make, name, options, sentence):
+    monkeypatch.setattr(torch.export, "export", lambda *_, **__: pytest.fail("it has begun"))
+    with pytest.raises(UserError, match=sentence) as raised:
+        vmamba.export(make(), tmp_path / name, **options)
+    assert "\n" not in str(raised.value) and not list(tmp_path.iterdir())
+
+
+def test_what_is_missing_is_named(tmp_path, monkeypatch):
+    model = small("vmamba_digits")
+    monkeypatch.setattr("vmamba.exporting.graphs.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="the format onnx needs onnx and onnxscript; pip install -e '.\\[export\\]'"):
+        vmamba.export(model, tmp_path / "a.onnx")
+    monkeypatch.setenv("CXX", "no-compiler")
+    with pytest.raises(UserError, match="needs a compiler of C.., and there is no 'no-compiler'"):
+        vmamba.export(model, tmp_path / "a.pt2", format="aoti")
+    (tmp_path / "folder.pth").mkdir()
+    with pytest.raises(UserError, match="cannot write .*: it is a folder"):
+        vmamba.export(model, tmp_path / "folder.pth")
+
+
+def test_the_command_names_what_is_missing(tmp_path):
+    from vmamba.exporting.command import export_file
+
+    with pytest.raises(UserError, match="--output is missing"):
+        export_file(model="vmamba_digits")
+    with pytest.raises(UserError, match="give one of --model, for random weights, and --checkpoint"):
+        export_file(output="a.onnx")
+    with pytest.raises(UserError, match="--part backbone is of detectors and segmenters"):
+        export_file(model="vmamba_digits", part="backbone", output=str(tmp_path / "a.onnx"))
+    with pytest.raises(UserError, match="--cfg, --names and --weights are of a --checkpoint; leave them out"):
+        export_file(model="vmamba_digits", names="names.txt", output=str(tmp_path / "a.onnx"))
+
+
+@needs_onnx
+def test_models_beside_each_other(tmp_path, monkeypatch, exported):
+    """analyze/exports.py"""
+    pytest.importorskip("onnxruntime", reason="onnxruntime has no wheel here (Python 3.10)")
+    model, file = exported
+    monkeypatch.setattr(comparison.zoo, "create", lambda name, size: SimpleNamespace(model=model))
+    monkeypatch.setattr(comparison, "export", lambda model, path, size: shutil.copy(file, path))
+    options = dict(models=["mixed"], sizes=[32], numbers=["float32", "int8"], repeats=1)
+    rows = comparison.exports(**options, output=str(tmp_path), markdown=str(tmp_path / "table.md"))
+    assert [row["numbers"] for row in rows] == ["float32", "int8"] and rows[0]["ratio"] == 1
+    assert float(rows[0]["difference"]) < 1e-5 < float(rows[1]["difference"]) < 1
+    assert rows[0]["same class"] == "yes" and rows[1]["file (MB)"] < rows[0]["file (MB)"]
+    assert (tmp_path / "table.md").read_text() == (tmp_path / "exports.md").read_text()

@@ -1,0 +1,110 @@
+"""The states that a scan starts from and ends with, against a loop over positions in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import vmamba_kernels as vk
+from vmamba_kernels.mamba import selective_scan_fn, selective_state_update
+
+BACKENDS = ["reference", "cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "triton"))]
+NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias", "initial_state")
+
+
+def case(states, decay=4.0, length=37, dim=4, groups=2, batch=2):
+    torch.manual_seed(states)
+    channels = groups * dim
+    shapes = [(batch, channels, length)] * 2 + [(channels, states)] + [(batch, groups, states, length)] * 2
+    tensors = [torch.randn(*shape) for shape in (*shapes, (channels,), (channels,), (batch, channels, states))]
+    tensors[2] = -decay * torch.rand(channels, states)
+    return dict(zip(NAMES, tensors, strict=True))
+
+
+def loop(u, delta, A, B, C, D, delta_bias, initial_state, softplus=True):
+    B, C = (t.repeat_interleave(u.shape[1] // t.shape[1], dim=1) for t in (B, C))
+    delta = delta + delta_bias[:, None]
+    delta, h, y = F.softplus(delta) if softplus else delta, initial_state, []
+    for t in range(u.shape[2]):
+        h = torch.exp(delta[..., t, None] * A) * h + (delta * u)[..., t, None] * B[..., t]
+        y.append((C[..., t] * h).sum(-1))
+    return torch.stack(y, -1) + D[:, None] * u, h
+
+
+def relative(got, want):
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("states, decay", [(1, 4.0), (3, 400.0), (16, 4.0), (16, 400.0)])
+def test_both_states_and_all_gradients(backend, states, decay):
+    device = backend if backend in ("cuda", "triton") else "cpu"
+    device = "cuda" if device == "triton" else device
+    tensors = case(states, decay)
+    exact = {name: t.double().requires_grad_() for name, t in tensors.items()}
+    y, last = loop(**exact)
+    wy, wl = torch.randn_like(y), torch.randn_like(last)
+    want = [y, last, *torch.autograd.grad((y * wy).sum() + (last * wl).sum(), list(exact.values()))]
+    here = {name: t.to(device).requires_grad_() for name, t in tensors.items()}
+    y, last = vk.selective_scan(**here, return_last_state=True, backend=backend)
+    assert last.dtype == torch.float32
+    loss = (y * wy.to(y)).sum() + (last * wl.to(y)).sum()
+    for got, expected in zip([y, last, *torch.autograd.grad(loss, list(here.values()))], want, strict=True):
+        assert relative(got.cpu(), expected) < 1e-5
+
+
+def test_a_sequence_in_two_halves_is_the_whole():
+    whole = {name: t.double() for name, t in case(5, length=30).items()}
+    y, last = vk.selective_scan(**whole, return_last_state=True)
+    halves, state = [], whole["initial_state"]
+    for part in (slice(0, 11), slice(11, 30)):
+        cut = {name: whole[name][..., part] if name in ("u", "delta", "B", "C") else whole[name] for name in NAMES}
+        half, state = vk.selective_scan(**{**cut, "initial_state": state}, return_last_state=True)
+        halves.append(half)
+    torch.testing.assert_close(torch.cat(halves, -1), y)
+    torch.testing.assert_close(state, last)
+    torch.testing.assert_close(vk.selective_scan(**whole), y)
+
+
+@pytest.mark.parametrize("groups", [None, 1, 2])
+def test_steps_one_by_one_are_the_scan(groups):
+    tensors = {name: t.double() for name, t in case(3, groups=groups or 1, dim=8 // (groups or 1)).items()}
+    u, delta, A, B, C, D, bias, state = tensors.values()
+    z = torch.randn_like(u)
+    want, last = selective_scan_fn(
+        u, delta, A, B, C, D, z, delta_bias=bias, delta_softplus=True, return_last_state=True, initial_state=state
+    )
+    torch.testing.assert_close(loop(**tensors)[1], last)
+    state = state.clone()
+    for t in range(u.shape[2]):
+        B_t, C_t = (each[:, 0, :, t] if groups is None else each[..., t] for each in (B, C))
+        y = selective_state_update(
+            state, u[..., t], delta[..., t], A, B_t, C_t, D, z[..., t], dt_bias=bias, dt_softplus=True
+        )
+        torch.testing.assert_close(y, want[..., t])
+    torch.testing.assert_close(state, last)
+
+
+def test_half_precision_keeps_the_state_in_float32():
+    tensors = case(4)
+    low = {name: t.bfloat16() if name in ("u", "delta", "B", "C") else t for name, t in tensors.items()}
+    y, last = vk.selective_scan(**low, return_last_state=True)
+    want, want_last = loop(**{name: t.double() for name, t in low.items()})
+    assert (y.dtype, last.dtype) == (torch.bfloat16, torch.float32)
+    assert relative(last, want_last) < 1e-5 and relative(y, want) < 1e-2
+
+
+def test_errors_name_the_argument():
+    tensors = case(3)
+    with pytest.raises(
+        ValueError, match=r"initial_state has shape \(2, 8, 2\); beside u of shape \(2, 8, 37\) it must be"
+    ):
+        vk.selective_scan(**{**tensors, "initial_state": tensors["initial_state"][..., :2]})
+    state, x, vector = torch.zeros(2, 8, 3), torch.zeros(2, 8), torch.zeros(2, 3)
+    with pytest.raises(
+        ValueError, match=r"dt has shape \(2, 7\); beside a state of shape \(2, 8, 3\) it must be \(2, 8\)"
+    ):
+        selective_state_update(state, x, x[:, :7], tensors["A"], vector, vector)
+    with pytest.raises(ValueError, match=r"B has shape \(2, 3, 3\); it must be \(2, 3\) or \(2, groups, 3\)"):
+        selective_state_update(state, x, x, tensors["A"], torch.zeros(2, 3, 3), vector)
+    with pytest.raises(ValueError, match=r"state has shape \(8, 3\)"):
+        selective_state_update(state[0], x, x, tensors["A"], vector, vector)

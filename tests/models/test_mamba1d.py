@@ -1,0 +1,174 @@
+"""Mamba's layer against a computation by hand, position by position; and Vim, which stacks it."""
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from vmamba.config import get_config
+from vmamba.errors import UserError
+from vmamba.models import Mamba1D, mamba1d
+from vmamba.models.flops import complexity
+from vmamba.models.variants import build_model
+from vmamba.models.vim import Vim
+
+NAMES = {
+    "A_log", "D", "in_proj.weight", "conv1d.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight", "dt_proj.bias",
+    "out_proj.weight",
+}  # fmt: skip
+FROM_THE_END = {
+    "A_b_log", "D_b", "conv1d_b.weight", "conv1d_b.bias", "x_proj_b.weight", "dt_proj_b.weight", "dt_proj_b.bias",
+}  # fmt: skip
+
+
+def layer(**options):
+    torch.manual_seed(0)
+    return Mamba1D(**dict(d_model=6, d_state=3, d_conv=4) | options).double()
+
+
+def direction(w, x, z, end, states):
+    """One direction of mamba_ssm's layer, (batch, channels, length), by loops."""
+    A = -w["A_b_log" if end else "A_log"].exp()
+    kernel, bias = w[f"conv1d{end}.weight"][:, 0], w[f"conv1d{end}.bias"]
+    rank, length = w[f"dt_proj{end}.weight"].shape[1], x.shape[2]
+    padded, h, out = F.pad(x, (kernel.shape[1] - 1, 0)), 0, []
+    for t in range(length):
+        u = F.silu((padded[..., t : t + kernel.shape[1]] * kernel).sum(-1) + bias)  # (batch, channels)
+        dt, B, C = (u @ w[f"x_proj{end}.weight"].T).split((rank, states, states), -1)
+        step = F.softplus(dt @ w[f"dt_proj{end}.weight"].T + w[f"dt_proj{end}.bias"])
+        h = torch.exp(step[..., None] * A) * h + (step * u)[..., None] * B[:, None]
+        out.append(((h * C[:, None]).sum(-1) + w[f"D{end}"] * u) * F.silu(z[..., t]))
+    return torch.stack(out, -1)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("divide", [False, True])
+def test_agrees_with_a_computation_by_hand(bidirectional, divide):
+    mamba = layer(bidirectional=bidirectional, divide=divide)
+    w = dict(mamba.named_parameters())
+    assert w.keys() == (NAMES | FROM_THE_END if bidirectional else NAMES)
+    x = torch.randn(2, 9, 6, dtype=torch.float64)
+    inner, z = (x @ w["in_proj.weight"].T).transpose(1, 2).chunk(2, 1)
+    y = direction(w, inner, z, "", 3)
+    if bidirectional:
+        y = (y + direction(w, inner.flip(2), z.flip(2), "_b", 3).flip(2)) / (2 if divide else 1)
+    expected = y.transpose(1, 2) @ w["out_proj.weight"].T
+    torch.testing.assert_close(mamba(x), expected)
+    weight = torch.randn_like(expected)
+    wanted = torch.autograd.grad((expected * weight).sum(), list(w.values()))
+    for grad, want in zip(torch.autograd.grad((mamba(x) * weight).sum(), list(w.values())), wanted, strict=True):
+        torch.testing.assert_close(grad, want)
+
+
+@pytest.mark.parametrize("options", [{}, dict(d_conv=1, conv_bias=False), dict(dt_rank=2, expand=1, bias=True)])
+def test_steps_are_what_the_whole_gives(options):
+    mamba, x = layer(**options), torch.randn(3, 7, 6, dtype=torch.float64)
+    state = mamba.make_state(3)
+    steps = [mamba.step(x[:, t], state) for t in range(7)]
+    torch.testing.assert_close(torch.stack(steps, 1), mamba(x))
+
+
+def test_the_packages_serve_where_they_are(monkeypatch):
+    """By stand-ins of their interfaces: causal_conv1d for the convolution, mamba_ssm for the scan."""
+    with pytest.raises(UserError, match="causal_conv1d, which is not installed"):
+        layer(conv_backend="causal_conv1d")
+    calls, package = [], ModuleType("causal_conv1d")
+
+    def causal_conv1d_fn(x, weight, bias=None, activation=None):
+        calls.append(activation)
+        out = F.conv1d(F.pad(x, (weight.shape[1] - 1, 0)), weight[:, None], bias, groups=len(weight))
+        return F.silu(out)
+
+    package.causal_conv1d_fn = causal_conv1d_fn
+    monkeypatch.setitem(sys.modules, "causal_conv1d", package)
+    x = torch.randn(2, 9, 6, dtype=torch.float64)
+    expected = layer()(x)
+    monkeypatch.setattr(mamba1d, "find_spec", lambda name: object())
+    torch.testing.assert_close(layer(conv_backend="causal_conv1d")(x), expected)
+    torch.testing.assert_close(layer()(x), expected)
+    assert calls == ["silu"]  # on a CPU not by itself
+
+
+def test_mistakes_are_sentences():
+    with pytest.raises(UserError, match="conv_backend is 'cudnn'; choose one of auto, torch, causal_conv1d"):
+        layer(conv_backend="cudnn")
+    with pytest.raises(UserError, match="d_state is 0; it must be at least 1"):
+        layer(d_state=0)
+    with pytest.raises(UserError, match=r"the sequence has shape \(2, 6, 9\); it must be \(batch, length, 6\)"):
+        layer()(torch.zeros(2, 6, 9, dtype=torch.float64))
+    with pytest.raises(UserError, match="there is no step of it"):
+        mamba = layer(bidirectional=True)
+        mamba.step(torch.zeros(2, 6, dtype=torch.float64), mamba.make_state(2))
+
+
+def tiny_vim(**options):
+    torch.manual_seed(0)
+    return Vim(**dict(img_size=32, patch_size=8, embed_dim=16, depth=2, num_classes=5) | options)
+
+
+def test_vim_has_the_published_size_and_names():
+    model = timm.create_model("vim_tiny_patch16_224")
+    assert sum(parameter.numel() for parameter in model.parameters()) == 7_148_008  # 7M in arXiv 2401.09417, table 1
+    names = {name for name in model.state_dict() if not name.startswith("layers.")}
+    assert names == {
+        "cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias", "norm_f.weight", "head.weight",
+        "head.bias",
+    }  # fmt: skip
+    assert {name[9:] for name in model.state_dict() if name.startswith("layers.0.")} == {
+        "norm.weight", *(f"mixer.{name}" for name in NAMES | FROM_THE_END)
+    }  # fmt: skip
+
+
+def test_vim_by_hand():
+    model, x = tiny_vim().eval(), torch.randn(2, 3, 32, 32)
+    patches = model.patch_embed.proj(x).flatten(2).mT  # (2, 16, 16)
+    h = torch.cat([patches[:, :8], model.cls_token.expand(2, -1, -1), patches[:, 8:]], 1) + model.pos_embed
+    for each in model.layers:
+        h = h + each.mixer(h * (h.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * each.norm.weight)
+    h = h[:, 8]
+    h = h * (h.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * model.norm_f.weight
+    torch.testing.assert_close(model(x), model.head(h))
+
+
+def test_vim_trains_checkpointed_and_takes_weights_of_another_size(tmp_path):
+    model, x = tiny_vim(drop_path_rate=0.2).train(), torch.randn(2, 3, 32, 32)
+    gradients = []
+    for checkpointed in (False, True):
+        model.set_grad_checkpointing(checkpointed)
+        torch.manual_seed(1)
+        gradients.append(torch.autograd.grad(model(x).square().sum(), list(model.parameters())))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+    torch.save({"model": model.state_dict()}, tmp_path / "vim.pth")
+    small = dict(patch_size=8, embed_dim=16, depth=2, num_classes=5)
+    file = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / "vim.pth"), num_classes=5))
+    larger = timm.create_model("vim_tiny_patch16_224", img_size=48, **file, **small)
+    assert larger.pos_embed.shape == (1, 37, 16)
+    assert torch.equal(larger.pos_embed[:, 18], model.pos_embed[:, 8])  # the token's
+    with pytest.raises(UserError, match="images of 32 x 32 pixels; this model has positions for 48 x 48"):
+        larger(x)
+
+
+def test_the_blocks_of_the_page():
+    page = (Path(__file__).parents[2] / "docs" / "sequences.md").read_text()
+    blocks = re.findall(r"```python\n(.+?)```", page, re.S)
+    assert len(blocks) == 4
+    for block in blocks:
+        exec(block, {})
+
+
+def test_vim_is_built_by_a_config_and_its_operations_are_counted():
+    config = get_config("configs/vmamba_digits.yaml", ["MODEL.NAME", "timm/vim_tiny_patch16_224"])
+    model = build_model(config)
+    assert isinstance(model, Vim) and model.patch_embed.img_size == (32, 32)
+    one, two = (complexity(Vim(img_size=32, depth=depth), 32).macs for depth in (1, 2))
+    inner, rank, states, positions = 384, 12, 16, 5
+    each_way = inner * (rank + 2 * states) + rank * inner + inner * (9 * states + 1)  # projections and scan
+    convolution = 4 * inner * (positions + 3) / positions  # three positions too many are computed
+    a_layer = positions * (192 * 2 * inner + inner * 192 + 2 * (each_way + convolution))
+    assert two - one == pytest.approx(a_layer, rel=1e-3)

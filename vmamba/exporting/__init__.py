@@ -1,0 +1,178 @@
+"""Models as files for other programs: bare weights, torch.export's programs, AOTInductor's packages, ONNX."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from vmamba.config import image_size
+from vmamba.detection.mask_rcnn import MaskRCNN
+from vmamba.errors import UserError, unknown
+from vmamba.exporting import graphs, programs, weights
+from vmamba.files import check_writable
+from vmamba.models.backbone import Backbone
+from vmamba.models.backbones import TimmBackbone
+from vmamba.models.vssm import VSSM
+from vmamba.models.weights import unwrapped
+from vmamba.segmentation.upernet import UperNet
+from vmamba.values import Takes
+
+WEIGHTS = ("safetensors", "pth")
+SUFFIXES = {"safetensors": ".safetensors", "pth": ".pth", "torch": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
+DYNAMIC = ("batch", "size")
+SPELLINGS = ("ours", "released", "january")
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    format: str | None = None,
+    size: int | Sequence[int] | None = None,
+    dynamic: str | Sequence[str] = ("batch",),
+    spelling: str = "ours",
+    classes: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Path:
+    """Write `model` to a file for other programs.
+
+    Args:
+        model: what `create_model` or `load_model` gives, a `Backbone` (its file gives the maps of its stages) or a
+            segmenter, wrapped or not; its weights on any device.  It is left as it is; what is written is in eval mode,
+            on the CPU.
+        path: of the file.
+        format: None takes it from the suffix.  "safetensors" and "pth" hold the weights, and a classifier's config;
+            "torch" (.pt2) is a program of torch.export, "aoti" one compiled by AOTInductor, also .pt2, so asked for by
+            name; "onnx" an ONNX model of opset 18.  These three are not recorded for training.
+        size: a side of the images in pixels, or (height, width); None: that of a loaded classifier's run, or 224.
+        dynamic: what of the images a program leaves open, of "batch" and "size"; see `programs.open_sides`.
+        spelling: of weights: "ours", "released" or "january", see `to_released`.
+        classes: their names, which the file keeps, in weights and ONNX; None: those that a loaded model has.
+        mean, std: of a channel of the images, values in 0..1, likewise; None: of a loaded classifier's run, or
+            ImageNet's.
+
+    Returns the path.  Raises UserError, before any work, for what cannot be exported, and why.
+    """
+    path, model = Path(path), _known(model)
+    format = _format(path, format)
+    dynamic = _dynamic(dynamic)
+    if spelling not in SPELLINGS:
+        raise unknown("spelling", spelling, SPELLINGS)
+    facts = _facts(model)
+    facts |= {name: value for name, value in dict(classes=classes, mean=mean, std=std).items() if value is not None}
+    height, width = facts["size"] = _sides(facts["size"] if size is None else size)
+    about = weights.about(model, **facts)
+    if format in WEIGHTS:
+        held = weights.spelt(model, spelling)
+        check_writable(path)
+        weights.write(path, format, held, about)
+        return path
+    if spelling != "ours":
+        raise UserError(f"spelling is '{spelling}', and a file of {format} has no names of weights; leave it out")
+    _check_program(model, format, dynamic)
+    check_writable(path)
+    frozen = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    programs.set_backend(frozen, "reference")
+    images = _images(frozen, height, width)
+    if format == "onnx":
+        graphs.write(path, frozen, images, dynamic, about)
+    elif format == "torch":
+        programs.write(path, frozen, images, dynamic)
+    else:
+        programs.write_compiled(path, frozen, images, dynamic)
+    return path
+
+
+def _known(model: object) -> nn.Module:
+    inside = unwrapped(model) if isinstance(model, nn.Module) else model
+    if not isinstance(inside, (VSSM, Backbone, TimmBackbone, UperNet, MaskRCNN)):
+        raise UserError(
+            f"this is a {type(inside).__name__}; export takes what create_model, create_segmenter and Backbone give"
+        )
+    return inside
+
+
+def _facts(model: nn.Module) -> dict[str, Sequence[Any]]:
+    """Size, mean and deviation of the images, and the classes' names, as far as `load_model` has left them."""
+    facts: dict[str, Sequence[Any]] = dict(size=(224, 224), mean=IMAGENET[0], std=IMAGENET[1], classes=())
+    config, classes = getattr(model, "config", None), getattr(model, "class_names", ())
+    if len(classes) == getattr(model, "num_classes", None):  # another head may have come since
+        facts["classes"] = classes
+    if isinstance(model, VSSM) and isinstance(config, CfgNode):
+        facts |= dict(size=image_size(config), mean=config.DATA.MEAN, std=config.DATA.STD)
+    return facts
+
+
+def _format(path: Path, format: str | None) -> str:
+    if format is None:
+        found = [name for name, suffix in SUFFIXES.items() if suffix == path.suffix]
+        if not found:
+            known = ", ".join(dict.fromkeys(SUFFIXES.values()))
+            raise UserError(f"the suffix of '{path}' says no format; use one of {known}, or give the format")
+        return found[0]
+    if format not in SUFFIXES:
+        raise unknown("format", format, SUFFIXES)
+    if path.suffix != SUFFIXES[format]:
+        raise UserError(f"'{path}' is to be of the format {format}; let its name end in {SUFFIXES[format]}")
+    return format
+
+
+def _sides(size: int | Sequence[int]) -> tuple[int, int]:
+    size = Takes((int, [int]), at_least=1, at_most=2**15, length=2).check("size", size)
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _dynamic(dynamic: str | Sequence[str]) -> tuple[str, ...]:
+    dynamic = (dynamic,) if isinstance(dynamic, str) else tuple(dynamic)
+    for name in dynamic:
+        if name not in DYNAMIC:
+            raise unknown("word of dynamic", name, DYNAMIC)
+    return dynamic
+
+
+def _check_program(model: nn.Module, format: str, dynamic: Sequence[str]) -> None:
+    """Raises UserError where no program can be recorded of the model."""
+    if isinstance(model, MaskRCNN):
+        raise UserError(
+            "a detector gives as many boxes as it finds, which no recorded program does; export its maps: "
+            "vmamba.export(model.backbone, ...), or --part backbone"
+        )
+    if "size" in dynamic and isinstance(model, (UperNet, TimmBackbone)):
+        raise UserError(
+            f"a {type(model).__name__} can be recorded for one size of images alone (its pooling or padding depends on "
+            f"it); leave 'size' out of dynamic"
+        )
+    if "size" in dynamic and any(isinstance(each, VSSM) and each.pos_embed is not None for each in model.modules()):
+        raise UserError(
+            "a model with pos_embed resizes its map by the size of the images, so it can be recorded for one alone; "
+            "leave 'size' out of dynamic"
+        )
+    kinds = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
+    if kinds != {"float32"}:
+        raise UserError(
+            f"the weights are {', '.join(sorted(kinds))}, and a program is recorded in float32; export model.float() "
+            f"(docs/export.md says how files of float16 are made)"
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError("the weights are on the meta device, which holds no numbers; create the model on the CPU")
+    if format == "onnx":
+        graphs.check_installed("the format onnx", "onnx", "onnxscript")
+    if format == "aoti":
+        programs.check_compiler()
+
+
+@torch.no_grad()
+def _images(model: nn.Module, height: int, width: int) -> Tensor:
+    """Two images to record a program with.  Raises UserError where the model does not take them."""
+    whole = model.backbone if isinstance(model, UperNet) else model
+    whole = whole.model if isinstance(whole, Backbone) else whole
+    channels = whole.in_chans if isinstance(whole, VSSM) else whole.options.get("in_chans", 3)
+    images = torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0))
+    model(images[:1])
+    return images

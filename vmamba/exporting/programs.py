@@ -1,0 +1,81 @@
+"""Programs of torch.export, as they are and compiled by AOTInductor: PyTorch alone runs them."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vmamba.errors import UserError
+from vmamba.files import write_atomically
+from vmamba.models.ss2d import Mixer2D
+from vmamba.models.vssm import VSSM
+from vmamba_kernels.private import aoti_compile_and_package
+
+
+def set_backend(model: nn.Module, backend: str) -> None:
+    """Of every scan inside a model of any kind."""
+    for module in model.modules():
+        if isinstance(module, Mixer2D):
+            module.backend = backend
+
+
+def open_sides(model: nn.Module) -> tuple[int, int]:
+    """Least and most pixels of a side that a program leaves open, of a classifier or a backbone.
+
+    The last stage has two pixels at least, since torch.export takes a size of one for a constant; the first one 1024 at
+    most, for which the reference's rounds are enough.
+    """
+    inside = next(module for module in model.modules() if isinstance(module, VSSM))
+    return inside.patch_size * 2 ** len(inside.layers), 1024 * inside.patch_size
+
+
+@torch.no_grad()
+def recorded(model: nn.Module, images: Tensor, dynamic: Sequence[str]) -> torch.export.ExportedProgram:
+    """`model` as a program, with the operators of its scans' backend.
+
+    Args:
+        images: two, to record with.
+        dynamic: see `vmamba.export`.
+    """
+    shape: dict[int, torch.export.Dim] = {}
+    if "batch" in dynamic:
+        shape[0] = torch.export.Dim("batch")
+    else:
+        images = images[:1]
+    if "size" in dynamic:
+        least, most = open_sides(model)
+        images = images.new_zeros((*images.shape[:2], 5 * least, 6 * least))
+        shape |= {side: torch.export.Dim(name, min=least, max=most) for side, name in ((2, "height"), (3, "width"))}
+    program = torch.export.export(model, (images,), dynamic_shapes=(shape,), strict=False)
+    for module in program.graph_module.modules():
+        for node in getattr(module, "graph", torch.fx.Graph()).nodes:
+            node.meta.pop("stack_trace", None)  # paths of this machine
+    return program
+
+
+def write(path: Path, model: nn.Module, images: Tensor, dynamic: Sequence[str]) -> None:
+    """For `torch.export.load(path).module()(images)`."""
+    program = recorded(model, images, dynamic)
+    write_atomically(path, lambda file: torch.export.save(program, file))
+
+
+def write_compiled(path: Path, model: nn.Module, images: Tensor, dynamic: Sequence[str]) -> None:
+    """For PyTorch's `aoti_load_package(path)(images)`, on a CPU of this kind."""
+    program = recorded(model, images, dynamic)
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(aoti_compile_and_package(program, package_path=str(Path(folder, "model.pt2"))))
+        write_atomically(path, lambda file: file.write(package.read_bytes()))
+
+
+def check_compiler() -> None:
+    """Raises UserError where AOTInductor finds no compiler of C++."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise UserError(
+            f"the format aoti needs a compiler of C++, and there is no '{compiler}'; install one, or name it in CXX, "
+            f"or use the format torch"
+        )

@@ -1,0 +1,163 @@
+"""Mamba's layer for sequences (arXiv 2312.00752, section 3.4), one way or both as Vim has it (arXiv 2401.09417).
+
+The names of parameters are those of `mamba_ssm.modules.mamba_simple.Mamba`, and of Vim's copy of it, so that their
+weights load.
+"""
+
+import math
+from importlib import import_module
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vmamba.errors import UserError
+from vmamba.models.ss2d import step_biases
+from vmamba_kernels.mamba import selective_scan_fn, selective_state_update
+
+CONVOLUTIONS = ("auto", "torch", "causal_conv1d")
+
+
+class MambaState(NamedTuple):
+    """What a layer keeps between positions; `Mamba1D.step` changes it in place."""
+
+    inputs: Tensor  # (batch, d_inner, d_conv), of the convolution, the last position last
+    scan: Tensor  # (batch, d_inner, d_state)
+
+
+class Mamba1D(nn.Module):
+    """A projection to twice `expand` channels, a causal depthwise convolution, SiLU, the scan, a gate, a projection.
+
+    Args:
+        d_model: channels in and out.
+        d_state: of the scan.
+        d_conv: positions that the convolution sees, this one and those before it.
+        expand: channels inside, in those outside.
+        dt_rank: of the step projection; "auto": d_model / 16, rounded up.
+        conv_bias, bias: of the convolution, and of the projections in and out.
+        bidirectional: also walk from the end, with a convolution, a projection and a scan of its own, and take the mean
+            of both (Vim's "v2"; `divide` False: the sum).
+        scan_backend: of `vmamba_kernels.backends()`, such as "mamba_ssm"; "auto" takes the fastest that can serve.
+        conv_backend: "torch"; "causal_conv1d", that package's kernel for a GPU; "auto": that where it is installed and
+            the input is on a GPU.
+
+    Raises UserError for a number below 1 and for an unknown or absent backend of the convolution.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | str = "auto",
+        conv_bias: bool = True,
+        bias: bool = False,
+        bidirectional: bool = False,
+        divide: bool = True,
+        scan_backend: str = "auto",
+        conv_backend: str = "auto",
+    ):
+        super().__init__()
+        self.d_model, self.d_state, self.d_conv, self.d_inner = d_model, d_state, d_conv, int(expand * d_model)
+        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        for name in ("d_model", "d_state", "d_conv", "d_inner", "dt_rank"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if conv_backend not in CONVOLUTIONS:
+            raise UserError(f"conv_backend is {conv_backend!r}; choose one of {', '.join(CONVOLUTIONS)}")
+        if conv_backend == "causal_conv1d" and find_spec("causal_conv1d") is None:
+            raise UserError(
+                "conv_backend is causal_conv1d, which is not installed (pip install causal-conv1d); choose torch"
+            )
+        self.bidirectional, self.divide = bidirectional, divide
+        self.scan_backend, self.conv_backend = scan_backend, conv_backend
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias)
+        for end in ("", "_b") if bidirectional else ("",):
+            self._make_direction(end, conv_bias)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
+
+    def _make_direction(self, end: str, conv_bias: bool) -> None:
+        """What a direction has of its own; `end` is "_b" in the names of the one from the end."""
+        inner, rank, states = self.d_inner, self.dt_rank, self.d_state
+        conv = nn.Conv1d(inner, inner, self.d_conv, groups=inner, padding=self.d_conv - 1, bias=conv_bias)
+        projection, steps = nn.Linear(inner, rank + 2 * states, bias=False), nn.Linear(rank, inner)
+        nn.init.uniform_(steps.weight, -(rank**-0.5), rank**-0.5)
+        with torch.no_grad():
+            steps.bias.copy_(step_biases(inner))
+        A_log = nn.Parameter(torch.arange(1.0, states + 1).log().repeat(inner, 1))
+        setattr(self, f"conv1d{end}", conv)
+        setattr(self, f"x_proj{end}", projection)
+        setattr(self, f"dt_proj{end}", steps)
+        setattr(self, "A_b_log" if end else "A_log", A_log)
+        setattr(self, f"D{end}", nn.Parameter(torch.ones(inner)))
+
+    def set_backend(self, backend: str) -> None:
+        """Of the scan."""
+        self.scan_backend = backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, length, d_model) -> (batch, length, d_model).  Raises UserError for another shape."""
+        if x.dim() != 3 or x.shape[2] != self.d_model:
+            raise UserError(f"the sequence has shape {tuple(x.shape)}; it must be (batch, length, {self.d_model})")
+        x, z = self.in_proj(x).transpose(1, 2).chunk(2, dim=1)  # (batch, d_inner, length)
+        y = self._scan(x, z, "")
+        if self.bidirectional:
+            y = y + self._scan(x.flip(2), z.flip(2), "_b").flip(2)
+            y = y / 2 if self.divide else y
+        return self.out_proj(y.transpose(1, 2))
+
+    def _scan(self, x: Tensor, z: Tensor, end: str) -> Tensor:
+        """One direction, (batch, d_inner, length), gated."""
+        x = self._convolve(x, getattr(self, f"conv1d{end}"))
+        dt, B, C = self._project(x.transpose(1, 2), end)
+        dt = F.linear(dt, getattr(self, f"dt_proj{end}").weight).transpose(1, 2)
+        return selective_scan_fn(
+            x, dt, self._A(end), B.transpose(1, 2), C.transpose(1, 2), getattr(self, f"D{end}"), z,
+            delta_bias=getattr(self, f"dt_proj{end}").bias, delta_softplus=True, backend=self.scan_backend,
+        )  # fmt: skip
+
+    def _project(self, x: Tensor, end: str) -> tuple[Tensor, Tensor, Tensor]:
+        """x (..., d_inner) -> the numbers of the steps (..., dt_rank), B and C (..., d_state)."""
+        return getattr(self, f"x_proj{end}")(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+
+    def _A(self, end: str) -> Tensor:
+        A_log = self.A_b_log if end else self.A_log
+        return -A_log.to(torch.promote_types(A_log.dtype, torch.float32)).exp()
+
+    def _convolve(self, x: Tensor, conv: nn.Conv1d) -> Tensor:
+        """SiLU of the convolution of what came before and is, (batch, d_inner, length)."""
+        here = self.conv_backend == "auto" and x.is_cuda and find_spec("causal_conv1d") is not None
+        if here or self.conv_backend == "causal_conv1d":
+            convolve = import_module("causal_conv1d").causal_conv1d_fn
+            bias = None if conv.bias is None else conv.bias.to(x.dtype)
+            return convolve(x, conv.weight.squeeze(1).to(x.dtype), bias, activation="silu")
+        return F.silu(conv(x)[..., : x.shape[2]])
+
+    def make_state(self, batch: int) -> MambaState:
+        """The state before the first position, zeros, for `step`."""
+        weight = self.conv1d.weight
+        scan = weight.new_zeros(batch, self.d_inner, self.d_state, dtype=self._A("").dtype)
+        return MambaState(weight.new_zeros(batch, self.d_inner, self.d_conv), scan)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, state: MambaState) -> Tensor:
+        """The next position alone, (batch, d_model) -> (batch, d_model): what `forward` gives there, with no gradient.
+
+        Raises UserError for a layer that also walks from the end.
+        """
+        if self.bidirectional:
+            raise UserError("a bidirectional layer needs the whole sequence; there is no step of it")
+        x, z = self.in_proj(x).chunk(2, dim=1)
+        state.inputs.copy_(torch.cat((state.inputs[..., 1:], x[..., None].to(state.inputs.dtype)), -1))
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        x = (state.inputs * weight).sum(-1).to(x.dtype)
+        x = F.silu(x if bias is None else x + bias)
+        dt, B, C = self._project(x, "")
+        dt = F.linear(dt, self.dt_proj.weight)
+        y = selective_state_update(
+            state.scan, x, dt, self._A(""), B, C, self.D, z, dt_bias=self.dt_proj.bias, dt_softplus=True
+        )
+        return self.out_proj(y)

@@ -1,0 +1,184 @@
+"""Vim (arXiv 2401.09417): a plain stack of bidirectional Mamba layers on patches, the 1-D baseline beside VMamba.
+
+Registered with timm, so `MODEL.NAME timm/vim_tiny_patch16_224` trains it in this loop.  The names of its parameters are
+those of its authors' code, so that their weights load (`timm.create_model("vim_tiny_patch16_224", pretrained=True,
+pretrained_cfg_overlay=dict(file=...))`).
+"""
+
+from typing import Any
+
+import torch
+from timm.layers import DropPath, PatchEmbed, resample_abs_pos_embed, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vmamba.errors import UserError
+from vmamba.models.mamba1d import Mamba1D
+
+__all__ = ["Vim"]
+
+
+class RMSNorm(nn.Module):
+    """x divided by the root of its mean square over the channels, in float32, times a weight (arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return nn.functional.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x.dtype)
+
+
+class Layer(nn.Module):
+    """x + mixer(norm(x))."""
+
+    def __init__(self, dim: int, drop_path: float, **options: Any):
+        super().__init__()
+        self.norm, self.mixer, self.drop_path = (
+            RMSNorm(dim),
+            Mamba1D(dim, bidirectional=True, **options),
+            DropPath(drop_path),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.mixer(self.norm(x)))
+
+
+class Vim(nn.Module):
+    """Patches with a class token in their middle and learned positions, through `depth` layers; the classifier reads
+    the token.
+
+    Args:
+        img_size: height and width of the images, which the positions belong to.
+        drop_path_rate: of the last layer; those before it rise to it from 0.
+        mixer_options: of `Mamba1D`.
+
+    Raises UserError for images of another size than `img_size`.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 192,
+        depth: int = 24,
+        drop_path_rate: float = 0.0,
+        drop_rate: float = 0.0,
+        **mixer_options: Any,
+    ):
+        super().__init__()
+        self.num_classes, self.num_features, self.embed_dim = num_classes, embed_dim, embed_dim
+        self.grad_checkpointing = False
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, strict_img_size=False)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + 1, embed_dim))
+        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        self.layers = nn.ModuleList(Layer(embed_dim, rate, **mixer_options) for rate in rates)
+        self.norm_f = RMSNorm(embed_dim)
+        self.drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        trunc_normal_(self.cls_token, std=0.02)
+        trunc_normal_(self.pos_embed, std=0.02)
+        if num_classes:
+            trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+        for layer in self.layers:  # as GPT-2: the sum of so many branches keeps its size
+            with torch.no_grad():
+                layer.mixer.out_proj.weight /= depth**0.5
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, patches + 1, embed_dim), the class token at (patches) // 2."""
+        if tuple(x.shape[2:]) != tuple(self.patch_embed.img_size):
+            height, width = self.patch_embed.img_size
+            raise UserError(
+                f"images of {x.shape[2]} x {x.shape[3]} pixels; this model has positions for {height} x {width}, give "
+                "img_size when it is made"
+            )
+        x = self.patch_embed(x)
+        before, behind = x.tensor_split([x.shape[1] // 2], dim=1)
+        x = torch.cat((before, self.cls_token.expand(len(x), -1, -1), behind), dim=1) + self.pos_embed
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False) if self.grad_checkpointing and self.training else layer(x)
+        return self.norm_f(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.drop(x[:, (x.shape[1] - 1) // 2])
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    # What timm's models have, for what is written for them.
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Positions, token, and what the scans decay by."""
+        scans = {name for name, _ in self.named_parameters() if name.endswith((".A_log", ".A_b_log", ".D", ".D_b"))}
+        return {"pos_embed", "cls_token"} | scans
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameters by depth, for rates that fall layer by layer."""
+        return dict(
+            stem=r"^cls_token|pos_embed|patch_embed", blocks=[(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))]
+        )
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+
+
+def _to_size(state_dict: dict[str, Tensor], model: Vim) -> dict[str, Tensor]:
+    """Weights of a file for `model`, positions resized where its images have another size."""
+    weights = state_dict.get("model", state_dict)
+    positions, own = weights.get("pos_embed"), model.pos_embed
+    if positions is None or positions.shape == own.shape:
+        return weights
+    middle = (positions.shape[1] - 1) // 2
+    patches = torch.cat((positions[:, :middle], positions[:, middle + 1 :]), dim=1)
+    size = list(model.patch_embed.grid_size)
+    patches = resample_abs_pos_embed(patches, new_size=size, num_prefix_tokens=0)
+    middle_now = patches.shape[1] // 2
+    resized = torch.cat((patches[:, :middle_now], positions[:, middle : middle + 1], patches[:, middle_now:]), dim=1)
+    return {**weights, "pos_embed": resized}
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        name: dict(
+            url="", num_classes=1000, input_size=(3, 224, 224), crop_pct=0.9, interpolation="bicubic",
+            fixed_input_size=True, first_conv="patch_embed.proj", classifier="head", paper_ids="arXiv:2401.09417",
+            paper_name="Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model",
+            origin_url="https://github.com/hustvl/Vim",
+        )
+        for name in ("vim_tiny_patch16_224", "vim_small_patch16_224")
+    }
+)  # fmt: skip
+
+
+def _build(variant: str, pretrained: bool, **options: Any) -> Vim:
+    return build_model_with_cfg(Vim, variant, pretrained, pretrained_filter_fn=_to_size, **options)
+
+
+@register_model
+def vim_tiny_patch16_224(pretrained: bool = False, **options: Any) -> Vim:
+    """Vim-Ti: 7M parameters."""
+    return _build("vim_tiny_patch16_224", pretrained, **dict(embed_dim=192, depth=24) | options)
+
+
+@register_model
+def vim_small_patch16_224(pretrained: bool = False, **options: Any) -> Vim:
+    """Vim-S: 26M parameters."""
+    return _build("vim_small_patch16_224", pretrained, **dict(embed_dim=384, depth=24) | options)
