@@ -325,6 +325,10 @@ def test_policies_at_full_magnitude_take_every_image(policy, channels):
             "MODEL.IN_CHANS 4 AUG.AUTO_AUGMENT null AUG.COLOR_JITTER 0 DATA.INTERPOLATION lanczos",
             "DATA.INTERPOLATION is lanczos, and with MODEL.IN_CHANS 4 it can be nearest, bilinear, bicubic",
         ),
+        (
+            "MODEL.IN_CHANS 4 AUG.AUTO_AUGMENT null AUG.COLOR_JITTER 0 DATA.DECODE torchvision",
+            "DATA.DECODE is torchvision, and MODEL.IN_CHANS 4; set DATA.DECODE pillow, which reads .npy",
+        ),
         ("MODEL.IN_CHANS 1", r"DATA.MEAN is \[0.485, 0.456, 0.406\]; expected one number"),
     ],
 )

@@ -56,7 +56,7 @@ def build_transform(config: CfgNode, training: bool) -> Callable[[Image.Image | 
     of_tensors = config.DATA.DECODE == "torchvision"
 
     def transform(image: Image.Image | Tensor) -> Tensor:
-        image = pil_to_tensor(image) if of_tensors and not isinstance(image, Tensor) else image
+        image = pil_to_tensor(image) if of_tensors else image
         return normalise(collate([(to_pixels(image), 0)]))[0][0]
 
     return transform
@@ -128,6 +128,10 @@ def _check_bands(config: CfgNode, training: bool) -> None:
     for key, (value, off) in settings.items():
         if training and value:
             raise UserError(f"{key} is {value} and {channels}; colours are of 1 and 3 channels, so set {key} {off}")
+    if config.DATA.DECODE != "pillow":
+        raise UserError(
+            f"DATA.DECODE is {config.DATA.DECODE}, and {channels}; set DATA.DECODE pillow, which reads .npy"
+        )
     if config.DATA.INTERPOLATION not in _OF_TENSORS:
         known = ", ".join(_OF_TENSORS)
         raise UserError(f"DATA.INTERPOLATION is {config.DATA.INTERPOLATION}, and with {channels} it can be {known}")

@@ -66,7 +66,7 @@ def decode(image: Image.Image | bytes | str | Path | BinaryIO, channels: int, na
 
 
 def decode_pixels(image: Image.Image | bytes | str | Path | BinaryIO, channels: int, name: str | Path) -> Tensor:
-    """What `decode` gives, as a tensor (channels, H, W), uint8; JPEGs decoded by torchvision, which is faster.
+    """What `decode` gives of gray or RGB, as a tensor (channels, H, W), uint8; JPEGs decoded by torchvision, which is faster.
 
     That is for JPEGs of gray or RGB that need no conversion but from gray to RGB; the others are Pillow's.  Raises
     UnreadableImage.
@@ -75,11 +75,10 @@ def decode_pixels(image: Image.Image | bytes | str | Path | BinaryIO, channels: 
         if isinstance(image, (str, Path)):
             image = Path(image).read_bytes()
         if isinstance(image, bytes):
-            opened = _open(image) if channels in COLOURS else None
-            if opened and opened.format == "JPEG" and opened.mode in ("L", _mode(channels)):
+            opened = _open(image)
+            if opened.format == "JPEG" and opened.mode in ("L", _mode(channels)):
                 return _decode_jpeg(image, channels)
-    decoded = decode(image, channels, name)
-    return decoded if isinstance(decoded, Tensor) else pil_to_tensor(decoded)
+    return pil_to_tensor(decode(image, channels, name))
 
 
 def check_decoder() -> None:
