@@ -66,9 +66,9 @@ def decode(image: Image.Image | bytes | str | Path | BinaryIO, channels: int, na
 
 
 def decode_pixels(image: Image.Image | bytes | str | Path | BinaryIO, channels: int, name: str | Path) -> Tensor:
-    """What `decode` gives of gray or RGB, as a tensor (channels, H, W), uint8; JPEGs decoded by torchvision, which is faster.
+    """What `decode` gives of gray or RGB, as a tensor (channels, H, W), uint8; JPEGs by torchvision, which is faster.
 
-    That is for JPEGs of gray or RGB that need no conversion but from gray to RGB; the others are Pillow's.  Raises
+    Those are JPEGs of gray or RGB that need no conversion but from gray to RGB; the others are Pillow's.  Raises
     UnreadableImage.
     """
     with reading(name):
