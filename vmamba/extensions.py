@@ -53,14 +53,18 @@ def import_modules(names: Sequence[str]) -> None:
     """
     here = os.getcwd()
     if names and here not in sys.path:
-        sys.path.append(here)
+        sys.path.insert(0, here)
     for name in names:
+        if name.startswith(".") or "/" in name:
+            raise UserError(
+                f"IMPORT names '{name}', which is no module; give its name, without .py and with dots for slashes"
+            )
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise  # of a module that this one imports
-            remedy = "; give its name, without .py and with dots for slashes" if "/" in name or ".py" in name else ""
+            remedy = "; give its name without .py" if name.endswith(".py") else ""
             raise UserError(
                 f"IMPORT names '{name}', and there is no such module in '{here}', nor where Python looks (PYTHONPATH)"
                 f"{remedy}"

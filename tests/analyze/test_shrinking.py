@@ -61,6 +61,16 @@ def test_what_is_whole_is_kept_and_the_rest_made_again(folder, tmp_path):
     assert {path: path.read_bytes() for path in (out / "train").rglob("*.*")} == first
 
 
+def test_no_image_takes_the_name_of_another_and_small_ones_are_read(folder, tmp_path):
+    broken = (folder / "train/b/small.jpg").read_bytes()
+    (folder / "train/b/half.jpg").write_bytes(broken[: len(broken) // 2])
+    result = shrink(str(folder), output=str(tmp_path / "out"), side=64, workers=1)
+    assert len(result["unreadable"]) == 2 and not (tmp_path / "out/train/b/half.jpg").exists()
+    Image.new("RGB", (120, 120)).save(folder / "train/b/deep/p.png.jpg")
+    with pytest.raises(UserError, match="would become 'p.png.jpg', a name that lies beside it; rename one"):
+        shrink(str(folder), output=str(tmp_path / "other"), side=64, workers=1)
+
+
 def test_mistakes_are_sentences(folder, tmp_path):
     out = str(tmp_path / "out")
     shrink(str(folder), output=out, side=64, workers=1)

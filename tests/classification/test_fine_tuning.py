@@ -208,3 +208,23 @@ def test_predictions_of_an_evaluation_by_image(tmp_path, workers):
             assert float(row["probability_of_label"]) == pytest.approx(chances[label], abs=1e-5)
     right = sum(row["label"] == row["prediction"] for row in rows)
     assert results["acc1"] == pytest.approx(100 * right / 11)
+
+
+@pytest.mark.parametrize("targets, words", [
+    (["p", "q", "p"], "the first that is not is 'p'"),
+    ([0, 1, 2], "the first that is not is 2"),
+    ([0, 1], "there are 2"),
+])  # fmt: skip
+def test_targets_that_are_no_classes_are_refused(targets, words):
+    """They would make every weight 0, or a class come twice as often as others."""
+
+    class Samples:
+        def __len__(self):
+            return 3
+
+    samples = Samples()
+    samples.targets = targets
+    source = Source(samples, place="mine")
+    config = get_config("configs/vmamba_digits.yaml", ["MODEL.NUM_CLASSES", 2])
+    with pytest.raises(UserError, match=f"must be numbers from 0 to 1, one for each of its 3 images, and {words}"):
+        LabelledImages(config, source).class_counts()

@@ -67,7 +67,10 @@ IMAGE = "train/class0/0.png"
     (f'{IMAGE},a\n"{IMAGE},b\n', "train.csv', line 2: unexpected end of data; mend it"),
     ("image,label\n", "train.csv' names no image; give it lines of an image, a comma and a label"),
     (f"{IMAGE},3\n", r"train.csv' has labels up to 3 and no image of 0, 1, 2; number the classes from 0 on"),
-    (f"{IMAGE},9999999999\n", r"train.csv' has labels up to 9999999999 and no image of \.\.\.; number the classes"),
+    (f"{IMAGE},9999999999\n", r"line 1: label 9999999999 is no class's number"),
+    (f"{IMAGE},0\ntrain/class1/1.png,01\n", "line 2: label 01 is no class's number as 0, 1, 2, ... are"),
+    (f"{IMAGE},0\ntrain/class1/1.png,-1\n", "line 2: label -1 is no class's number as 0, 1, 2, ... are"),
+    (f"{IMAGE},0\ntrain/class1/../class0/0.png,1\n", r"line 2: 'train/class1/../class0/0.png' stands in .*line 1 already"),
     (f"{IMAGE},a\ntrain/class1/1.png,b\n", r"train.csv' has 2 classes \(a, b\), but MODEL.NUM_CLASSES is 6"),
 ])  # fmt: skip
 def test_a_wrong_line_is_named(tmp_path, text, words):

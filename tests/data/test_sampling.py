@@ -20,15 +20,15 @@ from ..classification.tiny import tiny_config
 
 def test_a_balanced_epoch_has_as_many_of_each_class():
     labels = [0] * 50 + [1] * 7 + [4] * 3 + [0] * 3  # of 63 images 21 a class
-    order = balanced(5, 0, labels)
+    order = balanced(5, 0, labels, len(labels))
     assert Counter(labels[index] for index in order) == {0: 21, 1: 21, 4: 21}
     counts = Counter(order)
     assert {counts[index] for index, label in enumerate(labels) if label == 1} == {3}
     assert {counts[index] for index, label in enumerate(labels) if label == 4} == {7}
     assert {counts[index] for index, label in enumerate(labels) if label == 0} == {0, 1}
-    assert Counter(Counter(labels[index] for index in balanced(0, 0, labels[:62])).values()) == {21: 2, 20: 1}
-    assert len({tuple(balanced(seed, epoch, labels)) for seed in (0, 1) for epoch in (0, 1)}) == 4
-    assert balanced(5, 0, labels) == order and order[:21] != sorted(order[:21])
+    assert Counter(Counter(labels[index] for index in balanced(0, 0, labels[:62], 62)).values()) == {21: 2, 20: 1}
+    assert len({tuple(balanced(seed, epoch, labels, len(labels))) for seed in (0, 1) for epoch in (0, 1)}) == 4
+    assert balanced(5, 0, labels, len(labels)) == order and order[:21] != sorted(order[:21])
     first = order[:21]  # mixed, not class by class
     assert len({labels[index] for index in first}) == 3
     assert numbered([3, 5, 3, 3]) == [(3,), (5,), (3, 1), (3, 2)]
@@ -42,7 +42,9 @@ def test_repeats_are_timms(world, accumulation):
     shuffled = permutation(config.SEED, 2, images).tolist()
     seen = []
     for rank in range(world):
-        batches = TrainingBatches(config, images, rank, world, None, lambda _: repeated(shuffled, 3), deal=True)
+        batches = TrainingBatches(
+            config, images, rank, world, None, lambda _: repeated(shuffled, 3, len(shuffled)), deal=True
+        )
         batches.epoch = 2
         mine = [*batches]
         batches.start = 1
@@ -74,3 +76,11 @@ def test_a_balanced_sampler_needs_labels(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "open_dataset", lambda *_, **__: Source(range(30), place="hfds/any"))
     with pytest.raises(UserError, match="SAMPLER is balanced, and DATA.DATASET 'imagenet' tells labels with images"):
         build_train_loader(tiny_config(tmp_path, "DATA.SAMPLER", "balanced"), rank=0, world_size=1)
+
+
+def test_what_repeats_is_balanced_too():
+    """Of ten classes of twelve images, each shown ten times: all classes, as often as each other."""
+    labels = [index % 10 for index in range(120)]
+    order = repeated(balanced(0, 0, labels, 12), 10, 120)
+    counts = Counter(labels[index] for index in order)
+    assert len(order) == 120 and len(counts) == 10 and set(counts.values()) <= {10, 20}

@@ -26,12 +26,15 @@ from vmamba.text import counted
 _SIMILARITIES = 2**26  # held at a time, of some held-out images with all training images
 
 
+NEIGHBOURS = (10, 20, 100, 200)  # DINO's
+
+
 def knn(
     run: str | None = None,
     *,
     cfg: str | None = None,
     opts: Sequence[str] = (),
-    k: Sequence[int] = (10, 20, 100, 200),
+    k: Sequence[int] = NEIGHBOURS,
     temperature: float = 0.07,
     weights: str = "auto",
     device: str = "auto",
@@ -46,7 +49,7 @@ def knn(
         cfg: a config that says model and data in the place of the run's own; without a run its MODEL.PRETRAINED is
             loaded, or nothing.
         opts: KEY VALUE ... on top of the config, such as DATA.DATA_PATH.
-        k: numbers of neighbours; a number above that of the training images is an error.
+        k: numbers of neighbours; of those that nobody chose the ones that there are training images for.
         temperature: of the neighbours' weights.
         weights: as of `vmamba.load_checkpoint`.
 
@@ -67,8 +70,10 @@ def knn(
     if start:
         load_pretrained(model, start, drop_head=True)
     train, held_out = (build_eval_loader(config, rank=0, world_size=1, split=split) for split in ("train", "val"))
+    if tuple(k) == NEIGHBOURS:
+        k = [count for count in k if count <= train.images] or [train.images]
     if max(k) > train.images:
-        raise UserError(f"k is {max(k)}, and there are {counted(train.images, 'training image')}; choose less")
+        raise UserError(f"k is {max(k)}, and there are {counted(train.images, 'training image')}; choose less with --k")
     model.to(place).eval()
     known, labels = features(config, model, train, place)
     asked, truth = features(config, model, held_out, place)

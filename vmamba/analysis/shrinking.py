@@ -115,8 +115,15 @@ def _shrink_one(path: str, source: Path, target: Path, side: int, quality: int) 
         small = min(width, height) <= side
         scale = side / min(width, height)
         size = max(side, round(width * scale)), max(side, round(height * scale))
-        if not small and kind != "JPEG":
+        if small:
+            decode(data, 3, path)  # which fails where the file is broken off
+        elif kind != "JPEG":
             place = place.with_name(f"{place.name}.jpg")
+            if Path(path).with_name(place.name).exists():
+                raise UserError(
+                    f"'{printable(path)}' would become '{printable(place.name)}', a name that lies beside it; "
+                    "rename one"
+                )
         there = place.read_bytes() if place.is_file() else b""
         if len(there) == len(data) if small else _is_jpeg_of(there, size):
             return "kept", len(data), len(there)

@@ -3,6 +3,7 @@ it is computed with."""
 
 from collections import Counter
 from collections.abc import Callable
+from numbers import Integral
 
 from PIL import Image
 from torch import Tensor
@@ -36,7 +37,7 @@ def _order(config: CfgNode, images: "LabelledImages") -> Order | None:
     is_balanced, repeats = config.DATA.SAMPLER == "balanced", config.AUG.REPEATS
     if not is_balanced and repeats == 1:
         return None
-    labels = images.source.labels() if is_balanced else None
+    labels = images.labels() if is_balanced else None
     if is_balanced and labels is None:
         raise UserError(
             f"DATA.SAMPLER is balanced, and DATA.DATASET '{config.DATA.DATASET}' tells labels with images only; set it "
@@ -45,8 +46,10 @@ def _order(config: CfgNode, images: "LabelledImages") -> Order | None:
 
     def order(epoch: int) -> list[int]:
         if labels is None:
-            return repeated(permutation(config.SEED, epoch, len(images)).tolist(), repeats)
-        return repeated(balanced(config.SEED, epoch, labels), repeats)
+            shown = permutation(config.SEED, epoch, len(images)).tolist()
+        else:
+            shown = balanced(config.SEED, epoch, labels, -(-len(images) // repeats))
+        return repeated(shown, repeats, len(images))
 
     return order
 
@@ -88,11 +91,27 @@ class LabelledImages:
 
     def class_counts(self) -> list[int] | None:
         """Of each class its images; None where only reading every image would tell."""
-        labels = self.source.labels()
+        labels = self.labels()
         if labels is None:
             return None
         counts = Counter(labels)
         return [counts[label] for label in range(self.classes)]
+
+    def labels(self) -> list[int] | None:
+        """Of all images; None where only reading every image would tell.  Raises UserError where what a data set tells
+        are not the model's classes, one of each image."""
+        found = self.source.labels()
+        if found is None:
+            return None
+        found = found.tolist() if hasattr(found, "tolist") else list(found)
+        wrong = [label for label in found if not (isinstance(label, Integral) and 0 <= label < self.classes)]
+        if wrong or len(found) != len(self):
+            what = f"the first that is not is {wrong[0]!r:.40}" if wrong else f"there are {len(found):,}"
+            raise UserError(
+                f"the targets that the data set tells must be numbers from 0 to {self.classes - 1}, one for each of "
+                f"its {len(self):,} images, and {what}; mend its targets, or leave them out"
+            )
+        return [int(label) for label in found]
 
 
 class OnImage:

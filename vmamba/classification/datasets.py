@@ -72,7 +72,7 @@ class Source:
     def labels(self) -> Sequence[int] | None:
         """Of all samples; None where only reading every image would tell."""
         if isinstance(self.samples, list):
-            return [label for _, label in self.samples]
+            return [sample[1] for sample in self.samples]
         return getattr(self.samples, "targets", None)
 
 

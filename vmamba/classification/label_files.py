@@ -1,7 +1,9 @@
 """CSV files that say which images there are and of which class each is."""
 
 import csv
+import io
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,25 +29,30 @@ def read_labels(path: Path, root: Path, check: bool = True) -> list[Line]:
     Raises UserError, naming the line, for what is none, an image that is listed twice, and, with `check`, one that is
     not there.
     """
-    rows = csv.reader(read_text(path).splitlines(), skipinitialspace=True, strict=True)
-    lines: dict[str, Line] = {}
+    rows = csv.reader(io.StringIO(read_text(path), newline=""), skipinitialspace=True, strict=True)
+    lines: dict[str, Line] = {}  # by the image's path, however it is spelled
+    first = True
     try:
         for row in rows:
             place = f"'{printable(path)}', line {rows.line_num}"
             fields = [field.strip() for field in row]
-            if not any(fields) or (rows.line_num == 1 and [field.lower() for field in fields] == HEADER):
+            if not any(fields):
+                continue
+            is_first, first = first, False
+            if is_first and [field.lower() for field in fields] == HEADER:
                 continue
             if len(fields) != 2 or not all(fields):
                 raise UserError(
                     f"{place}: '{printable(','.join(row))}' is not an image and a label with a comma between"
                 )
             image = os.path.join(root, fields[0])
-            if image in lines:
-                raise UserError(f"{place}: '{printable(fields[0])}' stands in {lines[image].place} already; remove one")
+            known = lines.get(os.path.normpath(image))
+            if known:
+                raise UserError(f"{place}: '{printable(fields[0])}' stands in {known.place} already; remove one")
             if check and what_is(image) != "file":
-                header = f"; a line of names is {','.join(HEADER)}" if rows.line_num == 1 else ""
+                header = f"; a line of names is {','.join(HEADER)}" if is_first else ""
                 raise UserError(f"{place}: there is no file '{printable(image)}'; mend or remove the line{header}")
-            lines[image] = Line(image, fields[1], place)
+            lines[os.path.normpath(image)] = Line(image, fields[1], place)
     except csv.Error as error:
         raise UserError(f"'{printable(path)}', line {rows.line_num}: {error}; mend it") from error
     if not lines:
@@ -59,11 +66,17 @@ def classes_of(lines: Sequence[Line]) -> list[str]:
     Raises UserError for numbers that leave a class out.
     """
     labels = {line.label for line in lines}
-    if not all(label.isdecimal() for label in labels):
+    if not all(label.removeprefix("-").isdecimal() for label in labels):
         return sorted(labels)
+    for line in lines:
+        if not re.fullmatch("0|[1-9][0-9]{0,5}", line.label):
+            raise UserError(
+                f"{line.place}: label {printable(line.label):.40} is no class's number as 0, 1, 2, ... are; write it "
+                "so, or give all classes names"
+            )
     numbers = {int(label) for label in labels}
-    missing = sorted({*range(max(numbers) + 1)} - numbers) if max(numbers) < 10**6 else ["..."]
-    if missing or len(numbers) < len(labels):
+    missing = sorted({*range(max(numbers) + 1)} - numbers)
+    if missing:
         file = lines[0].place.rpartition(", line")[0]
         raise UserError(
             f"{file} has labels up to {max(numbers)} and no image of {some(missing)}; number the classes from 0 on, "

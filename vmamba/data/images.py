@@ -15,7 +15,7 @@ import io
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -77,7 +77,8 @@ def decode_pixels(image: Image.Image | bytes | str | Path | BinaryIO, channels: 
         if isinstance(image, bytes):
             opened = _open(image)
             if opened.format == "JPEG" and opened.mode in ("L", _mode(channels)):
-                return _decode_jpeg(image, channels)
+                with suppress(RuntimeError):  # of a damaged one, of which Pillow says more clearly what is wrong
+                    return _decode_jpeg(image, channels)
     return pil_to_tensor(decode(image, channels, name))
 
 

@@ -7,8 +7,8 @@ import torch
 from vmamba.data.draws import ORDER, generator, permutation
 
 
-def balanced(seed: int, epoch: int, labels: Sequence[int]) -> list[int]:
-    """As many indices as `labels`, each class that there is as often as the others, but for one.
+def balanced(seed: int, epoch: int, labels: Sequence[int], length: int) -> list[int]:
+    """`length` indices of `labels`, each class that there is as often as the others, but for one.
 
     An image comes again when all of its class have come as often: of a small class many times an epoch, of a large one
     once or not at all.  Which of a class come, which classes have one more and the order are drawn.
@@ -19,17 +19,17 @@ def balanced(seed: int, epoch: int, labels: Sequence[int]) -> list[int]:
     order: list[int] = []
     for place, number in enumerate(torch.randperm(len(members), generator=draw).tolist()):
         images = members[number]
-        wanted = len(labels) // len(members) + (place < len(labels) % len(members))
+        wanted = length // len(members) + (place < length % len(members))
         passes = -(-wanted // len(images))
         shuffled = [images[torch.randperm(len(images), generator=draw)] for _ in range(passes)]
         order += torch.cat(shuffled)[:wanted].tolist()
     return [order[place] for place in permutation(seed, epoch, len(order)).tolist()]
 
 
-def repeated(order: Sequence[int], times: int) -> list[int]:
+def repeated(order: Sequence[int], times: int, length: int) -> list[int]:
     """Repeated augmentation (arXiv 1901.09335), as DeiT and timm's RepeatAugSampler: each index `times` in a row, cut
-    to the length of `order`, so that an epoch takes as long and shows a part of the images."""
-    return [order[place // times] for place in range(len(order))]
+    to `length`, so that an epoch takes as long and shows a part of the images."""
+    return [order[place // times] for place in range(length)]
 
 
 def numbered(order: Sequence[int]) -> list[tuple[int, ...]]:

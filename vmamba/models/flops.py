@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vmamba.errors import UserError
 from vmamba.models.mamba1d import Mamba1D
 from vmamba.models.vssm import VSSM
 from vmamba_kernels import registry
@@ -34,7 +35,11 @@ class Complexity:
 
 
 def flops(model: nn.Module, size: int | tuple[int, int] = 224) -> int:
-    """Multiply-adds of `model`, ours or timm's, for one image of `size` pixels (a side, or (height, width))."""
+    """Multiply-adds of `model`, ours or timm's, for one image of `size` pixels (a side, or (height, width)).  Raises
+    UserError for another size."""
+    sides = size if isinstance(size, (tuple, list)) else (size, size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise UserError(f"size is {size!r}; expected a side in pixels, or (height, width)")
     return complexity(model, size).macs
 
 
