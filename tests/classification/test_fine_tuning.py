@@ -16,7 +16,7 @@ from vmamba.classification import datasets
 from vmamba.classification.data import LabelledImages
 from vmamba.classification.datasets import Source
 from vmamba.classification.task import Accuracy, Task, balanced_weights
-from vmamba.config import output_folder
+from vmamba.config import get_config, output_folder
 from vmamba.data.folders import image_files as files
 from vmamba.errors import UserError
 from vmamba.runtime.distributed import World

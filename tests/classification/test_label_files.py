@@ -70,7 +70,7 @@ IMAGE = "train/class0/0.png"
     (f"{IMAGE},9999999999\n", r"line 1: label 9999999999 is no class's number"),
     (f"{IMAGE},0\ntrain/class1/1.png,01\n", "line 2: label 01 is no class's number as 0, 1, 2, ... are"),
     (f"{IMAGE},0\ntrain/class1/1.png,-1\n", "line 2: label -1 is no class's number as 0, 1, 2, ... are"),
-    (f"{IMAGE},0\ntrain/class1/../class0/0.png,1\n", r"line 2: 'train/class1/../class0/0.png' stands in .*line 1 already"),
+    (f"{IMAGE},0\ntrain/../{IMAGE},1\n", r"line 2: 'train/../.*' stands in .*line 1 already"),
     (f"{IMAGE},a\ntrain/class1/1.png,b\n", r"train.csv' has 2 classes \(a, b\), but MODEL.NUM_CLASSES is 6"),
 ])  # fmt: skip
 def test_a_wrong_line_is_named(tmp_path, text, words):
