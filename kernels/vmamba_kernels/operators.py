@@ -91,7 +91,8 @@ def selective_scan(
     if initial_state is not None or return_last_state:
         delta = _steps(delta.to(A.dtype), delta_bias, delta_softplus)
         longer = extended(u, delta, A, B, C, initial_state, return_last_state)
-        y = selective_scan(*longer, D, delta_softplus=False, out_dtype=A.dtype, backend=backend)
+        with reference.no_autocast(u.device.type):  # which would round the states
+            y = selective_scan(*longer, D, delta_softplus=False, out_dtype=A.dtype, backend=backend)
         before = 0 if initial_state is None else states
         out = y.narrow(2, before, length).to(out_dtype)
         return (out, y.narrow(2, before + length, states)) if return_last_state else out

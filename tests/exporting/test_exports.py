@@ -134,6 +134,11 @@ def test_the_command_takes_a_runs_checkpoint_and_predict_takes_its_file(tmp_path
     assert answers[0] == answers[1]
     with pytest.raises(UserError, match="would be written over '.*best.pth', which is read here"):
         export_file(checkpoint=str(tmp_path), output=str(tmp_path / "best.pth"))
+    other = tmp_path / "last.pth"
+    torch.save(content | {"steps_per_epoch": 1}, other)
+    with pytest.raises(UserError, match="last.pth' is the state of a run, which would be lost; choose another"):
+        export_file(checkpoint=str(tmp_path), output=str(other))
+    other.unlink()
     loaded = vmamba.load_model(path)
     loaded.head = nn.Linear(16, 3)  # of other classes, whose names nothing tells
     found = vmamba.load_checkpoint(vmamba.export(loaded, tmp_path / "again.pth"))

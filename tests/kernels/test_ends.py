@@ -93,6 +93,19 @@ def test_half_precision_keeps_the_state_in_float32():
     assert relative(last, want_last) < 1e-5 and relative(y, want) < 1e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_states_in_float32(dtype):
+    """Over steps of 0 a state comes out as it went in."""
+    tensors = case(4)
+    still = tensors | dict(delta=torch.zeros_like(tensors["delta"]), delta_bias=torch.zeros_like(tensors["delta_bias"]))
+    with torch.autocast("cpu", dtype):
+        _, last = vk.selective_scan(**still, delta_softplus=False, return_last_state=True)
+        y, ends = vk.selective_scan(**tensors, return_last_state=True)
+    assert last.dtype == torch.float32 and relative(last, still["initial_state"].double()) < 1e-6
+    want, want_ends = loop(**{name: t.double() for name, t in tensors.items()})
+    assert relative(y, want) < 2e-2 and relative(ends, want_ends) < 2e-2
+
+
 def test_errors_name_the_argument():
     tensors = case(3)
     with pytest.raises(

@@ -154,6 +154,15 @@ def test_vim_trains_checkpointed_and_takes_weights_of_another_size(tmp_path):
         larger(x)
 
 
+def test_vim_is_recorded_for_any_batch_and_made_on_the_meta_device():
+    model = tiny_vim().eval()
+    traced = torch.jit.trace(model, torch.randn(2, 3, 32, 32))
+    x = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(traced(x), model(x))
+    with torch.device("meta"):
+        assert tiny_vim(drop_path_rate=0.1).layers[1].drop_path.drop_prob == 0.1
+
+
 def test_the_blocks_of_the_page():
     page = (Path(__file__).parents[2] / "docs" / "sequences.md").read_text()
     blocks = re.findall(r"```python\n(.+?)```", page, re.S)

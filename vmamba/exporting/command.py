@@ -8,6 +8,8 @@ from vmamba.errors import UserError
 from vmamba.exporting import export
 from vmamba.files import check_keeps
 from vmamba.models.variants import create_model
+from vmamba.runtime.checkpoint import is_there
+from vmamba.text import printable
 
 PARTS = ("whole", "backbone")
 
@@ -34,8 +36,8 @@ def export_file(
         part: "backbone" of a detector or segmenter alone.
         format, size, dynamic, spelling: as of `vmamba.export`.
 
-    Returns the path.  Raises UserError as `vmamba.export` does, for a checkpoint that cannot be read, and where it
-    would be written over.
+    Returns the path.  Raises UserError as `vmamba.export` does, for a checkpoint that cannot be read, and where it or
+    the state of another run would be written over.
     """
     if not output:
         raise UserError("--output is missing; name the file to be written, such as model.onnx")
@@ -56,6 +58,8 @@ def export_file(
                 "vmamba.Backbone of it is exported likewise"
             )
         whole = whole.backbone
+    if is_there(Path(output)):
+        raise UserError(f"'{printable(output)}' is the state of a run, which would be lost; choose another --output")
     path = export(whole, output, format=format, size=size, dynamic=dynamic, spelling=spelling)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
     return path

@@ -76,7 +76,7 @@ class Vim(nn.Module):
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, strict_img_size=False)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + 1, embed_dim))
-        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        rates = [drop_path_rate * layer / max(1, depth - 1) for layer in range(depth)]
         self.layers = nn.ModuleList(Layer(embed_dim, rate, **mixer_options) for rate in rates)
         self.norm_f = RMSNorm(embed_dim)
         self.drop = nn.Dropout(drop_rate)
@@ -100,7 +100,7 @@ class Vim(nn.Module):
             )
         x = self.patch_embed(x)
         before, behind = x.tensor_split([x.shape[1] // 2], dim=1)
-        x = torch.cat((before, self.cls_token.expand(len(x), -1, -1), behind), dim=1) + self.pos_embed
+        x = torch.cat((before, self.cls_token.expand(x.shape[0], -1, -1), behind), dim=1) + self.pos_embed
         for layer in self.layers:
             x = checkpoint(layer, x, use_reentrant=False) if self.grad_checkpointing and self.training else layer(x)
         return self.norm_f(x)
