@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from operator import index
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference, registry
@@ -89,7 +88,7 @@ def selective_scan(
     A, D, delta_bias = _to(_state_dtype(u), A, D, delta_bias)
     out_dtype = _out_dtype(u, out_dtype)
     if initial_state is not None or return_last_state:
-        delta = _steps(delta.to(A.dtype), delta_bias, delta_softplus)
+        delta = reference.step_sizes(delta.to(A.dtype), delta_bias, delta_softplus)
         longer = extended(u, delta, A, B, C, initial_state, return_last_state)
         with reference.no_autocast(u.device.type):  # which would round the states
             y = selective_scan(*longer, D, delta_softplus=False, out_dtype=A.dtype, backend=backend)
@@ -419,13 +418,6 @@ def _that_can_be_seen_into(backend: str | None) -> str | None:
             "leave it at auto, or choose reference"
         )
     return backend
-
-
-def _steps(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
-    """The step sizes that a scan makes of delta."""
-    if bias is not None:
-        delta = delta + bias[:, None]
-    return F.softplus(delta) if softplus else delta
 
 
 def _projection_dtype(x: Tensor) -> torch.dtype:

@@ -81,10 +81,7 @@ def selective_scan(
     def by_group(t: Tensor) -> Tensor:  # (batch, groups*dim, length) -> (batch, groups, length, dim)
         return t.to(dtype).unflatten(1, (groups, -1)).transpose(2, 3)
 
-    if delta_bias is not None:
-        delta = delta.to(dtype) + delta_bias[:, None]
-    if delta_softplus:
-        delta = F.softplus(delta.to(dtype))
+    delta = step_sizes(delta.to(dtype), delta_bias, delta_softplus)
     B, C = B.to(dtype).transpose(2, 3), C.to(dtype).transpose(2, 3)
     with no_autocast(u.device.type):
         delta = by_group(delta).clone(memory_format=torch.contiguous_format)
@@ -172,6 +169,13 @@ def add_layer_norm(
         branch = branch * factor.view(-1, *[1] * (branch.dim() - 1))
     total = x + branch
     return total, layer_norm(total, weight, bias, eps, out_dtype)
+
+
+def step_sizes(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
+    """What a scan makes of delta (batch, channels, length), in its dtype."""
+    if bias is not None:
+        delta = delta + bias[:, None]
+    return F.softplus(delta) if softplus else delta
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, keep: bool) -> Tensor:

@@ -14,7 +14,8 @@ from PIL import Image
 import vmamba
 from vmamba.analysis import zoo
 from vmamba.analysis.classes import category_numbers, class_names
-from vmamba.analysis.prediction import _label_place, beside, colour, draw_objects, find_images, paint, predict, readable
+from vmamba.analysis.drawing import _label_place, beside, colour, draw_objects, paint
+from vmamba.analysis.prediction import find_images, predict, readable
 from vmamba.analysis.scene_pictures import NAMES, scene_pictures
 from vmamba.classification.transforms import build_transform
 from vmamba.config import get_config

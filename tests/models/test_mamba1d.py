@@ -77,7 +77,8 @@ def test_the_packages_serve_where_they_are(monkeypatch):
     """By stand-ins of their interfaces: causal_conv1d for the convolution, mamba_ssm for the scan."""
     with pytest.raises(UserError, match="causal_conv1d, which is not installed"):
         layer(conv_backend="causal_conv1d")
-    calls, package = [], ModuleType("causal_conv1d")
+    x = torch.randn(2, 9, 6, dtype=torch.float64)
+    expected, calls, package = layer()(x), [], ModuleType("causal_conv1d")
 
     def causal_conv1d_fn(x, weight, bias=None, activation=None):
         calls.append(activation)
@@ -86,8 +87,6 @@ def test_the_packages_serve_where_they_are(monkeypatch):
 
     package.causal_conv1d_fn = causal_conv1d_fn
     monkeypatch.setitem(sys.modules, "causal_conv1d", package)
-    x = torch.randn(2, 9, 6, dtype=torch.float64)
-    expected = layer()(x)
     monkeypatch.setattr(mamba1d, "find_spec", lambda name: object())
     torch.testing.assert_close(layer(conv_backend="causal_conv1d")(x), expected)
     torch.testing.assert_close(layer()(x), expected)

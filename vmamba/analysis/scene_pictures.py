@@ -11,8 +11,9 @@ from PIL import Image
 from torch import nn
 from yacs.config import CfgNode
 
+from vmamba.analysis.drawing import BACKGROUND, colour, draw_objects, paint
 from vmamba.analysis.plotting import STYLE, new_figure, save_figure
-from vmamba.analysis.prediction import BACKGROUND, colour, draw_objects, open_predictor, paint, readable
+from vmamba.analysis.prediction import open_predictor, readable
 from vmamba.analysis.tables import parameters, write_json
 from vmamba.data.scenes import CLASSES, scene
 from vmamba.errors import UserError

@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import secrets
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -14,10 +12,11 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from vmamba.analysis.dataloading import cores
 from vmamba.data.folders import image_files, what_is
 from vmamba.data.images import UnreadableImage, decode, reading
 from vmamba.errors import UserError
-from vmamba.files import cannot_write, check_writable, write_text
+from vmamba.files import check_writable, make_folder, write_atomically, write_text
 from vmamba.text import counted, printable, some
 
 RECORD = "shrunk.json"
@@ -97,7 +96,7 @@ def _each(
 ) -> Iterator[tuple[str, int, int]]:
     """What became of each file: made, copied, kept, or a sentence why it cannot be read; its bytes before and after."""
     one = partial(_shrink_one, source=source, target=target, side=side, quality=quality)
-    workers = workers or os.cpu_count() or 1
+    workers = workers or cores()
     if workers == 1:
         yield from map(one, files)
         return
@@ -130,13 +129,8 @@ def _shrink_one(path: str, source: Path, target: Path, side: int, quality: int) 
         made = data if small else _jpeg(decode(data, 3, path).resize(size, Image.Resampling.BICUBIC), quality)
     except UnreadableImage as error:
         return str(error), 0, 0
-    beside = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(made)
-        beside.replace(place)
-    except OSError as error:
-        raise cannot_write(place, error) from error
+    make_folder(place.parent)
+    write_atomically(place, lambda file: file.write(made))
     return "copied" if small else "made", len(data), len(made)
 
 

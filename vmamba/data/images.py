@@ -75,10 +75,10 @@ def decode_pixels(image: Image.Image | bytes | str | Path | BinaryIO, channels: 
         if isinstance(image, (str, Path)):
             image = Path(image).read_bytes()
         if isinstance(image, bytes):
-            opened = _open(image)
-            if opened.format == "JPEG" and opened.mode in ("L", _mode(channels)):
+            data, image = image, _open(image)
+            if image.format == "JPEG" and image.mode in ("L", _mode(channels)):
                 with suppress(RuntimeError):  # of a damaged one, of which Pillow says more clearly what is wrong
-                    return _decode_jpeg(image, channels)
+                    return _decode_jpeg(data, channels)
     return pil_to_tensor(decode(image, channels, name))
 
 

@@ -6,6 +6,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -255,18 +256,19 @@ class TrainingBatches:
         together, mine = self.world_size * self.micro, slice(self.rank, None, self.world_size)
         if not self.deal:
             mine = slice(self.rank * self.micro, (self.rank + 1) * self.micro)
-        keys = self._keys()
-        for number in range(self.start * self.accumulation, self.end * self.accumulation):
-            yield keys[number * together : (number + 1) * together][mine]
+        first, last = self.start * self.accumulation, self.end * self.accumulation
+        keys = islice(self._keys(), first * together, None)
+        for _ in range(first, last):
+            yield [(self.epoch, *key) for key in list(islice(keys, together))[mine]]
 
-    def _keys(self) -> list[Key]:
-        """Of the epoch."""
+    def _keys(self) -> Iterable[tuple[int, ...]]:
+        """Of the epoch's samples, without the epoch: made one by one, since they take more memory than the order."""
         if self.order is not None:
-            return [(self.epoch, *key) for key in numbered(self.order(self.epoch))]
+            return numbered(self.order(self.epoch))
         order = permutation(self.seed, self.epoch, self.images).tolist()
         if self.groups is not None:
             order = in_groups(order, self.groups, self.micro)
-        return [(self.epoch, index) for index in order]
+        return zip(order, strict=True)
 
 
 def in_groups(order: Sequence[int], groups: Sequence[int], size: int) -> list[int]:

@@ -68,12 +68,14 @@ class Mamba1D(nn.Module):
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if conv_backend not in CONVOLUTIONS:
             raise UserError(f"conv_backend is {conv_backend!r}; choose one of {', '.join(CONVOLUTIONS)}")
-        if conv_backend == "causal_conv1d" and find_spec("causal_conv1d") is None:
+        has_causal_conv1d = find_spec("causal_conv1d") is not None
+        if conv_backend == "causal_conv1d" and not has_causal_conv1d:
             raise UserError(
                 "conv_backend is causal_conv1d, which is not installed (pip install causal-conv1d); choose torch"
             )
         self.bidirectional, self.divide = bidirectional, divide
-        self.scan_backend, self.conv_backend = scan_backend, conv_backend
+        self.scan_backend = scan_backend
+        self.conv_backend = "torch" if conv_backend == "auto" and not has_causal_conv1d else conv_backend
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias)
         for end in ("", "_b") if bidirectional else ("",):
             self._make_direction(end, conv_bias)
@@ -129,8 +131,7 @@ class Mamba1D(nn.Module):
 
     def _convolve(self, x: Tensor, conv: nn.Conv1d) -> Tensor:
         """SiLU of the convolution of what came before and is, (batch, d_inner, length)."""
-        here = self.conv_backend == "auto" and x.is_cuda and find_spec("causal_conv1d") is not None
-        if here or self.conv_backend == "causal_conv1d":
+        if self.conv_backend == "causal_conv1d" or (self.conv_backend == "auto" and x.is_cuda):
             convolve = import_module("causal_conv1d").causal_conv1d_fn
             bias = None if conv.bias is None else conv.bias.to(x.dtype)
             return convolve(x, conv.weight.squeeze(1).to(x.dtype), bias, activation="silu")

@@ -17,18 +17,7 @@ from vmamba.errors import UserError
 from vmamba.models.mamba1d import Mamba1D
 
 __all__ = ["Vim"]
-
-
-class RMSNorm(nn.Module):
-    """x divided by the root of its mean square over the channels, in float32, times a weight (arXiv 1910.07467)."""
-
-    def __init__(self, dim: int, eps: float = 1e-5):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return nn.functional.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x.dtype)
+EPS = 1e-5  # of the norms (arXiv 1910.07467)
 
 
 class Layer(nn.Module):
@@ -36,11 +25,9 @@ class Layer(nn.Module):
 
     def __init__(self, dim: int, drop_path: float, **options: Any):
         super().__init__()
-        self.norm, self.mixer, self.drop_path = (
-            RMSNorm(dim),
-            Mamba1D(dim, bidirectional=True, **options),
-            DropPath(drop_path),
-        )
+        self.norm = nn.RMSNorm(dim, eps=EPS)
+        self.mixer = Mamba1D(dim, bidirectional=True, **options)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.drop_path(self.mixer(self.norm(x)))
@@ -78,7 +65,7 @@ class Vim(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + 1, embed_dim))
         rates = [drop_path_rate * layer / max(1, depth - 1) for layer in range(depth)]
         self.layers = nn.ModuleList(Layer(embed_dim, rate, **mixer_options) for rate in rates)
-        self.norm_f = RMSNorm(embed_dim)
+        self.norm_f = nn.RMSNorm(embed_dim, eps=EPS)
         self.drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         trunc_normal_(self.cls_token, std=0.02)

@@ -18,7 +18,6 @@ from vmamba.models.pretrained import open_checkpoint, read_weights
 from vmamba.runtime import report
 from vmamba.runtime.distributed import World, on_main, share_buffers, sum_over_processes
 from vmamba.runtime.feed import Feed
-from vmamba.runtime.history import facts
 from vmamba.runtime.logging import megabytes, memory_mb, progress
 from vmamba.runtime.precision import autocast
 from vmamba.runtime.run import Run
@@ -102,7 +101,7 @@ def evaluate_file(run: Run, model: nn.Module) -> Results:
         results |= {f"{prefix}{name}": value for name, value in meter.results().items()}
         details |= {f"{prefix}{name}": value for name, value in meter.details().items()}
         on_main(partial(save_files, meter, folder))
-    told = {"checkpoint": str(path), "results": results, "details": details, "by": facts(run.config, run.world)}
+    told = {"checkpoint": str(path), "results": results, "details": details, "by": run.history.facts}
     on_main(lambda: write_text(run.folder / "evaluation.json", json.dumps(_without_nan(told), indent=1)))
     run.logger.info(f"{path}: {report.summary(run.task, results)}")
     return results

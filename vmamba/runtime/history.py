@@ -34,8 +34,10 @@ class History:
     def __init__(self, folder: Path | None):
         self.path = folder and folder / "run.json"
         self.starts: list[dict[str, Any]] | None = None
+        self.facts: dict[str, Any] = {}  # of this start, also where nothing is written
 
     def begin(self, facts: dict[str, Any]) -> None:
+        self.facts = facts
         if self.path is None:
             return
         try:

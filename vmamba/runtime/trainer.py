@@ -88,10 +88,9 @@ def _only_writer(config: CfgNode, folder: Path | None) -> Iterator[None]:
 
 def _run(run: Run, folder: Path | None) -> Results:
     config, world = run.config, run.world
-    told = facts(config, world)
-    run.history.begin(told)
+    run.history.begin(facts(config, world))
     if world.main:
-        for line in report.describe_start(told, folder):
+        for line in report.describe_start(run.history.facts, folder):
             run.logger.info(line)
     set_up_precision(config, world.device)
     random_seed(config.SEED)
