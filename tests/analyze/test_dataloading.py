@@ -37,6 +37,15 @@ def test_both_modes_are_timed_on_jpegs_that_are_made_once(folder):
     assert "## Training" in page and "What limits evaluation is" in page
 
 
+def test_the_decoder_of_the_config_is_timed(folder, tmp_path):
+    opts = [*SMALL, "DATA.IMG_SIZE", "48", "DATA.DECODE", "torchvision"]
+    told = dataloading(
+        data_path=str(folder / "jpegs"), workers=[0], modes=["training"], seconds=0.1, device="cpu",
+        opts=[*opts, "MODEL.NUM_CLASSES", "10"], output=str(tmp_path),
+    )  # fmt: skip
+    assert all(value > 0 for value in told["training"]["parts"].values())
+
+
 def test_generated_jpegs_are_of_imagenets_sizes(folder):
     paths = [folder / "jpegs" / "train" / f"class{index}" / f"{index}.jpg" for index in range(6)]
     assert [Image.open(path).size for path in paths[:1] + paths[3:6]] == [

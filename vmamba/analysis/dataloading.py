@@ -23,7 +23,6 @@ from vmamba.analysis.tables import write_json
 from vmamba.analysis.zoo import choose_device
 from vmamba.config import get_config
 from vmamba.data.draws import IMAGE, permutation, preserved_generators, seed_generators
-from vmamba.data.images import decode
 from vmamba.data.loaders import Key, Loader
 from vmamba.errors import UserError
 from vmamba.files import check_writable, make_folder, write_atomically, write_text
@@ -140,7 +139,7 @@ def time_loading(config: CfgNode, loader: Loader, training: bool) -> dict[str, f
     read = time.perf_counter() - start
     pairs = [*zip(numbers, files, strict=True)]
     decoded, decoding = _on_a_core(
-        lambda: [(decode(file, images.channels, number), label) for number, (file, label) in pairs]
+        lambda: [(images.decode(file, images.channels, number), label) for number, (file, label) in pairs]
     )
 
     def augmented() -> list[Any]:
