@@ -39,8 +39,11 @@ def is_transformed() -> bool:
 
 
 def is_exporting() -> bool:
-    """Whether torch.export records what is called; PyTorch 2.6 does not tell."""
-    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+    """Whether torch.export records what is called; PyTorch 2.6 does not tell.
+
+    The flag itself: PyTorch 2.11's torch.compile takes torch.compiler.is_exporting() for True, always.
+    """
+    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def is_watched() -> bool:
