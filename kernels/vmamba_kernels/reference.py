@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .private import is_transformed, promise
+from .private import is_exporting, is_transformed, promise
 
 ROUTES = ("row", "col", "row_rev", "col_rev")
 _ROUNDS = 16  # of doubling: enough for chunks of 16 positions of 1024 x 1024
@@ -39,6 +39,13 @@ def is_plain() -> bool:
     """Whether calls are run as they are: not recorded by a trace, an export or a compilation, and not changed by
     torch.func or forward-mode AD."""
     return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed())
+
+
+def is_seen_into() -> bool:
+    """Whether what is called must be PyTorch's own operators: under torch.func and forward-mode AD, which know no
+    others, and in what torch.jit.trace, torch.export and torch.onnx record, which then runs where this package is not.
+    """
+    return is_exporting() if torch.compiler.is_compiling() else torch.jit.is_tracing() or is_transformed()
 
 
 def why_not(call: object) -> str | None:
