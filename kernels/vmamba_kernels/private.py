@@ -16,6 +16,7 @@ WHERE = {
     "feature_take_indices": "timm.models._features",
     "MATCH_PREV_GROUP": "timm.models._manipulate",
     "_foreach_add_": "torch",
+    "_foreach_copy_": "torch",
     "_foreach_lerp_": "torch",
     "_foreach_mul": "torch",
 }

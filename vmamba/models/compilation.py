@@ -22,10 +22,11 @@ def compile_options(model: nn.Module, mode: str) -> dict[str, Any]:
 
     Where one of our models is inside, without Inductor's rule that images of four dimensions lie in memory as PyTorch's
     "channels_last" when the backward pass will want them: ours lie so with their channels as the last dimension, and
-    each was turned once forward and once backward, a seventh of a training step (docs/log.md).
+    each was turned once forward and once backward, a seventh of a training step; and with small kernels that do not
+    depend on each other, as the casts of weights, in one launch (docs/log.md).
     """
     options = COMPILE_MODES[mode]
     if "backend" in options or not any(isinstance(module, VSSM) for module in model.modules()):
         return dict(options)
     named = list_mode_options(options.get("mode", "default"))
-    return {"options": {**named, "layout_optimization": False}}
+    return {"options": {**named, "layout_optimization": False, "combo_kernels": True}}
