@@ -189,7 +189,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, k
     """`vmamba_kernels.depthwise_conv`, already checked; autograd keeps what it needs by itself."""
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     with no_autocast(x.device.type):
-        out = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[2] // 2, groups=x.shape[3])
+        out = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding="same", groups=x.shape[3])
         return (F.silu(out) if silu else out).permute(0, 2, 3, 1)
 
 
