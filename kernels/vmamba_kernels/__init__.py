@@ -17,7 +17,7 @@ from .operators import (
     layer_norm,
     selective_scan,
 )
-from .reference import autocast_dtype, is_plain, no_autocast
+from .reference import autocast_dtype, is_plain, is_seen_into, no_autocast
 from .registry import BackendError, Call, Choice, backends, choice, choose, explain
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "depthwise_conv",
     "explain",
     "is_plain",
+    "is_seen_into",
     "layer_norm",
     "no_autocast",
     "selective_scan",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import reference, registry
 from .ends import extended
-from .private import is_exporting, is_transformed
+from .private import is_transformed
 from .reference import ROUTES, autocast_dtype
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -406,12 +406,9 @@ def cross_merge(y: Tensor, height: int, width: int, routes: Sequence[str] = ROUT
 
 
 def _that_can_be_seen_into(backend: str | None) -> str | None:
-    """`backend`; the reference, where none is asked for, under torch.func and forward-mode AD, which know the operators
-    of PyTorch only, and in what torch.jit.trace, torch.export and torch.onnx record, which then runs where these
-    kernels are not."""
+    """`backend`; the reference, where none is asked for and `reference.is_seen_into`."""
     if backend in (None, "auto"):
-        seen_into = is_exporting() if torch.compiler.is_compiling() else torch.jit.is_tracing() or is_transformed()
-        return "reference" if seen_into else backend
+        return "reference" if reference.is_seen_into() else backend
     if backend != "reference" and not torch.compiler.is_compiling() and is_transformed():
         raise registry.BackendError(
             f"backend '{backend}' cannot serve torch.func or forward-mode AD, which see into the reference alone; "

@@ -16,6 +16,7 @@ WHERE = {
     "feature_take_indices": "timm.models._features",
     "MATCH_PREV_GROUP": "timm.models._manipulate",
     "_foreach_add_": "torch",
+    "_foreach_copy_": "torch",
     "_foreach_lerp_": "torch",
     "_foreach_mul": "torch",
 }
@@ -39,8 +40,13 @@ def is_transformed() -> bool:
 
 
 def is_exporting() -> bool:
-    """Whether torch.export records what is called; PyTorch 2.6 does not tell."""
-    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+    """Whether torch.export records what is called.
+
+    The flag itself: PyTorch 2.11's torch.compile takes torch.compiler.is_exporting() for True, always.  PyTorch 2.6 has
+    no such flag, and tells nothing while Dynamo traces for torch.export(strict=True); the one it has is set otherwise.
+    """
+    flags = torch.compiler
+    return flags._is_exporting_flag if hasattr(flags, "_is_exporting_flag") else flags._is_compiling_flag
 
 
 def is_watched() -> bool:
@@ -55,7 +61,7 @@ def promise(holds: torch.SymBool) -> None:
 
 def has_hooks(module: torch.nn.Module) -> bool:
     """Whether calling a module does more than its class's `forward`: hooks, another function in its place, compiled."""
-    own = vars(module)
+    own = module.__dict__  # vars() is beyond what PyTorch 2.6 compiles
     return (
         any(own[name] for name in _HOOKS)
         or any(getattr(torch.nn.modules.module, f"_global{name}") for name in _HOOKS)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .private import is_transformed, promise
+from .private import is_exporting, is_transformed, promise
 
 ROUTES = ("row", "col", "row_rev", "col_rev")
 _ROUNDS = 16  # of doubling: enough for chunks of 16 positions of 1024 x 1024
@@ -39,6 +39,13 @@ def is_plain() -> bool:
     """Whether calls are run as they are: not recorded by a trace, an export or a compilation, and not changed by
     torch.func or forward-mode AD."""
     return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed())
+
+
+def is_seen_into() -> bool:
+    """Whether what is called must be PyTorch's own operators: under torch.func and forward-mode AD, which know no
+    others, and in what torch.jit.trace, torch.export and torch.onnx record, which then runs where this package is not.
+    """
+    return is_exporting() if torch.compiler.is_compiling() else torch.jit.is_tracing() or is_transformed()
 
 
 def why_not(call: object) -> str | None:
@@ -182,7 +189,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, k
     """`vmamba_kernels.depthwise_conv`, already checked; autograd keeps what it needs by itself."""
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     with no_autocast(x.device.type):
-        out = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[2] // 2, groups=x.shape[3])
+        out = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding="same", groups=x.shape[3])
         return (F.silu(out) if silu else out).permute(0, 2, 3, 1)
 
 

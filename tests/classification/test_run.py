@@ -156,6 +156,14 @@ def test_evaluating_a_file_gives_the_numbers_of_the_training(trained, tmp_path):
     assert plain == {key: value for key, value in results.items() if not key.startswith("ema")}
 
 
+def test_an_evaluation_is_compiled_where_training_would_be(trained, monkeypatch):
+    config, results = trained
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model, **options: compiled.append(options))
+    assert run(tiny_config(config.OUTPUT, "EVAL_MODE", True, "TRAIN.COMPILE", "default")) == results
+    assert len(compiled) == 1
+
+
 @pytest.mark.parametrize("weights", ["auto", "ema", "model"])
 def test_training_starts_from_pretrained_weights(trained, tmp_path, weights):
     config, results = trained

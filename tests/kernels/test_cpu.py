@@ -174,6 +174,19 @@ def test_opcheck():
     torch.library.opcheck(scan.SEQUENCE._operator, (*inputs, True, F32, True), test_utils=tests)
 
 
+def test_what_torch_compile_records_is_the_backend():
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    case = image()
+    torch.compile(lambda x: vk.cross_selective_scan(**{**case, "x": x}), backend=keep)(case["x"])
+    called = {str(node.target) for graph in graphs for node in graph.graph.nodes}
+    assert "vmamba.cross_selective_scan_cpu.default" in called, called
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_in_one_graph(dynamic):
     case = {name: t.requires_grad_() for name, t in image(routes=("col",)).items()}

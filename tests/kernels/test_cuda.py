@@ -30,7 +30,7 @@ from vmamba_kernels.ends import extended
 from vmamba_kernels.registry import Call
 
 from . import cuda_emulator
-from .cuda_emulator import convolutions, norms, operators, sequences
+from .cuda_emulator import convolutions, norms, operators, sequences, sums
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "sm_120": 99 * 1024}  # bytes of a block
@@ -742,6 +742,13 @@ def test_norms_on_an_emulated_gpu(on_a_cpu, shape, dtype, branch_dtype, out_dtyp
         bound = 1e-6 if {dtype, branch_dtype, out_dtype} == {F32} else 1e-2
         for got, want in zip(*results, strict=True):
             assert got.is_contiguous() and (got - want).norm() <= bound * want.norm().clamp(min=1e-3)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows, shape", [(1, (5,)), (100, (2, 33)), (31, (64,)), (0, (2, 3))])
+def test_partial_sums_on_an_emulated_gpu(on_a_cpu, rows, shape):
+    partial = torch.arange(rows * torch.Size(shape).numel(), dtype=F32).view(rows, *shape)
+    assert torch.equal(sums.sum_rows(partial), partial.sum(0))  # whole numbers
 
 
 @needs_compiler

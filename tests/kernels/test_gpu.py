@@ -360,6 +360,18 @@ def test_compile_as_cuda_graphs(backend):
     assert not counters["inductor"]["cudagraph_skips"]
 
 
+def test_what_torch_compile_records_without_a_backend_is_cuda():
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch.compile(cross_selective_scan, backend=keep)(*make(2, (5, 9), 32, 4, 3, F32))
+    called = {str(node.target) for graph in graphs for node in graph.graph.nodes}
+    assert "vmamba.cross_selective_scan_cuda.default" in called, called
+
+
 def test_compile_and_autocast(backend):
     """No graph break, and under autocast the projections take its dtype."""
     tensors = make(2, (5, 9), 32, 4, 3, F32)

@@ -124,12 +124,14 @@ def test_autocast_does_not_round_what_is_asked_in_float32():
 def test_compiles_for_every_architecture(arch, tmp_path, monkeypatch):
     from vmamba_kernels.cuda.compiler import compile_cubin
     from vmamba_kernels.cuda.layer_norm import macros
+    from vmamba_kernels.cuda.sum_rows import MACROS
 
     monkeypatch.setenv("VMAMBA_KERNELS_CACHE", str(tmp_path))
     for dim in (3, 96, 1024):
         for branch in (None, torch.bfloat16):
             kind = dict(macros(dim, torch.float32, torch.bfloat16, branch))
             assert compile_cubin("layer_norm.cu", kind, arch)[:4] == b"\x7fELF"
+    assert compile_cubin("sum_rows.cu", dict(MACROS), arch)[:4] == b"\x7fELF"
 
 
 def test_errors_name_the_argument():

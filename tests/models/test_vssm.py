@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 import vmamba
+from vmamba.models import layers
 from vmamba.models.layers import LayerNorm, downsample
 from vmamba.models.variants import VARIANTS
 from vmamba.models.vssm import resize_pos_embed
@@ -69,6 +70,41 @@ def test_downsampling_of_small_images_is_the_convolution(version):
     grad, leaves = torch.randn_like(want), (x, *convolution.parameters())
     grads = [torch.autograd.grad(y, leaves, grad) for y in (got, want)]
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("chans, side, stride, padding", [(3, 3, 2, 1), (4, 4, 4, 0), (1, 2, 2, 0)])
+def test_a_product_with_patches_is_the_convolution(chans, side, stride, padding):
+    """What a GPU runs for the images of a stem; its rows are padded to a multiple of 8."""
+    x = torch.randn(2, chans, 11, 14)
+    weight, bias = torch.randn(6, chans, side, side, requires_grad=True), torch.randn(6, requires_grad=True)
+    want = F.conv2d(x, weight, bias, stride, padding)
+    got = layers._product_with_patches(x, weight, bias, stride, padding)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert got.permute(0, 2, 3, 1).is_contiguous()
+    grad = torch.randn_like(want)
+    grads = [torch.autograd.grad(y, (weight, bias), grad) for y in (got, want)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_a_stem_on_a_gpu_is_the_convolution(version, monkeypatch):
+    """Under autocast its product rounds as the convolution does; a gradient of the images is the convolution's."""
+    torch.manual_seed(0)
+    stem = layers.patch_embed(version, 3, 96, 4, LayerNorm).cuda()
+    images = torch.randn(4, 3, 65, 64, device="cuda").contiguous(memory_format=torch.channels_last)
+
+    def run(images):
+        with torch.autocast("cuda", torch.bfloat16):
+            out = stem(images)
+        return out, *torch.autograd.grad(out.square().sum(), [*stem.parameters()])
+
+    ours, of_images = run(images), run(images.clone().requires_grad_())
+    assert layers._is_better_as_product(images.bfloat16(), stem[0].weight)
+    monkeypatch.setattr(layers, "_is_better_as_product", lambda x, weight: False)
+    for a, b, c in zip(ours, run(images), of_images, strict=True):
+        assert (a.float() - b.float()).norm() < 1e-2 * b.float().norm()
+        assert torch.equal(b, c)
 
 
 def test_images_too_small_are_refused_with_their_size():

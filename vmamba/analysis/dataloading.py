@@ -190,7 +190,7 @@ def trainer(run: Run, model: nn.Module, loader: Loader) -> tuple[Callable[[Any],
 
 def evaluator(run: Run, model: nn.Module, loader: Loader) -> tuple[Callable[[Any], Any], Callable[[], Any]]:
     """What an evaluation does with a batch, likewise."""
-    model.eval()
+    model = parallelise(model.eval(), run.config, World(0, 1, 0, run.world.device))
     meter = run.task.meter(run.world)
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """How fast models are: images a second, latency, peak memory, against each other in one run.
 
-Clocks, temperature and neighbours change a machine from minute to minute, so the models that are compared take turns,
-a step each, and the median of a model's steps counts.
+Clocks, temperature and neighbours change a machine from minute to minute, so the models that are compared take turns
+of a few steps, and the median of a model's steps counts.
 """
 
 import platform
@@ -34,6 +34,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 MODES = ("forward", "train")
 CPU_BATCH = 8  # "auto" without a GPU's memory to fill
 LARGEST_BATCH = 1024
+IN_A_ROW = 5  # steps of a turn
 
 
 def check_compile(mode: str | None, device: torch.device) -> None:
@@ -205,11 +206,15 @@ def compare(
 
 
 def take_turns(steps: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
-    """The median seconds of each model's step, the models taking turns, a step each, `repeats` times."""
+    """The median seconds of `repeats` steps of each model, the models taking turns of a few steps.
+
+    A step that follows another model's finds the host's caches full of that one's work, which a training never does:
+    where the host limits, that is half as long again (docs/log.md).
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
+    for done in range(0, repeats, IN_A_ROW):
         for name, step in steps.items():
-            times[name].append(elapsed(step, device))
+            times[name] += [elapsed(step, device) for _ in range(min(IN_A_ROW, repeats - done))]
     return {name: statistics.median(several) for name, several in times.items()}
 
 
@@ -337,8 +342,8 @@ def _page(timings: Sequence[Timing], settings: dict[str, Any]) -> str:
         f"# Throughput\n\n"
         f"{settings['device']}, PyTorch {settings['torch']}, {compiled}{layout}, backend {settings['backend']}, "
         f"{settings['date']}; written by `analyze/throughput.py`.\n\n"
-        f"The models take turns, a step each; a row is the median of {counted(settings['repeats'], 'step')} after "
-        f"{settings['warm_up']} of warm-up. "
+        f"The models take turns of {IN_A_ROW} steps; a row is the median of {counted(settings['repeats'], 'step')} "
+        f"after {settings['warm_up']} of warm-up. "
         f"bfloat16 and float16 are autocast. Training is forward, cross-entropy, backward and "
         f"{settings['optimizer']}. At batch 1 the "
         f"time of a step is the latency. Peak memory is the model's own: weights, activations, gradients, optimiser. "

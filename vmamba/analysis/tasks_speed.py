@@ -1,6 +1,6 @@
 """How fast detectors and segmenters are, ours and torchvision's, beside each other; and what images of many sizes do.
 
-The models take turns, a step each, and the median of a model's steps counts, as in `speed`.
+The models take turns, and the median of a model's steps counts, as in `speed`.
 """
 
 import random
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 
-from vmamba.analysis.speed import DTYPES, check_compile, describe, peak_memory_mb, take_turns
+from vmamba.analysis.speed import DTYPES, IN_A_ROW, check_compile, describe, peak_memory_mb, take_turns
 from vmamba.analysis.tables import markdown as markdown_table
 from vmamba.analysis.tables import write_json
 from vmamba.analysis.zoo import choose_device
@@ -95,7 +95,7 @@ def tasks_speed(
     way = (f", compiled ({compile})" if compile else "") + (", deterministic algorithms" if deterministic else "")
     page = (
         f"# {task.capitalize()}: speed\n\n{describe(place)}, PyTorch {torch.__version__}, {date.today()}; written by "
-        f"`analyze/tasks_speed.py`.\n\nThe models take turns, a step each; a row is the median of "
+        f"`analyze/tasks_speed.py`.\n\nThe models take turns of {IN_A_ROW} steps; a row is the median of "
         f"{counted(repeats, 'step')} after {warm_up} of warm-up, {dtype}, {optimizer}{way}, batch {batch}, images of "
         f"{size[0]} x {size[1]}; peak memory is the model's own. Weights are random.\n\n"
     )

@@ -1,6 +1,6 @@
 """Exported models beside PyTorch's: whether onnxruntime gives the same, how long it takes, what smaller numbers do.
 
-The models take turns, a step each, as in `vmamba.analysis.speed`; one image, weights at random.
+The models take turns as in `vmamba.analysis.speed`; one image, weights at random.
 """
 
 import time

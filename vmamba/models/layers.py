@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import vmamba_kernels
 from vmamba.errors import UserError
-from vmamba_kernels import add_layer_norm, autocast_dtype, is_plain, layer_norm
+from vmamba_kernels import add_layer_norm, autocast_dtype, is_plain, is_seen_into, layer_norm
 from vmamba_kernels.private import has_hooks
 
 ACTIVATIONS = ("silu", "gelu", "relu", "sigmoid", "tanh", "softplus")
@@ -165,8 +165,9 @@ def take_strides_of_gradients(*modules: nn.Module) -> None:
 class StridedConv(nn.Conv2d):
     """A convolution that makes an image smaller.
 
-    On a CPU PyTorch lays the weights of a convolution out anew in every call.  Where they are megabytes and the image
-    is small, a product with the image's patches, which reads them as they are, takes half the time (docs/log.md).
+    Two kinds PyTorch takes long for, where a product with the image's patches takes a half to a quarter (docs/log.md):
+    on a CPU it lays the weights out anew in every call, which are megabytes where the image is small; on a GPU three
+    channels leave its half-precision kernels idle.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -175,12 +176,28 @@ class StridedConv(nn.Conv2d):
 
 @torch.fx.wrap
 def _strided_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
-    if not (x.device.type == "cpu" and is_plain() and weight.numel() > max(2**21, 8 * x.numel())):
-        return F.conv2d(x, weight, bias, stride, padding)
+    if _is_better_as_product(x, weight):
+        return _product_with_patches(x, weight, bias, stride, padding)
+    return F.conv2d(x, weight, bias, stride, padding)
+
+
+def _is_better_as_product(x: Tensor, weight: Tensor) -> bool:
+    if x.device.type == "cpu":
+        return is_plain() and weight.numel() > max(2**21, 8 * x.numel())
+    dtype = autocast_dtype(x.device.type) or x.dtype
+    few = weight.shape[1:].numel() < 64 and not x.requires_grad  # the gradient of an image would be unfolded slowly
+    return x.device.type == "cuda" and few and dtype.itemsize == 2 and not is_seen_into()
+
+
+def _product_with_patches(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    if x.device.type == "cuda":
+        x = x.to(autocast_dtype("cuda") or x.dtype)
     side = weight.shape[2]
-    patches = F.unfold(x, side, padding=padding, stride=stride)  # (B, C k k, H' W')
-    size = [(pixels + 2 * padding - side) // stride + 1 for pixels in x.shape[2:]]
-    return F.linear(patches.mT, weight.flatten(1), bias).unflatten(1, size).permute(0, 3, 1, 2)
+    windows = F.pad(x, (padding,) * 4).unfold(2, side, stride).unfold(3, side, stride)  # (B, C, H', W', k, k)
+    patches, weight = windows.permute(0, 2, 3, 1, 4, 5).flatten(3), weight.flatten(1)  # (B, H', W', C k k)
+    if patches.shape[3] % 8:  # the fast products want rows of 16 bytes
+        patches, weight = (F.pad(t, (0, -t.shape[-1] % 8)) for t in (patches, weight))
+    return F.linear(patches, weight, bias).permute(0, 3, 1, 2)
 
 
 class SpatialSoftmax(nn.Module):
@@ -232,7 +249,7 @@ def patch_embed(version: str, in_chans: int, dim: int, patch_size: int, norm: Ca
     """
     if version == "v1":
         return ImageLayers(
-            nn.Conv2d(in_chans, dim, patch_size, patch_size), ToChannelsLast(), norm(dim, keep_float32=True)
+            StridedConv(in_chans, dim, patch_size, patch_size), ToChannelsLast(), norm(dim, keep_float32=True)
         )
     if patch_size != 4:
         raise UserError(
@@ -241,12 +258,12 @@ def patch_embed(version: str, in_chans: int, dim: int, patch_size: int, norm: Ca
     if dim < 2:
         raise UserError(f"dims starts with {dim}; patch_embed 'v2' halves it, so choose a larger one or 'v1'")
     return ImageLayers(
-        nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1),
+        StridedConv(in_chans, dim // 2, 3, stride=2, padding=1),
         ToChannelsLast(),
         norm(dim // 2),
         ToChannelsFirst(),
         nn.GELU(),
-        nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1),
+        StridedConv(dim // 2, dim, 3, stride=2, padding=1),
         ToChannelsLast(),
         norm(dim, keep_float32=True),
     )

@@ -37,6 +37,7 @@ class Mixer2D(nn.Module):
     """
 
     conv_key = ""  # "1" where the released files call the convolution conv2d.1
+    projections = ()  # names of the scan's weights that autocast casts
 
     @signed_by(ScanOptions)
     def __init__(self, dim: int, options: ScanOptions | None = None, **changes: Any):
@@ -48,6 +49,7 @@ class Mixer2D(nn.Module):
         self.dt_rank = math.ceil(dim / 16) if o.dt_rank == "auto" else o.dt_rank
         self.routes = (o.routes,) if isinstance(o.routes, str) else o.routes
         self.scan_float32 = o.scan_float32
+        self.weights_of_autocast = () if o.scan_float32 else self.projections
         self.backend = o.backend
         self.gate = o.gate
         if self.d_inner < 1:
@@ -104,6 +106,8 @@ class Mixer2D(nn.Module):
 class SS2D(Mixer2D):
     """The selective scan along routes: each channel has its own step size, A of `d_state` numbers, and D."""
 
+    projections = ("x_proj_weight", "dt_projs_weight")
+
     def _make_scan_parameters(self, init: str) -> None:
         routes, dim, rank, states = len(self.routes), self.d_inner, self.dt_rank, self.d_state
         self.x_proj_weight = nn.Parameter(self._projection_init(rank + 2 * states))
@@ -133,6 +137,7 @@ class SSD2D(Mixer2D):
     """Mamba-2's scan along routes: `dt_rank` heads, each with one step size and one A; B and C shared by the heads."""
 
     conv_key = "1"
+    projections = ("x_proj_weight",)
 
     def _make_scan_parameters(self, init: str) -> None:
         routes, heads = len(self.routes), self.dt_rank

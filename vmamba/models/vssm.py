@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vmamba.errors import UserError, unknown
-from vmamba.models import freezing, layers
+from vmamba.models import casting, freezing, layers
 from vmamba.models.options import ModelOptions, ScanOptions, signed_by
 from vmamba.models.ss2d import SS2D, SSD2D, Mixer2D
 from vmamba.values import Takes
+from vmamba_kernels import autocast_dtype
 from vmamba_kernels.private import MATCH_PREV_GROUP, feature_take_indices
 
 SCANS = {"selective": SS2D, "ssd": SSD2D}
@@ -57,6 +58,12 @@ class Block(nn.Module):
 
     def before_the_sum(self, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
         """x and norm(x) -> what the block adds up in the end, the second through `drop_path`."""
+        if not casting.pays(x):
+            return self._before_the_sum(x, normed)
+        with casting.weights_cast_once(self, autocast_dtype(x.device.type)):
+            return self._before_the_sum(x, normed)
+
+    def _before_the_sum(self, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
         branch = self.op(normed)
         if self.mlp is None:
             return x, branch

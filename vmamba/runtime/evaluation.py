@@ -88,6 +88,7 @@ def evaluate_file(run: Run, model: nn.Module) -> Results:
     loader = run.task.eval_loader(run.world)
     chosen = settings.WEIGHTS
     wanted = read_weights(path) if chosen == "auto" else {chosen: open_checkpoint(path, chosen)}
+    parallelise(model, run.config, World(0, 1, 0, run.world.device))  # compiled where training would be
     results: Results = {}
     details: dict[str, Any] = {}
     for kind, checkpoint in wanted.items():

@@ -74,6 +74,12 @@ __device__ __forceinline__ float exp2_fast(float v) {
     return r;
 }
 
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+    for (int lane = 16; lane; lane >>= 1) v += __shfl_xor_sync(0xffffffffu, v, lane);
+    return v;
+}
+
 // The element at a pixel: one multiply-add for a 64-bit address, so that images may pass 2^31 elements.
 template <class T> __device__ __forceinline__ T *at(T *base, int pixel, int stride_bytes) {
     return (T *)((const char *)base + (i64)pixel * stride_bytes);

@@ -38,12 +38,6 @@ template <class T> __device__ __forceinline__ void write_row(T *row, const float
     }
 }
 
-__device__ __forceinline__ float warp_sum(float v) {
-#pragma unroll
-    for (int lane = 16; lane; lane >>= 1) v += __shfl_xor_sync(0xffffffffu, v, lane);
-    return v;
-}
-
 // What a row's branch is multiplied with.
 __device__ __forceinline__ float factor_of(const BranchT *factors, i64 row, i64 rows, i64 rows_an_image) {
     if (!factors) return 1.f;

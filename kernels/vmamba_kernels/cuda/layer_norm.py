@@ -14,6 +14,7 @@ from .compiler import Module, load
 from .layout import TYPES
 from .operator import Operator
 from .scan import aligned
+from .sum_rows import sum_rows
 
 MAX_DIM = 1024  # channels that a warp's registers hold
 _WARPS = 4
@@ -116,7 +117,7 @@ def _norm_backward(
             blocks, _WARPS * 32, 0,
             dy, x, d_sum, factor, weight, dx, d_branch, partial, rows, rows // x.shape[0], _bits(eps),
         )  # fmt: skip
-    return dx, d_branch, partial.sum(0)
+    return dx, d_branch, sum_rows(partial)
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
