@@ -170,8 +170,8 @@ class Mamba1D(nn.Module):
         inputs, scan = (tuple(part.shape) for part in state)
         if inputs != (len(x), self.d_inner, self.d_conv) or scan != (len(x), self.d_inner, self.d_state):
             raise UserError(
-                f"the state has shapes {inputs} and {scan}, which are not of this layer and {len(x)} sequences; take it "
-                f"from make_state({len(x)})"
+                f"the state has shapes {inputs} and {scan}, which are not of this layer and {len(x)} sequences; take "
+                f"it from make_state({len(x)})"
             )
         x, z = self.in_proj(x).chunk(2, dim=1)
         state.inputs.copy_(torch.cat((state.inputs[..., 1:], x[..., None].to(state.inputs.dtype)), -1))
