@@ -16,6 +16,7 @@ from vmamba.files import write_atomically
 from vmamba.models.ss2d import Mixer2D
 from vmamba.models.vssm import VSSM
 from vmamba_kernels import no_autocast
+from vmamba_kernels.private import UserError as RefusedByPyTorch
 from vmamba_kernels.private import aoti_compile_and_package
 
 
@@ -80,7 +81,7 @@ def recorded(model: nn.Module, images: Tensor, dynamic: Sequence[str]) -> torch.
         shape |= {2: _open_side("height", least, most), 3: _open_side("width", least, most)}
     try:
         program = torch.export.export(model, (images,), dynamic_shapes=(shape,), strict=False)
-    except torch._dynamo.exc.UserError as error:
+    except RefusedByPyTorch as error:
         if not dynamic:
             raise
         raise UserError(
