@@ -8,6 +8,7 @@ import types
 
 import pytest
 
+import vmamba
 from vmamba import files
 from vmamba.errors import UserError
 
@@ -59,3 +60,21 @@ def test_that_a_file_cannot_be_written_is_known_before_it_is(tmp_path, monkeypat
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
     with pytest.raises(UserError, match="cannot write '.*file': Permission denied; free"):
         files.check_writable(tmp_path / "file")
+
+
+def test_names_as_long_as_a_file_system_takes_them(tmp_path):
+    for name in ("a" * 255, "ä" * 127):
+        files.write_text(tmp_path / name, "text")
+    assert sorted(path.read_text() for path in tmp_path.iterdir()) == ["text"] * 2
+
+
+@pytest.mark.parametrize("name", ["a" * 256, "a\0b"])
+def test_names_that_no_file_has_are_one_sentence(tmp_path, name):
+    for path in (tmp_path / name, tmp_path / name / "file"):
+        with pytest.raises(UserError, match="cannot write .*; choose another name$"):
+            files.check_writable(path)
+        with pytest.raises(UserError, match="cannot read .*; check that it is there and whole$"):
+            files.read_text(path)
+        for read in (vmamba.load_checkpoint, vmamba.load_model):
+            with pytest.raises(UserError, match="cannot read|there is no checkpoint"):
+                read(path)

@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import secrets
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ _MARKS = {  # a text that begins with one says its encoding; UTF-16's is the beg
     codecs.BOM_UTF16_BE: "utf-16",
 }
 
+_LONGEST = 200  # bytes of a name that a few are added to; file systems take 255
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # what `write_atomically` writes until it is whole
 
 try:
@@ -35,7 +37,8 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
     Raises UserError when the folder cannot be written or the disk is full; the old file is then untouched.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # two that write one file do not mix
+    name = os.fsdecode(os.fsencode(path.name)[:_LONGEST])
+    beside = path.with_name(f".{name}.{secrets.token_hex(4)}.tmp")  # two that write one file do not mix
     try:
         with beside.open("xb") as file:
             write(file)
@@ -65,10 +68,20 @@ def check_writable(*paths: str | Path) -> None:
     """
     for path in map(Path, paths):
         make_folder(path.parent)
-        if path.is_dir():
+        if _is_folder(path):
             raise cannot_write(path, IsADirectoryError(errno.EISDIR, "it is a folder"))
         if not os.access(path.parent, os.W_OK | os.X_OK):
             raise cannot_write(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
+def _is_folder(path: Path) -> bool:
+    """Raises UserError for a name that no file can have."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as error:  # Python's ValueError is of a zero byte
+        raise cannot_write(path, error) from error
 
 
 def check_keeps(inputs: Iterable[str | Path], *paths: str | Path) -> None:
@@ -98,7 +111,7 @@ def make_folder(path: str | Path) -> None:
     """With its parents, where it is not there yet.  Raises UserError where that cannot be."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise cannot_write(path, error) from error
 
 
@@ -155,7 +168,7 @@ def read_text(path: str | Path) -> str:
     """
     try:
         data = Path(path).read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise cannot_read(path, error) from error
     encoding = next((encoding for mark, encoding in _MARKS.items() if data.startswith(mark)), "utf-8")
     try:
@@ -167,16 +180,18 @@ def read_text(path: str | Path) -> str:
     return text
 
 
-def cannot_read(path: str | Path, error: OSError) -> UserError:
-    """The sentence for what the system said of `path`."""
+def cannot_read(path: str | Path, error: OSError | ValueError) -> UserError:
+    """The sentence for what the system said of `path`; a ValueError is Python's, of a zero byte in it."""
     remedy = "make it readable" if isinstance(error, PermissionError) else "check that it is there and whole"
-    return UserError(f"cannot read '{printable(path)}': {error.strerror or printable(error)}; {remedy}")
+    reason = getattr(error, "strerror", None) or printable(error)
+    return UserError(f"cannot read '{printable(path)}': {reason}; {remedy}")
 
 
-def cannot_write(path: str | Path, error: OSError) -> UserError:
-    return UserError(
-        f"cannot write '{printable(path)}': {error.strerror}; free some space or choose another folder with --output"
-    )
+def cannot_write(path: str | Path, error: OSError | ValueError) -> UserError:
+    """Likewise."""
+    named_wrongly = isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG
+    remedy = "choose another name" if named_wrongly else "free some space or choose another folder with --output"
+    return UserError(f"cannot write '{printable(path)}': {getattr(error, 'strerror', error)}; {remedy}")
 
 
 def _not_text(path: str | Path, why: str) -> UserError:

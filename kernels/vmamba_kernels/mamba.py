@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operators import selective_scan
+from .operators import check_tensors, selective_scan
 from .registry import BackendError, Call
 
 
@@ -61,9 +61,10 @@ def selective_scan_fn(
     batch, dim, length = u.shape
     if z is not None and z.shape != u.shape:
         raise ValueError(f"z has shape {tuple(z.shape)}; beside u of shape {tuple(u.shape)} it must have the same")
+    check_tensors(u=u, z=z)
     B, C = _by_group("B", B, batch, length), _by_group("C", C, batch, length)
     groups = math.lcm(B.shape[1], C.shape[1])
-    B, C = (t.repeat_interleave(groups // t.shape[1], dim=1) for t in (B, C))
+    B, C = (_in_groups(t, groups) for t in (B, C))
     state_dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     result = selective_scan(
         u, delta, A, B, C, D, delta_bias, delta_softplus=delta_softplus, initial_state=initial_state,
@@ -101,7 +102,8 @@ def selective_state_update(
     Returns:
         (batch, dim) in x's dtype, without a gradient: the states before are gone.
 
-    Raises ValueError for a shape that does not fit, naming the argument.
+    Raises ValueError for shapes, dtypes or devices that do not fit, naming the argument, and for a state whose memory
+    is that of several of its numbers, as an expanded one's is.
     """
     if state.dim() != 3:
         raise ValueError(f"state has shape {tuple(state.shape)}; it must be (batch, dim, states)")
@@ -118,6 +120,9 @@ def selective_state_update(
             raise ValueError(
                 f"{name} has shape {tuple(t.shape)}; beside a state of shape {tuple(state.shape)} it must be {shape}"
             )
+    check_tensors(state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
+    if any(stride == 0 and size > 1 for stride, size in zip(state.stride(), state.shape, strict=True)):
+        raise ValueError("state is expanded, so several of its numbers share one place in memory; give state.clone()")
     dtype = torch.float64 if state.dtype == torch.float64 else torch.float32
     with torch.no_grad():
         B, C = (_of_channels(name, t, batch, dim, states).to(dtype) for name, t in (("B", B), ("C", C)))
@@ -156,6 +161,16 @@ def _by_group(name: str, t: Tensor, batch: int, length: int) -> Tensor:
         f"{name} has shape {tuple(t.shape)}; it must be (dim, states), (batch, states, length) or "
         "(batch, groups, states, length)"
     )
+
+
+def _in_groups(t: Tensor, groups: int) -> Tensor:
+    """B or C (batch, groups, states, length) with more groups, each of its own several times.
+
+    By an index: of what repeat_interleave gives torch.compile makes a view that it cannot lay out for other lengths.
+    """
+    if t.shape[1] == groups:
+        return t
+    return t.index_select(1, torch.arange(groups, device=t.device) // (groups // t.shape[1]))
 
 
 def _gated(y: Tensor, z: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -57,6 +57,9 @@ def selective_scan(
     Returns:
         (batch, groups*dim, length), and with `return_last_state` also (batch, groups*dim, states), in at least float32.
         Each state, of both, costs one more position of the sequence, and a copy of it in at least float32.
+        In float32 a state that goes in smaller than 1e-20 may count as 0.  One that goes in as NaN or infinite makes
+        its channel's outputs NaN and comes out as NaN; one that comes to be so on the way spoils the other states of
+        its channel that come out.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, naming the argument.
@@ -81,7 +84,7 @@ def selective_scan(
     _check_shape("D", D, (channels,), "u", u)
     _check_shape("delta_bias", delta_bias, (channels,), "u", u)
     _check_shape("initial_state", initial_state, (batch, channels, states), "u", u)
-    _check_tensors(u=u, delta=delta, A=A, B=B, C=C, D=D, delta_bias=delta_bias, initial_state=initial_state)
+    check_tensors(u=u, delta=delta, A=A, B=B, C=C, D=D, delta_bias=delta_bias, initial_state=initial_state)
     if autocast_dtype(u.device.type) is not None and u.dtype != torch.float64:
         u, B, C = _to(autocast_dtype(u.device.type), u, B, C)
         delta = delta.float()
@@ -93,8 +96,11 @@ def selective_scan(
         with reference.no_autocast(u.device.type):  # which would round the states
             y = selective_scan(*longer, D, delta_softplus=False, out_dtype=A.dtype, backend=backend)
         before = 0 if initial_state is None else states
-        out = y.narrow(2, before, length).to(out_dtype)
-        return (out, y.narrow(2, before + length, states)) if return_last_state else out
+        out, last = y.narrow(2, before, length), y.narrow(2, before + length, states) if return_last_state else None
+        if initial_state is not None:
+            spoilt = initial_state.detach().to(A.dtype) * 0  # NaN for what is not finite, which `extended` puts in as 0
+            out, last = out + spoilt.sum(2, keepdim=True), last if last is None else last + spoilt
+        return (out.to(out_dtype), last) if return_last_state else out.to(out_dtype)
     scan = registry.implementation(
         _that_can_be_seen_into(backend),
         operator="selective_scan",
@@ -159,7 +165,7 @@ def cross_selective_scan(
     _check_shape("x_proj_weight", x_proj_weight, (len(routes), rank + 2 * states, dim), "x", x)
     _check_shape("dt_bias", dt_bias, (len(routes), dim), "x", x)
     _check_shape("D", D, (len(routes), dim), "x", x)
-    _check_tensors(x=x, x_proj_weight=x_proj_weight, dt_weight=dt_weight, dt_bias=dt_bias, A=A, D=D)
+    check_tensors(x=x, x_proj_weight=x_proj_weight, dt_weight=dt_weight, dt_bias=dt_bias, A=A, D=D)
     x, x_proj_weight, dt_weight = _to(_projection_dtype(x), x, x_proj_weight, dt_weight)
     dt_bias, A, D = _to(_state_dtype(x), dt_bias, A, D)
     out_dtype = _out_dtype(x, out_dtype)
@@ -227,7 +233,7 @@ def cross_ssd(
     _check_shape("x_proj_weight", x_proj_weight, (len(routes), heads + 2 * states, dim), "x", x)
     _check_shape("dt_bias", dt_bias, (len(routes), heads), "x", x)
     _check_shape("D", D, (len(routes), heads, dim // heads), "x", x)
-    _check_tensors(x=x, x_proj_weight=x_proj_weight, dt_bias=dt_bias, A=A, D=D)
+    check_tensors(x=x, x_proj_weight=x_proj_weight, dt_bias=dt_bias, A=A, D=D)
     x, x_proj_weight = _to(_projection_dtype(x), x, x_proj_weight)
     dt_bias, A, D = _to(_state_dtype(x), dt_bias, A, D)
     out_dtype = _out_dtype(x, out_dtype)
@@ -274,7 +280,7 @@ def layer_norm(
         raise ValueError(f"x has shape {_shape(x)}; its last dimension, the channels, is empty")
     _check_shape("weight", weight, (x.shape[-1],), "x", x)
     _check_shape("bias", bias, (x.shape[-1],), "x", x)
-    _check_tensors(x=x, weight=weight, bias=bias)
+    check_tensors(x=x, weight=weight, bias=bias)
     weight, bias = _to(_state_dtype(x), weight, bias)
     out_dtype = _out_dtype(x, x.dtype if out_dtype is None else out_dtype)
     norm = registry.implementation(
@@ -324,7 +330,7 @@ def add_layer_norm(
         _check_shape("factor", factor, (x.shape[0],), "x", x)
         if factor.requires_grad:
             raise ValueError("factor wants a gradient, which it does not get; detach it")
-    _check_tensors(x=x, branch=branch, factor=factor, weight=weight, bias=bias)
+    check_tensors(x=x, branch=branch, factor=factor, weight=weight, bias=bias)
     (x,) = _to(torch.promote_types(x.dtype, branch.dtype), x)
     weight, bias = _to(_state_dtype(x), weight, bias)
     if factor is not None:
@@ -373,7 +379,7 @@ def depthwise_conv(
     dim, side = x.shape[3], weight.shape[2]
     _check_shape("weight", weight, (dim, 1, side, side), "x", x)
     _check_shape("bias", bias, (dim,), "x", x)
-    _check_tensors(x=x, weight=weight, bias=bias)
+    check_tensors(x=x, weight=weight, bias=bias)
     (x,) = _to(_projection_dtype(x), x)
     convolution = registry.implementation(
         _that_can_be_seen_into(backend),
@@ -462,7 +468,8 @@ def _check_shape(name: str, t: Tensor | None, expected: tuple[int, ...], other: 
         raise ValueError(f"{name} has shape {_shape(t)}; beside {beside} it must be {expected}")
 
 
-def _check_tensors(**tensors: Tensor | None) -> None:
+def check_tensors(**tensors: Tensor | None) -> None:
+    """Raises ValueError unless all hold floating-point numbers, on the device of the first."""
     first, like = next(iter(tensors.items()))
     device = like.device
     for name, t in tensors.items():

@@ -11,6 +11,7 @@ import torch
 
 WHERE = {
     "TorchDispatchMode": "torch.utils._python_dispatch",
+    "UserError": "torch._dynamo.exc",
     "aoti_compile_and_package": "torch._inductor",
     "list_mode_options": "torch._inductor",
     "feature_take_indices": "timm.models._features",

@@ -299,9 +299,14 @@ def _states(decay: Tensor, inputs: Tensor, in_place: bool) -> Tensor:
 
     steps = max([divisor for divisor in range(7, 17) if known and length % divisor == 0], default=16)
     chunks = _chunks(length, steps)
-    if not known or length % steps:  # what stands behind the end changes nothing before it
-        decay, inputs = (F.pad(t, (0, 0, 0, 0, 0, chunks * steps - length)) for t in (decay, inputs))
-    decay, inputs = decay.unflatten(2, (chunks, steps)), inputs.unflatten(2, (chunks, steps))
+    if not known:  # by an index, whose shape is known: torch.export would want proven that chunks divide a length
+        at = torch.arange(chunks, device=inputs.device)[:, None] * steps + torch.arange(steps, device=inputs.device)
+        at = at.clamp(max=length - 1)  # what stands behind the end changes nothing before it
+        decay, inputs = decay[:, :, at], inputs[:, :, at]
+    else:
+        if length % steps:
+            decay, inputs = (F.pad(t, (0, 0, 0, 0, 0, chunks * steps - length)) for t in (decay, inputs))
+        decay, inputs = decay.unflatten(2, (chunks, steps)), inputs.unflatten(2, (chunks, steps))
     states, since_start = list(inputs.unbind(3)), list(decay.unbind(3))  # of each step, for all chunks
     for step in range(1, steps):
         states[step] = addcmul(states[step], since_start[step], states[step - 1])

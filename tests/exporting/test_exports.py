@@ -15,11 +15,13 @@ from safetensors import safe_open
 from torch import nn
 
 import vmamba
+from vmamba.detection.roi_heads import PredictionSettings
 from vmamba.errors import UserError
 from vmamba.exporting import comparison, graphs, programs
 from vmamba.models.pretrained import load_pretrained
 from vmamba.models.variants import VARIANTS
 from vmamba.models.vssm import VSSM
+from vmamba.segmentation.upernet import UperNet
 
 needs_onnx = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
@@ -62,6 +64,7 @@ def test_bare_weights_load_here_and_in_timm(tmp_path, suffix):
         NAME="vmamba_nano",  # as vmamba_digits but for the depths
         NUM_CLASSES=5,
         IN_CHANS=3,
+        DROP_PATH_RATE=0.3,
         OPTIONS=dict(depths=[2, 1], ssm_init="v1"),
     )
     assert found.config["DATA"] == dict(IMG_SIZE=[32, 48], MEAN=[0.5], STD=[0.25])
@@ -94,15 +97,17 @@ def test_weights_of_the_released_spellings(tmp_path):
 
 @pytest.mark.parametrize("name", ["vmamba_base_s2l15", "vmamba_small_m2", "vmamba_digits"])
 def test_options_are_told_beside_the_nearest_variant(tmp_path, name):
-    from vmamba.exporting.weights import described
+    from vmamba.exporting.descriptions import described
 
     with torch.device("meta"):
         model = vmamba.create_model(name, pos_embed=True, img_size=64, patch_size=4, num_classes=7)
-        assert described(model) == (name, {"pos_embed": True})
-        other = VSSM(**VARIANTS[name].options | dict(depths=(2, 1), dims=(24, 48), routes="col"))
-    found, options = described(other)
+        told = described(model)["MODEL"]
+        assert told["NAME"] == name and told["OPTIONS"] == {"pos_embed": True} and told["NUM_CLASSES"] == 7
+        other = VSSM(**VARIANTS[name].options | dict(depths=(2, 1), dims=(24, 48), routes="col", drop_path_rate=0.25))
+    found = described(other)["MODEL"]
+    assert found["DROP_PATH_RATE"] == 0.25
     with torch.device("meta"):
-        again = vmamba.create_model(found, **options)
+        again = vmamba.create_model(found["NAME"], **found["OPTIONS"])
     shapes = [{key: tuple(each.shape) for key, each in each.state_dict().items()} for each in (other, again)]
     assert shapes[0] == shapes[1] and again.layers[0].blocks[0].op.routes == ("col",)
 
@@ -143,6 +148,60 @@ def test_the_command_takes_a_runs_checkpoint_and_predict_takes_its_file(tmp_path
     loaded.head = nn.Linear(16, 3)  # of other classes, whose names nothing tells
     found = vmamba.load_checkpoint(vmamba.export(loaded, tmp_path / "again.pth"))
     assert not found.classes and found.config["DATA"] == data
+
+
+def lasting(backbone="vmamba_nano", **options):
+    """A segmenter whose options change no weight's shape, but what comes out."""
+    torch.manual_seed(0)
+    segmenter = vmamba.create_segmenter(
+        "upernet", backbone, 3, backbone_options=options, channels=8, aux_channels=4, dropout=0.2, ignore_index=7
+    )
+    for parameter in segmenter.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.4)
+    return segmenter.eval()
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_the_file_of_a_segmenter_tells_what_it_is(tmp_path, suffix):
+    model = lasting(depths=(1, 0, 0, 0), dims=8, ssm_act="gelu", routes=["col", "row"], drop_path_rate=0.3)
+    path = vmamba.export(model, tmp_path / f"a.{suffix}", classes=["a", "b", "c"], mean=[0.1], std=[0.2])
+    x = images(1, 3, 64, 64)
+    for load in (vmamba.load_segmenter, vmamba.load_model):
+        again = load(path)
+        assert torch.equal(again(x), model(x))
+        assert again.backbone.model.options.drop_path_rate == 0.3
+        assert (again.ignore_index, again.decode_head.dropout.p) == (7, 0.2)
+    assert again.config.DATA.MEAN == [0.1] and again.class_names == ["a", "b", "c"]
+    assert vmamba.load_checkpoint(vmamba.export(again, tmp_path / "b.pth")).config["DATA"]["MEAN"] == [0.1]
+
+
+def test_the_file_of_a_detector_tells_what_it_is(tmp_path):
+    torch.manual_seed(0)
+    options = dict(depths=(1, 0, 0, 0), dims=8, ssm_act="gelu")
+    predictions = PredictionSettings(score_thr=0.01, max_dets=7)
+    detector = vmamba.create_detector(
+        "mask_rcnn", "vmamba_tiny", 2, backbone_options=options, channels=8, hidden=16, samples=9,
+        predictions=predictions,
+    ).eval()  # fmt: skip
+    again = vmamba.load_detector(vmamba.export(detector, tmp_path / "a.pth"))
+    x = images(1, 3, 64, 64)
+    for one, other in zip(again.backbone(x), detector.backbone(x), strict=True):
+        assert torch.equal(one, other)
+    assert again.predictions == predictions and again.roi_head.samples == 9
+
+
+def test_files_on_backbones_of_timm_load_again(tmp_path):
+    model = lasting("resnet18")
+    again = vmamba.load_segmenter(vmamba.export(model, tmp_path / "a.pth"))
+    assert torch.equal(again(images(1, 3, 64, 64)), model(images(1, 3, 64, 64)))
+
+
+def test_the_file_of_a_classifier_tells_its_dropped_paths_and_images(tmp_path):
+    model = small("vmamba_digits", drop_path_rate=0.3, in_chans=1)
+    again = vmamba.load_model(vmamba.export(model, tmp_path / "a.pth", size=32))
+    assert again.options.drop_path_rate == 0.3
+    assert pytest.approx([0.449]) == again.config.DATA.MEAN and pytest.approx([0.226]) == again.config.DATA.STD
 
 
 # ------------------------------------------------------------------------------------------------ programs
@@ -193,6 +252,65 @@ def test_a_program_of_any_size():
     run = Measured(program)
     same(run.run(x), model(x))
     assert run.largest <= 3 * 4 * 48 * 16 * 16  # three images, four routes, three chunks, states, channels
+
+
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [("graph", {}), ("reference", dict(routes="col", norm_layer="bn", patch_embed="v2", downsample="v1"))],
+)
+def test_any_size_of_a_single_image(backend, options):
+    """Which makes conditions on one side alone; PyTorch wants those proven that are on a side with a name."""
+    model = small("vmamba_tiny_s1l8", depths=(1, 0), **options)
+    programs.set_backend(model, backend)
+    program = programs.recorded(model, images(2, 3, 32, 32), ("size",)).module()
+    programs.set_backend(model, "reference")
+    for sides in ((16, 16), (35, 147)):
+        same(program(images(1, 3, *sides)), model(images(1, 3, *sides)))
+    with pytest.raises(Exception, match=r"\[0\].*1"):
+        program(images(2, 3, 32, 32))
+
+
+def test_what_pytorch_does_not_record_is_one_sentence(monkeypatch):
+    def refuse(*_, **__):
+        raise torch._dynamo.exc.UserError(torch._dynamo.exc.UserErrorType.CONSTRAINT_VIOLATION, "No!\nMore of it")
+
+    monkeypatch.setattr(torch.export, "export", refuse)
+    with pytest.raises(
+        UserError, match=r"cannot record this model with size open \(No!\); leave 'size' out of dynamic"
+    ):
+        programs.recorded(small("vmamba_digits"), images(2, 3, 32, 32), ("size",))
+
+
+def test_what_the_caller_has_set_is_not_recorded(tmp_path):
+    model, x = small("vmamba_digits", depths=(1,)), images(2, 3, 32, 32)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+            vmamba.export(model, tmp_path / "a.pt2", size=32)
+            assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    same(torch.export.load(tmp_path / "a.pt2").module()(x), model(x))
+
+
+FULL_DISK = """
+import pathlib, resource, signal, sys, torch, vmamba
+from vmamba.exporting import programs
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    programs.write(pathlib.Path(sys.argv[1]), torch.nn.Linear(99, 99), torch.zeros(2, 99), ())
+except vmamba.UserError as error:
+    print("sentence:", error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of files are Unix's")
+def test_a_full_disk_is_one_sentence_and_the_process_goes_on(tmp_path):
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "a.pt2")]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout.startswith("sentence: cannot write") and not list(tmp_path.iterdir())
 
 
 def test_a_scan_of_heads_of_any_size():
@@ -284,6 +402,11 @@ def changed():
     return model
 
 
+def quantised():
+    return torch.ao.quantization.quantize_dynamic(small("vmamba_digits"), {nn.Linear})
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("make", "name", "options", "sentence"),
     [
@@ -310,6 +433,29 @@ def changed():
         (lambda: small("vmamba_digits"), "a.pth", dict(mean=[0, 0]), "mean has 2 numbers; give one, or one for"),
         (lambda: small("vmamba_digits"), "a.pth", dict(spelling="january"), "has no name in files of January 2024"),
         (changed, "a.safetensors", {}, "no longer those that its options make"),
+        (lambda: small("vmamba_digits", global_pool=""), "a.pth", {}, "global_pool is '', and the model of a config"),
+        (lambda: small("vmamba_digits"), 5, {}, "path is 5 .int.; give that of the file"),
+        (lambda: small("vmamba_digits"), "a" * 256 + ".pth", {}, "File name too long; choose another name"),
+        (lambda: small("vmamba_digits"), "a\0.onnx", {}, r"a.x00.onnx': embedded null byte; choose another name"),
+        (lambda: small("vmamba_digits"), "a.pth", dict(mean="abc"), "mean is 'abc' .str.; expected a list of numbers"),
+        (lambda: small("vmamba_digits"), "a.pth", dict(std=[0]), "std is .0.0.; it must be above 0"),
+        (lambda: small("vmamba_digits"), "a.pth", dict(std=[float("nan")]), "std is .nan. .list.; expected a list of"),
+        (lambda: small("vmamba_digits"), "a.pth", dict(classes="abcde"), "classes is 'abcde' .str.; expected a list"),
+        (lambda: small("vmamba_digits"), "a.pt2", dict(dynamic=5), "dynamic is 5 .int.; give a list of batch and size"),
+        (quantised, "a.pth", {}, "is quantised; export the model as it was before"),
+        (quantised, "a.onnx", {}, "is quantised; export the model as it was before"),
+        (
+            lambda: vmamba.create_segmenter("upernet", "vmamba_nano", 2, channels=8, pool_scales=[1, 2, 3, 5]),
+            "a.pth",
+            {},
+            "no file could tell what this model is: pool_scales is .1, 2, 3, 5., and that of",
+        ),
+        (
+            lambda: UperNet(vmamba.create_segmenter("upernet", "resnet18", 2).backbone, 300, channels=8),
+            "a.pth",
+            {},
+            "no file could tell what this model is: .*NUM_CLASSES is 300; it must be between 1 and 254",
+        ),
         (lambda: small("vmamba_digits").half(), "a.onnx", {}, "the weights are float16, and a program is recorded in"),
         (lambda: small("vmamba_digits").to("meta"), "a.pt2", {}, "the weights are on the meta device"),
         (lambda: small("vmamba_digits").to("meta"), "a.pth", {}, "holds no plain numbers"),
@@ -342,7 +488,7 @@ def changed():
 def test_what_cannot_be_exported_is_one_sentence_before_any_work(tmp_path, monkeypatch, make, name, options, sentence):
     monkeypatch.setattr(torch.export, "export", lambda *_, **__: pytest.fail("it has begun"))
     with pytest.raises(UserError, match=sentence) as raised:
-        vmamba.export(make(), tmp_path / name, **options)
+        vmamba.export(make(), tmp_path / name if isinstance(name, str) else name, **options)
     assert "\n" not in str(raised.value) and not list(tmp_path.iterdir())
 
 

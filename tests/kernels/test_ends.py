@@ -1,5 +1,7 @@
 """The states that a scan starts from and ends with, against a loop over positions in float64."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,6 +52,52 @@ def test_both_states_and_all_gradients(backend, states, decay):
     loss = (y * wy.to(y)).sum() + (last * wl.to(y)).sum()
     for got, expected in zip([y, last, *torch.autograd.grad(loss, list(here.values()))], want, strict=True):
         assert relative(got.cpu(), expected) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+@pytest.mark.parametrize("size, decay", [(1e37, 4.0), (1e-15, 4.0), (1.0, 1e12)])
+def test_states_of_any_size_and_any_decay(backend, size, decay):
+    tensors = case(16, decay)
+    tensors["initial_state"] = size * tensors["initial_state"].clamp(-3, 3)
+    tensors |= {name: size * tensors[name] for name in ("u", "D") if size < 1}
+    tensors["C"] = tensors["C"] * (0.01 if size > 1 else 1)
+    want = loop(**{name: t.double() for name, t in tensors.items()})
+    for got, expected in zip(vk.selective_scan(**tensors, return_last_state=True, backend=backend), want, strict=True):
+        assert relative(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_a_state_that_is_not_finite_is_not_in_the_other_ones(backend, wrong):
+    tensors = case(5)
+    right, last = vk.selective_scan(**tensors, return_last_state=True, backend=backend)
+    tensors["initial_state"][1, 2, 3] = wrong
+    y, ends = vk.selective_scan(**tensors, return_last_state=True, backend=backend)
+    assert y[1, 2].isnan().all() and ends[1, 2, 3].isnan()
+    y[1, 2], ends[1, 2, 3] = right[1, 2], last[1, 2, 3]
+    torch.testing.assert_close(ends[1, 2, :3], last[1, 2, :3])
+    torch.testing.assert_close(y, right)
+    torch.testing.assert_close(ends[0], last[0])
+
+
+@pytest.mark.parametrize("with_states", [False, True])
+def test_recorded_for_any_length(with_states):
+    """torch.export, whose sizes with names want every condition on them proven."""
+
+    class Scan(torch.nn.Module):
+        def forward(self, u, delta, A, B, C, D, delta_bias, initial_state):
+            states = dict(initial_state=initial_state, return_last_state=True) if with_states else {}
+            return vk.selective_scan(u, delta, A, B, C, D, delta_bias, **states)
+
+    length = torch.export.Dim("length", min=2, max=4096)
+    shapes = {name: {len(t.shape) - 1: length} for name, t in case(3).items() if t.dim() > 2}
+    shapes = {name: shapes.get(name) if name != "initial_state" else None for name in NAMES}
+    with torch.no_grad():
+        program = torch.export.export(Scan(), (), case(3), dynamic_shapes=shapes, strict=False).module()
+        for positions in (2, 16, 75):
+            tensors = case(3, length=positions)
+            for got, want in zip(program(**tensors), Scan()(**tensors), strict=True):
+                torch.testing.assert_close(got, want)
 
 
 def test_a_sequence_in_two_halves_is_the_whole():
@@ -121,3 +169,13 @@ def test_errors_name_the_argument():
         selective_state_update(state, x, x, tensors["A"], torch.zeros(2, 3, 3), vector)
     with pytest.raises(ValueError, match=r"state has shape \(8, 3\)"):
         selective_state_update(state[0], x, x, tensors["A"], vector, vector)
+    for dtype in (torch.int64, torch.complex64):
+        with pytest.raises(ValueError, match=f"state is {dtype}; it must be one of torch.float16"):
+            selective_state_update(state.to(dtype), x, x, tensors["A"], vector, vector)
+        with pytest.raises(ValueError, match=f"x is {dtype}; it must be one of"):
+            selective_state_update(state, x.to(dtype), x, tensors["A"], vector, vector)
+        with pytest.raises(ValueError, match=f"z is {dtype}; it must be one of"):
+            u, delta, A, B, C, *_ = tensors.values()
+            selective_scan_fn(u, delta, A, B, C, z=u.to(dtype))
+    with pytest.raises(ValueError, match=r"state is expanded, .* give state.clone\(\)"):
+        selective_state_update(state[:1].expand(2, 8, 3), x, x, tensors["A"], vector, vector)

@@ -153,3 +153,14 @@ def test_mamba_ssm_says_why_not(mamba_ssm, monkeypatch):
     monkeypatch.setattr(mamba, "find_spec", lambda name: None)
     with pytest.raises(vk.BackendError, match="mamba_ssm is not installed"):
         vk.selective_scan(**case, backend="mamba_ssm")
+
+
+def test_b_and_c_of_the_scans_groups_are_not_copied(monkeypatch):
+    """torch.compile keeps views of such copies for the backward pass, and cannot lay them out for another length."""
+    seen = []
+    monkeypatch.setattr(mamba, "selective_scan", lambda u, delta, A, B, C, *_, **__: seen.extend((B, C)) or u)
+    u, A, (B, C) = torch.randn(2, 4, 5), torch.randn(4, 3), torch.randn(2, 2, 3, 5)
+    selective_scan_fn(u, u, A, B, C[:, None].repeat(1, 2, 1, 1))
+    assert torch.equal(seen[0], B[:, None].expand(2, 2, 3, 5))
+    selective_scan_fn(u, u, A, B, C)
+    assert [t.data_ptr() for t in seen[2:]] == [B.data_ptr(), C.data_ptr()]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from vmamba.config import get_config
 from vmamba.errors import UserError
 from vmamba.models import Mamba1D, mamba1d
+from vmamba.models.backbones import create_backbone
 from vmamba.models.flops import complexity
 from vmamba.models.variants import build_model
 from vmamba.models.vim import Vim
@@ -93,16 +94,36 @@ def test_the_packages_serve_where_they_are(monkeypatch):
     assert calls == ["silu"]  # on a CPU not by itself
 
 
-def test_mistakes_are_sentences():
-    with pytest.raises(UserError, match="conv_backend is 'cudnn'; choose one of auto, torch, causal_conv1d"):
-        layer(conv_backend="cudnn")
-    with pytest.raises(UserError, match="d_state is 0; it must be at least 1"):
-        layer(d_state=0)
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (dict(conv_backend="cudnn"), "unknown conv_backend 'cudnn'; known: auto, causal_conv1d, torch"),
+        (dict(scan_backend="cude"), "unknown scan_backend 'cude'; did you mean 'cuda'"),
+        (dict(d_state=0), "d_state is 0; it must be between 1 and"),
+        (dict(d_state="16"), "d_state is '16' .str.; expected an integer"),
+        (dict(d_conv=None), "d_conv is None .NoneType.; expected an integer"),
+        (dict(dt_rank="x"), "unknown dt_rank 'x'; known: auto"),
+        (dict(expand=float("nan")), "expand is nan .float.; expected a number"),
+        (dict(expand=0.01), "expand is 0.01, which of 6 channels leaves none; choose a larger one"),
+        (dict(bias="no"), "bias is 'no' .str.; expected true or false"),
+    ],
+)
+def test_mistakes_are_sentences(options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        layer(**options)
+
+
+def test_sequences_and_states_that_do_not_fit_are_named():
+    mamba, x = layer(), torch.zeros(2, 6, dtype=torch.float64)
     with pytest.raises(UserError, match=r"the sequence has shape \(2, 6, 9\); it must be \(batch, length, 6\)"):
-        layer()(torch.zeros(2, 6, 9, dtype=torch.float64))
+        mamba(torch.zeros(2, 6, 9, dtype=torch.float64))
+    with pytest.raises(UserError, match=r"the position has shape \(2, 5\); it must be \(batch, 6\)"):
+        mamba.step(x[:, :5], mamba.make_state(2))
+    for state in (mamba.make_state(3), layer(d_state=4).make_state(2)):
+        with pytest.raises(UserError, match=r"which are not of this layer and 2 sequences; take it from make_state\(2"):
+            mamba.step(x, state)
     with pytest.raises(UserError, match="there is no step of it"):
-        mamba = layer(bidirectional=True)
-        mamba.step(torch.zeros(2, 6, dtype=torch.float64), mamba.make_state(2))
+        layer(bidirectional=True).step(x, mamba.make_state(2))
 
 
 def tiny_vim(**options):
@@ -151,6 +172,31 @@ def test_vim_trains_checkpointed_and_takes_weights_of_another_size(tmp_path):
     assert torch.equal(larger.pos_embed[:, 18], model.pos_embed[:, 8])  # the token's
     with pytest.raises(UserError, match="images of 32 x 32 pixels; this model has positions for 48 x 48"):
         larger(x)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (dict(img_size=17), "img_size is 17; its sides must be multiples of patch_size, which is 8"),
+        (dict(img_size=(32, 33)), "img_size is .32, 33.; its sides must be multiples"),
+        (dict(patch_size=0), "patch_size is 0; it must be between 1 and"),
+        (dict(depth=-1), "depth is -1; it must be between 1 and"),
+        (dict(drop_path_rate=2), "drop_path_rate is 2.0; it must be between 0 and 1"),
+        (dict(d_sate=4), "unknown option of Vim 'd_sate'; did you mean 'd_state'"),
+    ],
+)
+def test_mistakes_of_vim_are_sentences(options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        tiny_vim(**options)
+
+
+def test_vim_has_no_feature_maps_and_says_so():
+    with pytest.raises(UserError, match="features_only: vim_tiny_patch16_224 has one resolution and no stages"):
+        timm.create_model("vim_tiny_patch16_224", features_only=True)
+    with pytest.raises(UserError, match="one resolution and no stages"):
+        create_backbone("timm/vim_tiny_patch16_224")
+    with pytest.raises(UserError, match=r"images have shape \(3, 32, 32\); this model takes \(batch, 3, height, width"):
+        tiny_vim()(torch.zeros(3, 32, 32))
 
 
 def test_vim_is_recorded_for_any_batch_and_made_on_the_meta_device():

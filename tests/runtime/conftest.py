@@ -21,13 +21,11 @@ CPU = World(0, 1, 0, torch.device("cpu"))
 class Tiny:
     """A state, its step, and batches for it."""
 
-    def __init__(self, *opts, model=None, steps_per_epoch=10, fused=False):
+    def __init__(self, *opts, model=None, steps_per_epoch=10, late=False):
         self.config = get_config(None, ["AMP.ENABLE", "False", "TRAIN.BASE_LR", "0.1", *opts])
         torch.manual_seed(0)
         model = model or nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 3))
         optimizer = build_optimizer(self.config, model, 512)
-        if fused:  # as it is on a GPU
-            optimizer = torch.optim.AdamW([{**group, "fused": True} for group in optimizer.param_groups], fused=True)
         self.state = TrainState(
             model=model,
             ema=ModelEmaV3(model, decay=0.9, use_warmup=True) if self.config.TRAIN.EMA.ENABLE else None,
@@ -38,6 +36,8 @@ class Tiny:
             config=yaml.safe_load(self.config.dump()),
         )
         self.step = OptimizerStep(self.config, CPU, model, self.loss)
+        if late:  # as it is on a GPU
+            self.step.reads_late = lambda state: True
 
     def loss(self, model, batch, *, step, part):
         inputs, targets = batch

@@ -46,6 +46,24 @@ def test_decay_goes_by_role():
     assert decayed_names(Selective(), decay_ssm=False) == always
 
 
+def test_pytorchs_fused_adamw_moves_the_weights_on_a_cpu_the_same_for_any_number_of_threads():
+    torch.manual_seed(0)
+    start, gradient, ends = torch.randn(10_001), torch.randn(10_001), []
+    for threads in (1, 2, 3):
+        parameter = nn.Parameter(start.clone())
+        model = nn.ParameterList([parameter])
+        optimizer = build_optimizer(get_config(None), model, 512)
+        assert type(optimizer) is torch.optim.AdamW and all(group["fused"] for group in optimizer.param_groups)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        for step in range(3):
+            parameter.grad = (step - 1) * gradient
+            optimizer.step()
+        torch.set_num_threads(before)
+        ends.append(parameter.detach())
+    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
+
+
 @pytest.mark.parametrize(("images", "reference", "scale"), [(1024, 512, 2.0), (128, 512, 0.25), (64, 0, 1.0)])
 def test_rates_scale_with_the_global_batch(images, reference, scale):
     config = get_config(None, ["TRAIN.LR_REFERENCE_BATCH", str(reference), "TRAIN.BASE_LR", "1e-3"])

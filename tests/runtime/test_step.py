@@ -67,9 +67,9 @@ def test_what_the_model_draws_depends_on_the_step_alone(tiny):
     assert again.one(one.batch(0)).loss == reports[0].loss
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_bad_step_is_skipped_without_a_trace_and_counted(tiny, same, fused):
-    case = tiny("TRAIN.EMA.ENABLE", "True", fused=fused)
+@pytest.mark.parametrize("late", [False, True])
+def test_a_bad_step_is_skipped_without_a_trace_and_counted(tiny, same, late):
+    case = tiny("TRAIN.EMA.ENABLE", "True", late=late)
     case.train(2)
     parts = ("model", "model_ema", "optimizer")
     before = deepcopy({name: case.state.state_dict()[name] for name in parts})
@@ -84,9 +84,9 @@ def test_a_bad_step_is_skipped_without_a_trace_and_counted(tiny, same, fused):
     assert (case.state.bad_steps, case.state.bad_steps_in_a_row, case.state.round_good_steps) == (1, 0, 3)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_gradient_that_is_not_finite_is_a_bad_step_too(tiny, fused):
-    case = tiny(model=nn.Linear(4, 3), fused=fused)
+@pytest.mark.parametrize("late", [False, True])
+def test_a_gradient_that_is_not_finite_is_a_bad_step_too(tiny, late):
+    case = tiny(model=nn.Linear(4, 3), late=late)
     case.state.model.weight.register_hook(lambda gradient: gradient * torch.inf)
     before = case.weights()
     report = case.train(1)[0]
@@ -103,9 +103,9 @@ def test_too_many_bad_steps_in_a_row_end_the_run(tiny):
         case.one(BAD)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_an_overflow_of_float16_halves_the_scale_and_is_no_bad_step(tiny, fused):
-    case = tiny("AMP.ENABLE", "True", "AMP.DTYPE", "float16", "TRAIN.MAX_BAD_STEPS", "1", fused=fused)
+@pytest.mark.parametrize("late", [False, True])
+def test_an_overflow_of_float16_halves_the_scale_and_is_no_bad_step(tiny, late):
+    case = tiny("AMP.ENABLE", "True", "AMP.DTYPE", "float16", "TRAIN.MAX_BAD_STEPS", "1", late=late)
     case.state.scaler.load_state_dict(case.state.scaler.state_dict() | {"scale": 2.0**40})
     before = case.weights()["0.weight"]
     case.train(1)
@@ -120,7 +120,7 @@ def test_an_overflow_of_float16_halves_the_scale_and_is_no_bad_step(tiny, fused)
 
 def test_where_the_optimiser_skips_by_itself_a_report_comes_a_step_later(tiny, same):
     """Steps whose reports nobody waits for end as those with all of them, bad ones among them."""
-    late, waited = tiny("TRAIN.EMA.ENABLE", "True", fused=True), tiny("TRAIN.EMA.ENABLE", "True", fused=True)
+    late, waited = tiny("TRAIN.EMA.ENABLE", "True", late=True), tiny("TRAIN.EMA.ENABLE", "True", late=True)
     batches = [late.batch(0), late.batch(1), BAD, late.batch(3), BAD, BAD, late.batch(6)]
     reports = []
     for number, batch in enumerate(batches):
@@ -141,7 +141,7 @@ def test_where_the_optimiser_skips_by_itself_a_report_comes_a_step_later(tiny, s
 
 def test_a_late_report_tells_the_parts_of_its_own_step(tiny):
     """As detection and segmentation have them."""
-    late, waited = tiny(fused=True), tiny(fused=True)
+    late, waited = tiny(late=True), tiny(late=True)
     for case in (late, waited):
         whole = case.step.loss
         case.step.loss = lambda *batch, step, part, whole=whole: {
@@ -183,11 +183,12 @@ def steps_of_one_of_two(rank, store, told):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     world = World(rank, 2, rank, torch.device("cpu"))
-    for fused in (False, True):
+    for late in (False, True):
         torch.manual_seed(0)
-        case = Tiny("TRAIN.EMA.ENABLE", "True", model=nn.Linear(4, 3), fused=fused)
+        case = Tiny("TRAIN.EMA.ENABLE", "True", model=nn.Linear(4, 3), late=late)
         state, model = case.state, parallelise(case.state.model, case.config, world)
         step = OptimizerStep(case.config, world, model, case.loss)
+        step.reads_late = case.step.reads_late
         reports = []
         for number in range(5):
             batch = BAD if (number, rank) == (2, 1) else case.batch(2 * number + rank)
@@ -196,7 +197,7 @@ def steps_of_one_of_two(rank, store, told):
         weights = (state.model.state_dict(), state.ema.module.state_dict())
         sums = [sum(value.double().sum().item() for value in each.values()) for each in weights]
         flags = [[report.good for report in reports], [report.stop for report in reports]]
-        told.put((fused, rank, [*flags, state.bad_steps, state.round_good_steps], sums))
+        told.put((late, rank, [*flags, state.bad_steps, state.round_good_steps], sums))
     dist.destroy_process_group()
 
 
@@ -213,6 +214,6 @@ def test_a_step_that_is_bad_on_one_process_is_skipped_and_counted_on_all(tmp_pat
     for process in processes:
         process.join(60)
     good, stop = [True, True, False, True, True], [False, False, False, True, False]
-    assert sorted((fused, rank) for fused, rank, *_ in found) == [(False, 0), (False, 1), (True, 0), (True, 1)]
+    assert sorted((late, rank) for late, rank, *_ in found) == [(False, 0), (False, 1), (True, 0), (True, 1)]
     assert all(counts == [good, stop, 1, 4] for _, _, counts, _ in found)
     assert all(sums == pytest.approx(found[0][-1], rel=1e-6) for *_, sums in found)  # the same was left out

@@ -161,7 +161,8 @@ def load_model(
 
 def file_of(checkpoint: str | Path) -> str | Path:
     """`checkpoint`, or in a run's folder its best.  Raises UserError for a folder without one."""
-    if is_url(str(checkpoint)) or what_is(checkpoint) != "folder":
+    named = isinstance(checkpoint, (str, os.PathLike))
+    if not named or is_url(str(checkpoint)) or what_is(checkpoint) != "folder":
         return checkpoint
     kept = [Path(checkpoint, name) for name in (BEST, LAST) if what_is(Path(checkpoint, name)) == "file"]
     if not kept:

@@ -63,7 +63,7 @@ def what_is(path: str | Path) -> str | None:
     """
     try:
         return "folder" if stat.S_ISDIR(os.stat(path).st_mode) else "file"
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # Python's ValueError is of a zero byte in the name
         return None
     except OSError as error:
         raise cannot_read(path, error) from error

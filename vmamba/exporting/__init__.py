@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ SUFFIXES = {"safetensors": ".safetensors", "pth": ".pth", "torch": ".pt2", "aoti
 DYNAMIC = ("batch", "size")
 SPELLINGS = ("ours", "released", "january")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+TAKES = {"classes": Takes(([str],)), "mean": Takes(([float],)), "std": Takes(([float],), above=0)}
 
 
 def export(
@@ -54,20 +56,24 @@ def export(
         dynamic: what of the images a program leaves open, of "batch" and "size"; see `programs.open_sides`.
         spelling: of weights: "ours", "released" or "january", see `to_released`.
         classes: their names, which the file keeps, in weights and ONNX; None: those that a loaded model has.
-        mean, std: of a channel of the images, values in 0..1, likewise; None: of a loaded classifier's run, or
-            ImageNet's.
+        mean, std: of a channel of the images, values in 0..1, likewise; None: of a loaded model's run, or ImageNet's
+            (one number, the mean of its three, where the images have others than three channels).
 
     Returns the path.  Raises UserError, before any work, for what cannot be exported, and why.
     """
+    if not isinstance(path, (str, PathLike)):
+        raise UserError(f"path is {path!r:.60} ({type(path).__name__}); give that of the file to be written")
     path, model = Path(path), _known(model)
     format = _format(path, format)
     dynamic = _dynamic(dynamic)
     if spelling not in SPELLINGS:
         raise unknown("spelling", spelling, SPELLINGS)
     facts = _facts(model)
-    facts |= {name: value for name, value in dict(classes=classes, mean=mean, std=std).items() if value is not None}
+    for name, value in dict(classes=classes, mean=mean, std=std).items():
+        if value is not None:
+            facts[name] = TAKES[name].check(name, value.tolist() if hasattr(value, "tolist") else value)
     height, width = facts["size"] = _sides(facts["size"] if size is None else size)
-    about = weights.about(model, **facts)
+    about = weights.about(model, **facts, needed=format in WEIGHTS)
     if format in WEIGHTS:
         held = weights.spelt(model, spelling)
         check_writable(path)
@@ -77,15 +83,16 @@ def export(
         raise UserError(f"spelling is '{spelling}', and a file of {format} has no names of weights; leave it out")
     _check_program(model, format, dynamic)
     check_writable(path)
-    frozen = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-    programs.set_backend(frozen, "reference")
-    images = _images(frozen, height, width)
-    if format == "onnx":
-        graphs.write(path, frozen, images, dynamic, about)
-    elif format == "torch":
-        programs.write(path, frozen, images, dynamic)
-    else:
-        programs.write_compiled(path, frozen, images, dynamic)
+    with programs.as_by_default():
+        frozen = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+        programs.set_backend(frozen, "reference")
+        images = _images(frozen, height, width)
+        if format == "onnx":
+            graphs.write(path, frozen, images, dynamic, about)
+        elif format == "torch":
+            programs.write(path, frozen, images, dynamic)
+        else:
+            programs.write_compiled(path, frozen, images, dynamic)
     return path
 
 
@@ -95,17 +102,27 @@ def _known(model: object) -> nn.Module:
         raise UserError(
             f"this is a {type(inside).__name__}; export takes what create_model, create_segmenter and Backbone give"
         )
+    for name, value in inside.state_dict().items():
+        if not isinstance(value, Tensor) or value.is_quantized:
+            raise UserError(
+                f"'{name}' is quantised; export the model as it was before (of ONNX files onnxruntime makes quantised "
+                f"ones: docs/export.md)"
+            )
     return inside
 
 
 def _facts(model: nn.Module) -> dict[str, Sequence[Any]]:
     """Size, mean and deviation of the images, and the classes' names, as far as `load_model` has left them."""
-    facts: dict[str, Sequence[Any]] = dict(size=(224, 224), mean=IMAGENET[0], std=IMAGENET[1], classes=())
+    mean, std = IMAGENET
+    if isinstance(model, VSSM) and model.in_chans != len(mean):
+        mean, std = ([sum(values) / len(values)] for values in IMAGENET)
+    facts: dict[str, Sequence[Any]] = dict(size=(224, 224), mean=mean, std=std, classes=())
     config, classes = getattr(model, "config", None), getattr(model, "class_names", ())
     if len(classes) == getattr(model, "num_classes", None):  # another head may have come since
         facts["classes"] = classes
-    if isinstance(model, VSSM) and isinstance(config, CfgNode):
-        facts |= dict(size=image_size(config), mean=config.DATA.MEAN, std=config.DATA.STD)
+    if isinstance(config, CfgNode):
+        facts |= dict(mean=config.DATA.MEAN, std=config.DATA.STD)
+        facts |= dict(size=image_size(config)) if isinstance(model, VSSM) else {}
     return facts
 
 
@@ -129,6 +146,10 @@ def _sides(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def _dynamic(dynamic: str | Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(dynamic, (str, list, tuple, set, frozenset)):
+        raise UserError(
+            f"dynamic is {dynamic!r:.60} ({type(dynamic).__name__}); give a list of {' and '.join(DYNAMIC)}"
+        )
     dynamic = (dynamic,) if isinstance(dynamic, str) else tuple(dynamic)
     for name in dynamic:
         if name not in DYNAMIC:
@@ -173,6 +194,6 @@ def _images(model: nn.Module, height: int, width: int) -> Tensor:
     whole = model.backbone if isinstance(model, UperNet) else model
     whole = whole.model if isinstance(whole, Backbone) else whole
     channels = whole.in_chans if isinstance(whole, VSSM) else whole.options.get("in_chans", 3)
-    images = torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0), device="cpu")
     model(images[:1])
     return images

@@ -6,7 +6,7 @@ from pathlib import Path
 from vmamba.analysis.prediction import file_of, load_model
 from vmamba.errors import UserError
 from vmamba.exporting import export
-from vmamba.files import check_keeps
+from vmamba.files import check_keeps, check_writable
 from vmamba.models.variants import create_model
 from vmamba.runtime.checkpoint import is_there
 from vmamba.text import printable
@@ -58,6 +58,7 @@ def export_file(
                 "vmamba.Backbone of it is exported likewise"
             )
         whole = whole.backbone
+    check_writable(output)
     if is_there(Path(output)):
         raise UserError(f"'{printable(output)}' is the state of a run, which would be lost; choose another --output")
     path = export(whole, output, format=format, size=size, dynamic=dynamic, spelling=spelling)

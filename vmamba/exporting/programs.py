@@ -3,7 +3,9 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -13,6 +15,8 @@ from vmamba.errors import UserError
 from vmamba.files import write_atomically
 from vmamba.models.ss2d import Mixer2D
 from vmamba.models.vssm import VSSM
+from vmamba_kernels import no_autocast
+from vmamba_kernels.private import UserError as RefusedByPyTorch
 from vmamba_kernels.private import aoti_compile_and_package
 
 
@@ -21,6 +25,19 @@ def set_backend(model: nn.Module, backend: str) -> None:
     for module in model.modules():
         if isinstance(module, Mixer2D):
             module.backend = backend
+
+
+@contextmanager
+def as_by_default() -> Iterator[None]:
+    """Inside it, tensors are made in float32, on the CPU, and no autocast is in force, whatever the caller has set:
+    what is recorded is to be of the model alone."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"), torch.inference_mode(False), no_autocast("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def open_sides(model: nn.Module) -> tuple[int, int]:
@@ -33,6 +50,16 @@ def open_sides(model: nn.Module) -> tuple[int, int]:
     return inside.patch_size * 2 ** len(inside.layers), 1024 * inside.patch_size
 
 
+def _open_side(name: str, least: int, most: int) -> object:
+    """Of a shape for torch.export.
+
+    Of a side with a name PyTorch wants proven that all it compared of it on the way holds for every size, and proves
+    little; 2.6 has no other one with bounds.
+    """
+    unnamed = torch.export.Dim.DYNAMIC
+    return unnamed(min=least, max=most) if callable(unnamed) else torch.export.Dim(name, min=least, max=most)
+
+
 @torch.no_grad()
 def recorded(model: nn.Module, images: Tensor, dynamic: Sequence[str]) -> torch.export.ExportedProgram:
     """`model` as a program, with the operators of its scans' backend.
@@ -40,8 +67,10 @@ def recorded(model: nn.Module, images: Tensor, dynamic: Sequence[str]) -> torch.
     Args:
         images: two, to record with.
         dynamic: see `vmamba.export`.
+
+    Raises UserError where PyTorch finds that what is to be open is not.
     """
-    shape: dict[int, torch.export.Dim] = {}
+    shape: dict[int, object] = {}
     if "batch" in dynamic:
         shape[0] = torch.export.Dim("batch")
     else:
@@ -49,8 +78,16 @@ def recorded(model: nn.Module, images: Tensor, dynamic: Sequence[str]) -> torch.
     if "size" in dynamic:
         least, most = open_sides(model)
         images = images.new_zeros((*images.shape[:2], 5 * least, 6 * least))
-        shape |= {side: torch.export.Dim(name, min=least, max=most) for side, name in ((2, "height"), (3, "width"))}
-    program = torch.export.export(model, (images,), dynamic_shapes=(shape,), strict=False)
+        shape |= {2: _open_side("height", least, most), 3: _open_side("width", least, most)}
+    try:
+        program = torch.export.export(model, (images,), dynamic_shapes=(shape,), strict=False)
+    except RefusedByPyTorch as error:
+        if not dynamic:
+            raise
+        raise UserError(
+            f"PyTorch {torch.__version__} cannot record this model with {' and '.join(dynamic)} open "
+            f"({str(error).splitlines()[0]}); leave 'size' out of dynamic, or both"
+        ) from error
     for module in program.graph_module.modules():
         for node in getattr(module, "graph", torch.fx.Graph()).nodes:
             node.meta.pop("stack_trace", None)  # paths of this machine
@@ -59,8 +96,9 @@ def recorded(model: nn.Module, images: Tensor, dynamic: Sequence[str]) -> torch.
 
 def write(path: Path, model: nn.Module, images: Tensor, dynamic: Sequence[str]) -> None:
     """For `torch.export.load(path).module()(images)`."""
-    program = recorded(model, images, dynamic)
-    write_atomically(path, lambda file: torch.export.save(program, file))
+    program, content = recorded(model, images, dynamic), BytesIO()
+    torch.export.save(program, content)  # to memory: where a file fails it, as on a full disk, the process ends
+    write_atomically(path, lambda file: file.write(content.getbuffer()))
 
 
 def write_compiled(path: Path, model: nn.Module, images: Tensor, dynamic: Sequence[str]) -> None:

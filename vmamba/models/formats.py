@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 from vmamba.errors import UserError
+from vmamba.text import printable
 
 _LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what files of torch.save begin with that are no zip archive
 _BEGINNINGS = {  # of what is taken for a checkpoint by mistake
@@ -106,11 +107,11 @@ def read_file(path: str | Path) -> Any:
     Raises UserError, naming the file and what it is, when it is missing, damaged or anything else.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"checkpoint '{path}' is a folder; give the path of a file")
-    if not path.is_file():
-        raise UserError(f"there is no checkpoint '{path}'; check the path")
     try:
+        if path.is_dir():
+            raise UserError(f"checkpoint '{path}' is a folder; give the path of a file")
+        if not path.is_file():
+            raise UserError(f"there is no checkpoint '{printable(path)}'; check the path")
         with path.open("rb") as file:
             start = file.read(1024)
     except OSError as error:

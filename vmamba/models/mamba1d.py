@@ -15,9 +15,20 @@ from torch import Tensor, nn
 
 from vmamba.errors import UserError
 from vmamba.models.ss2d import step_biases
+from vmamba.values import Takes
+from vmamba_kernels import backends
 from vmamba_kernels.mamba import selective_scan_fn, selective_state_update
 
-CONVOLUTIONS = ("auto", "torch", "causal_conv1d")
+_COUNT = Takes((int,), at_least=1, at_most=2**16)
+_SWITCH = Takes((bool,))
+TAKES = {
+    **dict.fromkeys(("d_model", "d_state", "d_conv"), _COUNT),
+    "expand": Takes((float,), above=0, at_most=64),
+    "dt_rank": Takes((int, str), at_least=1, at_most=2**16, choices=("auto",)),
+    **dict.fromkeys(("conv_bias", "bias", "bidirectional", "divide"), _SWITCH),
+    "scan_backend": Takes((str,), choices=lambda: ("auto", *backends())),
+    "conv_backend": Takes((str,), choices=("auto", "torch", "causal_conv1d")),
+}
 
 
 class MambaState(NamedTuple):
@@ -43,7 +54,7 @@ class Mamba1D(nn.Module):
         conv_backend: "torch"; "causal_conv1d", that package's kernel for a GPU; "auto": that where it is installed and
             the input is on a GPU.
 
-    Raises UserError for a number below 1 and for an unknown or absent backend of the convolution.
+    Raises UserError for a value that cannot be, and for an unknown or absent backend.
     """
 
     def __init__(
@@ -61,13 +72,15 @@ class Mamba1D(nn.Module):
         conv_backend: str = "auto",
     ):
         super().__init__()
+        given = dict(d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand, dt_rank=dt_rank)
+        given |= dict(conv_bias=conv_bias, bias=bias, bidirectional=bidirectional, divide=divide)
+        given |= dict(scan_backend=scan_backend, conv_backend=conv_backend)
+        for name, value in given.items():
+            TAKES[name].check(name, value)
         self.d_model, self.d_state, self.d_conv, self.d_inner = d_model, d_state, d_conv, int(expand * d_model)
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
-        for name in ("d_model", "d_state", "d_conv", "d_inner", "dt_rank"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if conv_backend not in CONVOLUTIONS:
-            raise UserError(f"conv_backend is {conv_backend!r}; choose one of {', '.join(CONVOLUTIONS)}")
+        if self.d_inner < 1:
+            raise UserError(f"expand is {expand}, which of {d_model} channels leaves none; choose a larger one")
         has_causal_conv1d = find_spec("causal_conv1d") is not None
         if conv_backend == "causal_conv1d" and not has_causal_conv1d:
             raise UserError(
@@ -97,8 +110,8 @@ class Mamba1D(nn.Module):
         setattr(self, f"D{end}", nn.Parameter(torch.ones(inner)))
 
     def set_backend(self, backend: str) -> None:
-        """Of the scan."""
-        self.scan_backend = backend
+        """Of the scan.  Raises UserError for no backend."""
+        self.scan_backend = TAKES["scan_backend"].check("backend", backend)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, length, d_model) -> (batch, length, d_model).  Raises UserError for another shape."""
@@ -138,7 +151,8 @@ class Mamba1D(nn.Module):
         return F.silu(conv(x)[..., : x.shape[2]])
 
     def make_state(self, batch: int) -> MambaState:
-        """The state before the first position, zeros, for `step`."""
+        """The state before the first position, zeros, for `step`.  Raises UserError for a batch that is no number."""
+        batch = Takes((int,), at_least=0).check("batch", batch)
         weight = self.conv1d.weight
         scan = weight.new_zeros(batch, self.d_inner, self.d_state, dtype=self._A("").dtype)
         return MambaState(weight.new_zeros(batch, self.d_inner, self.d_conv), scan)
@@ -147,10 +161,18 @@ class Mamba1D(nn.Module):
     def step(self, x: Tensor, state: MambaState) -> Tensor:
         """The next position alone, (batch, d_model) -> (batch, d_model): what `forward` gives there, with no gradient.
 
-        Raises UserError for a layer that also walks from the end.
+        Raises UserError for a layer that also walks from the end, and for another shape of x or of the state.
         """
         if self.bidirectional:
             raise UserError("a bidirectional layer needs the whole sequence; there is no step of it")
+        if x.dim() != 2 or x.shape[1] != self.d_model:
+            raise UserError(f"the position has shape {tuple(x.shape)}; it must be (batch, {self.d_model})")
+        inputs, scan = (tuple(part.shape) for part in state)
+        if inputs != (len(x), self.d_inner, self.d_conv) or scan != (len(x), self.d_inner, self.d_state):
+            raise UserError(
+                f"the state has shapes {inputs} and {scan}, which are not of this layer and {len(x)} sequences; take "
+                f"it from make_state({len(x)})"
+            )
         x, z = self.in_proj(x).chunk(2, dim=1)
         state.inputs.copy_(torch.cat((state.inputs[..., 1:], x[..., None].to(state.inputs.dtype)), -1))
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias

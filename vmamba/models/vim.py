@@ -5,6 +5,7 @@ those of its authors' code, so that their weights load (`timm.create_model("vim_
 pretrained_cfg_overlay=dict(file=...))`).
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -13,11 +14,23 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vmamba.errors import UserError
+from vmamba.errors import UserError, unknown
 from vmamba.models.mamba1d import Mamba1D
+from vmamba.values import Takes
 
 __all__ = ["Vim"]
 EPS = 1e-5  # of the norms (arXiv 1910.07467)
+_SHARE = Takes((float,), at_least=0, at_most=1)
+TAKES = {
+    "img_size": Takes((int, [int]), at_least=1, at_most=2**15, length=2),
+    "patch_size": Takes((int,), at_least=1, at_most=2**15),
+    "in_chans": Takes((int,), at_least=1, at_most=10**4),
+    "num_classes": Takes((int,), at_least=0, at_most=10**6),
+    "embed_dim": Takes((int,), at_least=1, at_most=2**14),
+    "depth": Takes((int,), at_least=1, at_most=1000),
+    **dict.fromkeys(("drop_path_rate", "drop_rate"), _SHARE),
+}
+_MIXER_OPTIONS = {*inspect.signature(Mamba1D).parameters} - {"d_model", "bidirectional"}
 
 
 class Layer(nn.Module):
@@ -42,7 +55,7 @@ class Vim(nn.Module):
         drop_path_rate: of the last layer; those before it rise to it from 0.
         mixer_options: of `Mamba1D`.
 
-    Raises UserError for images of another size than `img_size`.
+    Raises UserError for a value that cannot be, and for images of another size than `img_size`.
     """
 
     def __init__(
@@ -58,6 +71,15 @@ class Vim(nn.Module):
         **mixer_options: Any,
     ):
         super().__init__()
+        given = dict(img_size=img_size, patch_size=patch_size, in_chans=in_chans, num_classes=num_classes)
+        given |= dict(embed_dim=embed_dim, depth=depth, drop_path_rate=drop_path_rate, drop_rate=drop_rate)
+        for name, value in given.items():
+            TAKES[name].check(name, value)
+        if any(side % patch_size for side in ([img_size] if isinstance(img_size, int) else img_size)):
+            raise UserError(f"img_size is {img_size}; its sides must be multiples of patch_size, which is {patch_size}")
+        for name in mixer_options:
+            if name not in _MIXER_OPTIONS:
+                raise unknown("option of Vim", name, {*TAKES, *_MIXER_OPTIONS})
         self.num_classes, self.num_features, self.embed_dim = num_classes, embed_dim, embed_dim
         self.grad_checkpointing = False
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, strict_img_size=False)
@@ -79,6 +101,9 @@ class Vim(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, patches + 1, embed_dim), the class token at (patches) // 2."""
+        channels = self.patch_embed.proj.in_channels
+        if x.dim() != 4 or x.shape[1] != channels:
+            raise UserError(f"images have shape {tuple(x.shape)}; this model takes (batch, {channels}, height, width)")
         if tuple(x.shape[2:]) != tuple(self.patch_embed.img_size):
             height, width = self.patch_embed.img_size
             raise UserError(
@@ -123,7 +148,7 @@ class Vim(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
+        self.num_classes = TAKES["num_classes"].check("num_classes", num_classes)
         self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
 
 
@@ -156,6 +181,11 @@ default_cfgs = generate_default_cfgs(
 
 
 def _build(variant: str, pretrained: bool, **options: Any) -> Vim:
+    if options.get("features_only"):
+        raise UserError(
+            f"features_only: {variant} has one resolution and no stages, so there are no feature maps to choose from; "
+            "its tokens are what model.forward_features(images) gives"
+        )
     return build_model_with_cfg(Vim, variant, pretrained, pretrained_filter_fn=_to_size, **options)
 
 

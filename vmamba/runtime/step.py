@@ -103,9 +103,9 @@ class OptimizerStep:
     def __call__(self, state: TrainState, batches: Iterable, stop: bool = False) -> list[StepReport]:
         """One step; a step whose loss or gradient is not finite on any process is skipped on all, and counted.
 
-        Returns the reports that have come in: of this step; or, where the optimiser can skip it by itself, of the one
-        before, so that the process goes on to the next step while the device computes this one.  `state` counts what is
-        reported; `settle` brings in the rest.
+        Returns the reports that have come in: of this step; or, where it `reads_late`, of the one before, so that the
+        process goes on to the next step while the device computes this one.  `state` counts what is reported; `settle`
+        brings in the rest.
 
         `batches`: on the device.  `stop`: this process was asked to stop; the report says whether any was.
         Raises UserError after TRAIN.MAX_BAD_STEPS bad steps in a row.
@@ -122,7 +122,7 @@ class OptimizerStep:
         scale = state.scaler.scale(torch.ones((), device=self.world.device))
         numbers = torch.cat([sums, torch.stack([norm, scale])])
         unread = Unread(state.step, state.rate, [*losses][1:], numbers)
-        if takes_found_inf(state.optimizer):
+        if self.reads_late(state):
             reports = self.settle(state)
             self.unread = unread
             self._update_where(sums[0].isfinite() & norm.isfinite(), state, buffers)
@@ -133,6 +133,11 @@ class OptimizerStep:
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
         return reports
+
+    def reads_late(self, state: TrainState) -> bool:
+        """Whether a step's report is read behind the next one: where a device computes beside the process, and the
+        optimiser can skip a step by itself."""
+        return self.world.device.type != "cpu" and takes_found_inf(state.optimizer)
 
     def settle(self, state: TrainState) -> list[StepReport]:
         """The report that is still out, if there is one, counted; then `state` is whole and can be saved."""
