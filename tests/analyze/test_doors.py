@@ -16,7 +16,7 @@ import pytest
 from vmamba.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-OF_RUNS = ("average", "compare", "curves")
+OF_RUNS = ("ablate", "average", "compare", "curves")
 GIVEN = {door: ["run"] for door in [*OF_RUNS, "shrink"]}  # arguments without which it does not start
 DOORS = sorted(path.stem for path in (ROOT / "analyze").glob("[a-z]*.py"))
 
@@ -39,7 +39,9 @@ def test_flags_are_the_functions_arguments_and_help_tells_their_defaults(door, p
     assert "python analyze/" in parser.format_help()
     for action in parser._actions:
         switch = isinstance(action, (argparse._StoreTrueAction, argparse._HelpAction))
-        assert switch or action.dest in ("runs", "checkpoints", "folder") or "(default:" in action.help, action.dest
+        assert switch or action.dest in ("configs", "runs", "checkpoints", "folder") or "(default:" in action.help, (
+            action.dest
+        )
 
 
 def test_a_default_is_shown_as_it_is_typed(parser_of):
@@ -50,7 +52,7 @@ def test_a_default_is_shown_as_it_is_typed(parser_of):
 
 
 NUMBERS = {"--size", "--sizes", "--num-images", "--repeats", "--warm-up", "--smooth", "--depth", "--batch-sizes"}
-NUMBERS |= {"--target", "--channels", "--at"}
+NUMBERS |= {"--target", "--channels", "--at", "--seeds", "--jobs"}
 
 
 @pytest.mark.parametrize("door", DOORS)

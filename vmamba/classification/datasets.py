@@ -1,4 +1,4 @@
-"""Labelled images by index: handwritten digits, folders, Swin's zip archives, CIFAR, and what timm opens.
+"""Labelled images by index: handwritten digits, solar cells, folders, Swin's zip archives, CIFAR, and what timm opens.
 
 `open_dataset` checks what can be checked without reading images; reading one raises UnreadableImage.
 """
@@ -20,6 +20,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity
 from yacs.config import CfgNode
 
+from vmamba.classification.elpv import GRADES, read_cells
 from vmamba.classification.label_files import classes_of, labelled, read_labels
 from vmamba.data.archives import Archive
 from vmamba.data.folders import LeftOut, contents, data_path, image_files, listing, what_is
@@ -96,6 +97,9 @@ def open_dataset(config: CfgNode, *, training: bool, rank: int, on_machine: tupl
         return _registered(config, training)
     if name == "digits":
         return _digits(config, training)
+    if name == "elpv":
+        _check_class_count("elpv", len(GRADES), config, training)
+        return Source(read_cells(training))
     if name in _CIFAR:
         return _cifar(config, training)
     if name == "imagenet" and config.DATA.ZIP_MODE:
@@ -104,7 +108,8 @@ def open_dataset(config: CfgNode, *, training: bool, rank: int, on_machine: tupl
         return _folders(config, training, tell=rank == 0)
     if "/" in name:
         return _from_timm(config, training)
-    raise unknown("DATA.DATASET", name, ["digits", "imagenet", *_CIFAR, "torch/<name>", "hfds/<name>", *DATASETS])
+    known = ["digits", "elpv", "imagenet", *_CIFAR, "torch/<name>", "hfds/<name>", *DATASETS]
+    raise unknown("DATA.DATASET", name, known)
 
 
 def _digits(config: CfgNode, training: bool) -> Source:

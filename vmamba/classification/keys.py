@@ -8,7 +8,7 @@ KEYS = (
     key(
         "DATA.DATASET",
         "imagenet",
-        "imagenet (folders), digits, cifar10, cifar100, one of timm's (torch/, hfds/), or a registered one",
+        "imagenet (folders), digits, elpv, cifar10, cifar100, one of timm's (torch/, hfds/), or a registered one",
     ),
     key(
         "DATA.IMG_SIZE",

@@ -1,0 +1,134 @@
+"""analyze/ablate.py: runs over seeds as one table; what is done is not done again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tests.classification.tiny import ROOT, tiny_file
+from vmamba.analysis import ablation
+from vmamba.analysis.ablation import Repetition, Runs, ablate
+from vmamba.analysis.tables import replace_table
+from vmamba.errors import UserError
+
+
+@pytest.fixture
+def configs(tmp_path):
+    base = tiny_file(tmp_path)
+    for name, drop in (("one", 0.0), ("two", 0.1)):
+        (tmp_path / f"{name}.yaml").write_text(f"BASE: {base.name}\nMODEL:\n  DROP_PATH_RATE: {drop}\n")
+    return [str(tmp_path / "one.yaml"), str(tmp_path / "two.yaml")]
+
+
+def pretend(monkeypatch, fail=()):
+    """Programs that write what a run leaves, of an accuracy that is 10 x the config's number + the seed."""
+    calls = []
+
+    def call(self, arguments, place):
+        calls.append(arguments)
+        config = Path(arguments[1])
+        given = dict(pairwise(arguments))
+        seed, folder = int(given["--seed"]), Path(given["--output"], config.stem, given["--tag"])
+        if config.stem in fail:
+            return "it broke"
+        folder.mkdir(parents=True, exist_ok=True)
+        repetition = Repetition(str(config), seed, (), given["--output"])
+        (folder / "config.yaml").write_text(repetition.config.dump())
+        acc = 10.0 * (1 + (config.stem == "two")) + seed
+        lines = [
+            {"epoch": n, "step": n, "images_per_second": 5.0 * n, "memory_mb": 3.0, "seconds": 1.0} for n in (1, 3)
+        ]
+        (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        by = {"devices": ["a device"], "versions": {"torch": "2"}, "started": "2026-11-27T00:00:00"}
+        told = {"results": {"acc1": acc, "acc5": 50.0}, "details": {"macro_f1": acc / 2, "class_images": [1]}, "by": by}
+        (folder / "evaluation.json").write_text(json.dumps(told))
+        return None
+
+    monkeypatch.setattr(Runs, "_call", call)
+    return calls
+
+
+def test_a_line_a_config_with_mean_and_deviation_over_seeds(configs, tmp_path, monkeypatch, capsys):
+    calls, page = pretend(monkeypatch), tmp_path / "page.md"
+    page.write_text("before\n<!-- table -->\nold\n<!-- end -->\nbehind\n")
+    output = str(tmp_path / "out")
+    one, two = ablate(configs, seeds=(0, 2), output=output, columns=("acc1", "macro_f1"), page=str(page), jobs=2)
+    assert (one["config"], one["seeds"], one["acc1"], one["macro_f1"]) == ("one", 2, "11.00 ± 1.41", "5.50 ± 0.71")
+    assert (two["acc1"], two["images/s"], two["memory (MB)"]) == ("21.00 ± 1.41", 10.0, 3.0)
+    assert "acc5" not in one and [*one][:3] == ["config", "parameters (M)", "seeds"]
+    assert len(calls) == 8 and sum("--eval" in call for call in calls) == 4
+    text = (tmp_path / "out" / "ablation.md").read_text()
+    assert "over seeds 0, 2" in text and "a device, PyTorch 2, 2026-11-27" in text and text in capsys.readouterr().out
+    assert page.read_text() == f"before\n<!-- table -->\n\n{text}\n<!-- end -->\nbehind\n"
+    assert [run["seed"] for run in json.loads((tmp_path / "out" / "ablation.json").read_text())["runs"]] == [0, 0, 2, 2]
+    ablate(configs, seeds=(0, 2, 3), output=output)
+    assert len(calls) == 12  # the third seed alone
+
+
+def test_a_run_that_fails_stops_no_other(configs, tmp_path, monkeypatch):
+    pretend(monkeypatch, fail=("one",))
+    with pytest.raises(UserError, match="1 run failed; one, seed 0: it broke"):
+        ablate(configs, output=str(tmp_path / "out"))
+    assert "| two |" in (tmp_path / "out" / "ablation.md").read_text()
+    pretend(monkeypatch, fail=("one", "two"))
+    with pytest.raises(UserError, match="none of the 2 runs could be made"):
+        ablate(configs, output=str(tmp_path / "other"))
+
+
+def test_what_cannot_be_is_told_before_anything_is_run(configs, tmp_path, monkeypatch):
+    calls, output = pretend(monkeypatch), str(tmp_path / "out")
+    ablate(configs[:1], output=output)
+    del calls[:]
+    for changed, sentence in (
+        (
+            {"options": ["TRAIN.EPOCHS", "7"]},
+            "a run of TRAIN.EPOCHS 2, and 7 is asked for; choose another",
+        ),
+        ({"configs": [configs[0], configs[0]]}, "runs of one name and seed would be one: one, one"),
+        ({"seeds": (1, 1)}, "runs of one name and seed would be one"),
+        ({"options": ["TRAIN.EPOCS", "7"]}, "unknown config key"),
+        ({"page": "nowhere.md"}, "cannot read 'nowhere.md'"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            ablate(**{"configs": configs[:1], "output": output} | changed)
+    assert not calls
+    with pytest.raises(UserError, match="unknown column 'macro'"):
+        ablate(configs[:1], output=output, columns=("macro",))
+    (tmp_path / "page.md").write_text("no marks")
+    with pytest.raises(UserError, match="has no lines <!-- table --> and <!-- end -->"):
+        replace_table(tmp_path / "page.md", "")
+
+
+def test_of_several_gpus_the_runs_use_one_each_in_turn(monkeypatch):
+    monkeypatch.setattr(ablation.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in ablation._places(3)] == ["4", "7", "4"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in ablation._places(3)] == ["0", "1", "0"]
+    monkeypatch.setattr(ablation.torch.cuda, "device_count", lambda: 0)
+    assert ablation._places(2) == [{}, {}]
+
+
+def test_a_stopped_command_stops_its_runs(configs, tmp_path):
+    folder = tmp_path / "out" / "one" / "seed0"
+    line = [sys.executable, str(ROOT / "analyze" / "ablate.py"), configs[0], "--output", str(tmp_path / "out")]
+    line += ["--opts", "TRAIN.EPOCHS", "200", "TRAIN.SAVE_STEPS", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        line, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        for _ in range(600):
+            if (folder / "last.pth").exists():
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+    (start,) = json.loads((folder / "run.json").read_text())["starts"]
+    assert start["end"].startswith("stopped by SIGTERM; saved")
+    assert not (folder / "result.json").exists()
