@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from yacs.config import CfgNode
 
 from vmamba.classification.data import build_eval_loader, build_train_loader
+from vmamba.classification.sizes import Sizes
+from vmamba.classification.teachers import Teacher, soft_cross_entropy
 from vmamba.classification.transforms import Batch, build_mixup
 from vmamba.config import image_size
 from vmamba.data.loaders import EvalLoader, TrainLoader
@@ -23,6 +25,7 @@ from vmamba.models.flops import complexity
 from vmamba.models.pretrained import Checkpoint, load_pretrained
 from vmamba.models.variants import build_model
 from vmamba.runtime.distributed import World, gather, sum_over_processes
+from vmamba.runtime.plan import build_plan
 from vmamba.runtime.task import Results
 from vmamba.text import counted
 
@@ -32,7 +35,12 @@ class Task:
 
     headline = "acc1"
     panels = MappingProxyType({"top-1 (%)": "acc1"})
-    class_weights: Tensor | None  # (classes,), as TRAIN.CLASS_WEIGHTS says, on the device: `train_loader` sets them
+    average: nn.Module | None = None
+    # What `train_loader` sets:
+    class_weights: Tensor | None  # (classes,), as TRAIN.CLASS_WEIGHTS says, on the device
+    teacher: Teacher | None
+    sizes: Sizes | None
+    mesa_from: int  # the step that TRAIN.MESA counts from
 
     def __init__(self, config: CfgNode):
         self.config = config
@@ -55,11 +63,20 @@ class Task:
             raise unknown("TRAIN.LOSS", self.config.TRAIN.LOSS, ("cross_entropy", "bce", *LOSSES))
         if self.config.TRAIN.LOSS == "bce" and self.config.MODEL.LABEL_SMOOTHING == 1:
             raise UserError("MODEL.LABEL_SMOOTHING is 1, which TRAIN.LOSS bce does not take; choose less")
+        if self.config.TRAIN.MESA and not self.config.TRAIN.EMA.ENABLE:
+            raise UserError(
+                f"TRAIN.MESA is {self.config.TRAIN.MESA:g}, and its teacher is the average of the weights; set "
+                "TRAIN.EMA.ENABLE true (--model-ema)"
+            )
         _, weights = self.mixup, given_weights(self.config)  # refuse what cannot be before anything is opened
         loader = build_train_loader(self.config, rank=world.rank, world_size=world.size, on_machine=world.on_machine)
         if self.config.TRAIN.CLASS_WEIGHTS == "balanced":
             weights = balanced_weights(self.config, loader.examples.source.class_counts())
         self.class_weights = None if weights is None else weights.to(world.device)
+        plan = build_plan(self.config, loader.steps_per_epoch)
+        self.teacher = Teacher(self.config, world.device) if self.config.DISTILL.TEACHER else None
+        self.sizes = Sizes(self.config, plan) if self.config.AUG.SIZES else None
+        self.mesa_from = int(self.config.TRAIN.MESA_START * plan.steps)
         return loader
 
     def eval_loader(self, world: World) -> EvalLoader:
@@ -68,13 +85,24 @@ class Task:
         )
         return self.held_out
 
-    def loss(self, model: nn.Module, batch: Batch, *, step: int, part: int) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch, *, step: int, part: int) -> Tensor | dict[str, Tensor]:
         images, targets = batch
         smoothing = self.config.MODEL.LABEL_SMOOTHING
         if self.mixup:
             images, targets = self.mixup(images, targets, step=step, part=part)
             smoothing = 0.0  # the targets that it makes are smooth
-        return self.criterion(model(images).float(), targets, smoothing)
+        if self.sizes:
+            images = self.sizes.resize(images, step)
+        logits, losses = model(images).float(), {}
+        share = self.config.DISTILL.WEIGHT if self.teacher else 0.0
+        losses["labels"] = (1 - share) * self.criterion(logits, targets, smoothing)
+        if self.teacher:
+            losses["teacher"] = share * self.teacher.loss(logits, images)
+        if self.config.TRAIN.MESA and step >= self.mesa_from:
+            with torch.no_grad():
+                told = self.average(images)
+            losses["mesa"] = self.config.TRAIN.MESA * soft_cross_entropy(logits, told)
+        return losses if len(losses) > 1 else losses["labels"]
 
     def criterion(self, logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
         """Of logits (B, classes) float32 and labels (B,) or soft targets (B, classes): the mean over the images."""

@@ -160,6 +160,15 @@ COMMON = (
     switch("TRAIN.EMA.ENABLE", "average the weights over the steps", flag="model-ema"),
     share("TRAIN.EMA.DECAY", 0.9999, "of that average", flag="model-ema-decay"),
     switch("TRAIN.EMA.WARMUP", "a smaller decay at first, so that short runs average their end", default=True),
+    key(
+        "TRAIN.EMA.KIND",
+        "exponential",
+        "mean: of the ends of the last LAST_EPOCHS epochs, arXiv 1803.05407",
+        choices=("exponential", "mean"),
+        also="swa stochastic_weight_averaging",
+    ),
+    key("TRAIN.EMA.LAST_EPOCHS", 5, "that the mean is of", at_least=1),
+    switch("TRAIN.EMA.SWITCH", "after each epoch the average takes the place of the weights, arXiv 2402.09240"),
     #
     switch("AMP.ENABLE", "compute in half precision where that is safe", default=True),
     key("AMP.DTYPE", "bfloat16", "float16 has a loss scaler", choices=("bfloat16", "float16")),
