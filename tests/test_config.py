@@ -121,7 +121,7 @@ def test_what_a_mistake_in_a_file_says(tmp_path, text, message):
         (["MODEL.D_STATE", "3"], "did you mean 'MODEL.OPTIONS.d_state'?"),
         (["depths", "3"], "did you mean 'MODEL.OPTIONS.depths'?"),
         (["MODEL.TYPE", "vssm"], "did you mean 'MODEL.NAME'?"),
-        (["MODEL.SIZE", "3"], "unknown config key 'MODEL.SIZE'; docs/config.md lists them all"),
+        (["MODEL.COLOUR", "3"], "unknown config key 'MODEL.COLOUR'; docs/config.md lists them all"),
         (["AUG.DROP_PATH", "3"], "unknown config key 'AUG.DROP_PATH'; docs/config.md lists them all"),
         (["BASE", "x.yaml"], "config file only"),
     ],
