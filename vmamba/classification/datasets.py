@@ -20,6 +20,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity
 from yacs.config import CfgNode
 
+from vmamba.classification.class_maps import numbers_of
 from vmamba.classification.elpv import GRADES, read_cells
 from vmamba.classification.label_files import classes_of, labelled, read_labels
 from vmamba.data.archives import Archive
@@ -93,6 +94,8 @@ def open_dataset(config: CfgNode, *, training: bool, rank: int, on_machine: tupl
     if (config.DATA.TRAIN_LABELS or config.DATA.VAL_LABELS) and (name != "imagenet" or config.DATA.ZIP_MODE):
         what = "an archive" if config.DATA.ZIP_MODE else f"DATA.DATASET '{name}'"
         raise UserError(f"DATA.TRAIN_LABELS and VAL_LABELS are of images in folders, and {what} has labels; empty them")
+    if config.DATA.CLASS_MAP and (name != "imagenet" or config.DATA.ZIP_MODE or config.DATA.TRAIN_LABELS):
+        raise UserError("DATA.CLASS_MAP is of folders of images (DATA.DATASET imagenet); leave it out")
     if name in DATASETS:
         return _registered(config, training)
     if name == "digits":
@@ -190,6 +193,8 @@ def _from_timm(config: CfgNode, training: bool) -> Source:
 
 def _folders(config: CfgNode, training: bool, tell: bool) -> Source:
     root, split = data_path(config), "train" if training else "val"
+    if config.DATA.CLASS_MAP:
+        return _mapped(config, root, tell)
     if config.DATA.TRAIN_LABELS or config.DATA.VAL_LABELS:
         return _listed(config, training)
     if config.DATA.VAL_FRACTION:
@@ -200,6 +205,17 @@ def _folders(config: CfgNode, training: bool, tell: bool) -> Source:
     if split != names_from:
         _check_same_classes(root, split, classes, names_from, _classes(root, names_from, LeftOut()))
     return Source(_samples(config, root / split, classes, training, tell, left_out))
+
+
+def _mapped(config: CfgNode, root: Path, tell: bool) -> Source:
+    """Images to evaluate on, in the folders of DATA_PATH/val, or of DATA_PATH, whose classes DATA.CLASS_MAP tells."""
+    if not config.EVAL_MODE:
+        raise UserError("DATA.CLASS_MAP is of images to evaluate on; give --eval too, or leave it out")
+    folder, left_out = root / "val" if what_is(root / "val") == "folder" else root, LeftOut()
+    names = _classes_in(folder, left_out)
+    numbers = numbers_of(names, config.DATA.CLASS_MAP, root, config.MODEL.NUM_CLASSES)
+    samples = _in_folders(config, folder, names, tell, left_out)
+    return Source([(path, numbers[names[label]]) for path, label in samples])
 
 
 def _divided(config: CfgNode, training: bool, tell: bool) -> Source:
@@ -261,6 +277,13 @@ def _samples(
 ) -> list[tuple[str, int]]:
     """(path, label) of the images in the folders of the classes."""
     _check_class_count(f"'{printable(folder)}'", len(classes), config, training, classes)
+    return _in_folders(config, folder, classes, tell, left_out)
+
+
+def _in_folders(
+    config: CfgNode, folder: Path, classes: list[str], tell: bool, left_out: LeftOut
+) -> list[tuple[str, int]]:
+    """(path, place of the folder in `classes`).  Raises UserError for a folder without an image."""
     samples = [
         (path, label)
         for label, name in enumerate(classes)

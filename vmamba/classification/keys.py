@@ -38,6 +38,13 @@ KEYS = (
     key("DATA.TRAIN_LABELS", "", "CSV file below DATA_PATH, of lines image,label, in the place of folders"),
     key("DATA.VAL_LABELS", "", "likewise"),
     key(
+        "DATA.CLASS_MAP",
+        "",
+        "with --eval, of which class a folder is: imagenet, by its WordNet number; numbers, by its name; or a file of "
+        "lines folder,class",
+        also="imagenet-v2 imagenet-a imagenet-r imagenet-sketch",
+    ),
+    key(
         "DATA.SAMPLER",
         "shuffled",
         "balanced: of each class as many images an epoch, those of small ones several times",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from yacs.config import CfgNode
 
+from vmamba.classification.class_maps import real_accuracy
 from vmamba.classification.data import build_eval_loader, build_train_loader
 from vmamba.classification.sizes import Sizes
 from vmamba.classification.teachers import Teacher, soft_cross_entropy
@@ -172,14 +173,26 @@ def balanced_weights(config: CfgNode, counts: list[int] | None) -> Tensor:
     return images.sum() / (len(counts) * images.clamp(min=1))
 
 
+def left_out(config: CfgNode, loader: EvalLoader | None, device: torch.device) -> Tensor | None:
+    """(classes,), true for those that have no image by DATA.CLASS_MAP; None where all have."""
+    if loader is None or not config.DATA.CLASS_MAP:
+        return None
+    absent = torch.ones(config.MODEL.NUM_CLASSES, dtype=torch.bool, device=device)
+    absent[[*{*loader.examples.source.labels()}]] = False
+    return absent if absent.any() else None
+
+
 class Accuracy:
     """Mean cross-entropy, top-1 and top-5 accuracy in percent (of fewer classes than 5: all).
 
     In detail the accuracy of each class, means over the classes, and the expected calibration error over 15 bins (arXiv
-    1706.04599).  Of each image that `loader` gives its prediction is kept, where one is named.
+    1706.04599).  Where `loader` is named also each image's prediction, which class is taken for which, and of
+    ImageNet's validation images the accuracy against ReaL labels (arXiv 2006.07159).
+    Of a DATA.CLASS_MAP that leaves classes out, as ImageNet-A and -R do, no other than its own can be an answer.
     """
 
     bins = 15
+    most_confused = 1000  # classes that a matrix is made of
 
     def __init__(self, world: World, config: CfgNode, loader: EvalLoader | None = None):
         self.loader, self.answers = loader, []  # of each batch (4, B): label, prediction, the chances of both
@@ -189,10 +202,15 @@ class Accuracy:
         self.sums = zeros(4)  # loss, top-1, top-5, images
         self.by_class = zeros(3, self.classes)  # right, of the class, taken for it
         self.by_chance = zeros(3, self.bins)  # of the first answers in each bin: right, their chances, images
+        self.confusion = zeros(self.classes, self.classes) if loader and self.classes <= self.most_confused else None
+        self.real: float | None = None  # top-1 against ReaL labels
+        self.left_out = left_out(config, loader, world.device)
 
     def add(self, model: nn.Module, batch: Batch) -> None:
         images, targets = batch
         logits = model(images).float()  # (B, classes)
+        if self.left_out is not None:
+            logits = logits.masked_fill(self.left_out, -torch.inf)
         best = logits.topk(min(5, logits.shape[1])).indices
         hits = best == targets[:, None]  # (B, 5)
         loss = F.cross_entropy(logits, targets, reduction="sum")
@@ -205,6 +223,8 @@ class Accuracy:
         bins = (chance * self.bins).long().clamp(max=self.bins - 1)
         for row, amount in ((0, right), (1, chance), (2, torch.ones_like(right))):
             self.by_chance[row].index_add_(0, bins, amount)
+        if self.confusion is not None:
+            self.confusion.index_put_((targets, best[:, 0]), torch.ones_like(right), accumulate=True)
         if self.loader:
             chances = logits.double().softmax(1).gather(1, torch.stack([best[:, 0], targets], 1))
             self.answers.append(torch.stack([targets.double(), best[:, 0].double(), *chances.unbind(1)]))
@@ -216,6 +236,11 @@ class Accuracy:
             answers = torch.cat([torch.empty(4, 0, device=self.sums.device), *self.answers], 1)
             mine = zip(self.loader.given, answers.T.tolist(), strict=True)
             self.rows = sorted(row for rows in gather([*mine]) for row in rows)
+            if self.classes == 1000:
+                name = self.loader.examples.source.source.name
+                self.real = real_accuracy([(name(index), int(answer)) for index, (_, answer, *_) in self.rows])
+        if self.confusion is not None:
+            self.confusion = sum_over_processes(self.confusion)
         if not images:
             raise UserError(f"none of the validation images could be read; check DATA.DATA_PATH '{self.place}'")
         return {"val_loss": loss / images, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images}
@@ -232,7 +257,17 @@ class Accuracy:
             "expected_calibration_error": 100 * ((hits - chances).abs().sum() / images.sum()).item(),
             "class_accuracy": [round(a.item(), 4) if p else None for a, p in zip(accuracy, present, strict=True)],
             "class_images": there.long().tolist(),
-        }
+            "calibration": [
+                {"images": int(n), "accuracy": 100 * (h / n).item(), "confidence": 100 * (c / n).item()}
+                for h, c, n in zip(hits, chances, images, strict=True)
+                if n
+            ],
+        } | self._more()
+
+    def _more(self) -> dict[str, Any]:
+        """What an evaluation by itself tells too: rows of the confusion are labels, its columns predictions."""
+        more = {} if self.real is None else {"real_acc1": self.real}
+        return more if self.confusion is None else more | {"confusion": self.confusion.cpu().long().tolist()}
 
     def files(self) -> dict[str, bytes]:
         """predictions.csv, a line an image: its name, label, prediction, and the chances of the prediction and of the
