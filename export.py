@@ -27,6 +27,8 @@ def parser() -> Parser:
     parser.flag("--dynamic", nargs="*", choices=DYNAMIC, help="what of the images stays open")
     parser.flag("--spelling", choices=SPELLINGS, help="of the names of weights")
     parser.flag("--output", metavar="FILE", help="the file to be written")
+    parser.flag("--card", action="store_true", help="write README.md beside it, the run's card in the hub's form")
+    parser.flag("--licence", metavar="NAME", help="of the weights, for the card")
     return parser
 
 

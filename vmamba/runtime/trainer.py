@@ -29,7 +29,7 @@ from vmamba.runtime.lock import FolderLock
 from vmamba.runtime.logging import Pace, cause, create_logger, log_the_end, memory_mb, progress
 from vmamba.runtime.plan import Plan, build_plan
 from vmamba.runtime.precision import set_up_precision
-from vmamba.runtime.records import Records
+from vmamba.runtime.records import Records, check_online
 from vmamba.runtime.run import Run
 from vmamba.runtime.start import build_state, resume
 from vmamba.runtime.state import TrainState
@@ -106,6 +106,7 @@ def _run(run: Run, folder: Path | None) -> Results:
 def train(run: Run, model: nn.Module) -> Results:
     """From where the run's folder stands to the plan's last step, saving on the way."""
     config, world, task = run.config, run.world, run.task
+    check_online(config)
     train_loader, eval_loader = task.train_loader(world), task.eval_loader(world)
     plan = build_plan(config, train_loader.steps_per_epoch)
     state = build_state(run, model, plan)
@@ -114,7 +115,7 @@ def train(run: Run, model: nn.Module) -> Results:
     run.logger.info(report.describe_training(config, world, plan, state))
     warn_of_the_warmup(run, plan)
     source = resume(run, state)
-    records = Records(run.folder, task.panels)
+    records = Records(run.folder, task.panels, config)
     if source is None or source.resolve().parent != run.folder.resolve():
         on_main(records.start_over)
     if source == run.folder / BEST:
