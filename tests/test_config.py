@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from vmamba.config import argument_parser, config_from_args, get_config, output_folder, save_config
+from vmamba.config.keys import keys_of
 from vmamba.errors import UserError
 from vmamba.models.variants import VARIANTS, build_model, create_model
 
@@ -322,3 +323,8 @@ def test_the_example_of_fine_tuning_starts_from_released_weights_with_a_new_head
     config = get_config(CONFIGS / "finetune_example.yaml")
     assert VARIANTS[config.MODEL.NAME].weights == config.MODEL.PRETRAINED
     assert config.MODEL.DROP_HEAD and config.MODEL.NUM_CLASSES != 1000 and config.DATA.IMG_SIZE != 224
+
+
+def test_the_page_about_training_has_every_key():
+    text = (CONFIGS.parent / "docs" / "training.md").read_text()
+    assert [name for name in keys_of("classification") if f"`{name}`" not in text] == []
