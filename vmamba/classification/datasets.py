@@ -6,9 +6,11 @@
 import logging
 import os
 import random
+import traceback
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,8 +44,15 @@ class Source:
     """Samples of (image, label).  The image is a file of `archive`; or what the samples hold, which are read on access:
     an image or an open file of `place`, or without a place the path of a file."""
 
-    def __init__(self, samples: Sequence, *, archive: Archive | None = None, place: str | None = None):
-        self.samples, self.archive, self.place = samples, archive, place
+    def __init__(
+        self,
+        samples: Sequence,
+        *,
+        archive: Archive | None = None,
+        place: str | None = None,
+        by_user: bool = False,  # samples are made by code of a user's module
+    ):
+        self.samples, self.archive, self.place, self.by_user = samples, archive, place, by_user
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -56,26 +65,48 @@ class Source:
 
     def load(self, index: int, channels: int, decode: Callable[..., T] = decode) -> tuple[T, int]:
         """The image of so many channels, as `decode` or `decode_pixels` gives it, and its label.  Raises
-        UnreadableImage."""
+        UnreadableImage; UserError for a mistake of a user's code, which no other image would mend."""
         name = self.name(index)
-        with reading(name):
+        with reading(name), _mistakes(name) if self.by_user else nullcontext():
             file, label = self.read(index)
         return decode(file, channels, name), label
 
     def read(self, index: int) -> tuple[Any, int]:
-        """The bytes of the image's file, or what else `decode` takes, and its label.  May raise any Exception."""
+        """The bytes of the image's file, or what else `decode` takes, and its label.  May raise any Exception;
+        UserError for a label that is no number."""
         image, label = self.samples[index][:2]
         if self.archive:
             image = self.archive.read(index)
         elif isinstance(image, (str, Path)):
             image = Path(image).read_bytes()
-        return image, int(-1 if label is None else label)
+        try:
+            return image, int(-1 if label is None else label)
+        except (TypeError, ValueError) as error:
+            name = self.name(index)
+            raise UserError(f"label {label!r:.40} of '{name}' is no class's number; give 0, 1, 2, ...") from error
 
     def labels(self) -> Sequence[int] | None:
         """Of all samples; None where only reading every image would tell."""
         if isinstance(self.samples, list):
             return [sample[1] for sample in self.samples]
         return getattr(self.samples, "targets", None)
+
+
+# What code raises that is wrong, unlike what a file that is damaged makes it raise.
+_MISTAKES = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, TypeError)
+
+
+@contextmanager
+def _mistakes(name: str) -> Iterator[None]:
+    """A mistake of a registered data set's code, while it makes a sample, is one sentence with its place."""
+    try:
+        yield
+    except _MISTAKES as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"the code that makes {name} raised {type(error).__name__} ({printable(error)}) in '{place.filename}', "
+            f"line {place.lineno}; mend it"
+        ) from error
 
 
 def open_dataset(config: CfgNode, *, training: bool, rank: int, on_machine: tuple[int, int]) -> Source:
@@ -166,7 +197,7 @@ def _registered(config: CfgNode, training: bool) -> Source:
     classes = getattr(samples, "classes", None)
     if classes:
         _check_class_count(name, len(classes), config, training)
-    return Source(samples, place=f"the {part} images of {name}")
+    return Source(samples, place=f"the {part} images of {name}", by_user=True)
 
 
 def _from_timm(config: CfgNode, training: bool) -> Source:
@@ -196,7 +227,7 @@ def _folders(config: CfgNode, training: bool, tell: bool) -> Source:
     if config.DATA.CLASS_MAP:
         return _mapped(config, root, tell)
     if config.DATA.TRAIN_LABELS or config.DATA.VAL_LABELS:
-        return _listed(config, training)
+        return _listed(config, training, tell)
     if config.DATA.VAL_FRACTION:
         return _divided(config, training, tell)
     names_from = "val" if config.EVAL_MODE and what_is(root / "train") != "folder" else "train"
@@ -254,7 +285,7 @@ def _one_side(
     return kept
 
 
-def _listed(config: CfgNode, training: bool) -> Source:
+def _listed(config: CfgNode, training: bool, tell: bool) -> Source:
     """The images that CSV files list."""
     root, data = data_path(config), config.DATA
     if not data.TRAIN_LABELS:
@@ -268,8 +299,20 @@ def _listed(config: CfgNode, training: bool) -> Source:
     _check_class_count(f"'{printable(file)}'", len(classes), config, training, classes)
     if data.VAL_FRACTION:
         return Source(_one_side(labelled(lines, classes), classes, data.VAL_FRACTION, training, file))
-    held_out = None if training else read_labels(root / data.VAL_LABELS, root)
-    return Source(labelled(lines if held_out is None else held_out, classes))
+    if training:
+        return Source(labelled(lines, classes))
+    held_out = read_labels(root / data.VAL_LABELS, root)
+    trained_on = {os.path.normpath(line.image) for line in lines}
+    both = [line.image for line in held_out if os.path.normpath(line.image) in trained_on]
+    if both and tell:
+        logger.warning(
+            "%s of '%s' in '%s' too, so that the evaluation counts what was trained on (%s); take them out of one",
+            counted(len(both), "image stands", "images stand"),
+            printable(root / data.VAL_LABELS),
+            printable(data.TRAIN_LABELS),
+            some(both),
+        )
+    return Source(labelled(held_out, classes))
 
 
 def _samples(
