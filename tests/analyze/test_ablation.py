@@ -71,6 +71,18 @@ def test_a_line_a_config_with_mean_and_deviation_over_seeds(configs, tmp_path, m
     assert len(calls) == 12  # the third seed alone
 
 
+def test_models_are_timed_alone(configs, tmp_path, monkeypatch):
+    pretend(monkeypatch)
+    rows = ablate(configs, output=str(tmp_path / "out"), timed=True)
+    assert all(row["images/s"] != 10.0 and row["images/s, forward"] > 0 for row in rows)
+    text = (tmp_path / "out" / "ablation.md").read_text()
+    assert "of steps of 10 random images, the models taking turns, alone on the device" in text
+    boxes = tmp_path / "boxes.yaml"
+    boxes.write_text("TASK: detection\n")
+    with pytest.raises(UserError, match="--timed times models of classification, and these are of detection"):
+        ablate([str(boxes)], output=str(tmp_path / "other"), timed=True)
+
+
 def test_a_run_that_fails_stops_no_other(configs, tmp_path, monkeypatch):
     pretend(monkeypatch, fail=("one",))
     with pytest.raises(UserError, match="1 run failed; one, seed 0: it broke"):

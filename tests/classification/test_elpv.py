@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vmamba.analysis.classes import class_names
 from vmamba.classification.datasets import open_dataset
 from vmamba.classification.elpv import read_cells
 from vmamba.config import get_config
@@ -53,6 +54,7 @@ def test_images_are_read_from_the_package(package):
     assert len(source) == 7 and image.mode == "L"
     number = int(Path(source.name(0)).stem.removeprefix("cell"))
     assert np.asarray(image).max() == number and label == 0
+    assert class_names(config()) == ["intact", "perhaps damaged", "probably damaged", "damaged"]
 
 
 def test_what_cannot_be_is_a_sentence(package, monkeypatch):

@@ -126,6 +126,9 @@ def ablate(
         raise UserError(f"runs of one name and seed would be one: {some(names)}, seeds {some(seeds)}")
     for each in repetitions:
         each.check()
+        if timed and each.config.TASK != "classification":
+            task = each.config.TASK
+            raise UserError(f"--timed times models of classification, and these are of {task}; leave it out")
     failed = _run_all([each for each in repetitions if not each.result.is_file()], jobs)
     done = [each for each in repetitions if each.result.is_file()]
     groups = {name: [each for each in done if name == each.config.NAME] for name in names}
@@ -276,8 +279,6 @@ def _row(name: str, group: Sequence[Repetition], columns: Sequence[str]) -> dict
 def _time(first: Sequence[Repetition], rows: Sequence[dict[str, Any]]) -> None:
     """Put each model's speed and memory alone on the device into its row."""
     config = first[0].config
-    if config.TASK != "classification":
-        raise UserError(f"--timed times models of classification, and these are of {config.TASK}; leave it out")
     device = choose_device(config.DEVICE)
     models: dict[str, nn.Module] = {each.config.NAME: open_task(each.config).build_model() for each in first}
     dtype = config.AMP.DTYPE if config.AMP.ENABLE else "float32"
