@@ -13,6 +13,7 @@ from vmamba.classification import teachers
 from vmamba.classification.sizes import Sizes
 from vmamba.classification.task import Task
 from vmamba.classification.teachers import Teacher
+from vmamba.config import get_config
 from vmamba.errors import UserError
 from vmamba.models.variants import build_model
 from vmamba.runtime.distributed import World
@@ -21,9 +22,10 @@ from vmamba.runtime.step import OptimizerStep
 from vmamba.runtime.stop import Stopped
 from vmamba.runtime.trainer import run
 
-from .tiny import differences, log, metrics, saved, tiny_config
+from .tiny import CLASSES, differences, log, metrics, saved, tiny_config
 
 CPU = World(0, 1, 0, torch.device("cpu"))
+VIT = ("MODEL.NAME", "timm/deit_tiny_patch16_224", "MODEL.NUM_CLASSES", CLASSES, "DATA.IMG_SIZE", 32)
 PLAIN = ("AUG.MIXUP", 0.0, "AUG.CUTMIX", 0.0, "MODEL.LABEL_SMOOTHING", 0.0, "MODEL.DROP_PATH_RATE", 0.0)
 
 
@@ -133,6 +135,7 @@ def test_timms_models_teach_with_their_own_mean(tmp_path, monkeypatch):
     (("DISTILL.TEACHER", "seven.pth"), "seven.pth' tells 7 classes apart, and MODEL.NUM_CLASSES is 6; name a teacher"),
     (("DISTILL.TEACHER", "gray.pth"), "gray.pth' takes images of 1 channels, and MODEL.IN_CHANS is 3"),
     (("DISTILL.TEACHER", "boxes.pth"), "boxes.pth' is of a run of detection; name a classifier"),
+    (("DISTILL.TEACHER", "vit.pth"), "TEACHER vit.pth does not take images of 16 x 16 pixels .*; give another size"),
     (("AUG.SIZES", [8, 32]), "AUG.SIZES has 32, and images are loaded at DATA.IMG_SIZE 16; leave larger sides out"),
     (("AUG.SIZES", [8], "DATA.IMG_SIZE", [16, 20]), "AUG.SIZES are sides of squares, and DATA.IMG_SIZE is .16, 20."),
     (("TRAIN.EMA.SWITCH", True, "TRAIN.EMA.KIND", "mean"), "SWITCH puts the exponential average .* there is none"),
@@ -147,8 +150,18 @@ def test_what_cannot_be_is_a_sentence(tmp_path, monkeypatch, opts, words):
         other = tiny_config(tmp_path, f"MODEL.{change[0]}", change[1], "DATA.MEAN", 0.5, "DATA.STD", 0.5)
         torch.save({"model": build_model(other).state_dict(), "config": plain(other)}, f"{name}.pth")
     torch.save({"model": weights, "config": {"TASK": "detection"}}, "boxes.pth")
+    if "vit.pth" in opts:
+        vit = get_config(None, VIT)
+        torch.save({"model": build_model(vit).state_dict(), "config": plain(vit)}, "vit.pth")
     with pytest.raises(UserError, match=words):
         run(tiny_config(tmp_path, *opts))
+
+
+def test_sizes_that_the_model_does_not_take_are_refused_at_the_start():
+    with pytest.raises(
+        UserError, match="deit_tiny_patch16_224 does not take images of 16 x 16 pixels .*; give another"
+    ):
+        Task(get_config(None, [*VIT, "AUG.SIZES", [16, 32]])).build_model()
 
 
 def plain(config):

@@ -24,7 +24,7 @@ from vmamba.errors import UserError, unknown
 from vmamba.extensions import LOSSES
 from vmamba.models.flops import complexity
 from vmamba.models.pretrained import Checkpoint, load_pretrained
-from vmamba.models.variants import build_model
+from vmamba.models.variants import build_model, check_size
 from vmamba.runtime.distributed import World, gather, sum_over_processes
 from vmamba.runtime.plan import build_plan
 from vmamba.runtime.task import Results
@@ -51,7 +51,10 @@ class Task:
         return build_mixup(self.config)
 
     def build_model(self) -> nn.Module:
-        return build_model(self.config)
+        model, settings = build_model(self.config), self.config.MODEL
+        for side in self.config.AUG.SIZES:
+            check_size(settings.NAME, model, settings.IN_CHANS, (side, side))
+        return model
 
     def load(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         load_pretrained(model, checkpoint)

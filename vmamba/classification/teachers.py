@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from yacs.config import CfgNode
 
-from vmamba.config import restored
+from vmamba.config import image_size, restored
 from vmamba.errors import UserError
 from vmamba.models.download import is_url
 from vmamba.models.pretrained import load_pretrained, open_checkpoint
-from vmamba.models.variants import TIMM, build_model, create_model, list_models
+from vmamba.models.variants import TIMM, build_model, check_size, create_model, list_models
 from vmamba.runtime.checkpoint import BEST, LAST
 from vmamba.text import printable
 
@@ -35,6 +35,8 @@ class Teacher:
     def __init__(self, config: CfgNode, device: torch.device):
         self.kind, self.temperature = config.DISTILL.KIND, config.DISTILL.TEMPERATURE
         model, mean, std = open_teacher(config)
+        for size in (image_size(config), *((side, side) for side in config.AUG.SIZES)):
+            check_size(f"DISTILL.TEACHER {printable(config.DISTILL.TEACHER)}", model, config.MODEL.IN_CHANS, size)
         self.model = model.to(device).eval().requires_grad_(False)
         own = (torch.tensor(list(config.DATA[key]), device=device)[:, None, None] for key in ("MEAN", "STD"))
         its = (torch.tensor(list(values), device=device)[:, None, None] for values in (mean, std))
