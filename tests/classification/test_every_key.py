@@ -132,6 +132,7 @@ ELSEWHERE = {  # keys whose effect another test shows
     "DATA.PIN_MEMORY": "test_batches_are_pinned_for_a_gpu",
     "DATA.TRAIN_LABELS": "test_a_file_of_labels_is_what_the_folders_are",
     "DATA.VAL_LABELS": "test_a_file_of_labels_is_what_the_folders_are",
+    "PROFILE": "test_a_profile_of_some_steps",
     "WANDB": "test_numbers_go_to_weights_and_biases_too",
     "DATA.CLASS_MAP": "test_folders_of_other_data_sets_by_a_map",
     "DATA.VAL_FRACTION": "test_a_share_of_each_class_is_held_out",

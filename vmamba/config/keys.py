@@ -63,6 +63,9 @@ COMMON = (
     key("EVAL_FREQ", 1, "rounds between evaluations; the last is evaluated", at_least=1),
     key("EVAL_STEPS", 0, "optimiser steps a round; 0: a round is an epoch", at_least=0),
     key("EVAL_WEIGHTS", "both", "what training evaluates where there is an EMA", choices=("both", "model", "ema")),
+    key(
+        "PROFILE", 0, "steps, behind the first ten, that PyTorch's profiler records; 0: none", at_least=0, at_most=1000
+    ),
     key("WANDB", "", "project of Weights & Biases that the numbers go to as well; empty: none", also="wandb"),
     switch("EVAL_MODE", "evaluate only", flag="eval"),
     switch("THROUGHPUT_MODE", "measure throughput only", flag="throughput"),
