@@ -88,6 +88,13 @@ def test_a_run_that_fails_stops_no_other(configs, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="1 run failed; one, seed 0: it broke"):
         ablate(configs, output=str(tmp_path / "out"))
     assert "| two |" in (tmp_path / "out" / "ablation.md").read_text()
+    whole = ablation.read_run
+    with monkeypatch.context() as patch:  # of one of two runs that share a thread
+        patch.setattr(ablation, "read_run", lambda folder: whole(folder) if folder.parent.name == "two" else {}["x"])
+        pretend(patch)
+        with pytest.raises(UserError, match="1 run failed; one, seed 0: its results cannot be read .KeyError: 'x'."):
+            ablate(configs, output=str(tmp_path / "third"))
+    assert "| two |" in (tmp_path / "third" / "ablation.md").read_text()
     pretend(monkeypatch, fail=("one", "two"))
     with pytest.raises(UserError, match="none of the 2 runs could be made"):
         ablate(configs, output=str(tmp_path / "other"))

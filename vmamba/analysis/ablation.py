@@ -193,16 +193,17 @@ class Runs:
             except queue.Empty:
                 return
             print(f"{each}: training in {each.folder}", flush=True)
-            for more in ([], ["--eval"]):
-                said = self._call([*each.command, *more], place)
-                if said is not None:
-                    self.failed.append(f"{each}: {said}")
-                    print(self.failed[-1], flush=True)
-                    break
-            else:
-                self._conclude(each)
+            said = self._call(each.command, place) or self._call([*each.command, "--eval"], place)
+            try:
+                told = said or self._conclude(each)
+            except Exception as error:  # else the runs that wait for this thread would never be made
+                said = told = f"its results cannot be read ({type(error).__name__}: {error})"
+            if said is not None:
+                self.failed.append(f"{each}: {said}")
+            print(f"{each}: {told}", flush=True)
 
-    def _conclude(self, each: Repetition) -> None:
+    def _conclude(self, each: Repetition) -> str:
+        """Write down what the run came to; its headline."""
         found, metrics = read_json(each.folder / "evaluation.json"), read_run(each.folder).metrics
         rates = [entry["images_per_second"] for entry in metrics if entry.get("images_per_second")]
         memory = [entry["memory_mb"] for entry in metrics if entry.get("memory_mb")]
@@ -213,7 +214,7 @@ class Runs:
         found["seconds"] = sum(entry.get("seconds", 0.0) for entry in metrics)
         write_json(each.result, found)
         name = open_task(each.config).headline
-        print(f"{each}: {name} {found['results'][name]:.2f}", flush=True)
+        return f"{name} {found['results'][name]:.2f}"
 
     def _call(self, arguments: Sequence[str], place: Mapping[str, str]) -> str | None:
         """Run the program; None, or the last line that it said where it failed."""
@@ -244,11 +245,13 @@ class Runs:
             with StopRequest():
                 yield
         except BaseException:
-            with self._lock:
+            with self._lock:  # none begins any more
                 self.ended = True
-                for process in self._processes:
-                    process.terminate()
-            for process in [*self._processes]:
+                going_on = [*self._processes]
+            print(f"stopping {counted(len(going_on), 'run')}, which save; the same command goes on", flush=True)
+            for process in going_on:
+                process.terminate()
+            for process in going_on:
                 process.wait()
             raise
 
@@ -269,7 +272,7 @@ def _row(name: str, group: Sequence[Repetition], columns: Sequence[str]) -> dict
     for key in columns or known:
         if key not in known:
             raise unknown("column", key, known)
-        row[key] = spread([each[key] for each in numbers if isinstance(each[key], float)])
+        row[key] = spread([each[key] for each in numbers if isinstance(each.get(key), float)])
     for title, key in (("images/s", "images_per_second"), ("memory (MB)", "memory_mb")):
         values = [one[key] for one in found if one[key] is not None]
         row[title] = statistics.mean(values) if values else None
