@@ -3,19 +3,20 @@
 import json
 import os
 import signal
-import subprocess
 import sys
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from tests.classification.tiny import ROOT, tiny_file
+from tests.classification.tiny import tiny_file
 from vmamba.analysis import ablation
 from vmamba.analysis.ablation import Repetition, Runs, ablate
 from vmamba.analysis.tables import replace_table
 from vmamba.errors import UserError
+from vmamba.runtime.stop import Stopped
 
 
 @pytest.fixture
@@ -134,20 +135,36 @@ def test_of_several_gpus_the_runs_use_one_each_in_turn(monkeypatch):
     assert ablation._places(2) == [{}, {}]
 
 
-def test_a_stopped_command_stops_its_runs(configs, tmp_path):
-    folder = tmp_path / "out" / "one" / "seed0"
-    line = [sys.executable, str(ROOT / "analyze" / "ablate.py"), configs[0], "--output", str(tmp_path / "out")]
-    line += ["--opts", "TRAIN.EPOCHS", "200", "TRAIN.SAVE_STEPS", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        line, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
-        for _ in range(600):
-            if (folder / "last.pth").exists():
-                break
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 128 + signal.SIGTERM
-    (start,) = json.loads((folder / "run.json").read_text())["starts"]
-    assert start["end"].startswith("stopped by SIGTERM; saved")
-    assert not (folder / "result.json").exists()
+RUN = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM; saved"))
+pathlib.Path(sys.argv[0], sys.argv[sys.argv.index("--tag") + 1]).touch()
+time.sleep(60)
+"""
+
+
+def test_a_stopped_command_stops_its_runs_and_begins_no_other(configs, tmp_path, monkeypatch, capsys):
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    monkeypatch.setattr(ablation, "PROGRAM", (sys.executable, "-c", RUN.replace("sys.argv[0]", repr(str(begun)))))
+
+    def stop_us():
+        while len([*begun.iterdir()]) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_us).start()
+    with pytest.raises(Stopped):
+        ablate(configs[:1], seeds=(0, 1, 2), jobs=2, output=str(tmp_path / "out"))
+    assert sorted(path.name for path in begun.iterdir()) == ["seed0", "seed1"]
+    said = capsys.readouterr().out
+    assert "stopping 2 runs, which save; the same command goes on" in said
+    assert not [*(tmp_path / "out").rglob("result.json")]
+
+
+def test_a_run_is_main_py_with_the_seed_and_the_options(tmp_path, configs):
+    repetition = Repetition(configs[0], 4, ("TRAIN.EPOCHS", "1"), str(tmp_path / "out"))
+    assert Runs()._call(repetition.command, {}) is None
+    (start,) = json.loads((repetition.folder / "run.json").read_text())["starts"]
+    assert start["end"] == "finished, 3 of 3 steps" and start["seed"] == 4
+    repetition.check()  # what is there is what is wanted

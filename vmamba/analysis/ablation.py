@@ -40,6 +40,7 @@ MAY_DIFFER = (
     "DATA.PERSISTENT_WORKERS",
     "DATA.PIN_MEMORY",
 )
+PROGRAM = (sys.executable, "-m", "vmamba.runtime")  # main.py, from wherever the package lies
 _PACKAGES = [str(Path(package.__file__).parents[1]) for package in (sys.modules["vmamba"], vmamba_kernels)]
 
 
@@ -224,7 +225,7 @@ class Runs:
             if self.ended:
                 return "it was not begun"
             process = subprocess.Popen(
-                [sys.executable, "-m", "vmamba.runtime", *arguments],
+                [*PROGRAM, *arguments],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
