@@ -18,6 +18,7 @@ from vmamba.errors import UserError
 from vmamba.models.variants import build_model
 from vmamba.runtime.distributed import World
 from vmamba.runtime.plan import build_plan
+from vmamba.runtime.records import Records
 from vmamba.runtime.step import OptimizerStep
 from vmamba.runtime.stop import Stopped
 from vmamba.runtime.trainer import run
@@ -72,6 +73,7 @@ def test_a_run_that_was_stopped_is_the_run_that_was_not(tmp_path, monkeypatch, r
             signal.raise_signal(signal.SIGTERM)
         return call(self, state, *args, **options)
 
+    monkeypatch.setattr(Records, "draw", lambda self: None)  # which takes half a second
     monkeypatch.setattr(OptimizerStep, "__call__", interrupted)
     with pytest.raises(Stopped):
         run(config)
