@@ -42,7 +42,7 @@ check: setup
 # The pictures of README and docs/pictures.md, all of them anew, from runs of their own (about 25 minutes).
 override FIGURES := output/figures
 DIGITS := $(FIGURES)/vmamba_digits/default
-PICTURES := tradeoff scenes erf erf_digits activation_map gradcam curves scale
+PICTURES := architecture tradeoff scenes erf erf_digits activation_map gradcam curves scale
 
 figures: setup
 	$(RUN) -m pip install --quiet --editable '.[analysis]'
@@ -50,6 +50,7 @@ figures: setup
 	$(RUN) main.py --cfg configs/vmamba_digits.yaml --output $(FIGURES)
 	$(RUN) main.py --cfg configs/scenes_detection.yaml --output $(FIGURES)
 	$(RUN) main.py --cfg configs/scenes_segmentation.yaml --output $(FIGURES)
+	$(RUN) analyze/architecture.py --output $(FIGURES)/architecture
 	$(RUN) analyze/tradeoff.py --output $(FIGURES)/tradeoff
 	$(RUN) analyze/scenes.py --detector $(FIGURES)/scenes_detection/default/best.pth \
 		--segmenter $(FIGURES)/scenes_segmentation/default/best.pth --output $(FIGURES)/scenes

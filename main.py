@@ -10,10 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from vmamba.config import argument_parser, config_from_args
-from vmamba.runtime.cli import exit_code
-from vmamba.runtime.trainer import run
+from vmamba.runtime.__main__ import main
 
 if __name__ == "__main__":
-    args = argument_parser(__doc__).parse_args()
-    sys.exit(exit_code(lambda: run(config_from_args(args))))
+    main(__doc__)

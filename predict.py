@@ -1,30 +1,13 @@
-"""Show what a model sees in images: python predict.py CHECKPOINT IMAGE ... (files, folders, patterns).
-
-Classes, boxes and masks, or a map of classes, by the checkpoint's task: a picture of each, and predictions.json.
-"""
+"""`vmamba predict` of this checkout: python predict.py --help"""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "analyze"))
+# This checkout's packages, whatever else is called so.
+sys.path.insert(0, str(Path(__file__).resolve().parent / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from _door import Parser, share
-
-from vmamba.analysis.prediction import predict
-
-
-def parser() -> Parser:
-    parser = Parser(predict, __doc__)
-    parser.flag("checkpoint", metavar="CHECKPOINT", help="of a run, or a released file or its address")
-    parser.flag("images", nargs="+", metavar="IMAGE", help="files, folders, patterns")
-    parser.flag("--cfg", metavar="FILE", help="config of a checkpoint that does not hold its own")
-    parser.flag("--names", metavar="FILE", help="the classes' names, one a line")
-    parser.flag("--score", type=share, help="least score of a detection in the pictures")
-    parser.flag("--weights", choices=("auto", "ema", "model"), help="which of the checkpoint's")
-    parser.flag("--device")
-    parser.flag("--output")
-    return parser
-
+from vmamba.commands.predict import parser
 
 if __name__ == "__main__":
     parser().run()

@@ -1,20 +1,8 @@
-"""The mean of several checkpoints' weights, as a checkpoint.
+"""`vmamba average` of this checkout: python analyze/average.py --help"""
 
-python analyze/average.py output/a/0/best.pth output/a/1/best.pth --output output/a/mean.pth
-"""
+from _door import command
 
-from _door import Parser
-
-from vmamba.analysis.averaging import average
-
-
-def parser() -> Parser:
-    parser = Parser(average, __doc__)
-    parser.flag("checkpoints", nargs="+", metavar="CHECKPOINT", help="files of one model")
-    parser.flag("--weights", choices=("auto", "ema", "model"), help="which of the checkpoints'")
-    parser.flag("--output", metavar="FILE", help="the checkpoint to write")
-    return parser
-
+parser = command("average")
 
 if __name__ == "__main__":
     parser().run()

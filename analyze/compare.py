@@ -1,19 +1,8 @@
-"""What the configs of runs differ in and what came out, side by side; repetitions over seeds as mean and deviation.
+"""`vmamba compare` of this checkout: python analyze/compare.py --help"""
 
-python analyze/compare.py output/vmamba_digits/*
-"""
+from _door import command
 
-from _door import Parser
-
-from vmamba.analysis.comparison import compare
-
-
-def parser() -> Parser:
-    parser = Parser(compare, __doc__)
-    parser.flag("runs", nargs="+", metavar="RUN", help="a run's folder")
-    parser.flag("--output")
-    return parser
-
+parser = command("compare")
 
 if __name__ == "__main__":
     parser().run()

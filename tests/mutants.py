@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = "tests/classification/test_by_hand.py"
+RECIPES = "tests/classification/test_recipes.py"
 DETECTION, SEGMENTATION = "tests/detection", "tests/segmentation/test_by_hand.py"
 
 
@@ -91,7 +92,7 @@ MUTANTS = (
     ),
     Mutant(
         "EMA.WARMUP ignored",
-        "vmamba/runtime/start.py",
+        "vmamba/runtime/average.py",
         "use_warmup=ema.WARMUP",
         "use_warmup=False",
         RUNS,
@@ -99,7 +100,7 @@ MUTANTS = (
     Mutant(
         "without EMA.WARMUP the first average is the first weights",
         "vmamba/runtime/step.py",
-        "return state.step if self.config.TRAIN.EMA.WARMUP else None",
+        'return state.step if ema.WARMUP or ema.KIND == "mean" else None',
         "return state.step",
         RUNS,
     ),
@@ -354,6 +355,76 @@ MUTANTS = (
         "* (1 - smoothing) + smoothing / classes",
         "* 1.0",
         "tests/classification/test_extensions.py",
+    ),
+    Mutant(
+        "MESA's teacher is the model itself",
+        "vmamba/classification/task.py",
+        "told = self.average(images)",
+        "told = model(images)",
+        RECIPES,
+    ),
+    Mutant(
+        "a teacher sees images by the student's mean",
+        "vmamba/classification/teachers.py",
+        "self.model(images * self.scale + self.shift)",
+        "self.model(images)",
+        RECIPES,
+    ),
+    Mutant(
+        "images do not grow over the run",
+        "vmamba/classification/sizes.py",
+        "min(epoch / (self.plan.epochs - 1), 1.0)",
+        "0.0",
+        RECIPES,
+    ),
+    Mutant(
+        "the mean of the last epochs counts one too many",
+        "vmamba/runtime/average.py",
+        "max(self.epochs - 1 - left, 0)",
+        "max(self.epochs - left, 0)",
+        "tests/runtime/test_average.py",
+    ),
+    Mutant(
+        "a run does not go on from its average",
+        "vmamba/runtime/step.py",
+        "take_over(state.ema, state.model)",
+        "pass",
+        "tests/classification/test_every_key.py -k SWITCH",
+    ),
+    Mutant(
+        "Muon moves the classifier",
+        "vmamba/runtime/optim.py",
+        "for end in (first, *heads)",
+        "for end in (first,)",
+        "tests/runtime/test_optim.py",
+    ),
+    Mutant(
+        "a scan of means skips with the mean",
+        "vmamba/models/ss2d.py",
+        "(y + x * D.flatten(1).sum(0))",
+        "(y + means * D.flatten(1).sum(0))",
+        "tests/models/test_ablations.py",
+    ),
+    Mutant(
+        "blocks all take the first routes",
+        "vmamba/models/options.py",
+        "share, turn = len(routes) // turns, number % turns",
+        "share, turn = len(routes) // turns, 0",
+        "tests/models/test_ablations.py",
+    ),
+    Mutant(
+        "a class that a map leaves out is an answer",
+        "vmamba/classification/task.py",
+        "logits.masked_fill(self.left_out, -torch.inf)",
+        "logits.masked_fill(self.left_out, 0.0)",
+        "tests/classification/test_evaluation_sets.py",
+    ),
+    Mutant(
+        "a run that is finished is made again",
+        "vmamba/analysis/ablation.py",
+        "if not each.result.is_file()]",
+        "]",
+        "tests/analyze/test_ablation.py",
     ),
 )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from vmamba.config import argument_parser, config_from_args, get_config, output_folder, save_config
+from vmamba.config.keys import keys_of
 from vmamba.errors import UserError
 from vmamba.models.variants import VARIANTS, build_model, create_model
 
@@ -121,7 +122,7 @@ def test_what_a_mistake_in_a_file_says(tmp_path, text, message):
         (["MODEL.D_STATE", "3"], "did you mean 'MODEL.OPTIONS.d_state'?"),
         (["depths", "3"], "did you mean 'MODEL.OPTIONS.depths'?"),
         (["MODEL.TYPE", "vssm"], "did you mean 'MODEL.NAME'?"),
-        (["MODEL.SIZE", "3"], "unknown config key 'MODEL.SIZE'; docs/config.md lists them all"),
+        (["MODEL.COLOUR", "3"], "unknown config key 'MODEL.COLOUR'; docs/config.md lists them all"),
         (["AUG.DROP_PATH", "3"], "unknown config key 'AUG.DROP_PATH'; docs/config.md lists them all"),
         (["BASE", "x.yaml"], "config file only"),
     ],
@@ -322,3 +323,8 @@ def test_the_example_of_fine_tuning_starts_from_released_weights_with_a_new_head
     config = get_config(CONFIGS / "finetune_example.yaml")
     assert VARIANTS[config.MODEL.NAME].weights == config.MODEL.PRETRAINED
     assert config.MODEL.DROP_HEAD and config.MODEL.NUM_CLASSES != 1000 and config.DATA.IMG_SIZE != 224
+
+
+def test_the_page_about_training_has_every_key():
+    text = (CONFIGS.parent / "docs" / "training.md").read_text()
+    assert [name for name in keys_of("classification") if f"`{name}`" not in text] == []

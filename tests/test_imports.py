@@ -20,6 +20,8 @@ ROOMS = [  # rooms in one line are neighbours and do not know each other
     ["vmamba.classification", "vmamba.detection", "vmamba.segmentation"],
     ["vmamba.analysis"],
     ["vmamba.exporting"],
+    ["vmamba.commands"],
+    ["vmamba.__main__"],
 ]
 DOORS = ("main.py", "kernels", "classification", "detection", "segmentation", "analyze")
 

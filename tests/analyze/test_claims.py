@@ -190,8 +190,11 @@ def test_timms_weights_that_cannot_be_downloaded_are_a_sentence(monkeypatch):
 
 
 def test_a_file_that_does_not_fit_one_of_timms_models_says_where(flowers, tmp_path):
-    with pytest.raises(UserError, match=r"last.pth' is of another architecture: \d+ missing: bn1.bias, .*unexpected"):
+    with pytest.raises(UserError, match="last.pth' holds a vmamba_digits, not a resnet10t; name that model"):
         summary("resnet10t", weights=flowers, size=32)
+    torch.save(create_model("vmamba_digits").state_dict(), tmp_path / "bare.pth")
+    with pytest.raises(UserError, match=r"bare.pth' is of another architecture: \d+ missing: bn1.bias, .*unexpected"):
+        summary("resnet10t", weights=tmp_path / "bare.pth", size=32)
     with pytest.raises(UserError, match="no checkpoint 'absent.pth'"):
         summary("resnet10t", weights="absent.pth", size=32)
     for content in ({"model": {"a": 1}}, [1], {"epoch": 1}, torch.zeros(1)):
@@ -217,3 +220,18 @@ def test_numbers_in_words():
     assert parameters(30_249_064) == "30.2M parameters"
     assert parameters(98_410) == "0.0984M parameters"
     assert parameters(2_000_000, 1_960_000) == "2.0M parameters"
+
+
+def test_a_timm_model_that_our_loop_trained_has_the_channels_classes_and_data_of_its_run(tmp_path):
+    opts = ["MODEL.NAME", "timm/resnet10t", "MODEL.NUM_CLASSES", 3, "MODEL.IN_CHANS", 1, "DATA.DATASET", "digits"]
+    config = get_config(None, [*opts, "DATA.MEAN", [0.3], "DATA.STD", [0.2]])
+    weights = build_model(config).state_dict()
+    torch.save({"model": weights, "config": yaml.safe_load(config.dump())}, tmp_path / "last.pth")
+    subject = zoo.create("resnet10t", 32, tmp_path / "last.pth")
+    assert (subject.in_chans, subject.mean, subject.name) == (1, [0.3], "resnet10t")
+    assert subject.weights == "trained on digits (3 classes)"
+    assert torch.equal(subject.model.state_dict()["fc.weight"], weights["fc.weight"])
+    untrained = zoo.create_untrained("resnet10t", 32, tmp_path / "last.pth")
+    assert not torch.equal(untrained.model.state_dict()["fc.weight"], weights["fc.weight"])
+    with pytest.raises(UserError, match="last.pth' holds a timm/resnet10t, not a resnet18; name that model"):
+        zoo.create("resnet18", 32, tmp_path / "last.pth")

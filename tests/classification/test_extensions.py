@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 import vmamba
@@ -94,3 +95,34 @@ def test_what_a_module_does_wrong_is_a_sentence(alone):
     Path("broken.py").write_text("import nowhere_to_be_found")
     with pytest.raises(ModuleNotFoundError, match="nowhere_to_be_found"):  # whose traceback is the user's to read
         get_config(None, ["IMPORT", "broken"])
+
+
+def test_a_mistake_in_a_data_sets_code_is_told_with_its_place_and_no_unreadable_image(alone):
+    class Data(list):
+        def __init__(self, wrong):
+            super().__init__([0] * 20)
+            self.wrong = wrong
+
+        def __getitem__(self, index):
+            return self.wrong()
+
+    def mistaken():
+        return {}["the image"], 0
+
+    def refused():
+        raise UserError("this data set is asleep; wake it")
+
+    def damaged():
+        raise OSError("the disk is broken")
+
+    image = Image.new("RGB", (8, 8))
+    for number, (wrong, words) in enumerate((
+        (mistaken, r"the code that makes image \d+ of the training images of d0 raised KeyError \('the image'\) in '.*"
+         r"test_extensions.py', line \d+; mend it"),
+        (refused, "^this data set is asleep; wake it$"),
+        (damaged, r"cannot read 'image \d+ of the training images of d2': the disk is broken; mend or remove it"),
+        (lambda: (image, "cat"), r"label 'cat' of 'image \d+ of the training images of d3' is no class's number"),
+    )):  # fmt: skip
+        vmamba.register_dataset(f"d{number}")(lambda config, training, wrong=wrong: Data(wrong))
+        with pytest.raises(UserError, match=words):
+            run(tiny_config(alone, "DATA.DATASET", f"d{number}"))

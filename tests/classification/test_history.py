@@ -10,7 +10,7 @@ import torch
 from vmamba.classification.task import Task
 from vmamba.config import output_folder
 from vmamba.errors import UserError
-from vmamba.runtime import history
+from vmamba.runtime import history, profiling
 from vmamba.runtime.distributed import World
 from vmamba.runtime.history import facts
 from vmamba.runtime.step import OptimizerStep
@@ -81,3 +81,23 @@ def test_the_code_is_told_by_its_repository(tmp_path, monkeypatch):
     assert (facts(config, world)["commit"], facts(config, world)["changed"]) == (head, False)
     (tmp_path / "code" / "new.py").touch()
     assert facts(config, world)["changed"] is True
+    subprocess.run([*git, "add", "new.py"], check=True)
+    (tmp_path / "code" / "new.py").write_text("print('changed')\n")
+    run(config)
+    (start,) = starts(config)
+    assert (start["changed"], start["diff"]) == (True, "changes.1.diff")
+    assert "+print('changed')" in (output_folder(config) / "changes.1.diff").read_text()
+    monkeypatch.setattr(history, "LARGEST_DIFF", 5)
+    run(config)
+    assert starts(config)[1]["diff"] is None
+
+
+def test_a_profile_of_some_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(profiling, "BEFORE", 2)
+    config = tiny_config(tmp_path, "PROFILE", 3)
+    run(config)
+    folder = output_folder(config)
+    events = json.loads((folder / "profile.json").read_text())["traceEvents"]
+    assert sum(event["name"].startswith("ProfilerStep#") for event in events) == 3
+    assert "aten::addmm" in (folder / "profile.txt").read_text() or "aten::mm" in (folder / "profile.txt").read_text()
+    assert "the profile of 3 steps is in" in log(config)

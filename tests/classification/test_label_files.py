@@ -4,9 +4,11 @@ import random
 import shutil
 
 import pytest
+from PIL import Image
 
 from vmamba.analysis.classes import class_names
 from vmamba.classification.datasets import open_dataset
+from vmamba.config import get_config
 from vmamba.errors import UserError
 from vmamba.runtime.trainer import run
 
@@ -100,3 +102,31 @@ def test_a_held_out_label_that_no_training_image_has(tmp_path):
     words = r"val.csv', line \d+: 'rose' is none of the training images' classes \(class0, class1, .* and 1 more\)"
     with pytest.raises(UserError, match=words):
         run(config)
+
+
+def test_an_image_that_is_trained_on_and_held_out_is_told(tmp_path, caplog):
+    picture = Image.new("RGB", (4, 4))
+    for name in "abcd":
+        picture.save(tmp_path / f"{name}.png")
+    (tmp_path / "train.csv").write_text("a.png,x\nb.png,y\nc.png,x\n")
+    (tmp_path / "val.csv").write_text("./c.png,x\nd.png,y\n")
+    opts = ["DATA.DATA_PATH", str(tmp_path), "MODEL.NUM_CLASSES", 2]
+    opts += ["DATA.TRAIN_LABELS", "train.csv", "DATA.VAL_LABELS", "val.csv"]
+    for training, rank, told in ((True, 0, 0), (False, 1, 0), (False, 0, 1)):
+        caplog.clear()
+        open_dataset(get_config(None, opts), training=training, rank=rank, on_machine=(0, 1))
+        lines = [record.getMessage() for record in caplog.records]
+        assert len(lines) == told
+    assert "1 image stands of" in lines[0] and "in 'train.csv' too" in lines[0] and "c.png" in lines[0]
+
+
+def test_a_class_in_two_unicode_forms_is_one(tmp_path):
+    for name in "abcd":
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    (tmp_path / "train.csv").write_text(f"a.png,{composed}\nb.png,{decomposed}\nc.png,tea\n")
+    (tmp_path / "val.csv").write_text(f"d.png,{decomposed}\n")
+    opts = ["DATA.DATA_PATH", str(tmp_path), "MODEL.NUM_CLASSES", 2]
+    config = get_config(None, [*opts, "DATA.TRAIN_LABELS", "train.csv", "DATA.VAL_LABELS", "val.csv"])
+    labels = [open_dataset(config, training=side, rank=0, on_machine=(0, 1)).labels() for side in (True, False)]
+    assert labels == [[0, 0, 1], [0]]

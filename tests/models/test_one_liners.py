@@ -40,6 +40,9 @@ def test_a_part_that_is_given_what_it_does_not_take_says_so(kind):
     for shape in ((2, 5, 4, 7), (4, 4, 6), (6,)):
         with pytest.raises(UserError, match=f"{takes}$"):
             part(torch.randn(shape))
+    for shape in ((2, 0, 4, 6), (2, 4, 0, 6)):
+        with pytest.raises(UserError, match=f"which has no pixel; this {kind} takes one or more"):
+            part(torch.randn(shape))
     for dim, words in ((0, "dim is 0; it must be between 1"), ("6", r"dim is '6' \(str\); expected an integer")):
         with pytest.raises(UserError, match=words):
             getattr(vmamba, kind)(dim)
@@ -110,6 +113,11 @@ def test_costs_and_a_name_of_timms():
     model = vmamba.create_model("vmamba_digits")
     assert vmamba.flops(model, (32, 64)) == complexity(model, (32, 64)).macs > vmamba.flops(model, 32)
     assert vmamba.flops(timm.create_model("resnet18")) == pytest.approx(1.82e9, rel=0.01)
+    words = "this SwinTransformer does not take images of 100 x 100 pixels .*; give another size"
+    with pytest.raises(UserError, match=words):
+        vmamba.flops(timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)), 100)
+    with pytest.raises(UserError, match="images are 2 x 2 pixels; this model.s patches need"):
+        vmamba.flops(vmamba.create_model("vmamba_tiny", depths=(1,), dims=8), 2)
     with pytest.raises(UserError, match=r"features_only is timm's: timm.create_model\('vmamba_tiny', feat"):
         vmamba.create_model("vmamba_tiny", features_only=True)
     assert vmamba.__version__

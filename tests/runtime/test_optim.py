@@ -3,12 +3,15 @@
 import math
 
 import pytest
+import timm
 import torch
+from timm.optim import list_optimizers
 from torch import nn
 
+from vmamba import create_model
 from vmamba.config import get_config
 from vmamba.errors import UserError
-from vmamba.runtime.optim import Schedule, build_optimizer, parameter_groups, rate_factor, rate_scale
+from vmamba.runtime.optim import Schedule, build_optimizer, hidden_matrices, parameter_groups, rate_factor, rate_scale
 from vmamba.runtime.plan import build_plan
 
 
@@ -145,3 +148,34 @@ def test_the_rate_is_set_for_every_step_and_group():
         schedule.set_rate(step)
         rates.append([group["lr"] for group in optimizer.param_groups])
     assert rates == [pytest.approx([rate, rate]) for rate in (2e-4, 1.01e-2, 2e-2, 1.1e-2, 2e-3)]
+
+
+@pytest.mark.skipif("muon" not in list_optimizers(), reason=f"timm {timm.__version__} has no Muon")
+@pytest.mark.parametrize("name", ["muon", "adamuon", "nmuon"])
+def test_muon_moves_hidden_matrices_alone(name):
+    """The rest has AdamW, or NAdamW, with its decay and its rate by layer."""
+    torch.manual_seed(0)
+    model = create_model("vmamba_digits", depths=(1, 1), dims=16, num_classes=5)
+    opts = ["TRAIN.OPTIMIZER.NAME", name, "TRAIN.LAYER_DECAY", 0.5, "TRAIN.WEIGHT_DECAY", 0.0]
+    optimizer = build_optimizer(get_config(None, opts), model, 512)
+    for weight in model.parameters():
+        weight.grad = torch.randn_like(weight)
+    before = {key: weight.clone() for key, weight in model.named_parameters()}
+    optimizer.step()
+    by_muon = {key for key, weight in model.named_parameters() if "momentum_buffer" in optimizer.state[weight]}
+    ends = ("in_proj.weight", "out_proj.weight", "fc1.weight", "fc2.weight", "downsample.1.weight")
+    assert by_muon == {"patch_embed.5.weight", *(key for key in before if key.endswith(ends))}
+    assert all("exp_avg" in optimizer.state[weight] for key, weight in model.named_parameters() if key not in by_muon)
+    if name == "muon":  # the gradient's nearest orthogonal matrix, as long as AdamW's step (arXiv 2502.16982)
+        weight = model.layers[1].blocks[0].op.in_proj.weight
+        step = (before["layers.1.blocks.0.op.in_proj.weight"] - weight).detach()
+        rate = next(group["lr"] for group in optimizer.param_groups if any(weight is each for each in group["params"]))
+        left, _, right = torch.linalg.svd(weight.grad, full_matrices=False)
+        expected = rate * 0.2 * max(weight.shape) ** 0.5 * left @ right
+        assert torch.cosine_similarity(step.flatten(), expected.flatten(), dim=0) > 0.98
+        assert step.norm().item() == pytest.approx(expected.norm().item(), rel=0.1)
+
+
+def test_of_models_around_a_backbone_nothing_is_asked_for_a_head():
+    matrices = hidden_matrices(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, groups=4), nn.Linear(4, 2)))
+    assert [tuple(weight.shape) for weight in matrices] == [(2, 4)]

@@ -148,7 +148,12 @@ def scan_input(model: nn.Module, mixer: Mixer2D, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def routes(mixer: Mixer2D, x: Tensor) -> list[Route]:
-    """The routes of one image's scan, x being (1, H, W, d_inner), what `scan_input` gives."""
+    """The routes of one image's scan, x being (1, H, W, d_inner), what `scan_input` gives.
+
+    Raises UserError for a scan of means, which no route of pixels shows.
+    """
+    if mixer.pool != "none":
+        raise UserError(f"this layer scans the means of {mixer.pool}, and the picture is of pixels; choose pool none")
     height, width = x.shape[1:3]
     x = x if x.dtype == torch.float64 else x.float()
     u = cross_scan(x, mixer.routes)[0]  # (routes, length, dim)

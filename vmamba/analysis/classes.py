@@ -6,6 +6,7 @@ from timm.data import ImageNetInfo
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from yacs.config import CfgNode
 
+from vmamba.classification.elpv import GRADES
 from vmamba.classification.label_files import classes_of, read_labels
 from vmamba.data import scenes
 from vmamba.data.folders import LeftOut, listing, what_is
@@ -51,6 +52,8 @@ def _classification(config: CfgNode) -> list[str]:
     data, classes = config.DATA, config.MODEL.NUM_CLASSES
     if data.DATASET == "digits":
         return list(scenes.CLASSES)
+    if data.DATASET == "elpv":
+        return list(GRADES)
     if data.DATASET != "imagenet":
         return []
     if data.TRAIN_LABELS:

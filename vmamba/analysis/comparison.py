@@ -66,13 +66,14 @@ def read_run(folder: Path) -> Run:
     metrics = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
     if not metrics:
         raise UserError(f"'{printable(folder)}' holds no round of training yet; leave it out")
-    return Run(f"{folder.parent.name}/{folder.name}", open_task(config).headline, dict(_flat(config)), metrics)
+    return Run(f"{folder.parent.name}/{folder.name}", open_task(config).headline, dict(flat(config)), metrics)
 
 
-def _flat(node: CfgNode, path: str = "") -> Iterator[tuple[str, Any]]:
+def flat(node: CfgNode, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The keys of a config, MODEL.NAME and so on, with their values."""
     for name, value in node.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{path}{name}.")
+            yield from flat(value, f"{path}{name}.")
         else:
             yield f"{path}{name}", value
 
@@ -93,8 +94,8 @@ def _row(group: Sequence[Run], keys: Sequence[str]) -> dict[str, Any]:
         name = kind + group[0].headline
         results = [[entry[name] for entry in run.metrics if entry.get(name) is not None] for run in group]
         if all(results):
-            row[f"best {name}"] = _spread([max(each) for each in results])
-            row[f"last {name}"] = _spread([each[-1] for each in results])
+            row[f"best {name}"] = spread([max(each) for each in results])
+            row[f"last {name}"] = spread([each[-1] for each in results])
     rates = [[entry["images_per_second"] for entry in run.metrics if "images_per_second" in entry] for run in group]
     row["images/s"] = statistics.mean(map(statistics.median, rates)) if all(rates) else None
     memory = [entry["memory_mb"] for run in group for entry in run.metrics if entry.get("memory_mb") is not None]
@@ -103,7 +104,7 @@ def _row(group: Sequence[Run], keys: Sequence[str]) -> dict[str, Any]:
     return row
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
     """Mean, and the deviation of a sample, of several."""
     mean = f"{statistics.mean(values):.2f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"

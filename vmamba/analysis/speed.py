@@ -25,7 +25,6 @@ from vmamba.errors import UserError, unknown
 from vmamba.files import check_writable, write_text
 from vmamba.models.compilation import compile_options
 from vmamba.models.flops import complexity
-from vmamba.models.vssm import VSSM
 from vmamba.text import counted
 from vmamba.timing import elapsed
 
@@ -315,8 +314,7 @@ def _cases(
 
 
 def _in_chans(model: nn.Module) -> int:
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
-    return model.in_chans if isinstance(model, VSSM) else 3
+    return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
 
 
 def _row(timing: Timing) -> dict[str, Any]:

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from vmamba.files import make_folder, write_atomically, write_text
+from vmamba.errors import UserError
+from vmamba.files import make_folder, read_text, write_atomically, write_text
+from vmamba.text import printable
 
 
 def parameters(*counts: int) -> str:
@@ -33,6 +35,32 @@ def read_table(text: str) -> list[dict[str, str]]:
         elif lines:
             break
     return [dict(zip(lines[0], line, strict=False)) for line in lines[2:]]
+
+
+def replace_table(page: Path, text: str) -> None:
+    """Put `text` between the lines "<!-- table -->" and "<!-- end -->" of a page.  Raises UserError without
+    them."""
+    before, after = around_table(page)
+    write_text(page, f"{before}\n{text}\n{after}")
+
+
+def around_table(page: Path) -> tuple[str, str]:
+    """What stands in a page before and behind its table.  Raises UserError where it has no place for one."""
+    before, start, rest = read_text(page).partition("<!-- table -->\n")
+    _, end, after = rest.partition("<!-- end -->\n")
+    if not end:
+        raise UserError(
+            f"'{printable(page)}' has no lines <!-- table --> and <!-- end -->; put them where the table goes"
+        )
+    return before + start, end + after
+
+
+def read_json(path: Path) -> Any:
+    """Raises UserError where the file cannot be read."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"'{printable(path)}' is no JSON: {error}; remove it, and run again what wrote it") from error
 
 
 def write_json(path: Path, content: Any) -> None:

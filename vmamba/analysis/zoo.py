@@ -21,7 +21,7 @@ from vmamba.errors import UserError, unknown
 from vmamba.models.download import is_url
 from vmamba.models.formats import read_file
 from vmamba.models.pretrained import Checkpoint, load_checkpoint, load_pretrained, local_file
-from vmamba.models.variants import VARIANTS, build_model, check_size, create_model, list_models, timm_settings
+from vmamba.models.variants import TIMM, VARIANTS, build_model, check_size, create_model, list_models, timm_settings
 from vmamba.models.vssm import VSSM
 from vmamba.models.weights import load_weights, without_wrappers
 from vmamba.text import counted, printable
@@ -108,7 +108,7 @@ def data_of(config: CfgNode) -> str:
 def changed_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `options` whose values are not the ones that the variant `name` has."""
     defaults = {option: parameter.default for option, parameter in inspect.signature(VSSM).parameters.items()}
-    own = defaults | VARIANTS[name].options
+    own = defaults | (VARIANTS[name].options if name in VARIANTS else {})
     return {option: value for option, value in options.items() if _plain(value) != _plain(own.get(option))}
 
 
@@ -144,7 +144,7 @@ def _create(name: str, size: int, weights: str | Path | None, backend: str, load
     if name in list_models():
         subject = _ours(name, size, weights, backend, load)
     elif timm.is_model(name):
-        subject = _timm(name, size, weights if load else None)
+        subject = _timm(name, size, weights, load)
     else:
         raise unknown("model", name, [*list_models(), *timm.list_models()])
     subject.model.eval()
@@ -176,7 +176,8 @@ def _config(checkpoint: Checkpoint) -> CfgNode | None:
 
     Raises UserError for a run of another task, whose model is more than a classifier.
     """
-    if checkpoint.config.get("MODEL", {}).get("NAME") not in list_models():
+    name = checkpoint.config.get("MODEL", {}).get("NAME", "")
+    if name not in list_models() and not name.startswith(TIMM):
         return None
     task = checkpoint.config.get("TASK", "classification")
     if task != "classification":
@@ -199,8 +200,12 @@ def _unknown(weights: str | Path, model: nn.Module) -> str:
     return f"weights {Path(weights).name}, trained on unknown data ({classes})"
 
 
-def _timm(name: str, size: int, weights: str | Path | None) -> Subject:
-    settings = timm_settings(name)
+def _timm(name: str, size: int, weights: str | Path | None, load: bool) -> Subject:
+    if weights not in (None, "pretrained"):
+        content = read_file(local_file(weights))
+        if isinstance(content, Mapping) and isinstance(content.get("config"), Mapping):  # else a file of timm's
+            return _timm_of_run(name, size, weights, load)
+    settings, weights = timm_settings(name), weights if load else None
     options = {"img_size": size} if settings.fixed_input_size else {}  # position embeddings, windows of that size
     try:
         model = timm.create_model(name, pretrained=weights == "pretrained", **options)
@@ -218,6 +223,20 @@ def _timm(name: str, size: int, weights: str | Path | None) -> Subject:
         label = _unknown(weights, model)
         load_weights(model, _timms_weights(weights), weights)
     return Subject(name, model, label, mean=settings.mean, std=settings.std)
+
+
+def _timm_of_run(name: str, size: int, weights: str | Path, load: bool) -> Subject:
+    """One that our loop has trained.  Raises UserError where the file is of another model."""
+    checkpoint = load_checkpoint(weights)
+    config = _config(checkpoint)
+    there = checkpoint.config.get("MODEL", {}).get("NAME", "")
+    if config is None or there != TIMM + name:
+        raise UserError(f"'{printable(weights)}' holds a {printable(there)}, not a {name}; name that model")
+    subject = of_config(config)
+    check_size(name, subject.model, subject.in_chans, (size, size))
+    if load:
+        load_pretrained(subject.model, checkpoint)
+    return replace(subject, name=name)
 
 
 def _timms_weights(path: str | Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Labelled images by index: handwritten digits, folders, Swin's zip archives, CIFAR, and what timm opens.
+"""Labelled images by index: handwritten digits, solar cells, folders, Swin's zip archives, CIFAR, and what timm opens.
 
 `open_dataset` checks what can be checked without reading images; reading one raises UnreadableImage.
 """
@@ -6,9 +6,11 @@
 import logging
 import os
 import random
+import traceback
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +22,8 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity
 from yacs.config import CfgNode
 
+from vmamba.classification.class_maps import numbers_of
+from vmamba.classification.elpv import GRADES, read_cells
 from vmamba.classification.label_files import classes_of, labelled, read_labels
 from vmamba.data.archives import Archive
 from vmamba.data.folders import LeftOut, contents, data_path, image_files, listing, what_is
@@ -40,8 +44,15 @@ class Source:
     """Samples of (image, label).  The image is a file of `archive`; or what the samples hold, which are read on access:
     an image or an open file of `place`, or without a place the path of a file."""
 
-    def __init__(self, samples: Sequence, *, archive: Archive | None = None, place: str | None = None):
-        self.samples, self.archive, self.place = samples, archive, place
+    def __init__(
+        self,
+        samples: Sequence,
+        *,
+        archive: Archive | None = None,
+        place: str | None = None,
+        by_user: bool = False,  # samples are made by code of a user's module
+    ):
+        self.samples, self.archive, self.place, self.by_user = samples, archive, place, by_user
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -54,26 +65,48 @@ class Source:
 
     def load(self, index: int, channels: int, decode: Callable[..., T] = decode) -> tuple[T, int]:
         """The image of so many channels, as `decode` or `decode_pixels` gives it, and its label.  Raises
-        UnreadableImage."""
+        UnreadableImage; UserError for a mistake of a user's code, which no other image would mend."""
         name = self.name(index)
-        with reading(name):
+        with reading(name), _mistakes(name) if self.by_user else nullcontext():
             file, label = self.read(index)
         return decode(file, channels, name), label
 
     def read(self, index: int) -> tuple[Any, int]:
-        """The bytes of the image's file, or what else `decode` takes, and its label.  May raise any Exception."""
+        """The bytes of the image's file, or what else `decode` takes, and its label.  May raise any Exception;
+        UserError for a label that is no number."""
         image, label = self.samples[index][:2]
         if self.archive:
             image = self.archive.read(index)
         elif isinstance(image, (str, Path)):
             image = Path(image).read_bytes()
-        return image, int(-1 if label is None else label)
+        try:
+            return image, int(-1 if label is None else label)
+        except (TypeError, ValueError) as error:
+            name = self.name(index)
+            raise UserError(f"label {label!r:.40} of '{name}' is no class's number; give 0, 1, 2, ...") from error
 
     def labels(self) -> Sequence[int] | None:
         """Of all samples; None where only reading every image would tell."""
         if isinstance(self.samples, list):
             return [sample[1] for sample in self.samples]
         return getattr(self.samples, "targets", None)
+
+
+# What code raises that is wrong, unlike what a file that is damaged makes it raise.
+_MISTAKES = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, TypeError)
+
+
+@contextmanager
+def _mistakes(name: str) -> Iterator[None]:
+    """A mistake of a registered data set's code, while it makes a sample, is one sentence with its place."""
+    try:
+        yield
+    except _MISTAKES as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"the code that makes {name} raised {type(error).__name__} ({printable(error)}) in '{place.filename}', "
+            f"line {place.lineno}; mend it"
+        ) from error
 
 
 def open_dataset(config: CfgNode, *, training: bool, rank: int, on_machine: tuple[int, int]) -> Source:
@@ -92,10 +125,15 @@ def open_dataset(config: CfgNode, *, training: bool, rank: int, on_machine: tupl
     if (config.DATA.TRAIN_LABELS or config.DATA.VAL_LABELS) and (name != "imagenet" or config.DATA.ZIP_MODE):
         what = "an archive" if config.DATA.ZIP_MODE else f"DATA.DATASET '{name}'"
         raise UserError(f"DATA.TRAIN_LABELS and VAL_LABELS are of images in folders, and {what} has labels; empty them")
+    if config.DATA.CLASS_MAP and (name != "imagenet" or config.DATA.ZIP_MODE or config.DATA.TRAIN_LABELS):
+        raise UserError("DATA.CLASS_MAP is of folders of images (DATA.DATASET imagenet); leave it out")
     if name in DATASETS:
         return _registered(config, training)
     if name == "digits":
         return _digits(config, training)
+    if name == "elpv":
+        _check_class_count("elpv", len(GRADES), config, training)
+        return Source(read_cells(training))
     if name in _CIFAR:
         return _cifar(config, training)
     if name == "imagenet" and config.DATA.ZIP_MODE:
@@ -104,7 +142,8 @@ def open_dataset(config: CfgNode, *, training: bool, rank: int, on_machine: tupl
         return _folders(config, training, tell=rank == 0)
     if "/" in name:
         return _from_timm(config, training)
-    raise unknown("DATA.DATASET", name, ["digits", "imagenet", *_CIFAR, "torch/<name>", "hfds/<name>", *DATASETS])
+    known = ["digits", "elpv", "imagenet", *_CIFAR, "torch/<name>", "hfds/<name>", *DATASETS]
+    raise unknown("DATA.DATASET", name, known)
 
 
 def _digits(config: CfgNode, training: bool) -> Source:
@@ -158,7 +197,7 @@ def _registered(config: CfgNode, training: bool) -> Source:
     classes = getattr(samples, "classes", None)
     if classes:
         _check_class_count(name, len(classes), config, training)
-    return Source(samples, place=f"the {part} images of {name}")
+    return Source(samples, place=f"the {part} images of {name}", by_user=True)
 
 
 def _from_timm(config: CfgNode, training: bool) -> Source:
@@ -185,8 +224,10 @@ def _from_timm(config: CfgNode, training: bool) -> Source:
 
 def _folders(config: CfgNode, training: bool, tell: bool) -> Source:
     root, split = data_path(config), "train" if training else "val"
+    if config.DATA.CLASS_MAP:
+        return _mapped(config, root, tell)
     if config.DATA.TRAIN_LABELS or config.DATA.VAL_LABELS:
-        return _listed(config, training)
+        return _listed(config, training, tell)
     if config.DATA.VAL_FRACTION:
         return _divided(config, training, tell)
     names_from = "val" if config.EVAL_MODE and what_is(root / "train") != "folder" else "train"
@@ -195,6 +236,17 @@ def _folders(config: CfgNode, training: bool, tell: bool) -> Source:
     if split != names_from:
         _check_same_classes(root, split, classes, names_from, _classes(root, names_from, LeftOut()))
     return Source(_samples(config, root / split, classes, training, tell, left_out))
+
+
+def _mapped(config: CfgNode, root: Path, tell: bool) -> Source:
+    """Images to evaluate on, in the folders of DATA_PATH/val, or of DATA_PATH, whose classes DATA.CLASS_MAP tells."""
+    if not config.EVAL_MODE:
+        raise UserError("DATA.CLASS_MAP is of images to evaluate on; give --eval too, or leave it out")
+    folder, left_out = root / "val" if what_is(root / "val") == "folder" else root, LeftOut()
+    names = _classes_in(folder, left_out)
+    numbers = numbers_of(names, config.DATA.CLASS_MAP, root, config.MODEL.NUM_CLASSES)
+    samples = _in_folders(config, folder, names, tell, left_out)
+    return Source([(path, numbers[names[label]]) for path, label in samples])
 
 
 def _divided(config: CfgNode, training: bool, tell: bool) -> Source:
@@ -233,7 +285,7 @@ def _one_side(
     return kept
 
 
-def _listed(config: CfgNode, training: bool) -> Source:
+def _listed(config: CfgNode, training: bool, tell: bool) -> Source:
     """The images that CSV files list."""
     root, data = data_path(config), config.DATA
     if not data.TRAIN_LABELS:
@@ -247,8 +299,20 @@ def _listed(config: CfgNode, training: bool) -> Source:
     _check_class_count(f"'{printable(file)}'", len(classes), config, training, classes)
     if data.VAL_FRACTION:
         return Source(_one_side(labelled(lines, classes), classes, data.VAL_FRACTION, training, file))
-    held_out = None if training else read_labels(root / data.VAL_LABELS, root)
-    return Source(labelled(lines if held_out is None else held_out, classes))
+    if training:
+        return Source(labelled(lines, classes))
+    held_out = read_labels(root / data.VAL_LABELS, root)
+    trained_on = {os.path.normpath(line.image) for line in lines}
+    both = [line.image for line in held_out if os.path.normpath(line.image) in trained_on]
+    if both and tell:
+        logger.warning(
+            "%s of '%s' in '%s' too, so that the evaluation counts what was trained on (%s); take them out of one",
+            counted(len(both), "image stands", "images stand"),
+            printable(root / data.VAL_LABELS),
+            printable(data.TRAIN_LABELS),
+            some(both),
+        )
+    return Source(labelled(held_out, classes))
 
 
 def _samples(
@@ -256,6 +320,13 @@ def _samples(
 ) -> list[tuple[str, int]]:
     """(path, label) of the images in the folders of the classes."""
     _check_class_count(f"'{printable(folder)}'", len(classes), config, training, classes)
+    return _in_folders(config, folder, classes, tell, left_out)
+
+
+def _in_folders(
+    config: CfgNode, folder: Path, classes: list[str], tell: bool, left_out: LeftOut
+) -> list[tuple[str, int]]:
+    """(path, place of the folder in `classes`).  Raises UserError for a folder without an image."""
     samples = [
         (path, label)
         for label, name in enumerate(classes)

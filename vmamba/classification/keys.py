@@ -8,7 +8,7 @@ KEYS = (
     key(
         "DATA.DATASET",
         "imagenet",
-        "imagenet (folders), digits, cifar10, cifar100, one of timm's (torch/, hfds/), or a registered one",
+        "imagenet (folders), digits, elpv, cifar10, cifar100, one of timm's (torch/, hfds/), or a registered one",
     ),
     key(
         "DATA.IMG_SIZE",
@@ -38,6 +38,13 @@ KEYS = (
     key("DATA.TRAIN_LABELS", "", "CSV file below DATA_PATH, of lines image,label, in the place of folders"),
     key("DATA.VAL_LABELS", "", "likewise"),
     key(
+        "DATA.CLASS_MAP",
+        "",
+        "with --eval, of which class a folder is: imagenet, by its WordNet number; numbers, by its name; or a file of "
+        "lines folder,class",
+        also="imagenet-v2 imagenet-a imagenet-r imagenet-sketch",
+    ),
+    key(
         "DATA.SAMPLER",
         "shuffled",
         "balanced: of each class as many images an epoch, those of small ones several times",
@@ -61,7 +68,39 @@ KEYS = (
         choices=("", "balanced"),
         at_least=0,
     ),
+    key(
+        "TRAIN.MESA",
+        0.0,
+        "weight of the loss against what the average of the weights (TRAIN.EMA) says, arXiv 2205.14083; 0: off",
+        at_least=0,
+    ),
+    share("TRAIN.MESA_START", 0.25, "share of the run before that loss counts"),
     #
+    key(
+        "DISTILL.TEACHER",
+        "",
+        "what says the classes too: a run's checkpoint or folder, one of our names, or timm/<name>; empty: nobody",
+        also="distillation teacher",
+    ),
+    key(
+        "DISTILL.KIND",
+        "soft",
+        "against its chances (Hinton), or hard: its first answer (DeiT)",
+        choices=("soft", "hard"),
+    ),
+    share("DISTILL.WEIGHT", 0.5, "of that loss; the labels have the rest"),
+    key("DISTILL.TEMPERATURE", 1.0, "that soft chances are drawn at", above=0),
+    #
+    key("AUG.SIZES", [], "sides that a step's images have, drawn; empty: IMG_SIZE", kinds=([int],), at_least=1),
+    key(
+        "AUG.SIZE_SCHEDULE",
+        "progressive",
+        "from the first side to the last over the run, as timm's scheduled batches; constant: any at any time",
+        choices=("progressive", "constant"),
+        also="progressive_resizing",
+    ),
+    key("AUG.SIZE_SPREAD", 0.65, "deviation of the sides about the one whose turn it is, in places", at_least=0),
+    share("AUG.SIZE_MIX", 0.1, "of the steps at any of them"),
     share("AUG.SCALE", [0.08, 1.0], "least and most share of an image's area that a crop shows", length=2, rising=True),
     key("AUG.RATIO", [0.75, 4 / 3], "least and most width of a crop over its height", above=0, length=2, rising=True),
     key(

@@ -4,6 +4,7 @@ import csv
 import io
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ class Line:
 
 def read_labels(path: Path, root: Path, check: bool = True) -> list[Line]:
     """The lines "image,label" of a file; images lie below `root`.
+
+    A label in another Unicode form is the same one.
 
     Raises UserError, naming the line, for what is none, an image that is listed twice, and, with `check`, one that is
     not there.
@@ -52,7 +55,7 @@ def read_labels(path: Path, root: Path, check: bool = True) -> list[Line]:
             if check and what_is(image) != "file":
                 header = f"; a line of names is {','.join(HEADER)}" if is_first else ""
                 raise UserError(f"{place}: there is no file '{printable(image)}'; mend or remove the line{header}")
-            lines[os.path.normpath(image)] = Line(image, fields[1], place)
+            lines[os.path.normpath(image)] = Line(image, unicodedata.normalize("NFC", fields[1]), place)
     except csv.Error as error:
         raise UserError(f"'{printable(path)}', line {rows.line_num}: {error}; mend it") from error
     if not lines:

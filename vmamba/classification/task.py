@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from yacs.config import CfgNode
 
+from vmamba.classification.class_maps import real_accuracy
 from vmamba.classification.data import build_eval_loader, build_train_loader
+from vmamba.classification.sizes import Sizes
+from vmamba.classification.teachers import Teacher, soft_cross_entropy
 from vmamba.classification.transforms import Batch, build_mixup
 from vmamba.config import image_size
 from vmamba.data.loaders import EvalLoader, TrainLoader
@@ -21,8 +24,9 @@ from vmamba.errors import UserError, unknown
 from vmamba.extensions import LOSSES
 from vmamba.models.flops import complexity
 from vmamba.models.pretrained import Checkpoint, load_pretrained
-from vmamba.models.variants import build_model
+from vmamba.models.variants import build_model, check_size
 from vmamba.runtime.distributed import World, gather, sum_over_processes
+from vmamba.runtime.plan import build_plan
 from vmamba.runtime.task import Results
 from vmamba.text import counted
 
@@ -32,7 +36,12 @@ class Task:
 
     headline = "acc1"
     panels = MappingProxyType({"top-1 (%)": "acc1"})
-    class_weights: Tensor | None  # (classes,), as TRAIN.CLASS_WEIGHTS says, on the device: `train_loader` sets them
+    average: nn.Module | None = None
+    # What `train_loader` sets:
+    class_weights: Tensor | None  # (classes,), as TRAIN.CLASS_WEIGHTS says, on the device
+    teacher: Teacher | None
+    sizes: Sizes | None
+    mesa_from: int  # the step that TRAIN.MESA counts from
 
     def __init__(self, config: CfgNode):
         self.config = config
@@ -42,7 +51,10 @@ class Task:
         return build_mixup(self.config)
 
     def build_model(self) -> nn.Module:
-        return build_model(self.config)
+        model, settings = build_model(self.config), self.config.MODEL
+        for side in self.config.AUG.SIZES:
+            check_size(settings.NAME, model, settings.IN_CHANS, (side, side))
+        return model
 
     def load(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         load_pretrained(model, checkpoint)
@@ -55,11 +67,20 @@ class Task:
             raise unknown("TRAIN.LOSS", self.config.TRAIN.LOSS, ("cross_entropy", "bce", *LOSSES))
         if self.config.TRAIN.LOSS == "bce" and self.config.MODEL.LABEL_SMOOTHING == 1:
             raise UserError("MODEL.LABEL_SMOOTHING is 1, which TRAIN.LOSS bce does not take; choose less")
+        if self.config.TRAIN.MESA and not self.config.TRAIN.EMA.ENABLE:
+            raise UserError(
+                f"TRAIN.MESA is {self.config.TRAIN.MESA:g}, and its teacher is the average of the weights; set "
+                "TRAIN.EMA.ENABLE true (--model-ema)"
+            )
         _, weights = self.mixup, given_weights(self.config)  # refuse what cannot be before anything is opened
         loader = build_train_loader(self.config, rank=world.rank, world_size=world.size, on_machine=world.on_machine)
         if self.config.TRAIN.CLASS_WEIGHTS == "balanced":
             weights = balanced_weights(self.config, loader.examples.source.class_counts())
         self.class_weights = None if weights is None else weights.to(world.device)
+        plan = build_plan(self.config, loader.steps_per_epoch)
+        self.teacher = Teacher(self.config, world.device) if self.config.DISTILL.TEACHER else None
+        self.sizes = Sizes(self.config, plan) if self.config.AUG.SIZES else None
+        self.mesa_from = int(self.config.TRAIN.MESA_START * plan.steps)
         return loader
 
     def eval_loader(self, world: World) -> EvalLoader:
@@ -68,13 +89,24 @@ class Task:
         )
         return self.held_out
 
-    def loss(self, model: nn.Module, batch: Batch, *, step: int, part: int) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch, *, step: int, part: int) -> Tensor | dict[str, Tensor]:
         images, targets = batch
         smoothing = self.config.MODEL.LABEL_SMOOTHING
         if self.mixup:
             images, targets = self.mixup(images, targets, step=step, part=part)
             smoothing = 0.0  # the targets that it makes are smooth
-        return self.criterion(model(images).float(), targets, smoothing)
+        if self.sizes:
+            images = self.sizes.resize(images, step)
+        logits, losses = model(images).float(), {}
+        share = self.config.DISTILL.WEIGHT if self.teacher else 0.0
+        losses["labels"] = (1 - share) * self.criterion(logits, targets, smoothing)
+        if self.teacher:
+            losses["teacher"] = share * self.teacher.loss(logits, images)
+        if self.config.TRAIN.MESA and step >= self.mesa_from:
+            with torch.no_grad():
+                told = self.average(images)
+            losses["mesa"] = self.config.TRAIN.MESA * soft_cross_entropy(logits, told)
+        return losses if len(losses) > 1 else losses["labels"]
 
     def criterion(self, logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
         """Of logits (B, classes) float32 and labels (B,) or soft targets (B, classes): the mean over the images."""
@@ -144,14 +176,26 @@ def balanced_weights(config: CfgNode, counts: list[int] | None) -> Tensor:
     return images.sum() / (len(counts) * images.clamp(min=1))
 
 
+def left_out(config: CfgNode, loader: EvalLoader | None, device: torch.device) -> Tensor | None:
+    """(classes,), true for those that have no image by DATA.CLASS_MAP; None where all have."""
+    if loader is None or not config.DATA.CLASS_MAP:
+        return None
+    absent = torch.ones(config.MODEL.NUM_CLASSES, dtype=torch.bool, device=device)
+    absent[[*{*loader.examples.source.labels()}]] = False
+    return absent if absent.any() else None
+
+
 class Accuracy:
     """Mean cross-entropy, top-1 and top-5 accuracy in percent (of fewer classes than 5: all).
 
     In detail the accuracy of each class, means over the classes, and the expected calibration error over 15 bins (arXiv
-    1706.04599).  Of each image that `loader` gives its prediction is kept, where one is named.
+    1706.04599).  Where `loader` is named also each image's prediction, which class is taken for which, and of
+    ImageNet's validation images the accuracy against ReaL labels (arXiv 2006.07159).
+    Of a DATA.CLASS_MAP that leaves classes out, as ImageNet-A and -R do, no other than its own can be an answer.
     """
 
     bins = 15
+    most_confused = 1000  # classes that a matrix is made of
 
     def __init__(self, world: World, config: CfgNode, loader: EvalLoader | None = None):
         self.loader, self.answers = loader, []  # of each batch (4, B): label, prediction, the chances of both
@@ -161,10 +205,15 @@ class Accuracy:
         self.sums = zeros(4)  # loss, top-1, top-5, images
         self.by_class = zeros(3, self.classes)  # right, of the class, taken for it
         self.by_chance = zeros(3, self.bins)  # of the first answers in each bin: right, their chances, images
+        self.confusion = zeros(self.classes, self.classes) if loader and self.classes <= self.most_confused else None
+        self.real: float | None = None  # top-1 against ReaL labels
+        self.left_out = left_out(config, loader, world.device)
 
     def add(self, model: nn.Module, batch: Batch) -> None:
         images, targets = batch
         logits = model(images).float()  # (B, classes)
+        if self.left_out is not None:
+            logits = logits.masked_fill(self.left_out, -torch.inf)
         best = logits.topk(min(5, logits.shape[1])).indices
         hits = best == targets[:, None]  # (B, 5)
         loss = F.cross_entropy(logits, targets, reduction="sum")
@@ -177,6 +226,8 @@ class Accuracy:
         bins = (chance * self.bins).long().clamp(max=self.bins - 1)
         for row, amount in ((0, right), (1, chance), (2, torch.ones_like(right))):
             self.by_chance[row].index_add_(0, bins, amount)
+        if self.confusion is not None:
+            self.confusion.index_put_((targets, best[:, 0]), torch.ones_like(right), accumulate=True)
         if self.loader:
             chances = logits.double().softmax(1).gather(1, torch.stack([best[:, 0], targets], 1))
             self.answers.append(torch.stack([targets.double(), best[:, 0].double(), *chances.unbind(1)]))
@@ -188,6 +239,11 @@ class Accuracy:
             answers = torch.cat([torch.empty(4, 0, device=self.sums.device), *self.answers], 1)
             mine = zip(self.loader.given, answers.T.tolist(), strict=True)
             self.rows = sorted(row for rows in gather([*mine]) for row in rows)
+            if self.classes == 1000:
+                name = self.loader.examples.source.source.name
+                self.real = real_accuracy([(name(index), int(answer)) for index, (_, answer, *_) in self.rows])
+        if self.confusion is not None:
+            self.confusion = sum_over_processes(self.confusion)
         if not images:
             raise UserError(f"none of the validation images could be read; check DATA.DATA_PATH '{self.place}'")
         return {"val_loss": loss / images, "acc1": 100 * top1 / images, "acc5": 100 * top5 / images}
@@ -204,7 +260,17 @@ class Accuracy:
             "expected_calibration_error": 100 * ((hits - chances).abs().sum() / images.sum()).item(),
             "class_accuracy": [round(a.item(), 4) if p else None for a, p in zip(accuracy, present, strict=True)],
             "class_images": there.long().tolist(),
-        }
+            "calibration": [
+                {"images": int(n), "accuracy": 100 * (h / n).item(), "confidence": 100 * (c / n).item()}
+                for h, c, n in zip(hits, chances, images, strict=True)
+                if n
+            ],
+        } | self._more()
+
+    def _more(self) -> dict[str, Any]:
+        """What an evaluation by itself tells too: rows of the confusion are labels, its columns predictions."""
+        more = {} if self.real is None else {"real_acc1": self.real}
+        return more if self.confusion is None else more | {"confusion": self.confusion.cpu().long().tolist()}
 
     def files(self) -> dict[str, bytes]:
         """predictions.csv, a line an image: its name, label, prediction, and the chances of the prediction and of the

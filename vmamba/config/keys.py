@@ -63,6 +63,10 @@ COMMON = (
     key("EVAL_FREQ", 1, "rounds between evaluations; the last is evaluated", at_least=1),
     key("EVAL_STEPS", 0, "optimiser steps a round; 0: a round is an epoch", at_least=0),
     key("EVAL_WEIGHTS", "both", "what training evaluates where there is an EMA", choices=("both", "model", "ema")),
+    key(
+        "PROFILE", 0, "steps, behind the first ten, that PyTorch's profiler records; 0: none", at_least=0, at_most=1000
+    ),
+    key("WANDB", "", "project of Weights & Biases that the numbers go to as well; empty: none", also="wandb"),
     switch("EVAL_MODE", "evaluate only", flag="eval"),
     switch("THROUGHPUT_MODE", "measure throughput only", flag="throughput"),
     #
@@ -160,6 +164,15 @@ COMMON = (
     switch("TRAIN.EMA.ENABLE", "average the weights over the steps", flag="model-ema"),
     share("TRAIN.EMA.DECAY", 0.9999, "of that average", flag="model-ema-decay"),
     switch("TRAIN.EMA.WARMUP", "a smaller decay at first, so that short runs average their end", default=True),
+    key(
+        "TRAIN.EMA.KIND",
+        "exponential",
+        "mean: of the ends of the last LAST_EPOCHS epochs, arXiv 1803.05407",
+        choices=("exponential", "mean"),
+        also="swa stochastic_weight_averaging",
+    ),
+    key("TRAIN.EMA.LAST_EPOCHS", 5, "that the mean is of", at_least=1),
+    switch("TRAIN.EMA.SWITCH", "after each epoch the average takes the place of the weights, arXiv 2402.09240"),
     #
     switch("AMP.ENABLE", "compute in half precision where that is safe", default=True),
     key("AMP.DTYPE", "bfloat16", "float16 has a loss scaler", choices=("bfloat16", "float16")),

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ORDER, IMAGE, MIXUP, MODEL = range(4)  # independent streams, the second word of a key
+ORDER, IMAGE, MIXUP, MODEL, SIZE = range(5)  # independent streams, the second word of a key
 
 
 @contextmanager

@@ -99,9 +99,12 @@ def _decode_jpeg(data: bytes, channels: int) -> Tensor:
 
 @contextmanager
 def reading(name: str | Path) -> Iterator[None]:
-    """Whatever is raised inside becomes UnreadableImage: a decoder, or a damaged archive, may raise anything."""
+    """Whatever is raised inside, but a UserError, becomes UnreadableImage: a decoder, or a damaged archive, may raise
+    anything."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         raise UnreadableImage(printable(f"cannot read '{name}': {_reason(error)}")) from error
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from vmamba.analysis.prediction import file_of, load_model
 from vmamba.errors import UserError
 from vmamba.exporting import export
+from vmamba.exporting.publishing import write_card
 from vmamba.files import check_keeps, check_writable
 from vmamba.models.variants import create_model
 from vmamba.runtime.checkpoint import is_there
@@ -27,6 +28,8 @@ def export_file(
     dynamic: Sequence[str] = ("batch",),
     spelling: str = "ours",
     output: str = "",
+    card: bool = False,
+    licence: str = "other",
 ) -> Path:
     """Write a model to the file `output`, see `vmamba.export`.
 
@@ -35,6 +38,7 @@ def export_file(
         checkpoint: in its place, what `vmamba.load_model` takes, with `cfg`, `names` and `weights`.
         part: "backbone" of a detector or segmenter alone.
         format, size, dynamic, spelling: as of `vmamba.export`.
+        card: write the run's card beside it, with this `licence`: see `publishing.write_card`.
 
     Returns the path.  Raises UserError as `vmamba.export` does, for a checkpoint that cannot be read, and where it or
     the state of another run would be written over.
@@ -43,6 +47,8 @@ def export_file(
         raise UserError("--output is missing; name the file to be written, such as model.onnx")
     if (model is None) == (checkpoint is None):
         raise UserError("give one of --model, for random weights, and --checkpoint")
+    if card and model is not None:
+        raise UserError("--card is of a run, and --model gives random weights; leave one out")
     if model is not None:
         if cfg or names or weights != "auto":
             raise UserError("--cfg, --names and --weights are of a --checkpoint; leave them out beside --model")
@@ -62,5 +68,7 @@ def export_file(
     if is_there(Path(output)):
         raise UserError(f"'{printable(output)}' is the state of a run, which would be lost; choose another --output")
     path = export(whole, output, format=format, size=size, dynamic=dynamic, spelling=spelling)
+    if card:
+        print(write_card(checkpoint, path, licence))
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
     return path

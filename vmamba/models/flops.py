@@ -35,12 +35,23 @@ class Complexity:
 
 
 def flops(model: nn.Module, size: int | tuple[int, int] = 224) -> int:
-    """Multiply-adds of `model`, ours or timm's, for one image of `size` pixels (a side, or (height, width)).  Raises
-    UserError for another size."""
+    """Multiply-adds of `model`, ours or timm's, for one image of `size` pixels (a side, or (height, width)).
+
+    Raises UserError for what is no size, and one that the model does not take.
+    """
     sides = size if isinstance(size, (tuple, list)) else (size, size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise UserError(f"size is {size!r}; expected a side in pixels, or (height, width)")
-    return complexity(model, size).macs
+    try:
+        return complexity(model, size).macs
+    except (RuntimeError, AssertionError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        raise UserError(
+            f"this {type(model).__name__} does not take images of {sides[0]} x {sides[1]} pixels ({reason}); give "
+            f"another size"
+        ) from error
 
 
 def complexity(model: nn.Module, size: int | tuple[int, int]) -> Complexity:

@@ -27,9 +27,11 @@ DOWNSAMPLES = ("v1", "v2", "v3")
 
 @torch.fx.wrap  # what it does depends on sizes
 def check_channels_last(x: Tensor, dim: int, what: str) -> None:
-    """Raises UserError for features that are not (B, H, W, dim)."""
+    """Raises UserError for features that are not (B, H, W, dim), or have no pixel."""
     if x.dim() == 4 and x.shape[-1] == dim:
-        return
+        if x.shape[1] and x.shape[2]:
+            return
+        raise UserError(f"x has the shape {tuple(x.shape)}, which has no pixel; this {what} takes one or more")
     first = x.dim() == 4 and x.shape[1] == dim
     remedy = "; its channels come first: give it x.permute(0, 2, 3, 1)" if first else ""
     raise UserError(f"x has the shape {tuple(x.shape)}, and this {what} takes (batch, height, width, {dim}){remedy}")

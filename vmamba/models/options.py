@@ -67,6 +67,11 @@ class ScanOptions:
     )
     dt_rank: int | str = option("auto", "rank of the step sizes; SSD: heads", released="ssm_dt_rank", **_RANK)
     routes: tuple[str, ...] | str = option(ROUTES, "ways through the image; repeats allowed", **_ROUTES)
+    pool: str = option(
+        "none",
+        "scan the means of the image's columns, or rows; turns: block by block (arXiv 2502.00594)",
+        choices=("none", "columns", "rows", "turns"),
+    )
     gate: bool = option(True, "multiply by a second half of the input projection", postfixes={"noz": False})
     gate_act: bool = option(True, "the activation on the gate too", postfixes={"nozact": False})
     ssm_act: str = option("silu", "activation behind the convolution", choices=ACTIVATIONS, released="ssm_act_layer")
@@ -114,6 +119,9 @@ class ModelOptions(ScanOptions):
         96, "channels of each stage; d: d, 2d, 4d, ...", at_most=2**14, released="dims", **_SIZE
     )
     patch_size: int = option(4, "stride of the stem; 4 with v2", at_least=1, at_most=1024, released="patch_size")
+    route_turns: int = option(
+        1, "parts of the routes that blocks take in turn; 2: there and back (arXiv 2506.15976)", at_least=1, at_most=64
+    )
     scan: str = option("selective", "SS2D, or ssd, Mamba-2's (forward_type m0)", choices=("selective", "ssd"))
     mlp_ratio: float = option(
         4.0, "width of the MLP in units of dims; 0: none", at_least=0, released="mlp_ratio", at_most=64
@@ -128,6 +136,20 @@ class ModelOptions(ScanOptions):
     patch_embed: str = option("v1", "the stem", choices=PATCH_EMBEDS, released="patchembed_version")
     downsample: str = option("v2", "between stages", choices=DOWNSAMPLES, released="downsample_version")
     pos_embed: bool = option(False, "add a learned position map behind the stem", released="posembed")
+
+
+def of_block(options: ModelOptions, number: int) -> ModelOptions:
+    """What a model's block has of `options` that blocks have in turn, counted from 0 through all stages.
+
+    Raises UserError for routes that do not part.
+    """
+    routes = (options.routes,) if isinstance(options.routes, str) else options.routes
+    turns = options.route_turns
+    if len(routes) % turns:
+        raise UserError(f"route_turns is {turns}, and {len(routes)} routes do not part so; choose a divisor of them")
+    share, turn = len(routes) // turns, number % turns
+    pool = ("columns", "rows")[number % 2] if options.pool == "turns" else options.pool
+    return options.changed(routes=routes[turn * share : (turn + 1) * share], pool=pool)
 
 
 # Options that a config sets by a key of their own; a classifier that is trained always pools.

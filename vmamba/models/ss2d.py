@@ -48,6 +48,7 @@ class Mixer2D(nn.Module):
         self.d_state = o.d_state
         self.dt_rank = math.ceil(dim / 16) if o.dt_rank == "auto" else o.dt_rank
         self.routes = (o.routes,) if isinstance(o.routes, str) else o.routes
+        self.pool = o.pool
         self.scan_float32 = o.scan_float32
         self.weights_of_autocast = () if o.scan_float32 else self.projections
         self.backend = o.backend
@@ -56,6 +57,8 @@ class Mixer2D(nn.Module):
             raise UserError(f"ssm_ratio is {o.ssm_ratio}, which of {dim} channels leaves none; choose a larger one")
         if not self.routes:
             raise UserError(f"routes is empty; give at least one of {', '.join(ROUTES)}")
+        if o.pool == "turns":
+            raise UserError("pool is turns, which the blocks of a model take; here choose columns, rows or none")
         if o.ssm_conv > 1 and o.ssm_conv % 2 == 0:
             raise UserError(f"ssm_conv is {o.ssm_conv}; the convolution keeps the image's size, so choose an odd side")
         self.in_proj = nn.Linear(dim, self.d_inner * (2 if o.gate else 1), bias=False)
@@ -83,7 +86,22 @@ class Mixer2D(nn.Module):
         return self.dropout(self.out_proj(x))
 
     def scan(self, x: Tensor) -> Tensor:
-        """The scan alone, (B, H, W, d_inner) -> (B, H, W, d_inner)."""
+        """The scan alone, (B, H, W, d_inner) -> (B, H, W, d_inner).
+
+        Of means of columns or rows (`pool`) each pixel gets what its own has, and its own skip.
+        """
+        D = self._skips()
+        if self.pool == "none":
+            return self._along_routes(x, D)
+        means = x.mean(1 if self.pool == "columns" else 2, keepdim=True)
+        y = self._along_routes(means, None)
+        return (y + x * D.flatten(1).sum(0)).to(y.dtype)
+
+    def _skips(self) -> Tensor:
+        """D, a number for each channel of each route."""
+        raise NotImplementedError
+
+    def _along_routes(self, x: Tensor, D: Tensor | None) -> Tensor:
         raise NotImplementedError
 
     def _make_scan_parameters(self, init: str) -> None:
@@ -116,9 +134,12 @@ class SS2D(Mixer2D):
         self.A_logs = nn.Parameter(self._A_log_init(init, routes * dim, states))
         self.Ds = nn.Parameter(torch.ones(routes * dim))
 
-    def scan(self, x: Tensor) -> Tensor:
+    def _skips(self) -> Tensor:
+        return self.Ds.unflatten(0, (len(self.routes), -1))
+
+    def _along_routes(self, x: Tensor, D: Tensor | None) -> Tensor:
         weights = (self.x_proj_weight, self.dt_projs_weight, self.dt_projs_bias)
-        A_logs, D = (t.unflatten(0, (len(self.routes), -1)) for t in (self.A_logs, self.Ds))
+        A_logs = self.A_logs.unflatten(0, (len(self.routes), -1))
         return _selective_scan(x, *weights, A_logs, D, self.routes, self.backend, self.scan_float32)
 
     def _dt_weight_init(self, init: str, *shape: int) -> Tensor:
@@ -150,9 +171,12 @@ class SSD2D(Mixer2D):
         self.A_logs = nn.Parameter(self._A_log_init(init, routes, heads))
         self.Ds = nn.Parameter(torch.ones(routes, heads, self.d_inner // heads))
 
-    def scan(self, x: Tensor) -> Tensor:
-        weights = (self.x_proj_weight, self.dt_projs_bias, self.A_logs, self.Ds)
-        return _ssd(x, *weights, self.routes, self.backend, self.scan_float32)
+    def _skips(self) -> Tensor:
+        return self.Ds
+
+    def _along_routes(self, x: Tensor, D: Tensor | None) -> Tensor:
+        weights = (self.x_proj_weight, self.dt_projs_bias, self.A_logs)
+        return _ssd(x, *weights, D, self.routes, self.backend, self.scan_float32)
 
     def _A_log_init(self, init: str, *shape: int) -> Tensor:
         if init == "v0":  # Mamba-2's: A uniform in [1, 16]
@@ -168,7 +192,7 @@ def _selective_scan(
     dt_weight: Tensor,
     dt_bias: Tensor,
     A_logs: Tensor,
-    D: Tensor,
+    D: Tensor | None,
     routes: tuple[str, ...],
     backend: str,
     in_float32: bool,
@@ -186,7 +210,7 @@ def _ssd(
     x_proj_weight: Tensor,
     dt_bias: Tensor,
     A_logs: Tensor,
-    D: Tensor,
+    D: Tensor | None,
     routes: tuple[str, ...],
     backend: str,
     in_float32: bool,

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vmamba.errors import UserError, unknown
 from vmamba.models import casting, freezing, layers
-from vmamba.models.options import ModelOptions, ScanOptions, signed_by
+from vmamba.models.options import ModelOptions, ScanOptions, of_block, signed_by
 from vmamba.models.ss2d import SS2D, SSD2D, Mixer2D
 from vmamba.values import Takes
 from vmamba_kernels import autocast_dtype
@@ -170,7 +170,8 @@ class VSSM(nn.Module):
         rates = [o.drop_path_rate * i / max(sum(o.depths) - 1, 1) for i in range(sum(o.depths))]
         stages = []
         for i, (dim, depth) in enumerate(zip(dims, o.depths, strict=True)):
-            blocks = [Block(dim, o, rates.pop(0)) for _ in range(depth)]
+            first = sum(o.depths[:i])
+            blocks = [Block(dim, of_block(o, number), rates[number]) for number in range(first, first + depth)]
             stages.append(
                 Stage(blocks, layers.downsample(o.downsample, dim, dims[i + 1], norm) if dims[i + 1 :] else None)
             )

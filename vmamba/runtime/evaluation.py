@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def evaluate_file(run: Run, model: nn.Module) -> Results:
         details |= {f"{prefix}{name}": value for name, value in meter.details().items()}
         on_main(partial(save_files, meter, folder))
     told = {"checkpoint": str(path), "results": results, "details": details, "by": run.history.facts}
-    on_main(lambda: write_text(run.folder / "evaluation.json", json.dumps(_without_nan(told), indent=1)))
+    on_main(lambda: write_text(run.folder / "evaluation.json", as_json(told)))
     run.logger.info(f"{path}: {report.summary(run.task, results)}")
     return results
 
@@ -135,6 +136,12 @@ def throughput(run: Run, model: nn.Module) -> Results:
     memory = memory_mb(device)
     run.logger.info(f"throughput {rate:.1f} images/s, batch {batch} a process, peak memory {megabytes(memory)}")
     return {"images_per_second": rate, "peak_memory_mb": memory}
+
+
+def as_json(told: Any) -> str:
+    """Indented, but the innermost lists, such as a row of a matrix, on a line each; null for what is not finite."""
+    text = json.dumps(_without_nan(told), indent=1)
+    return re.sub(r"\[\s+([^\[\]{}\"]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
 
 
 def _without_nan(told: Any) -> Any:

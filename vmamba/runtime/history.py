@@ -1,4 +1,4 @@
-"""run.json: each start of a run, by what and where, and how it ended."""
+"""run.json: each start of a run, by what and where, and how it ended; the code's changes beside it."""
 
 import json
 import logging
@@ -20,6 +20,7 @@ from vmamba.runtime.distributed import World, gather, on_main
 from vmamba.text import counted
 
 logger = logging.getLogger("vmamba")
+LARGEST_DIFF = 10**7  # characters that are kept
 _PACKAGES = ("vmamba", "torch", "torchvision", "timm", "triton", "numpy")
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -42,7 +43,8 @@ class History:
             return
         try:
             starts = json.loads(read_text(self.path))["starts"] if self.path.exists() else []
-            self.starts = [*starts, {**facts, "ended": None, "end": None}]
+            diff = self._write_diff(len(starts) + 1) if facts["changed"] else None
+            self.starts = [*starts, {**facts, "diff": diff, "ended": None, "end": None}]
             self._write()
         except Exception as error:
             self.starts = None
@@ -56,6 +58,15 @@ class History:
             self._write()
         except Exception as error:
             logger.warning(f"cannot record '{self.path}': {error}")
+
+    def _write_diff(self, number: int) -> str | None:
+        """What files of the repository have otherwise than the commit, beside run.json; its name."""
+        diff = _git("diff", "HEAD")
+        if not diff or len(diff) > LARGEST_DIFF:
+            return None
+        name = f"changes.{number}.diff"
+        write_text(self.path.with_name(name), f"{diff}\n")
+        return name
 
     def _write(self) -> None:
         write_text(self.path, json.dumps({"starts": self.starts}, indent=1) + "\n")

@@ -37,13 +37,12 @@ def build_optimizer(config: CfgNode, model: nn.Module, global_batch: int) -> Opt
     if name.removeprefix("lookahead_") in ("adam", "adamw") and next(model.parameters()).device.type in FUSED:
         arguments["fused"] = True  # one call for dozens of parameters, a third to a fifth of the time (docs/log.md)
     rate = config.TRAIN.BASE_LR * rate_scale(config, global_batch)
+    groups = parameter_groups(model, config.TRAIN.WEIGHT_DECAY, config.TRAIN.DECAY_SSM)
+    if name.removeprefix("lookahead_").endswith("muon"):
+        groups = parted_for_muon(groups, hidden_matrices(model))
     try:
         return create_optimizer_v2(
-            with_layer_decay(
-                parameter_groups(model, config.TRAIN.WEIGHT_DECAY, config.TRAIN.DECAY_SSM),
-                layer_scales(model, config.TRAIN.LAYER_DECAY),
-                rate,
-            ),
+            with_layer_decay(groups, layer_scales(model, config.TRAIN.LAYER_DECAY), rate),
             name,
             lr=rate,
             weight_decay=config.TRAIN.WEIGHT_DECAY,
@@ -92,6 +91,32 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_ssm: bool = Tr
         {"params": decayed, "weight_decay": weight_decay},
         {"params": undecayed, "weight_decay": 0.0},
     ]
+
+
+def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
+    """What Muon is for: the weights of linear layers and convolutions between the first convolution and the head of a
+    classifier.
+
+    Embeddings and heads are not (kellerjordan.github.io/posts/muon), nor depthwise convolutions, whose filters are no
+    matrix, nor the projections of a scan, which are one matrix a route.
+    """
+    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    first = next((layer for layer in layers if isinstance(layer, nn.Conv2d)), None)
+    head = model.get_classifier() if hasattr(model, "get_classifier") else ()
+    heads = head if isinstance(head, tuple) else (head,)  # DeiT's distilled ones have two
+    ends = {id(part) for end in (first, *heads) if isinstance(end, nn.Module) for part in end.modules()}
+    return {layer.weight for layer in layers if id(layer) not in ends and getattr(layer, "groups", 1) == 1}
+
+
+def parted_for_muon(groups: list[dict], matrices: set[nn.Parameter]) -> list[dict]:
+    """`groups` with what is no matrix left to timm's fallback, AdamW."""
+    parted = []
+    for group in groups:
+        own = [parameter for parameter in group["params"] if parameter in matrices]
+        others = [parameter for parameter in group["params"] if parameter not in matrices]
+        parted += [{**group, "params": own}] if own else []
+        parted += [{**group, "params": others, "use_fallback": True}] if others else []
+    return parted
 
 
 def layer_scales(model: nn.Module, decay: float) -> dict[nn.Parameter, float]:

@@ -1,19 +1,25 @@
 """What a run leaves beside its checkpoints: one JSON line a round, tensorboardX events, a picture of the curves."""
 
+import hashlib
 import json
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
+from yacs.config import CfgNode
 
+from vmamba.errors import UserError
 from vmamba.files import write_atomically
+from vmamba.text import printable
 
 logger = logging.getLogger("vmamba")
 _OLDER = {"loss": "val_loss", "ema_loss": "ema_val_loss"}  # names of the first version
@@ -23,13 +29,15 @@ SECONDS_BETWEEN_PICTURES = 60  # one takes half a second
 class Records:
     """metrics.jsonl, tensorboardX events and curves.png in `folder`, continued by a run that resumes there.
 
+    The events go to Weights & Biases too, where `config` names a project there (WANDB).
     A record that cannot be written is a warning and no end of the run; the lines of metrics.jsonl are tried again with
     the next one.
     """
 
-    def __init__(self, folder: Path, panels: Mapping[str, str]):
-        self.folder, self.panels = folder, panels
+    def __init__(self, folder: Path, panels: Mapping[str, str], config: CfgNode | None = None):
+        self.folder, self.panels, self.config = folder, panels, config
         self.events: SummaryWriter | None = None
+        self.online: Any = None  # a run of wandb
         self.drawn = -SECONDS_BETWEEN_PICTURES
         self.unwritten: list[dict[str, Any]] = []
 
@@ -51,6 +59,8 @@ class Records:
 
     def write_events(self, events: Mapping[str, float | None], step: int) -> None:
         self._try("TensorBoard's events", lambda: self._write_events(events, step))
+        if self.config and self.config.WANDB:
+            self._try("Weights & Biases' events", lambda: self._send_events(events, step))
 
     def draw(self) -> None:
         """Draw what is recorded so far; at the end of the run it is for the caller to ask."""
@@ -61,6 +71,9 @@ class Records:
         if self.events is not None:
             self._try("TensorBoard's events", self.events.close)
             self.events = None
+        if self.online is not None:
+            self._try("Weights & Biases' events", self.online.finish)
+            self.online = None
 
     def _keep(self, path: Path, kept: Path) -> None:
         path.rename(kept)
@@ -78,16 +91,42 @@ class Records:
     def _write_events(self, events: Mapping[str, float | None], step: int) -> None:
         if self.events is None:  # what a killed run wrote of this step and later ones is superseded
             self.events = SummaryWriter(str(self.folder), purge_step=step)
-        for name, value in events.items():
-            if value is not None and math.isfinite(value):
-                self.events.add_scalar(name, value, step)
+        for name, value in _finite(events).items():
+            self.events.add_scalar(name, value, step)
         self.events.flush()
+
+    def _send_events(self, events: Mapping[str, float | None], step: int) -> None:
+        if self.online is None:
+            import wandb
+
+            self.online = wandb.init(
+                project=self.config.WANDB,
+                name=f"{self.config.NAME}/{self.config.TAG}",
+                id=hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:16],  # a resumed run is the same
+                resume="allow",
+                dir=str(self.folder),
+                config=yaml.safe_load(self.config.dump()),
+            )
+        self.online.log(_finite(events), step=step)
 
     def _try(self, what: str, work: Callable[[], None]) -> None:
         try:
             work()
         except Exception as error:
             logger.warning(f"cannot record {what} in '{self.folder}': {error}; the run goes on")
+
+
+def check_online(config: CfgNode) -> None:
+    """Raises UserError where WANDB names a project and the package is not there."""
+    if config.WANDB and find_spec("wandb") is None:
+        raise UserError(
+            f"WANDB is '{printable(config.WANDB)}', and the package wandb is not installed; pip install wandb, or "
+            "leave it empty"
+        )
+
+
+def _finite(events: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: value for name, value in events.items() if value is not None and math.isfinite(value)}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

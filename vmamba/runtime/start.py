@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import yaml
-from timm.utils import ModelEmaV3
 from torch import nn
 
 from vmamba.errors import UserError
 from vmamba.models.freezing import freeze
 from vmamba.models.pretrained import open_checkpoint
 from vmamba.runtime import report
+from vmamba.runtime.average import build_average
 from vmamba.runtime.checkpoint import BEST, is_there, newest_checkpoint, read_training_state
 from vmamba.runtime.distributed import on_main
 from vmamba.runtime.optim import Schedule, build_optimizer
@@ -22,7 +22,7 @@ from vmamba.text import counted
 
 def build_state(run: Run, model: nn.Module, plan: Plan) -> TrainState:
     """The state at the very start."""
-    config, ema = run.config, run.config.TRAIN.EMA
+    config = run.config
     global_batch = config.DATA.BATCH_SIZE * run.world.size * config.TRAIN.ACCUMULATION_STEPS
     freeze(model, config.TRAIN.FREEZE)
     optimizer = build_optimizer(config, model, global_batch)
@@ -34,7 +34,7 @@ def build_state(run: Run, model: nn.Module, plan: Plan) -> TrainState:
         )
     return TrainState(
         model=model,
-        ema=ModelEmaV3(model, decay=ema.DECAY, use_warmup=ema.WARMUP) if ema.ENABLE else None,
+        ema=build_average(config, model, plan),
         optimizer=optimizer,
         schedule=Schedule(config, optimizer, plan),
         scaler=build_scaler(config, run.world.device),

@@ -15,6 +15,7 @@ from yacs.config import CfgNode
 
 from vmamba.errors import UserError
 from vmamba.models.compilation import WITH_CUDA_GRAPHS, compile_options
+from vmamba.runtime.average import take_over
 from vmamba.runtime.distributed import World, sum_over_processes
 from vmamba.runtime.precision import autocast
 from vmamba.runtime.state import TrainState
@@ -155,6 +156,7 @@ class OptimizerStep:
         state.optimizer.step()
         if state.ema:
             state.ema.update(state.model, step=self._step_of_the_average(state))
+            self._switch(state)
 
     def _update_where(self, good: Tensor, state: TrainState, buffers: Sequence[Tensor]) -> None:
         """The same, to the bit, of a `good` that only the device knows."""
@@ -165,9 +167,15 @@ class OptimizerStep:
             buffer.copy_(torch.where(good, buffer, before))
         if state.ema:
             update_where(good, state.ema, state.model, self._step_of_the_average(state))
+            self._switch(state)
 
     def _step_of_the_average(self, state: TrainState) -> int | None:
-        return state.step if self.config.TRAIN.EMA.WARMUP else None
+        ema = self.config.TRAIN.EMA
+        return state.step if ema.WARMUP or ema.KIND == "mean" else None
+
+    def _switch(self, state: TrainState) -> None:
+        if self.config.TRAIN.EMA.SWITCH and state.step % state.steps_per_epoch == 0:
+            take_over(state.ema, state.model)
 
     def _backward(self, state: TrainState, batches: Iterable) -> dict[str, Tensor]:
         """Accumulate the gradient of the step's mean loss; returns this process's part of that mean, of the whole loss
@@ -204,11 +212,14 @@ class OptimizerStep:
 @torch.no_grad()
 def update_where(good: Tensor, ema: ModelEmaV3, model: nn.Module, step: int | None) -> None:
     """`ema.update(model, step)`, to the bit, where `good`; else the average moves towards itself."""
+    decay = ema.get_decay(step)
+    if decay == 1:
+        return
     values = [*zip(ema.module.state_dict().values(), model.state_dict().values(), strict=True)]
     averages, weights = zip(*[pair for pair in values if pair[0].is_floating_point()], strict=True)
     ends = _foreach_mul(weights, good.float())
     _foreach_add_(ends, _foreach_mul(averages, (~good).float()))
-    _foreach_lerp_(averages, ends, weight=1 - ema.get_decay(step))
+    _foreach_lerp_(averages, ends, weight=1 - decay)
     for average, weight in values:
         if not average.is_floating_point():
             average.copy_(weight)  # a count, such as of a batch norm: it is put back after a bad step

@@ -35,6 +35,7 @@ class Task(Protocol):
 
     headline: str  # name of the result, the higher the better, that decides which checkpoint is the best
     panels: Mapping[str, str]  # of the curves, beside loss and learning rate: title -> name of a result
+    average: nn.Module | None  # the model with the average of the weights, where there is one: the trainer sets it
 
     def build_model(self) -> nn.Module:
         """On the CPU, random weights.  Raises UserError for options that cannot be."""

@@ -29,7 +29,8 @@ from vmamba.runtime.lock import FolderLock
 from vmamba.runtime.logging import Pace, cause, create_logger, log_the_end, memory_mb, progress
 from vmamba.runtime.plan import Plan, build_plan
 from vmamba.runtime.precision import set_up_precision
-from vmamba.runtime.records import Records
+from vmamba.runtime.profiling import Profile
+from vmamba.runtime.records import Records, check_online
 from vmamba.runtime.run import Run
 from vmamba.runtime.start import build_state, resume
 from vmamba.runtime.state import TrainState
@@ -106,14 +107,16 @@ def _run(run: Run, folder: Path | None) -> Results:
 def train(run: Run, model: nn.Module) -> Results:
     """From where the run's folder stands to the plan's last step, saving on the way."""
     config, world, task = run.config, run.world, run.task
+    check_online(config)
     train_loader, eval_loader = task.train_loader(world), task.eval_loader(world)
     plan = build_plan(config, train_loader.steps_per_epoch)
     state = build_state(run, model, plan)
+    task.average = state.ema.module if state.ema else None
     run.logger.info(report.describe_data(config, train_loader.images, eval_loader.images))
     run.logger.info(report.describe_training(config, world, plan, state))
     warn_of_the_warmup(run, plan)
     source = resume(run, state)
-    records = Records(run.folder, task.panels)
+    records = Records(run.folder, task.panels, config)
     if source is None or source.resolve().parent != run.folder.resolve():
         on_main(records.start_over)
     if source == run.folder / BEST:
@@ -126,13 +129,15 @@ def train(run: Run, model: nn.Module) -> Results:
     else:
         on_main(lambda: save_config(config, run.folder / "config.yaml"))
         step = OptimizerStep(config, world, parallelise(model, config, world), task.loss)
-        rounds = Rounds(run, plan, state, step, train_loader, eval_loader, records)
+        profile = Profile(config.PROFILE if world.main else 0, run.folder)
+        rounds = Rounds(run, plan, state, step, train_loader, eval_loader, records, profile)
         try:
             with run.request.noting():
                 while state.recorded < plan.steps and not state.out_of_patience:
                     rounds.one()
         finally:
             records.close()
+            profile.close()
         results = rounds.results
         if rounds.steps:
             run.logger.info(rounds.describe_loading())
@@ -166,7 +171,9 @@ class Rounds:
         train_loader: TrainLoader,
         eval_loader: EvalLoader,
         records: Records,
+        profile: Profile,
     ):
+        self.profile = profile
         self.run, self.plan, self.state, self.step, self.records = run, plan, state, step, records
         self.train_loader, self.eval_loader = train_loader, eval_loader
         self.results: Results = {}  # of the last evaluation, while the weights are the same
@@ -208,6 +215,7 @@ class Rounds:
                 if (state.step % self.plan.steps_per_epoch) % config.PRINT_FREQ == 0 or state.step == end:
                     laps[state.step] = batches.lap(state.step)
                 self._tell(outcomes, laps, bar)
+                self.profile.step()
                 saves = config.TRAIN.SAVE_STEPS and state.step % config.TRAIN.SAVE_STEPS == 0
                 if saves or state.step == end or any(outcome.stop for outcome in outcomes):
                     rest = self.step.settle(state)

@@ -1,0 +1,100 @@
+"""A run's card, and its model as the hub would hold it."""
+
+import json
+
+import pytest
+import timm
+import torch
+import yaml
+from safetensors.torch import load_file
+from timm.models._hub import has_hf_hub, save_for_hf
+
+import vmamba
+from vmamba.config import get_config, output_folder
+from vmamba.errors import UserError
+from vmamba.exporting import publishing
+from vmamba.exporting.command import export_file
+from vmamba.exporting.publishing import as_timms, push, write_card
+from vmamba.runtime.trainer import run
+
+from ..classification.tiny import TINY, tiny_config, tiny_file
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    config = tiny_config(tmp_path_factory.mktemp("run"), "TRAIN.EPOCHS", 1, "MODEL.WEIGHTS", "model")
+    run(config)
+    return config
+
+
+def test_a_card_tells_data_recipe_results_command_and_licence(config, tmp_path):
+    best = output_folder(config) / "best.pth"
+    export_file(checkpoint=str(best), output=str(tmp_path / "tiny.safetensors"), card=True, licence="mit")
+    _, head, text = (tmp_path / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(head) | {"tags": None} == {
+        "license": "mit",
+        "library_name": "timm",
+        "pipeline_tag": "image-classification",
+        "tags": None,
+    }
+    assert "`vmamba_digits` with depths [1, 1], dims 8, trained on folder 'images' (6 classes) at 16 x 16" in text
+    last = json.loads((output_folder(config) / "metrics.jsonl").read_text().splitlines()[-1])
+    assert f"- acc1: {last['acc1']:.4g}\n" in text and "- seconds" not in text
+    assert "- TRAIN.BASE_LR: 0.1\n" in text and "DATA_PATH" not in text and "EVAL_FREQ" not in text
+    start = json.loads((output_folder(config) / "run.json").read_text())["starts"][0]
+    assert f"    {start['command']}\n" in text and f"torch {start['versions']['torch']}" in text
+    assert 'vmamba.load_model("tiny.safetensors")' in text
+    write_card(best, tmp_path / "again.pth")  # over one of its own
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(UserError, match="README.md' would be written over; move it away"):
+        write_card(best, tmp_path / "again.pth")
+    torch.save(torch.load(best), tmp_path / "alone.pth")
+    with pytest.raises(UserError, match="alone.pth' does not lie in the folder of a run"):
+        write_card(tmp_path / "alone.pth", tmp_path / "sub" / "x.pth")
+    with pytest.raises(UserError, match="--card is of a run, and --model gives random weights"):
+        export_file(model="vmamba_digits", output=str(tmp_path / "x.pth"), card=True)
+
+
+@pytest.mark.skipif(not has_hf_hub(), reason="timm finds no huggingface_hub that it can use")
+@pytest.mark.parametrize("name", ["vmamba_digits", "timm/resnet10t"])
+def test_what_the_hub_would_hold_is_the_model_again(config, tmp_path, name):
+    other = config
+    if name.startswith("timm/"):
+        images, settings = tiny_file(tmp_path).parent / "images", TINY | {"MODEL": {"NAME": name, "NUM_CLASSES": 6}}
+        (tmp_path / "timm.yaml").write_text(yaml.safe_dump(settings))
+        opts = ["DATA.DATA_PATH", images, "OUTPUT", tmp_path, "TRAIN.EPOCHS", 1, "DATA.IMG_SIZE", 32]
+        run(other := get_config(tmp_path / "timm.yaml", [*map(str, opts)]))
+    model = vmamba.load_model(output_folder(other))
+    published, settings, arguments = as_timms(model)
+    save_for_hf(published, tmp_path / "hub", model_config=settings, model_args=arguments, safe_serialization=True)
+    told = json.loads((tmp_path / "hub" / "config.json").read_text())
+    side = other.DATA.IMG_SIZE
+    images = torch.randn(2, 3, side, side)
+    arguments = {"num_classes": told["num_classes"], **told["model_args"]}
+    back = timm.create_model(told["architecture"], **arguments).eval()
+    back.load_state_dict(load_file(tmp_path / "hub" / "model.safetensors"))
+    torch.testing.assert_close(back(images), model(images))
+    assert told["label_names"] == [f"class{number}" for number in range(6)]
+    assert tuple(told["pretrained_cfg"]["mean"]) == (0.485, 0.456, 0.406)
+    if "local-dir" in timm.create_model.__doc__:  # as from the hub, which earlier versions do from there alone
+        back = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+        torch.testing.assert_close(back(images), model(images))
+        assert timm.data.resolve_data_config({}, model=back)["input_size"] == (3, side, side)
+
+
+def test_pushing_goes_through_timm_and_its_refusals_are_sentences(config, monkeypatch):
+    asked = []
+    monkeypatch.setattr(publishing, "push_to_hf_hub", lambda model, repo, **options: asked.append((repo, options)))
+    assert push(output_folder(config), "me/tiny", licence="mit", private=True) == "https://huggingface.co/me/tiny"
+    ((repo, options),) = asked
+    assert repo == "me/tiny" and options["private"] and options["model_card"]["license"] == "mit"
+    assert "## Recipe" in options["model_card"]["description"]
+
+    def refuse(*_, **__):
+        raise ConnectionError("no way\nthere")
+
+    monkeypatch.setattr(publishing, "push_to_hf_hub", refuse)
+    with pytest.raises(UserError, match="the hub did not take 'me/tiny': no way$"):
+        push(output_folder(config), "me/tiny")
+    with pytest.raises(UserError, match="'tiny' is no repository of the hub; give it as USER/NAME"):
+        push(output_folder(config), "tiny")
