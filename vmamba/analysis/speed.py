@@ -108,6 +108,49 @@ def throughput(
     check_writable(*filter(None, [Path(output, "throughput.json"), markdown]))
     place = zoo.choose_device(device)
     check_compile(compile, place)
+    timings = time_all(
+        models, sizes, batch_sizes, dtypes, modes,
+        reference=reference, compile=compile, channels_last=channels_last, backend=backend,
+        warm_up=warm_up, repeats=repeats, place=place,
+    )  # fmt: skip
+    settings = {
+        "device": describe(place),
+        "torch": torch.__version__,
+        "date": str(date.today()),
+        "optimizer": "fused AdamW" if place.type == "cuda" else "AdamW",
+        "warm_up": warm_up,
+        "repeats": repeats,
+        "compile": compile,
+        "channels_last": channels_last,
+        "backend": backend,
+        "relative_to": reference,
+    }
+    folder = Path(output)
+    write_json(folder / "throughput.json", {"settings": settings, "timings": [asdict(timing) for timing in timings]})
+    page = _page(timings, settings)
+    for path in filter(None, (folder / "throughput.md", markdown)):
+        write_text(Path(path), page)
+    plot(timings, settings["device"], folder / "throughput")
+    print(f"written to {folder}")
+    return timings
+
+
+def time_all(
+    models: Sequence[str],
+    sizes: Sequence[int],
+    batch_sizes: Sequence[int | None],
+    dtypes: Sequence[str],
+    modes: Sequence[str],
+    *,
+    reference: str,
+    compile: str | None,
+    place: torch.device,
+    warm_up: int,
+    repeats: int,
+    channels_last: bool = False,
+    backend: str = "auto",
+) -> list[Timing]:
+    """Every model in every case, as of `throughput`, each case's table printed as soon as it is there."""
     timings = []
     for size in sizes:
         subjects = {}
@@ -128,25 +171,6 @@ def throughput(
             )
             print(markdown_table([_row(timing) for timing in new]), flush=True)
             timings += new
-    settings = {
-        "device": describe(place),
-        "torch": torch.__version__,
-        "date": str(date.today()),
-        "optimizer": "fused AdamW" if place.type == "cuda" else "AdamW",
-        "warm_up": warm_up,
-        "repeats": repeats,
-        "compile": compile,
-        "channels_last": channels_last,
-        "backend": backend,
-        "relative_to": reference,
-    }
-    folder = Path(output)
-    write_json(folder / "throughput.json", {"settings": settings, "timings": [asdict(timing) for timing in timings]})
-    page = _page(timings, settings)
-    for path in filter(None, (folder / "throughput.md", markdown)):
-        write_text(Path(path), page)
-    plot(timings, settings["device"], folder / "throughput")
-    print(f"written to {folder}")
     return timings
 
 
@@ -170,9 +194,13 @@ def compare(
         model.to(device).train(case.mode == "train")
         batches[name] = case.batch or largest_batch(model, case, device)
         called = torch.compile(model, **compile_options(model, compile)) if compile else model
+        torch.manual_seed(0)
         step = build_step(called, case, batches[name], device)
         try:
             peaks[name] = peak_memory_mb(lambda step=step: [step() for _ in range(warm_up)], model, device)
+            if compile and case.mode == "forward":
+                torch.manual_seed(0)
+                check_agreement(name, compile, step(), build_step(model, case, batches[name], device)(), case)
             steps[name] = step
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
@@ -202,6 +230,17 @@ def compare(
         )
         for name, model in models.items()
     ]
+
+
+def check_agreement(name: str, compile: str, found: Tensor, expected: Tensor, case: Case) -> None:
+    """Raises UserError where a compiled model's logits are, but for rounding, not those of the model as it is."""
+    difference = ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+    bound = 1e-3 if case.dtype == "float32" else 5e-2
+    if not difference < bound:
+        raise UserError(
+            f"{name} compiled ({compile}) is {difference:.1e} away from what it gives as it is, in {case.dtype}, more "
+            f"than {bound:g}: it is not timed; choose another --compile, or another version of PyTorch"
+        )
 
 
 def take_turns(steps: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
