@@ -22,7 +22,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from torchvision.transforms.v2.functional import resize, resized_crop
 from yacs.config import CfgNode
 
-from vmamba.classification.on_device import Augment, Operation, in_groups, write_down
+from vmamba.classification.on_device import Augment, Operation, in_passes, write_down
 from vmamba.config import image_size
 from vmamba.data.draws import MIXUP, preserved_generators, seed_generators
 from vmamba.data.images import COLOURS
@@ -193,14 +193,14 @@ class _Erased:
 
 def collate(samples: Sequence[tuple[Pixels, int]]) -> dict[str, Any]:
     """Samples of (pixels, label) -> what `Normalise` takes: `images` (B, C, H, W), uint8; `labels` (B,), int64;
-    `operations`, as `in_groups` lists them; `places`, of each patch (image, top, left, height, width); `patches`, the
+    `operations`, as `in_passes` lists them; `places`, of each patch (image, top, left, height, width); `patches`, the
     values of all of them in one row."""
     images, labels = default_collate([(pixels.values, label) for pixels, label in samples])
     patches = [(number, patch) for number, (pixels, _) in enumerate(samples) for patch in pixels.patches]
     return {
         "images": images,
         "labels": labels,
-        "operations": in_groups([pixels.operations for pixels, _ in samples]),
+        "operations": in_passes([pixels.operations for pixels, _ in samples], *images.shape[2:]),
         "places": [(number, patch.top, patch.left, *patch.values.shape[1:]) for number, patch in patches],
         "patches": torch.cat([torch.empty(0), *(patch.values.flatten() for _, patch in patches)]),
     }
