@@ -116,10 +116,11 @@ def measure(
         loading[number] = rate(iter(feeding), lambda batch: None, lambda: None, seconds) * config.DATA.BATCH_SIZE
         core = feeding.seconds_an_image
         del feeding  # which ends its processes
-        start, batches = time.perf_counter(), Feed(endless(config, loader, number), device, loader.finish)
+        feeding = endless(config, loader, number)
+        start, batches = time.perf_counter(), Feed(feeding, device, feeding.finish, feeding.ahead)
         from_files[number] = rate(batches, work, end, seconds) * config.DATA.BATCH_SIZE
         waited[number] = batches.waited() / (time.perf_counter() - start)
-        del batches
+        del batches, feeding
     return {
         "parts": parts,
         "loading": loading,

@@ -34,10 +34,10 @@ class Operation:
     filter: int = Resampling.BILINEAR  # of one that moves pixels
 
 
-def write_down(steps: Sequence[Callable]) -> Callable[[], list[Operation]]:
+def write_down(steps: Sequence[Callable], way: str) -> Callable[[], list[Operation]]:
     """`steps` of timm's transform behind the crop, changed so that a call draws what they do and does nothing.
 
-    Raises UserError for a step that is not known here.
+    Raises UserError for a step that is not known here, and `way`, a DATA.DECODE, needs to be.
     """
     known = (
         transforms.RandomHorizontalFlip,
@@ -48,12 +48,12 @@ def write_down(steps: Sequence[Callable]) -> Callable[[], list[Operation]]:
     )
     for step in steps:
         if not isinstance(step, known):
-            raise UserError(f"DATA.DECODE torchvision does not do {type(step).__name__}; choose DATA.DECODE pillow")
+            raise UserError(f"DATA.DECODE {way} does not do {type(step).__name__}; choose DATA.DECODE pillow")
         for operation in [
             *getattr(step, "ops", []),
             *(each for policy in getattr(step, "policy", []) for each in policy),
         ]:
-            _write_down(operation)
+            _write_down(operation, way)
 
     def draw() -> list[Operation]:
         operations: list[Operation] = []
@@ -70,10 +70,10 @@ def write_down(steps: Sequence[Callable]) -> Callable[[], list[Operation]]:
     return draw
 
 
-def _write_down(operation: AugmentOp) -> None:
+def _write_down(operation: AugmentOp, way: str) -> None:
     name = operation.name.removesuffix("Increasing").removesuffix("Original")
     if name not in (*_TABLES, *_MEASURED, *_BLENDS, *_MOVES):
-        raise UserError(f"DATA.DECODE torchvision does not do {operation.name}; choose DATA.DECODE pillow")
+        raise UserError(f"DATA.DECODE {way} does not do {operation.name}; choose DATA.DECODE pillow")
 
     def record(operations: list[Operation], value: float = 0.0, **options: Any) -> list[Operation]:
         resample = options.get("resample", Resampling.BILINEAR)
