@@ -119,8 +119,8 @@ class Loader:
 
     @property
     def ahead(self) -> bool:
-        """Whether a thread shall load and finish batches: where finishing waits for the device (`finish.waits`), but not
-        where this process loads, with the generators that a step draws from too."""
+        """Whether a thread shall load and finish batches: where finishing waits for the device (`finish.waits`), but
+        not where this process loads, with the generators that a step draws from too."""
         return getattr(self.finish, "waits", False) and self._loader.num_workers > 0
 
     @property
