@@ -1,12 +1,15 @@
 """Loaders of any task's batches: what they give is a function of seed, epoch and index, and their errors are values."""
 
+import atexit
 import errno
 import logging
 import random
 import re
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
 import torch
@@ -158,6 +161,7 @@ class Loader:
         iterator = iter(self._loader)
         for process in getattr(iterator, "_workers", ()):
             process.terminate = process.kill  # how PyTorch ends one that hangs: they are deaf to SIGTERM
+            _loading.add(process)
         return iterator
 
     def _count(self, unreadable: list[str]) -> None:
@@ -307,6 +311,16 @@ class _Collate:
         batch = self.collate([examples[place][0] for place in kept]) if kept else None
         unreadable = [sentence for _, names in examples for sentence in names]
         return batch, unreadable, len(examples), seconds + time.thread_time() - start, kept
+
+
+_loading: weakref.WeakSet[BaseProcess] = weakref.WeakSet()  # processes
+
+
+@atexit.register
+def _end_loading() -> None:
+    """Where an error ends this process in the middle of an iteration: Python would ask them by SIGTERM, and wait."""
+    for process in _loading:
+        process.kill()
 
 
 def _start_worker(worker: int) -> None:
