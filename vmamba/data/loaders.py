@@ -5,6 +5,7 @@ import errno
 import logging
 import random
 import re
+import signal
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -319,6 +320,8 @@ _loading: weakref.WeakSet[BaseProcess] = weakref.WeakSet()  # processes
 @atexit.register
 def _end_loading() -> None:
     """Where an error ends this process in the middle of an iteration: Python would ask them by SIGTERM, and wait."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # by which PyTorch would say that they were killed
     for process in _loading:
         process.kill()
 
