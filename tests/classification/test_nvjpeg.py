@@ -18,6 +18,7 @@ from vmamba.config import get_config
 from vmamba.data.draws import IMAGE, preserved_generators, seed_generators
 from vmamba.data.images import UnreadableImage, decode_pixels
 from vmamba.errors import UserError
+from vmamba.runtime.feed import Feed
 
 
 def here(files, channels, device):
@@ -29,7 +30,9 @@ def here(files, channels, device):
 
 
 @pytest.fixture(autouse=True)
-def decoded_here(monkeypatch):
+def decoded_here(monkeypatch, request):
+    if request.node.get_closest_marker("gpu"):
+        return
     monkeypatch.setattr(nvjpeg, "decode_jpegs", here)
     monkeypatch.setattr(nvjpeg, "check_gpu", lambda config: None)
     monkeypatch.setattr(nvjpeg, "_told", set())
@@ -160,27 +163,54 @@ def test_what_nobody_decodes_is_a_sentence():
         decoder(batch)
 
 
-def test_loaders_give_the_same_images_as_by_torchvision(tmp_path):
-    """In loading processes too, with patches; training and evaluation."""
+@pytest.fixture
+def of_folders(tmp_path):
+    """A config of images, of which some are no JPEGs, by a way of decoding and a number of loading processes."""
     for split in ("train", "val"):
         for label in range(2):
             (tmp_path / split / f"{label}").mkdir(parents=True)
             for index in range(4):
                 file = photo(200 + 10 * index, 150, kind="PNG" if index == 3 else "JPEG")
                 (tmp_path / split / f"{label}" / f"{index}.jpg").write_bytes(file)
-    batches = []
-    for way in ("torchvision", "nvjpeg"):
+
+    def config(way, workers):
         opts = ["DATA.DATA_PATH", str(tmp_path), "MODEL.NUM_CLASSES", "2", "DATA.BATCH_SIZE", "4", "AUG.REPROB", "0.5"]
-        opts += ["DATA.DECODE", way, "DATA.IMG_SIZE", "64", "DATA.NUM_WORKERS", "2" if way == "nvjpeg" else "0"]
-        config = get_config(None, opts)
-        train, evaluate = (build(config, rank=0, world_size=1) for build in (build_train_loader, build_eval_loader))
-        train.set_epoch(1)
-        batches.append([loader.finish(batch) for loader in (train, evaluate) for batch in loader])
-        assert train.ahead is (way == "nvjpeg")
+        return get_config(None, [*opts, "DATA.DECODE", way, "DATA.IMG_SIZE", "64", "DATA.NUM_WORKERS", str(workers)])
+
+    return config
+
+
+def loaders(config):
+    train, evaluate = (build(config, rank=0, world_size=1) for build in (build_train_loader, build_eval_loader))
+    train.set_epoch(1)
+    return train, evaluate
+
+
+def test_loaders_give_the_same_images_as_by_torchvision(of_folders):
+    """In loading processes too, with patches; training and evaluation."""
+    batches = []
+    for way, workers in (("torchvision", 0), ("nvjpeg", 2)):
+        both = loaders(of_folders(way, workers))
+        batches.append([loader.finish(batch) for loader in both for batch in loader])
+        assert all(loader.ahead is (way == "nvjpeg") for loader in both)
     assert len(batches[0]) == 4
     for (ours, labels), (theirs, expected) in zip(*batches, strict=True):
         assert torch.equal(labels, expected)
         assert (ours - theirs).abs().flatten(1).mean(1).median() < 0.05
+
+
+@pytest.mark.gpu
+def test_the_gpus_own_decoder_gives_nearly_the_same_images(of_folders):
+    """By the thread that is ahead of a step: chroma is made larger by nvJPEG and libjpeg in two ways."""
+    device, batches = torch.device("cuda", 0), []
+    for way, workers in (("torchvision", 0), ("nvjpeg", 2)):
+        feeds = [Feed(loader, device, loader.finish, loader.ahead) for loader in loaders(of_folders(way, workers))]
+        batches.append([batch for feed in feeds for batch in feed])
+    assert len(batches[1]) == 4
+    for (ours, labels), (theirs, expected) in zip(*batches, strict=True):
+        assert torch.equal(labels, expected)
+        difference = (ours - theirs).abs().flatten(1).mean(1) * 0.225 * 255  # about levels
+        assert difference.median() < 4 and difference.max() < 12
 
 
 @pytest.mark.parametrize("opts, sentence", [
@@ -203,6 +233,7 @@ def test_without_a_gpu_or_its_decoder_it_is_a_sentence(monkeypatch):
         raise RuntimeError("decode_jpegs_cuda: torchvision not compiled with nvJPEG support")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(nvjpeg, "decode_jpegs", without)
     config = get_config(None, ["DATA.DECODE", "nvjpeg"])
     with pytest.raises(UserError, match="decodes no JPEG on this GPU .*not compiled with nvJPEG support.; choose"):

@@ -28,6 +28,7 @@ logger = logging.getLogger("vmamba")
 FILTERS = ("bilinear", "bicubic")
 _MOST_PIXELS = 2**24  # of an image: 50 MB on the GPU
 _MOST_VALUES = 2**27  # of crops that are resized at once, filled up to one size
+_MIDDLE = 128  # of 0 to 255: the nearer to it, the finer a number of 16 bits is
 _END = b"\xff\xd9"  # of a JPEG; in its pixels it does not occur
 _told: set[str] = set()  # of what this process has warned
 
@@ -227,8 +228,9 @@ def check_gpu(config: CfgNode) -> None:
     check_decoder()
     file = io.BytesIO()
     Image.new("RGB", (16, 16)).save(file, "JPEG")
+    device = torch.device("cuda", torch.cuda.current_device())
     try:
-        decode_jpegs([torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)], 3, torch.device("cuda"))
+        decode_jpegs([torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)], 3, device)
     except RuntimeError as error:
         raise UserError(
             f"this torchvision decodes no JPEG on this GPU ({str(error).splitlines()[0]}); choose DATA.DECODE "
@@ -277,18 +279,23 @@ def _alike(crops: Sequence[Crop], channels: int) -> list[list[int]]:
 
 def _resized(images: Sequence[Tensor], crops: Sequence[Crop], interpolation: str) -> Tensor:
     device, channels = images[0].device, images[0].shape[0]
-    kind = torch.float16 if device.type == "cuda" else torch.float32  # it holds 0 to 255
+    kind = torch.float16 if device.type == "cuda" else torch.float32
     height, width = max(crop.height for crop in crops), max(crop.width for crop in crops)
     filled = torch.zeros(len(crops), channels, height, width, dtype=kind, device=device)
     for place, image, crop in zip(filled, images, crops, strict=True):
         rows, columns = slice(crop.top, crop.top + crop.height), slice(crop.left, crop.left + crop.width)
         place[:, : crop.height, : crop.width].copy_(image[:, rows, columns])
+    filled.sub_(_MIDDLE)
     down = [(crop.height, crop.scaled[0], crop.shift[0]) for crop in crops]
     across = [(crop.width, crop.scaled[1], crop.shift[1]) for crop in crops]
     of_rows = _weights(down, crops[0].size[0], height, interpolation, filled)[:, None]
     of_columns = _weights(across, crops[0].size[1], width, interpolation, filled).mT
-    lines = torch.bmm(filled.flatten(1, 2), of_columns).add_(0.5).floor_().clamp_(0, 255)
-    return (of_rows @ lines.unflatten(1, (channels, height))).add_(0.5).floor_().clamp_(0, 255).to(torch.uint8)
+    lines = _as_bytes(torch.bmm(filled.flatten(1, 2), of_columns)).unflatten(1, (channels, height))
+    return _as_bytes(of_rows @ lines).add_(_MIDDLE).to(torch.uint8)
+
+
+def _as_bytes(values: Tensor) -> Tensor:
+    return values.add_(0.5).floor_().clamp_(-_MIDDLE, 255 - _MIDDLE)
 
 
 def _weights(
