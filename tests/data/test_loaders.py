@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from vmamba.config import get_config
 from vmamba.data.images import UnreadableImage
 from vmamba.data.loaders import EvalLoader, Examples, TrainLoader, _lacking
 from vmamba.errors import UserError
+from vmamba.runtime.feed import Ahead
 from vmamba.signals import STOP_SIGNALS
 
 
@@ -152,3 +154,12 @@ def test_an_error_ends_the_process_though_others_still_load():
     root = Path(__file__).parents[2]
     ended = subprocess.run([sys.executable, "-c", ENDED], cwd=root, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1 and ended.stderr.endswith("RuntimeError: a bug\n")
+
+
+def test_a_thread_may_load():
+    """It starts the processes, as the thread does that is ahead of a step."""
+    take, found = Ahead(partial(next, iter(loader(2)))), []
+    with pytest.raises(StopIteration):
+        while True:
+            found += take().tolist()
+    assert len(found) == 60 and len({*found} - {os.getpid()}) == 2
