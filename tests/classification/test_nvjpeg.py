@@ -97,6 +97,20 @@ def test_an_image_is_what_it_is_by_torchvision(opts, training):
     assert difference.median() < 0.2 and difference.max() < 3
 
 
+@pytest.mark.parametrize("opts", ["", "TEST.CROP false", "DATA.IMG_SIZE [64,96]", "TEST.CROP_PCT 0.91"])
+def test_crops_are_as_large_and_lie_where_timms_do(opts):
+    config = get_config(None, ["DATA.IMG_SIZE", "63", *opts.split(), "DATA.DECODE", "nvjpeg"])
+    steps = build_pixels(config, training=False).crop.steps
+    for height, width in [(64, 64), (63, 500), (500, 63), (333, 500), (501, 375), (97, 101), (20, 3000)]:
+        crop = nvjpeg.draw_crop(steps, Encoded(b"", height, width, "it"), 3).crop
+        seen = torch.arange(height * width).view(1, height, width).expand(3, -1, -1)
+        resized = steps[0](seen.to("meta", torch.uint8))
+        assert crop.scaled == resized.shape[1:]
+        rows, columns = torch.meshgrid(*map(torch.arange, crop.scaled), indexing="ij")
+        top, left = steps[1](torch.stack([rows, columns]))[:, 0, 0].tolist()
+        assert crop.shift == (top, left) and crop.size == steps[1].size
+
+
 @pytest.mark.parametrize("file", [
     photo(kind="PNG"),
     photo(mode="L"),

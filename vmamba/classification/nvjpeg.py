@@ -110,21 +110,30 @@ def _is_plain(header: Image.Image, channels: int) -> bool:
 
 def draw_crop(steps: Sequence[Callable], image: Encoded, channels: int) -> Later:
     """What the first steps of timm's transform do to an image, drawn as they draw."""
-    seen = torch.empty(channels, image.height, image.width, dtype=torch.uint8, device="meta")
+    whole = torch.empty(channels, image.height, image.width, dtype=torch.uint8, device="meta")
     part, shift = (0, 0, image.height, image.width), (0, 0)
-    scaled = part[2:]
+    scaled = size = part[2:]
     for step in steps:
-        before = seen.shape[1:]
         if isinstance(step, RandomResizedCropAndInterpolation):
-            part, scaled = step.get_params(seen, step.scale, step.ratio), step.size
-            seen = seen.new_empty(channels, *scaled)
-        elif isinstance(step, transforms.CenterCrop):
-            seen = step(seen)
-            shift = tuple(round((old - new) / 2) for old, new in zip(before, seen.shape[1:], strict=True))
-        else:
-            seen = step(seen)
-            scaled = tuple(seen.shape[1:])
-    return Later(image, Crop(*part, scaled, shift, tuple(seen.shape[1:])), channels)
+            part = step.get_params(whole, step.scale, step.ratio)
+            scaled = size = step.size
+        elif isinstance(step, ResizeKeepRatio):
+            scaled = size = tuple(step.get_params(whole, step.size, step.longest))
+        elif isinstance(step, transforms.Resize):
+            scaled = size = _resized_size(step.size, image.height, image.width)
+        else:  # CenterCrop
+            size = step.size
+            shift = tuple(round((old - new) / 2) for old, new in zip(scaled, size, strict=True))
+    return Later(image, Crop(*part, scaled, shift, size), channels)
+
+
+def _resized_size(size: int | Sequence[int], height: int, width: int) -> tuple[int, int]:
+    """Height and width that torchvision's Resize makes of an image: `size`, or of one number the short side."""
+    if not isinstance(size, int):
+        return tuple(size)
+    if height <= width:
+        return size, int(size * width / height)
+    return int(size * height / width), size
 
 
 def check_steps(steps: Sequence[Callable]) -> None:
