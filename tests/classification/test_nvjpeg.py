@@ -77,7 +77,7 @@ def test_crops_that_would_take_much_memory_together_are_resized_in_turns(monkeyp
     "TEST.CROP_PCT 0.7",
 ])  # fmt: skip
 @pytest.mark.parametrize("training", [True, False])
-def test_an_image_is_what_it_is_by_torchvision(opts, training):
+def test_an_image_is_what_it_is_by_torchvision(opts, training, caplog):
     """Of a batch some of whose images the loading process decodes."""
     files = [photo(), photo(90, 120), photo(kind="PNG"), photo(333, 500), photo(mode="L"), photo(300, 200)]
     made = {}
@@ -89,9 +89,11 @@ def test_an_image_is_what_it_is_by_torchvision(opts, training):
                 seed_generators(0, IMAGE, 0, index)
                 samples.append((transform(decoder(file, 3, f"it {index}")), index))
         batch = collate(samples)
-        made[way], labels = Normalise(config, Decoder(config) if way == "nvjpeg" else None)(batch)
+        with caplog.at_level(logging.INFO, "vmamba"):
+            made[way], labels = Normalise(config, Decoder(config) if way == "nvjpeg" else None)(batch)
         assert labels.tolist() == [*range(len(files))]
     assert batch["files"].places == [0, 1, 3, 5] and len(batch["images"]) == 2
+    assert [record.args for record in caplog.records] == [(2, 6)]
     assert torch.equal(made["nvjpeg"][[2, 4]], made["torchvision"][[2, 4]])
     difference = (made["nvjpeg"] - made["torchvision"]).abs().flatten(1).mean(1) * 0.225 * 255  # about levels
     assert difference.median() < 0.2 and difference.max() < 3

@@ -172,6 +172,14 @@ class Decoder:
     def __call__(self, batch: Mapping[str, Any]) -> Tensor:
         """(B, C, H, W) uint8, on the device of `batch`."""
         ready, files, device = batch["images"], batch.get("files"), batch["labels"].device
+        if len(ready) and "others" not in _told:
+            _told.add("others")
+            logger.info(
+                "loading processes decode what is no baseline JPEG of the model's colours: %d of the %d images of this "
+                "batch (others are not named)",
+                len(ready),
+                len(batch["labels"]),
+            )
         if files is None:
             return ready
         _wait(device)  # nvJPEG writes from a stream of its own to memory that may still be read on this one
