@@ -176,7 +176,7 @@ class Decoder:
             _told.add("others")
             logger.info(
                 "loading processes decode what is no baseline JPEG of the model's colours: %d of the %d images of this "
-                "batch (others are not named)",
+                "batch (said once)",
                 len(ready),
                 len(batch["labels"]),
             )
