@@ -16,7 +16,6 @@ from timm.data import Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
-from torch.utils.data import default_collate
 from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.transforms.v2.functional import resize, resized_crop
@@ -211,7 +210,7 @@ def collate(samples: Sequence[tuple[Pixels, int]]) -> dict[str, Any]:
     ready = [pixels.values for pixels in each if isinstance(pixels.values, Tensor)]
     patches = [(number, patch) for number, pixels in enumerate(each) for patch in pixels.patches]
     return {
-        "images": default_collate(ready) if ready else torch.empty(0, *shape, dtype=torch.uint8),
+        "images": torch.stack(ready) if ready else torch.empty(0, *shape, dtype=torch.uint8),
         "labels": torch.tensor([label for _, label in samples]),
         "operations": in_passes([pixels.operations for pixels in each], *shape[1:]),
         "places": [(number, patch.top, patch.left, *patch.values.shape[1:]) for number, patch in patches],

@@ -6,6 +6,7 @@ import logging
 import random
 import re
 import signal
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,11 +15,12 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 from yacs.config import CfgNode
 
 from vmamba.data.draws import IMAGE, permutation, preserved_generators, seed_generators
 from vmamba.data.images import UnreadableImage
+from vmamba.data.packing import Packed, pack
 from vmamba.data.sampling import numbered
 from vmamba.errors import UserError
 from vmamba.signals import leave_them_to_the_parent
@@ -31,6 +33,9 @@ Order = Callable[[int], Sequence[int]]  # of an epoch the indices of its samples
 Seconds = float  # of a core: what was computed, without waiting for files
 
 _REPLACEMENTS = 10  # samples tried in the place of an unreadable one
+_SWITCH = (
+    0.0005  # seconds after which the thread that decodes lets that go on by which the training process gets a batch
+)
 
 
 class Source(Protocol):
@@ -148,7 +153,7 @@ class Loader:
                 self._count(unreadable)
                 self._note(kept)
                 if batch is not None:
-                    yield batch
+                    yield batch.unpack() if isinstance(batch, Packed) else batch
         except (RuntimeError, OSError) as error:
             sentence = _lacking(error)
             if sentence is None:
@@ -310,6 +315,8 @@ class _Collate:
                 return example
         kept = [place for place, (example, _) in enumerate(examples) if example is not None]
         batch = self.collate([examples[place][0] for place in kept]) if kept else None
+        if batch is not None and get_worker_info():
+            batch = pack(batch)
         unreadable = [sentence for _, names in examples for sentence in names]
         return batch, unreadable, len(examples), seconds + time.thread_time() - start, kept
 
@@ -328,6 +335,7 @@ def _end_loading() -> None:
 
 def _start_worker(worker: int) -> None:
     leave_them_to_the_parent()
+    sys.setswitchinterval(_SWITCH)
 
 
 def _lacking(error: Exception) -> str | None:
