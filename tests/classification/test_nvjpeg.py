@@ -12,13 +12,14 @@ from sklearn.datasets import load_sample_image
 
 from vmamba.classification import nvjpeg
 from vmamba.classification.data import build_eval_loader, build_train_loader
-from vmamba.classification.nvjpeg import Crop, Decoder, Encoded, check_gpu, crop_and_resize, decode_later
+from vmamba.classification.nvjpeg import Crop, Decoder, Encoded, check_gpu, crop_and_resize, decode_later, in_one_piece
 from vmamba.classification.transforms import Normalise, build_pixels, collate
 from vmamba.config import get_config
 from vmamba.data.draws import IMAGE, preserved_generators, seed_generators
 from vmamba.data.images import UnreadableImage, decode_pixels
 from vmamba.errors import UserError
 from vmamba.runtime.feed import Feed
+from vmamba_kernels.private import TorchDispatchMode
 
 
 def here(files, channels, device):
@@ -38,6 +39,10 @@ def decoded_here(monkeypatch, request):
     monkeypatch.setattr(nvjpeg, "_told", set())
 
 
+def resized(images, crops, interpolation):
+    return crop_and_resize(in_one_piece(images), [image.shape for image in images], crops, interpolation)
+
+
 def photo(width=300, height=200, mode="RGB", kind="JPEG", **options):
     file = io.BytesIO()
     image = Image.fromarray(load_sample_image("china.jpg")).resize((width, height)).convert(mode)
@@ -54,7 +59,7 @@ def test_crops_are_resized_as_pillow_does(interpolation):
     parts = [(10, 20, 150, 250), (5, 0, 61, 87), (3, 5, 470, 333), (2, 1, 9, 17)]
     crops = [Crop(*part, (70, 80), (3, 5), (64, 48)) for part in parts]
     images = [torch.from_numpy(np.array(each)).permute(2, 0, 1) for each in photos]
-    ours = crop_and_resize(images, crops, interpolation)
+    ours = resized(images, crops, interpolation)
     for out, image, (top, left, height, width) in zip(ours, photos, parts, strict=True):
         box = image.crop((left, top, left + width, top + height))
         theirs = np.array(box.resize((80, 70), Image.Resampling[interpolation.upper()]))[3:67, 5:53]
@@ -62,12 +67,28 @@ def test_crops_are_resized_as_pillow_does(interpolation):
         assert difference.max() <= 1 and difference.float().mean() < 0.02
 
 
+def test_a_gpu_is_asked_for_no_more_when_there_are_more_crops():
+    counts = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            counts[-1] += 1
+            return function(*arguments, **(options or {}))
+
+    for number in (2, 50):
+        pixels, shapes = in_one_piece([torch.zeros(3, 20, 30, dtype=torch.uint8)] * number), [(3, 20, 30)] * number
+        counts.append(0)
+        with Count():
+            crop_and_resize(pixels, shapes, [Crop(1, 2, 15, 20, (8, 8), (0, 0), (8, 8))] * number, "bicubic")
+    assert counts[0] == counts[1] < 160
+
+
 def test_crops_that_would_take_much_memory_together_are_resized_in_turns(monkeypatch):
     images = [torch.full((3, size, 2 * size), size, dtype=torch.uint8) for size in (40, 10, 90, 20, 80)]
     crops = [Crop(0, 0, *image.shape[1:], (8, 8), (0, 0), (8, 8)) for image in images]
     monkeypatch.setattr(nvjpeg, "_MOST_VALUES", 3 * 2 * 40 * 80)
     assert nvjpeg._alike(crops, 3) == [[1, 3], [0], [4], [2]]
-    assert crop_and_resize(images, crops, "bicubic")[:, 0, 0, 0].tolist() == [40, 10, 90, 20, 80]
+    assert resized(images, crops, "bicubic")[:, 0, 0, 0].tolist() == [40, 10, 90, 20, 80]
 
 
 @pytest.mark.parametrize("opts", [

@@ -8,8 +8,11 @@ without their end, or of very many pixels.
 import io
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -182,10 +185,13 @@ class Decoder:
             )
         if files is None:
             return ready
-        _wait(device)  # nvJPEG writes from a stream of its own to memory that may still be read on this one
-        decoded = self._decoded(files, device)
-        _wait(device)  # it may still read the files
-        seen = crop_and_resize(decoded, files.crops, self.filter)
+        with _decoding(device) as stream:
+            pixels = in_one_piece(self._decoded(files, device))
+            if stream:
+                stream.synchronize()  # nvJPEG reads the files, and writes to memory that was read here before
+        if stream:
+            pixels.record_stream(torch.cuda.current_stream(device))
+        seen = crop_and_resize(pixels, files.shapes, files.crops, self.filter)
         images = seen.new_empty(len(batch["labels"]), *seen.shape[1:])
         others = sorted({*range(len(images))} - {*files.places})
         for part, places in ((seen, files.places), (ready, others)):
@@ -255,9 +261,19 @@ def check_gpu(config: CfgNode) -> None:
         ) from error
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
+@contextmanager
+def _decoding(device: torch.device) -> Iterator[torch.cuda.Stream | None]:
+    """On a GPU a stream of its own, on which nothing else is waited for than decoding."""
+    if device.type != "cuda":
+        yield None
+        return
+    with torch.cuda.stream(_stream(device)):
+        yield _stream(device)
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _to(values: Sequence, device: torch.device) -> Tensor:
@@ -267,18 +283,35 @@ def _to(values: Sequence, device: torch.device) -> Tensor:
 # ------------------------------------------------------------------------------------------------ resizing
 
 
-def crop_and_resize(images: Sequence[Tensor], crops: Sequence[Crop], interpolation: str) -> Tensor:
-    """(C, H, W) uint8 each, of any size -> (B, C, h, w) uint8, `crops` being of one size.
+def in_one_piece(images: Sequence[Tensor]) -> Tensor:
+    """All values of images (C, H, W), one behind the other, and zeros as many as the longest row: what is read from a
+    pixel on, up to the length of a row, is there."""
+    longest = max(image.shape[2] for image in images)
+    return torch.cat([*(image.flatten() for image in images), images[0].new_zeros(longest)])
+
+
+def crop_and_resize(
+    pixels: Tensor, shapes: Sequence[tuple[int, int, int]], crops: Sequence[Crop], interpolation: str
+) -> Tensor:
+    """Of images (C, H, W), uint8, of these shapes `in_one_piece` -> (B, C, h, w) uint8, `crops` being of one size.
 
     As Pillow does it: rows first, then columns, both with a low pass and rounded to bytes; here as products of the
     crops, filled up to one size, with a matrix of weights for each.
     """
+    starts = [0, *accumulate(math.prod(shape) for shape in shapes)]
     parts, order = [], []
-    for some in _alike(crops, images[0].shape[0]):
-        parts.append(_resized([images[each] for each in some], [crops[each] for each in some], interpolation))
+    for some in _alike(crops, shapes[0][0]):
+        places = [_place(starts[each], shapes[each], crops[each]) for each in some]
+        parts.append(_resized(pixels, shapes[0][0], places, [crops[each] for each in some], interpolation))
         order += some
     back = sorted(range(len(order)), key=order.__getitem__)
-    return torch.cat(parts)[_to(back, images[0].device)]
+    return torch.cat(parts)[_to(back, pixels.device)]
+
+
+def _place(start: int, shape: tuple[int, int, int], crop: Crop) -> tuple[int, int, int]:
+    """Of a crop of an image that begins at `start` the first pixel, and how far it is to the next channel and row."""
+    _, height, width = shape
+    return start + crop.top * width + crop.left, height * width, width
 
 
 def _alike(crops: Sequence[Crop], channels: int) -> list[list[int]]:
@@ -294,21 +327,29 @@ def _alike(crops: Sequence[Crop], channels: int) -> list[list[int]]:
     return groups
 
 
-def _resized(images: Sequence[Tensor], crops: Sequence[Crop], interpolation: str) -> Tensor:
-    device, channels = images[0].device, images[0].shape[0]
-    kind = torch.float16 if device.type == "cuda" else torch.float32
+def _resized(
+    pixels: Tensor, channels: int, places: Sequence[tuple[int, int, int]], crops: Sequence[Crop], interpolation: str
+) -> Tensor:
     height, width = max(crop.height for crop in crops), max(crop.width for crop in crops)
-    filled = torch.zeros(len(crops), channels, height, width, dtype=kind, device=device)
-    for place, image, crop in zip(filled, images, crops, strict=True):
-        rows, columns = slice(crop.top, crop.top + crop.height), slice(crop.left, crop.left + crop.width)
-        place[:, : crop.height, : crop.width].copy_(image[:, rows, columns])
-    filled.sub_(_MIDDLE)
+    kind = torch.float16 if pixels.is_cuda else torch.float32
+    filled = _filled(pixels, channels, places, height, width).to(kind).sub_(_MIDDLE)
     down = [(crop.height, crop.scaled[0], crop.shift[0]) for crop in crops]
     across = [(crop.width, crop.scaled[1], crop.shift[1]) for crop in crops]
     of_rows = _weights(down, crops[0].size[0], height, interpolation, filled)[:, None]
     of_columns = _weights(across, crops[0].size[1], width, interpolation, filled).mT
     lines = _as_bytes(torch.bmm(filled.flatten(1, 2), of_columns)).unflatten(1, (channels, height))
     return _as_bytes(of_rows @ lines).add_(_MIDDLE).to(torch.uint8)
+
+
+def _filled(pixels: Tensor, channels: int, places: Sequence[tuple[int, int, int]], height: int, width: int) -> Tensor:
+    """The crops as (B, C, height, width), uint8; below and to the right of each lie any pixels, which get no weight.
+
+    Row by row, all at once: to be asked for a copy of each crop takes a GPU longer than the copies.
+    """
+    start, channel, row = _to(places, pixels.device)[:, :, None, None].unbind(1)
+    each, lines = (torch.arange(number, device=pixels.device) for number in (channels, height))
+    at = start + channel * each[:, None] + row * lines  # (B, C, height)
+    return pixels.unfold(0, width, 1)[at.clamp(max=len(pixels) - width)]
 
 
 def _as_bytes(values: Tensor) -> Tensor:

@@ -305,33 +305,39 @@ def _moved(images: Tensor, matrices: Tensor, resample: int, fill: Tensor) -> Ten
     batch, channels, height, width = images.shape
     rows = torch.arange(height, device=images.device)[:, None] + 0.5
     columns = torch.arange(width, device=images.device) + 0.5
-    a, b, c, d, e, f = matrices.flatten(1)[:, :, None, None].unbind(1)
-    x, y = a * columns + b * rows + c, d * columns + e * rows + f  # (B, H, W)
-    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    size = width + (height - width) * torch.arange(2, device=images.device)[:, None, None]
+    of_column, of_row, shift = matrices[..., None, None].unbind(2)
+    at = of_column * columns + of_row * rows + shift  # (B, 2, H, W): x and y
+    inside = ((at >= 0) & (at < size)).all(1, keepdim=True)
+    pixels, weights = _taps(at, size, resample)
+    places, of_places = pixels[:, 0], weights[:, 0, None]
+    lines, of_lines = (pixels[:, 1] * width).unbind(1), weights[:, 1, :, None].unbind(1)
     out = 0.0
-    (lines, of_lines), (places, of_places) = _taps(y, height, resample), _taps(x, width, resample)
-    for line, of_line in zip(lines.unbind(1), of_lines.unbind(1), strict=True):
-        where = (line[:, None] * width + places).view(batch, 1, -1).expand(-1, channels, -1)
+    for line, of_line in zip(lines, of_lines, strict=True):
+        where = (line[:, None] + places).view(batch, 1, -1).expand(-1, channels, -1)
         values = images.flatten(2).gather(2, where).view(batch, channels, -1, height, width)
-        out = out + of_line[:, None] * (values * of_places[:, None]).sum(2)
+        out = out + of_line * (values * of_places).sum(2)
     out = (out + 1e-3).clamp(0, 255).floor()  # Pillow rounds down, and 41.9999 here is 42 there
-    return torch.where(inside[:, None], out, fill).to(torch.uint8)
+    return torch.where(inside, out, fill).to(torch.uint8)
 
 
-def _taps(at: Tensor, size: int, resample: int) -> tuple[Tensor, Tensor]:
-    """Places (B, H, W) in a line -> the T pixels that a filter reads (B, T, H, W), int64, and their weights."""
+def _taps(at: Tensor, size: Tensor, resample: int) -> tuple[Tensor, Tensor]:
+    """Places (B, 2, H, W) -> along each axis, of this `size`, the T pixels that a filter reads (B, 2, T, H, W), int64,
+    and their weights."""
     if resample == Resampling.NEAREST:
-        return at.floor().long().clamp(0, size - 1)[:, None], torch.ones_like(at)[:, None]
-    first = (at - 0.5).floor()
-    t = at - 0.5 - first
-    if resample == Resampling.BILINEAR:
-        start, weights = 0, [1 - t, t]
-    else:  # cubic with a = -1
-        square = t * t
-        last = square * t - square
-        start, weights = -1, [square - t - last, 1 - square + last, t - last, last]
+        first, start, weights = at.floor(), 0, [torch.ones_like(at)]
+    else:
+        first = (at - 0.5).floor()
+        t = at - 0.5 - first
+        if resample == Resampling.BILINEAR:
+            start, weights = 0, [1 - t, t]
+        else:  # cubic with a = -1
+            square = t * t
+            last = square * t - square
+            start, weights = -1, [square - t - last, 1 - square + last, t - last, last]
     steps = torch.arange(start, start + len(weights), device=at.device)[:, None, None]
-    return (first.long()[:, None] + steps).clamp(0, size - 1), torch.stack(weights, 1)
+    pixels = first.long()[:, :, None] + steps
+    return pixels.clamp(min=0).minimum(size[:, None] - 1), torch.stack(weights, 2)
 
 
 # The kinds of passes, in the order in which they are tried, and the operations of each.
