@@ -113,11 +113,11 @@ def test_an_image_is_what_it_is_by_pillow(opts):
     assert difference.median() < 0.3 and difference.max() < 5
 
 
-@pytest.mark.parametrize("crop", ["true", "false"])
-def test_an_image_to_be_evaluated_is_what_it_is_by_pillow(crop):
+@pytest.mark.parametrize("opts", ["TEST.CROP true", "TEST.CROP false", "DATA.INTERPOLATION bilinear"])
+def test_an_image_to_be_evaluated_is_what_it_is_by_pillow(opts):
     made = []
     for way, decoder in (("pillow", decode), ("torchvision", decode_pixels)):
-        config = get_config(None, ["DATA.IMG_SIZE", 96, "DATA.DECODE", way, "TEST.CROP", crop])
+        config = get_config(None, ["DATA.IMG_SIZE", 96, "DATA.DECODE", way, *opts.split()])
         made.append(build_pixels(config, training=False)(decoder(jpeg(), 3, "it")).values.int())
     difference = (made[0] - made[1]).abs().float()
     assert made[0].shape == (3, 96, 96) and difference.max() <= 2 and difference.mean() < 0.05

@@ -123,14 +123,14 @@ def draw_crop(steps: Sequence[Callable], image: Encoded, channels: int) -> Later
         elif isinstance(step, ResizeKeepRatio):
             scaled = size = tuple(step.get_params(whole, step.size, step.longest))
         elif isinstance(step, transforms.Resize):
-            scaled = size = _resized_size(step.size, image.height, image.width)
+            scaled = size = resized_size(step.size, image.height, image.width)
         else:  # CenterCrop
             size = step.size
             shift = tuple(round((old - new) / 2) for old, new in zip(scaled, size, strict=True))
     return Later(image, Crop(*part, scaled, shift, size), channels)
 
 
-def _resized_size(size: int | Sequence[int], height: int, width: int) -> tuple[int, int]:
+def resized_size(size: int | Sequence[int], height: int, width: int) -> tuple[int, int]:
     """Height and width that torchvision's Resize makes of an image: `size`, or of one number the short side."""
     if not isinstance(size, int):
         return tuple(size)
