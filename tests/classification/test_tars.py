@@ -74,6 +74,31 @@ def test_folders_of_classes_are_read_in_the_order_of_their_classes(tmp_path, pre
     assert source.name(5) == os.path.join(tmp_path, "train-000001.tar", prefix.removeprefix("./") + "dog/1.png")
 
 
+def tar(files):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return file.getvalue()
+
+
+def test_an_archive_in_an_archive_is_a_class_as_in_imagenets_own(tmp_path):
+    dog = tar({"dog_1.png": png(10), "dog_2.png": png(11)}).rstrip(b"\0")
+    dog += bytes(-len(dog) % tarfile.BLOCKSIZE)  # without the zeros at an archive's end
+    pack(tmp_path / "ILSVRC2012_img_train.tar", {
+        "ant.tar": tar({"ant_1.png": png(20)}), "._ant.tar": b"of another system", "dog.tar": dog,
+        "cat.tar": tar({"./cat_1.png": png(30), "notes.txt": b"no image"}),
+    })  # fmt: skip
+    source = opened(tmp_path, classes=3)
+    assert values(source) == [(20, 0), (30, 1), (10, 2), (11, 2)]
+    assert source.name(3) == str(tmp_path / "ILSVRC2012_img_train.tar" / "dog" / "dog_2.png")
+    pack(tmp_path / "ILSVRC2012_img_train.tar", {"dog.tar": dog[:-600], "ant.tar": tar({"ant_1.png": png(20)})})
+    with pytest.raises(UserError, match=r"img_train.tar' is not a tar archive, .*'dog/dog_2.png' is cut off"):
+        opened(tmp_path)
+
+
 def test_a_key_with_a_cls_file_is_webdatasets_form(tmp_path):
     shards(tmp_path)
     shards(tmp_path, "validation", 1)

@@ -7,8 +7,9 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -255,23 +256,14 @@ class Tars(_Files):
 _TAR_ENTRY = np.dtype([("archive", "i8"), ("start", "i8"), ("size", "i8"), ("number", "i8")])
 
 
-def _entries(number: int, path: Path) -> list[tuple[str, tuple[int, int, int, int]]]:
+_Entry = tuple[str, tuple[int, int, int, int]]  # a file's name, and its line in the table
+
+
+def _entries(number: int, path: Path) -> list[_Entry]:
     """The regular files of a tar archive."""
-    found, size = [], path.stat().st_size
     try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            while (member := archive.next()) is not None:
-                archive.members = []  # which it would keep
-                if member.offset_data + member.size > size or member.issparse():
-                    raise tarfile.ReadError(f"'{member.name}' " + ("is sparse" if member.issparse() else "is cut off"))
-                if member.isreg():
-                    label = -1
-                    if member.name.endswith(".cls"):
-                        label = _label(archive.extractfile(member).read(), member.name)
-                    found.append((member.name.removeprefix("./"), (number, member.offset_data, member.size, label)))
-            file.seek(archive.offset)
-            if any(file.read(tarfile.BLOCKSIZE)):
-                raise tarfile.ReadError(f"what lies at byte {archive.offset:,} is no file's header")
+        with path.open("rb") as file:
+            return [*_members(number, file, 0, path.stat().st_size)]
     except UserError:
         raise
     except OSError as error:
@@ -280,7 +272,27 @@ def _entries(number: int, path: Path) -> list[tuple[str, tuple[int, int, int, in
         raise UserError(
             f"'{printable(path)}' is not a tar archive, or is compressed, truncated or damaged: {printable(error)}"
         ) from error
-    return found
+
+
+def _members(number: int, file: BinaryIO, start: int, end: int, folder: str = "") -> Iterator[_Entry]:
+    """Of the archive at these bytes.  An archive in it is a folder of its name, as in ImageNet's own archive."""
+    file.seek(start)
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        while (member := archive.next()) is not None and member.offset < end:
+            archive.members = []  # which it would keep
+            name, first = folder + member.name.removeprefix("./"), member.offset_data
+            if first + member.size > end or member.issparse():
+                raise tarfile.ReadError(f"'{name}' " + ("is sparse" if member.issparse() else "is cut off"))
+            if member.isreg() and name.endswith(".tar") and not os.path.basename(name).startswith("."):
+                yield from _members(number, file, first, first + member.size, name.removesuffix(".tar") + "/")
+            elif member.isreg():
+                label = -1
+                if name.endswith(".cls"):
+                    label = _label(archive.extractfile(member).read(), name)
+                yield name, (number, first, member.size, label)
+        file.seek(archive.offset)
+        if archive.offset < end and any(file.read(tarfile.BLOCKSIZE)):
+            raise tarfile.ReadError(f"what lies at byte {archive.offset:,} is no file's header")
 
 
 def _label(data: bytes, name: str) -> int:
