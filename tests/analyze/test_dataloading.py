@@ -82,5 +82,7 @@ def test_timms_loader_beside_it_gives_the_same_images(folder):
     for (images, labels), batch in zip(theirs, loader, strict=False):
         ours, expected = loader.finish(batch)
         assert torch.equal(labels, expected) and torch.allclose(images, ours, atol=1e-5)
+    policy = ["AUG.AUTO_AUGMENT", "rand-m10-n60-inc1"]  # which posterizes to 0 bits
+    config = get_config(None, [*opts, *policy, "DATA.BATCH_SIZE", "4", "DATA.NUM_WORKERS", "0"])
     shape = next(endless_timm(config, loader, True, torch.device("cpu"), 0))[0].shape
     assert shape == (4, 3, 48, 48)

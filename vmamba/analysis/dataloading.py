@@ -24,6 +24,7 @@ from vmamba.analysis.tables import markdown as markdown_table
 from vmamba.analysis.tables import write_json
 from vmamba.analysis.zoo import choose_device
 from vmamba.classification.datasets import Source
+from vmamba.classification.transforms import let_posterize_take_zero_bits
 from vmamba.config import get_config, image_size
 from vmamba.data.draws import IMAGE, permutation, preserved_generators, seed_generators
 from vmamba.data.loaders import Key, Loader
@@ -246,6 +247,7 @@ def endless_timm(config: CfgNode, loader: Loader, training: bool, device: torch.
         device=device,
         use_multi_epochs_loader=True,  # its processes go on from epoch to epoch
     )
+    let_posterize_take_zero_bits(theirs.dataset.transform)
     for _ in count():
         yield from theirs
 

@@ -106,7 +106,7 @@ def build_pixels(config: CfgNode, training: bool) -> Callable[[Any], Pixels]:
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(f"timm does not know AUG.AUTO_AUGMENT '{aug.AUTO_AUGMENT}': {error}") from error
-    _let_posterize_take_zero_bits(transform)
+    let_posterize_take_zero_bits(transform)
     if small:
         mode = transforms.InterpolationMode(config.DATA.INTERPOLATION)
         padded = transforms.RandomCrop(size, padding=(size[1] // 8, size[0] // 8))
@@ -284,7 +284,7 @@ def _checked_policy(policy: str | None) -> str | None:
     return policy
 
 
-def _let_posterize_take_zero_bits(transform: transforms.Compose) -> None:
+def let_posterize_take_zero_bits(transform: transforms.Compose) -> None:
     """timm posterizes to 0 bits now and then, which Pillow 13 refuses; it used to give a black image."""
     for step in transform.transforms:
         for operations in [getattr(step, "ops", []), *getattr(step, "policy", [])]:
