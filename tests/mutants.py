@@ -121,9 +121,23 @@ MUTANTS = (
     Mutant(
         "patches of random erasing in the next image",
         "vmamba/classification/transforms.py",
-        "[(number, patch) for number, (pixels, _) in enumerate(samples)",
-        "[(number, patch) for number, (pixels, _) in enumerate(samples, -1)",
+        "[(number, patch) for number, pixels in enumerate(each)",
+        "[(number, patch) for number, pixels in enumerate(each, -1)",
         "tests/classification/test_data.py -k bytes",
+    ),
+    Mutant(
+        "an image's last operation first",
+        "vmamba/classification/on_device.py",
+        "operation = operations.pop(0)",
+        "operation = operations.pop()",
+        "tests/classification/test_on_device.py",
+    ),
+    Mutant(
+        "images of the loading process in the places of the GPU's",
+        "vmamba/classification/nvjpeg.py",
+        "((seen, files.places), (ready, others))",
+        "((seen, range(len(seen))), (ready, range(len(seen), len(images))))",
+        "tests/classification/test_nvjpeg.py -k torchvision",
     ),
     Mutant(
         "USE_CHECKPOINT without effect",

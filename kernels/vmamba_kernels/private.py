@@ -76,6 +76,11 @@ def takes_found_inf(optimizer: torch.optim.Optimizer) -> bool:
     return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
+def shared_bytes(size: int) -> torch.Tensor:
+    """(size,) uint8, not set, in memory that processes share: made there, and not copied to it."""
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
+
+
 def raw_stream(device: int) -> int:
     """The current CUDA stream of a device, as a driver's handle."""
     return torch._C._cuda_getCurrentRawStream(device)

@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 
-from vmamba.analysis.dataloading import MODES, dataloading, make_jpegs, summary
+from vmamba.analysis.dataloading import MODES, dataloading, endless_timm, make_jpegs, summary
+from vmamba.classification.data import build_eval_loader
+from vmamba.config import get_config
 from vmamba.errors import UserError
 
 SMALL = ["DATA.IMG_SIZE", "32", "DATA.BATCH_SIZE", "4", "AMP.ENABLE", "false"]
@@ -29,7 +32,7 @@ def test_both_modes_are_timed_on_jpegs_that_are_made_once(folder):
         found = told[mode]
         assert list(found["parts"]) == ["reading", "decoding", "augmentation", "collation", "transfer", "step"]
         assert all(value > 0 for value in found["parts"].values())
-        assert list(found["loading"]) == list(found["from_files"]) == [0, 1]
+        assert list(found["loading"]) == list(found["from_files"]) == list(found["by_timm"]) == [0, 1]
         core = sum(found["parts"][name] for name in ("decoding", "augmentation", "collation"))
         assert 0.3 * core < found["core"] < 3 * core
     assert json.loads((folder / "dataloading.json").read_text())["batch"] == 4
@@ -68,3 +71,18 @@ def test_what_limits_and_the_cores_that_would_be_enough_by_hand():
 def test_another_task_is_a_sentence(tmp_path):
     with pytest.raises(UserError, match="scenes_detection.yaml is of detection; this times the images of a classif"):
         dataloading(cfg="configs/scenes_detection.yaml", data_path=str(tmp_path), output=str(tmp_path))
+
+
+def test_timms_loader_beside_it_gives_the_same_images(folder):
+    """To the last bits: timm takes the mean off what is 255 times as large."""
+    opts = ["DATA.DATA_PATH", str(folder / "jpegs"), "MODEL.NUM_CLASSES", "10", "DATA.IMG_SIZE", "48"]
+    config = get_config(None, [*opts, "DATA.BATCH_SIZE", "4", "DATA.NUM_WORKERS", "0", "TEST.CROP_PCT", "0.9"])
+    loader = build_eval_loader(config, rank=0, world_size=1)
+    theirs = endless_timm(config, loader, False, torch.device("cpu"), 0)
+    for (images, labels), batch in zip(theirs, loader, strict=False):
+        ours, expected = loader.finish(batch)
+        assert torch.equal(labels, expected) and torch.allclose(images, ours, atol=1e-5)
+    policy = ["AUG.AUTO_AUGMENT", "rand-m10-n60-inc1"]  # which posterizes to 0 bits
+    config = get_config(None, [*opts, *policy, "DATA.BATCH_SIZE", "4", "DATA.NUM_WORKERS", "0"])
+    shape = next(endless_timm(config, loader, True, torch.device("cpu"), 0))[0].shape
+    assert shape == (4, 3, 48, 48)

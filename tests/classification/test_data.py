@@ -395,8 +395,7 @@ def test_a_folder_without_readable_images_ends_the_run(folders):
 
 def test_a_label_out_of_range_is_named(folders):
     loader = build_train_loader(of_folders(folders), rank=0, world_size=1)
-    samples = loader._loader.dataset.source.source.samples
-    samples[7] = (samples[7][0], 2)
+    loader._loader.dataset.source.source.samples.targets[7] = 2
     with pytest.raises(UserError, match=r"label 2 of '.*class1/1.png' is out of range; MODEL.NUM_CLASSES is 2"):
         list(loader)
 

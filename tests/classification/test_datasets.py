@@ -409,7 +409,7 @@ def test_a_share_of_each_class_is_held_out(tmp_path, below):
     parts = {}
     for seed in (0, 1):
         options = ("DATA.VAL_FRACTION", 0.2, "SEED", seed)
-        parts[seed] = [opened(tmp_path, *options, training=t, classes=3).samples for t in (True, False)]
+        parts[seed] = [[*opened(tmp_path, *options, training=t, classes=3).samples] for t in (True, False)]
     assert parts[0] == parts[1]
     training, held_out = parts[0]
     assert [sum(label == k for _, label in training) for k in range(3)] == [16, 4, 1]

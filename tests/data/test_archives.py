@@ -139,7 +139,7 @@ def test_an_archive_is_read_ahead_in_its_order_each_process_its_part(tmp_path, m
     archive = Archive(path, make(path, files))
     monkeypatch.setattr(archives, "_PIECE", 7000)
     read = []
-    monkeypatch.setattr(archive, "_read_at", lambda place, length: read.append((place, length)))
+    monkeypatch.setattr(archive.files[0], "read", lambda place, length: read.append((place, length)))
     for rank in range(3):
         archive.read_ahead(rank, 3)
     places = [place for place, _ in read]
@@ -151,7 +151,7 @@ def test_an_archive_is_read_ahead_in_its_order_each_process_its_part(tmp_path, m
 def test_an_archive_larger_than_memory_is_not_read_ahead(tmp_path, monkeypatch, caplog):
     archive = Archive(tmp_path / "a.zip", make(tmp_path / "a.zip", contents(3)))
     monkeypatch.setattr(archives, "_machine_memory", lambda: 1000)
-    monkeypatch.setattr(archive, "_read_at", None)
+    monkeypatch.setattr(archive.files[0], "read", None)
     with caplog.at_level(logging.INFO, "vmamba"):
         archive.read_ahead(0, 1)
     assert "a.zip' is larger than the machine's memory and is not read ahead" in caplog.text
@@ -159,7 +159,7 @@ def test_an_archive_larger_than_memory_is_not_read_ahead(tmp_path, monkeypatch, 
 
 def test_an_archive_that_memory_does_not_hold(tmp_path):
     archive = Archive(tmp_path / "a.zip", make(tmp_path / "a.zip", contents(3)))
-    archive._size = 2**62
+    archive.files[0].size = 2**62
     with pytest.raises(
         UserError, match=r"a.zip' does not fit into memory \(4611686018.4 GB\); choose DATA.CACHE_MODE part"
     ):

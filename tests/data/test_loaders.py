@@ -3,7 +3,11 @@
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from vmamba.config import get_config
 from vmamba.data.images import UnreadableImage
 from vmamba.data.loaders import EvalLoader, Examples, TrainLoader, _lacking
 from vmamba.errors import UserError
+from vmamba.runtime.feed import Ahead
 from vmamba.signals import STOP_SIGNALS
 
 
@@ -136,3 +141,25 @@ def test_how_long_a_core_takes_for_an_image_leaves_waiting_out(workers):
     assert math.isnan(loading.seconds_an_image)
     list(loading)
     assert 0.002 <= loading.seconds_an_image < 0.006
+
+
+ENDED = """
+from tests.data.test_loaders import loader
+for batch in loader(1):
+    raise RuntimeError("a bug")
+"""
+
+
+def test_an_error_ends_the_process_though_others_still_load():
+    root = Path(__file__).parents[2]
+    ended = subprocess.run([sys.executable, "-c", ENDED], cwd=root, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and ended.stderr.endswith("RuntimeError: a bug\n")
+
+
+def test_a_thread_may_load():
+    """It starts the processes, as the thread does that is ahead of a step."""
+    take, found = Ahead(partial(next, iter(loader(2)))), []
+    with pytest.raises(StopIteration):
+        while True:
+            found += take().tolist()
+    assert len(found) == 60 and len({*found} - {os.getpid()}) == 2

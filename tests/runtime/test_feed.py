@@ -1,11 +1,12 @@
 """Batches on their way to the device: what they are made of gets there, each once and in order; and the waiting."""
 
+import threading
 import time
 
 import pytest
 import torch
 
-from vmamba.runtime.feed import Feed
+from vmamba.runtime.feed import Ahead, Feed
 from vmamba_kernels.private import keep_gpu_busy
 
 from .conftest import CPU
@@ -67,3 +68,43 @@ def test_a_gpu_gets_the_same_while_it_computes():
         sums.append(pixels.double().sum())
         del pixels
     assert torch.stack(sums).tolist() == [2 * number * 2**20 for number in range(parts)]
+
+
+def test_a_thread_makes_the_next_while_the_last_is_in_use():
+    made, threads = [], set()
+
+    def make():
+        threads.add(threading.get_ident())
+        if len(made) == 3:
+            raise StopIteration
+        made.append(len(made))
+        return made[-1]
+
+    ahead = Ahead(make)
+    assert made == [] and ahead() == 0
+    for expected in (1, 2):
+        while len(made) == expected:  # until the thread is ahead
+            time.sleep(0.001)
+        assert ahead() == expected
+    for _ in range(2):
+        with pytest.raises(StopIteration):
+            ahead()
+    assert threading.get_ident() not in threads and len(threads) == 1
+
+
+@pytest.mark.gpu
+def test_what_waits_for_a_gpu_is_done_by_a_thread():
+    """A batch is there at once though making it waits for the GPU, and is whole when the caller's stream reads it."""
+
+    def finish(batch):
+        keep_gpu_busy(20_000_000)
+        sent = batch * 2
+        torch.cuda.current_stream().synchronize()
+        return sent
+
+    device, sums = torch.device("cuda", 0), []
+    batches = [torch.full((2**20,), number, dtype=torch.int32).pin_memory() for number in range(8)]
+    for batch in Feed(batches, device, finish, ahead=True):
+        sums.append(batch.double().sum())
+        del batch
+    assert torch.stack(sums).tolist() == [2 * number * 2**20 for number in range(8)]

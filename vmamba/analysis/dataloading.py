@@ -14,14 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from timm.data import create_loader
 from torch import nn
+from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
 from vmamba.analysis.speed import describe
 from vmamba.analysis.tables import markdown as markdown_table
 from vmamba.analysis.tables import write_json
 from vmamba.analysis.zoo import choose_device
-from vmamba.config import get_config
+from vmamba.classification.datasets import Source
+from vmamba.classification.transforms import let_posterize_take_zero_bits
+from vmamba.config import get_config, image_size
 from vmamba.data.draws import IMAGE, permutation, preserved_generators, seed_generators
 from vmamba.data.loaders import Key, Loader
 from vmamba.errors import UserError
@@ -98,8 +102,8 @@ def measure(
     config: CfgNode, training: bool, device: torch.device, workers: Sequence[int], seconds: float
 ) -> dict[str, Any]:
     """Of one mode: `parts` (seconds an image), `loading` and `from_files` (images a second by number of processes),
-    `waited` (the share of the latter's time in which the device had no batch), `core` (seconds of a core an image),
-    `step` (images a second that the device could take)."""
+    `waited` (the share of the latter's time in which the device had no batch), `by_timm` (from files by timm's loader),
+    `core` (seconds of a core an image), `step` (images a second that the device could take)."""
     run = Run(config, open_task(config), World(0, 1, 0, device), logging.getLogger("vmamba"))
     loader = run.task.train_loader(run.world) if training else run.task.eval_loader(run.world)
     parts = time_loading(config, loader, training)
@@ -110,21 +114,26 @@ def measure(
     ready = loader.finish(to_device(batch, device))
     repeated = rate(iter(lambda: ready, None), work, end, seconds) * config.DATA.BATCH_SIZE
     parts["step"] = 1 / repeated
-    loading, from_files, waited = {}, {}, {}
+    loading, from_files, waited, by_timm = {}, {}, {}, {}
     for number in workers:
         feeding = endless(config, loader, number)
         loading[number] = rate(iter(feeding), lambda batch: None, lambda: None, seconds) * config.DATA.BATCH_SIZE
         core = feeding.seconds_an_image
         del feeding  # which ends its processes
-        start, batches = time.perf_counter(), Feed(endless(config, loader, number), device, loader.finish)
+        feeding = endless(config, loader, number)
+        start, batches = time.perf_counter(), Feed(feeding, device, feeding.finish, feeding.ahead)
         from_files[number] = rate(batches, work, end, seconds) * config.DATA.BATCH_SIZE
         waited[number] = batches.waited() / (time.perf_counter() - start)
-        del batches
+        del batches, feeding
+        theirs = endless_timm(config, loader, training, device, number)
+        by_timm[number] = rate(theirs, work, end, seconds) * config.DATA.BATCH_SIZE
+        del theirs
     return {
         "parts": parts,
         "loading": loading,
         "from_files": from_files,
         "waited": waited,
+        "by_timm": by_timm,
         "core": core,
         "step": repeated,
     }
@@ -210,6 +219,53 @@ def endless(config: CfgNode, loader: Loader, workers: int) -> Loader:
     return Loader(config, loader.examples, _Endless(config, len(loader.examples.source)), loader.collate, loader.finish)
 
 
+def endless_timm(config: CfgNode, loader: Loader, training: bool, device: torch.device, workers: int) -> Iterator[Any]:
+    """Batches on the device as timm's own loader makes them of the same images, with the same augmentation."""
+    channels, aug, data = config.MODEL.IN_CHANS, config.AUG, config.DATA
+    mean, std = (tuple(data[key]) * (channels // len(data[key])) for key in ("MEAN", "STD"))
+    theirs = create_loader(
+        _ForTimm(loader.examples.source.source, channels),
+        input_size=(channels, *image_size(config)),
+        batch_size=data.BATCH_SIZE,
+        is_training=training,
+        re_prob=aug.REPROB,
+        re_mode=aug.REMODE,
+        re_count=aug.RECOUNT,
+        scale=tuple(aug.SCALE),
+        ratio=tuple(aug.RATIO),
+        hflip=aug.HFLIP,
+        vflip=aug.VFLIP,
+        color_jitter=aug.COLOR_JITTER or None,
+        auto_augment=aug.AUTO_AUGMENT,
+        interpolation=data.INTERPOLATION,
+        mean=mean,
+        std=std,
+        num_workers=workers,
+        crop_pct=config.TEST.CROP_PCT,
+        crop_mode="center" if config.TEST.CROP else "squash",
+        pin_memory=device.type == "cuda",
+        device=device,
+        use_multi_epochs_loader=True,  # its processes go on from epoch to epoch
+    )
+    let_posterize_take_zero_bits(theirs.dataset.transform)
+    for _ in count():
+        yield from theirs
+
+
+class _ForTimm(Dataset):
+    """Images as Pillow decodes them; timm's loader sets `transform`."""
+
+    def __init__(self, source: Source, channels: int):
+        self.source, self.channels, self.transform = source, channels, None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, label = self.source.load(index, self.channels)
+        return self.transform(image), label
+
+
 class _Endless:
     def __init__(self, config: CfgNode, images: int):
         self.seed, self.size, self.images = config.SEED, config.DATA.BATCH_SIZE, images
@@ -281,6 +337,7 @@ def _page(mode: str, found: dict[str, Any]) -> str:
             f"{mode} from files, images/s": found["from_files"][number],
             "of the device's rate": found["from_files"][number] / found["step"],
             "of the time waiting for data": found["waited"][number],
+            "from files by timm's loader, images/s": found["by_timm"][number],
         }
         for number in found["loading"]
     ]

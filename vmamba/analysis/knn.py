@@ -102,7 +102,7 @@ def features(config: CfgNode, model: nn.Module, loader: Loader, device: torch.de
     Raises UserError where none of the images can be read.
     """
     found, labels = [], []
-    for images, targets in Feed(loader, device, loader.finish):
+    for images, targets in Feed(loader, device, loader.finish, loader.ahead):
         with autocast(config, device):
             pooled = model.forward_head(model.forward_features(images), pre_logits=True)
         found.append(F.normalize(pooled.float(), dim=1))

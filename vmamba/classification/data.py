@@ -10,6 +10,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from vmamba.classification.datasets import Source, open_dataset
+from vmamba.classification.nvjpeg import Decoder, Encoded, decode_later
 from vmamba.classification.transforms import Normalise, Pixels, build_pixels, collate
 from vmamba.data.draws import permutation
 from vmamba.data.images import check_decoder, decode, decode_pixels
@@ -28,7 +29,7 @@ def build_train_loader(config: CfgNode, *, rank: int, world_size: int, on_machin
     images = _images(config, True, rank, on_machine)
     examples = Examples(config, images, OnImage(build_pixels(config, True)), training=True)
     order, deal = _order(config, images), config.AUG.REPEATS > 1
-    return TrainLoader(config, examples, rank, world_size, collate, Normalise(config), order, deal)
+    return TrainLoader(config, examples, rank, world_size, collate, _finish(config), order, deal)
 
 
 def _order(config: CfgNode, images: "LabelledImages") -> Order | None:
@@ -61,7 +62,11 @@ def build_eval_loader(
     sees images.  Raises UserError when they are not there or do not fit."""
     images = _images(config, split == "train", rank, on_machine)
     examples = Examples(config, images, OnImage(build_pixels(config, False)), training=False)
-    return EvalLoader(config, examples, rank, world_size, collate, Normalise(config))
+    return EvalLoader(config, examples, rank, world_size, collate, _finish(config))
+
+
+def _finish(config: CfgNode) -> Normalise:
+    return Normalise(config, Decoder(config) if config.DATA.DECODE == "nvjpeg" else None)
 
 
 def _images(config: CfgNode, training: bool, rank: int, on_machine: Place) -> "LabelledImages":
@@ -73,15 +78,14 @@ class LabelledImages:
 
     def __init__(self, config: CfgNode, source: Source):
         self.source, self.channels, self.classes = source, config.MODEL.IN_CHANS, config.MODEL.NUM_CLASSES
-        self.decode = decode
-        if config.DATA.DECODE == "torchvision":
+        self.decode = {"pillow": decode, "torchvision": decode_pixels, "nvjpeg": decode_later}[config.DATA.DECODE]
+        if config.DATA.DECODE != "pillow":
             check_decoder()
-            self.decode = decode_pixels
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def load(self, index: int) -> tuple[Image.Image | Tensor, int]:
+    def load(self, index: int) -> tuple[Image.Image | Tensor | Encoded, int]:
         """Raises UnreadableImage, and UserError for a label out of range."""
         image, label = self.source.load(index, self.channels, self.decode)
         if not 0 <= label < self.classes:
@@ -117,9 +121,9 @@ class LabelledImages:
 class OnImage:
     """A transform of the image of (image, label)."""
 
-    def __init__(self, transform: Callable[[Image.Image | Tensor], Pixels]):
+    def __init__(self, transform: Callable[[Image.Image | Tensor | Encoded], Pixels]):
         self.transform = transform
 
-    def __call__(self, sample: tuple[Image.Image | Tensor, int]) -> tuple[Pixels, int]:
+    def __call__(self, sample: tuple[Image.Image | Tensor | Encoded, int]) -> tuple[Pixels, int]:
         image, label = sample
         return self.transform(image), label

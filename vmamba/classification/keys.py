@@ -22,8 +22,8 @@ KEYS = (
     key(
         "DATA.DECODE",
         "pillow",
-        "torchvision: JPEGs decoded by it, augmentation by batches where the model computes",
-        choices=("pillow", "torchvision"),
+        "torchvision: JPEGs decoded by it, augmented by batches where the model computes; nvjpeg: both on the GPU",
+        choices=("pillow", "torchvision", "nvjpeg"),
     ),
     key("DATA.INTERPOLATION", "bicubic", "of resizing", choices=_FILTERS),
     switch("DATA.ZIP_MODE", "read train.zip, train_map.txt, val.zip, val_map.txt instead of folders", flag="zip"),

@@ -1,16 +1,21 @@
 """Augmentation of batches on the device that computes.
 
 A loading process draws what timm would do to an image, with timm's own code and the same draws, and writes it down:
-its operations get a list in place of an image.  Here that is done to pixels of 8 bits of a whole batch, as Pillow does
-it to one image; the tests say how near the results are.
+its operations get a list in place of an image.  `in_passes` lays out what is to be done to a batch, and makes all that
+needs no pixels.  `Augment` does it to pixels of 8 bits, as Pillow does it to one image; the tests say how near the
+results are.
+
+A GPU is slower to be asked for many small things than to do them: so few passes, each for as many images as it can be.
 """
 
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from PIL.Image import Resampling
 from timm.data.auto_augment import AugmentOp, AutoAugment, RandAugment
@@ -29,10 +34,10 @@ class Operation:
     filter: int = Resampling.BILINEAR  # of one that moves pixels
 
 
-def write_down(steps: Sequence[Callable]) -> Callable[[], list[Operation]]:
+def write_down(steps: Sequence[Callable], way: str) -> Callable[[], list[Operation]]:
     """`steps` of timm's transform behind the crop, changed so that a call draws what they do and does nothing.
 
-    Raises UserError for a step that is not known here.
+    Raises UserError for a step that is not known here, and `way`, a DATA.DECODE, needs to be.
     """
     known = (
         transforms.RandomHorizontalFlip,
@@ -43,12 +48,12 @@ def write_down(steps: Sequence[Callable]) -> Callable[[], list[Operation]]:
     )
     for step in steps:
         if not isinstance(step, known):
-            raise UserError(f"DATA.DECODE torchvision does not do {type(step).__name__}; choose DATA.DECODE pillow")
+            raise UserError(f"DATA.DECODE {way} does not do {type(step).__name__}; choose DATA.DECODE pillow")
         for operation in [
             *getattr(step, "ops", []),
             *(each for policy in getattr(step, "policy", []) for each in policy),
         ]:
-            _write_down(operation)
+            _write_down(operation, way)
 
     def draw() -> list[Operation]:
         operations: list[Operation] = []
@@ -65,10 +70,10 @@ def write_down(steps: Sequence[Callable]) -> Callable[[], list[Operation]]:
     return draw
 
 
-def _write_down(operation: AugmentOp) -> None:
+def _write_down(operation: AugmentOp, way: str) -> None:
     name = operation.name.removesuffix("Increasing").removesuffix("Original")
-    if name not in _TABLES and name not in _BLENDS and name not in _MOVES:
-        raise UserError(f"DATA.DECODE torchvision does not do {operation.name}; choose DATA.DECODE pillow")
+    if name not in (*_TABLES, *_MEASURED, *_BLENDS, *_MOVES):
+        raise UserError(f"DATA.DECODE {way} does not do {operation.name}; choose DATA.DECODE pillow")
 
     def record(operations: list[Operation], value: float = 0.0, **options: Any) -> list[Operation]:
         resample = options.get("resample", Resampling.BILINEAR)
@@ -86,61 +91,124 @@ def _jitter(step: transforms.ColorJitter) -> list[Operation]:
     return [Operation(names[each], factors[each]) for each in order.tolist() if factors[each] is not None]
 
 
-Group = tuple[Tensor, Tensor]  # images by their place in the batch, int64, and the values of their operations
+def in_passes(of_images: Sequence[Sequence[Operation]], height: int, width: int) -> dict[str, Any]:
+    """What is done to a batch of images of this size: again and again all kinds of passes in turn, each for the images
+    whose next operation is of its kind, until nothing is left.
+
+    Returns `passes`, of each its kind and how many images get which of its operations; and what they need, one pass
+    behind the other: `places` of images in the batch, int64; `matrices` (N, 2, 3) and `factors` (N,), float32; `tables`
+    (N, 256), uint8.
+    """
+    left = [[*operations] for operations in of_images]
+    passes, places, matrices, factors, tables = [], [], [], [], []
+    while any(left):
+        for kind, names in _KINDS.items():
+            due: dict[str | int, list[tuple[int, Operation]]] = {name: [] for name in names}
+            for image, operations in enumerate(left):
+                if operations and _name(operations[0]) in due:
+                    operation = operations.pop(0)
+                    due[_name(operation)].append((image, operation))
+            todo = [*chain(*due.values())]
+            if todo:
+                passes.append((kind, [len(those) for those in due.values()]))
+            for image, operation in todo:
+                places.append(image)
+                if operation.name in _MOVES:
+                    matrices.append(_MOVES[operation.name](operation.value, height, width))
+                elif operation.name in _TABLES:
+                    tables.append(_TABLES[operation.name](np.float32(operation.value)))
+                elif operation.name in _WITH_FACTOR:
+                    factors.append(operation.value)
+    return {
+        "passes": passes,
+        "places": torch.tensor(places, dtype=torch.int64),
+        "matrices": torch.tensor(matrices, dtype=torch.float32).view(-1, 2, 3),
+        "factors": torch.tensor(factors, dtype=torch.float32),
+        "tables": torch.from_numpy(np.array(tables, dtype=np.uint8).reshape(-1, 256)),
+    }
 
 
-def in_groups(of_images: Sequence[Sequence[Operation]]) -> list[dict[tuple[str, int], Group]]:
-    """What is done to a batch: first the first operation of each image, then the second, ..., alike ones together."""
-    rounds = []
-    for turn in range(max(map(len, of_images), default=0)):
-        members: dict[tuple[str, int], list[tuple[int, float]]] = {}
-        for image, operations in enumerate(of_images):
-            if turn < len(operations):
-                each = operations[turn]
-                members.setdefault((each.name, each.filter), []).append((image, each.value))
-        rounds.append(
-            {
-                kind: (torch.tensor([image for image, _ in those]), torch.tensor([value for _, value in those]))
-                for kind, those in members.items()
-            }
-        )
-    return rounds
+def _name(operation: Operation) -> str | int:
+    """Among those of its kind."""
+    if operation.name in _MOVES:
+        return operation.filter
+    return _KNOWN if operation.name in _TABLES else operation.name
 
 
 class Augment:
-    """Does what `in_groups` lists.  `fill`: of each channel, 0 to 255, for pixels that come from outside an image."""
+    """Does what `in_passes` lists.  `fill`: of each channel, 0 to 255, for pixels that come from outside an image."""
 
     def __init__(self, fill: Sequence[int]):
         self.fill = torch.tensor(fill, dtype=torch.float32)[:, None, None]
 
-    def __call__(self, images: Tensor, rounds: Sequence[Mapping[tuple[str, int], Group]]) -> Tensor:
+    def __call__(self, images: Tensor, todo: Mapping[str, Any]) -> Tensor:
         """(B, C, H, W) uint8 -> the same shape and type; `images` is written to."""
-        if rounds and self.fill.device != images.device:
+        if todo["passes"] and self.fill.device != images.device:
             self.fill = self.fill.to(images.device, non_blocking=True)
-        for groups in rounds:
-            for (name, resample), (places, values) in groups.items():
-                some = images.index_select(0, places)
-                images.index_copy_(0, places, self._done(name, resample, some, values))
+        places, matrices, factors, tables = (_Row(todo[name]) for name in ("places", "matrices", "factors", "tables"))
+        for kind, counts in todo["passes"]:
+            where = places.take(sum(counts))
+            some = images.index_select(0, where)
+            if kind in _FLIPS:
+                done = some.flip(_FLIPS[kind])
+            elif kind == "table":
+                done = _looked_up(some, counts, tables.take(counts[0]), factors.take(counts[-1]))
+            elif kind == "blend":
+                done = _blended(some, counts, factors.take(len(some)))
+            else:
+                done = _moved(some, matrices.take(len(some)), kind, self.fill)
+            images.index_copy_(0, where, done)
         return images
 
-    def _done(self, name: str, resample: int, images: Tensor, values: Tensor) -> Tensor:
-        if name in _FLIPS:
-            return images.flip(_FLIPS[name])
-        if name in _TABLES:
-            table = _TABLES[name](images, values).expand(*images.shape[:2], 256)
-            return table.to(torch.uint8).gather(2, images.flatten(2).long()).view_as(images)
-        if name in _BLENDS:
-            return _blend(_BLENDS[name](images), images.float(), values[:, None, None, None]).to(torch.uint8)
-        return _moved(images, _MOVES[name](values, *images.shape[2:]), resample, self.fill)
+
+class _Row:
+    """Of a tensor what lies one behind the other."""
+
+    def __init__(self, values: Tensor):
+        self.values, self.taken = values, 0
+
+    def take(self, number: int) -> Tensor:
+        start, self.taken = self.taken, self.taken + number
+        return self.values[start : self.taken]
 
 
 _FLIPS = {"HorizontalFlip": 3, "VerticalFlip": 2}
 
-# Operations on each value by itself: images (B, C, H, W) and values (B,) -> what becomes of 0 to 255, (B, C or 1, 256).
+# Operations on each value by itself whatever the image: what becomes of 0 to 255.
+
+_LEVELS = np.arange(256)
 
 
-def _levels(values: Tensor) -> Tensor:
-    return torch.arange(256, device=values.device)
+def _posterize(bits: np.float32) -> np.ndarray:
+    """Of 8 bits the upper ones are kept."""
+    grain = int(2 ** (8 - bits.clip(0, 8)))
+    return _LEVELS // grain * grain
+
+
+_TABLES: dict[str, Callable[[np.float32], np.ndarray]] = {
+    "Brightness": lambda factor: (factor * _LEVELS.astype(np.float32)).clip(0, 255),
+    "Invert": lambda _: 255 - _LEVELS,
+    "Posterize": _posterize,
+    "Solarize": lambda threshold: np.where(threshold > _LEVELS, _LEVELS, 255 - _LEVELS),
+    "SolarizeAdd": lambda more: np.where(_LEVELS < 128, (_LEVELS + int(more)).clip(0, 255), _LEVELS),
+}
+
+# Those for which an image is measured: images (B, C, H, W) and factors (B,) -> tables (B, C or 1, 256).
+
+
+def _looked_up(images: Tensor, counts: Sequence[int], tables: Tensor, factors: Tensor) -> Tensor:
+    """`tables` (N, 256) are of the first images, `factors` of the last."""
+    known, *measured = images.split(counts)
+    found = [
+        tables[:, None],
+        *(_MEASURED[name](some, factors) for name, some in zip(_MEASURED, measured, strict=True) if len(some)),
+    ]
+    table = torch.cat([each.to(torch.uint8).expand(-1, images.shape[1], -1) for each in found])
+    return table.gather(2, images.flatten(2).long()).view_as(images)
+
+
+def _levels(images: Tensor) -> Tensor:
+    return torch.arange(256, device=images.device)
 
 
 def _blend(one: Tensor, other: Tensor, factor: Tensor) -> Tensor:
@@ -149,10 +217,10 @@ def _blend(one: Tensor, other: Tensor, factor: Tensor) -> Tensor:
 
 
 def _gray(images: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, 1, H, W) int64, as Pillow's mode L."""
+    """(B, C, H, W) -> (B, 1, H, W) int32, as Pillow's mode L."""
     if images.shape[1] == 1:
-        return images.long()
-    red, green, blue = images.long().split(1, dim=1)
+        return images.int()
+    red, green, blue = images.int().split(1, dim=1)
     return (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
 
 
@@ -162,101 +230,72 @@ def _histogram(images: Tensor) -> Tensor:
     return values.new_zeros(*values.shape[:2], 256).scatter_add_(2, values, torch.ones_like(values))
 
 
-def _brightness(images: Tensor, values: Tensor) -> Tensor:
-    levels = _levels(values).float()
-    return _blend(torch.zeros_like(levels), levels, values[:, None])[:, None]
+def _contrast(images: Tensor, factors: Tensor) -> Tensor:
+    gray, pixels = _gray(images).flatten(1).sum(1, keepdim=True), images[0, 0].numel()
+    mean = (2 * gray + pixels) // (2 * pixels)  # rounded half up
+    return _blend(mean.float(), _levels(images).float(), factors[:, None])[:, None]
 
 
-def _contrast(images: Tensor, values: Tensor) -> Tensor:
-    mean = (_gray(images).flatten(1).double().mean(1) + 0.5).floor().float()[:, None]
-    return _blend(mean, _levels(values).float(), values[:, None])[:, None]
-
-
-def _auto_contrast(images: Tensor, values: Tensor) -> Tensor:
+def _auto_contrast(images: Tensor, factors: Tensor) -> Tensor:
     """The darkest value of a channel becomes 0, the lightest 255."""
-    there, levels = _histogram(images) > 0, _levels(values)
-    low, high = torch.where(there, levels, 255).amin(2, True), torch.where(there, levels, 0).amax(2, True)
-    span = (high - low).clamp(min=1).double()
+    low, high = (bound[:, :, None].long() for bound in images.flatten(2).aminmax(dim=2))
+    span, levels = (high - low).clamp(min=1).double(), _levels(images)
     scale = torch.full_like(span, 255) / span  # 255 / span would multiply by the reciprocal
     stretched = (levels * scale - low * scale).clamp(0, 255).floor()
     return torch.where(high > low, stretched.long(), levels)
 
 
-def _equalize(images: Tensor, values: Tensor) -> Tensor:
+def _equalize(images: Tensor, factors: Tensor) -> Tensor:
     """Each value of a channel comes as often as others, as far as that goes."""
-    counts, levels = _histogram(images), _levels(values)
-    last = torch.where(counts > 0, levels, 0).amax(2, True)
-    step = (counts.sum(2, True) - counts.gather(2, last)) // 255
+    counts, levels = _histogram(images), _levels(images)
+    last = images.flatten(2).amax(2, keepdim=True).long()
+    step = (images[0, 0].numel() - counts.gather(2, last)) // 255
     before = counts.cumsum(2) - counts
     table = (step // 2 + before) // step.clamp(min=1)
     return torch.where(step > 0, table.clamp(max=255), levels)
 
 
-def _invert(images: Tensor, values: Tensor) -> Tensor:
-    return (255 - _levels(values))[None, None]
+_MEASURED = {"AutoContrast": _auto_contrast, "Equalize": _equalize, "Contrast": _contrast}
+
+# Operations that go from another image to this one, and beyond: images (B, C, H, W) -> the other ones.
 
 
-def _posterize(images: Tensor, values: Tensor) -> Tensor:
-    """Of 8 bits the upper `values` are kept."""
-    grain = (2.0 ** (8 - values.clamp(0, 8))).long()[:, None]
-    return (_levels(values) // grain * grain)[:, None]
-
-
-def _solarize(images: Tensor, values: Tensor) -> Tensor:
-    levels = _levels(values)
-    return torch.where(levels < values[:, None], levels, 255 - levels)[:, None]
-
-
-def _solarize_add(images: Tensor, values: Tensor) -> Tensor:
-    levels = _levels(values)
-    return torch.where(levels < 128, (levels + values[:, None].long()).clamp(max=255), levels)[:, None]
-
-
-_TABLES = {
-    "Brightness": _brightness, "Contrast": _contrast, "AutoContrast": _auto_contrast, "Equalize": _equalize,
-    "Invert": _invert, "Posterize": _posterize, "Solarize": _solarize, "SolarizeAdd": _solarize_add,
-}  # fmt: skip
-
-# Operations that go from another image to this one, and beyond.
+def _blended(images: Tensor, counts: Sequence[int], factors: Tensor) -> Tensor:
+    parts = zip(_BLENDS.values(), images.split(counts), strict=True)
+    others = torch.cat([other(some).float().expand_as(some) for other, some in parts if len(some)])
+    return _blend(others, images.float(), factors[:, None, None, None]).to(torch.uint8)
 
 
 def _smooth(images: Tensor) -> Tensor:
     """Pillow's SMOOTH, which leaves the border as it is."""
-    kernel = torch.ones(3, 3, device=images.device)
-    kernel[1, 1] = 5
-    out, channels = images.float(), images.shape[1]
+    out = images.float()
     if min(images.shape[2:]) > 2:
-        kernel = (kernel / 13).expand(channels, 1, 3, 3)
-        inner = torch.nn.functional.conv2d(out, kernel, groups=channels)
-        out[:, :, 1:-1, 1:-1] = (inner + 0.5).floor().clamp(0, 255)
+        around = torch.nn.functional.avg_pool2d(out, 3, stride=1, divisor_override=1)
+        inner = out[:, :, 1:-1, 1:-1]
+        inner.copy_(((around + 4 * inner) / 13 + 0.5).floor())  # never a half: 13 is odd
     return out
 
 
-_BLENDS = {"Color": lambda images: _gray(images).float(), "Sharpness": _smooth}
+_BLENDS = {"Color": _gray, "Sharpness": _smooth}
 
-# Operations that move pixels: values (B,), height, width -> matrices (B, 2, 3) from a place in the result to that in
-# the image, in pixels from the upper left corner.
-
-
-def _matrices(*rows: Tensor | float) -> Tensor:
-    like = next(each for each in rows if isinstance(each, Tensor))
-    return torch.stack([torch.as_tensor(each).to(like).expand_as(like) for each in rows], 1).view(-1, 2, 3)
+# Operations that move pixels: value, height, width -> the matrix (2 x 3, row by row) from a place in the result to that
+# in the image, in pixels from the upper left corner.
 
 
-def _rotate(degrees: Tensor, height: int, width: int) -> Tensor:
-    angle = -degrees * (math.pi / 180)
-    cos, sin, x, y = angle.cos(), angle.sin(), width / 2, height / 2
-    return _matrices(cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y)
+def _rotate(degrees: float, height: int, width: int) -> tuple[float, ...]:
+    angle = -math.radians(degrees)
+    cos, sin, x, y = math.cos(angle), math.sin(angle), width / 2, height / 2
+    return cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y
 
 
-_MOVES: dict[str, Callable[[Tensor, int, int], Tensor]] = {
+_MOVES: dict[str, Callable[[float, int, int], tuple[float, ...]]] = {
     "Rotate": _rotate,
-    "ShearX": lambda factor, height, width: _matrices(1.0, factor, 0.0, 0.0, 1.0, 0.0),
-    "ShearY": lambda factor, height, width: _matrices(1.0, 0.0, 0.0, factor, 1.0, 0.0),
-    "TranslateX": lambda pixels, height, width: _matrices(1.0, 0.0, pixels, 0.0, 1.0, 0.0),
-    "TranslateY": lambda pixels, height, width: _matrices(1.0, 0.0, 0.0, 0.0, 1.0, pixels),
-    "TranslateXRel": lambda share, height, width: _matrices(1.0, 0.0, share * width, 0.0, 1.0, 0.0),
-    "TranslateYRel": lambda share, height, width: _matrices(1.0, 0.0, 0.0, 0.0, 1.0, share * height),
+    "ShearX": lambda factor, height, width: (1, factor, 0, 0, 1, 0),
+    "ShearY": lambda factor, height, width: (1, 0, 0, factor, 1, 0),
+    "TranslateX": lambda pixels, height, width: (1, 0, pixels, 0, 1, 0),
+    "TranslateY": lambda pixels, height, width: (1, 0, 0, 0, 1, pixels),
+    "TranslateXRel": lambda share, height, width: (1, 0, share * width, 0, 1, 0),
+    "TranslateYRel": lambda share, height, width: (1, 0, 0, 0, 1, share * height),
 }
 
 
@@ -266,31 +305,46 @@ def _moved(images: Tensor, matrices: Tensor, resample: int, fill: Tensor) -> Ten
     batch, channels, height, width = images.shape
     rows = torch.arange(height, device=images.device)[:, None] + 0.5
     columns = torch.arange(width, device=images.device) + 0.5
-    a, b, c, d, e, f = matrices.flatten(1)[:, :, None, None].unbind(1)
-    x, y = a * columns + b * rows + c, d * columns + e * rows + f  # (B, H, W)
-    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    flat, out = images.flatten(2), 0.0
-    for row, of_row in _taps(y, height, resample):
-        for column, of_column in _taps(x, width, resample):
-            place = (row * width + column).view(batch, 1, -1).expand(-1, channels, -1)
-            out = out + (of_row * of_column)[:, None] * flat.gather(2, place).view_as(images)
+    size = width + (height - width) * torch.arange(2, device=images.device)[:, None, None]
+    of_column, of_row, shift = matrices[..., None, None].unbind(2)
+    at = of_column * columns + of_row * rows + shift  # (B, 2, H, W): x and y
+    inside = ((at >= 0) & (at < size)).all(1, keepdim=True)
+    pixels, weights = _taps(at, size, resample)
+    places, of_places = pixels[:, 0], weights[:, 0, None]
+    lines, of_lines = (pixels[:, 1] * width).unbind(1), weights[:, 1, :, None].unbind(1)
+    out = 0.0
+    for line, of_line in zip(lines, of_lines, strict=True):
+        where = (line[:, None] + places).view(batch, 1, -1).expand(-1, channels, -1)
+        values = images.flatten(2).gather(2, where).view(batch, channels, -1, height, width)
+        out = out + of_line * (values * of_places).sum(2)
     out = (out + 1e-3).clamp(0, 255).floor()  # Pillow rounds down, and 41.9999 here is 42 there
-    return torch.where(inside[:, None], out, fill).to(torch.uint8)
+    return torch.where(inside, out, fill).to(torch.uint8)
 
 
-def _taps(at: Tensor, size: int, resample: int) -> list[tuple[Tensor, Tensor]]:
-    """The pixels of a line that a filter reads, and their weights."""
+def _taps(at: Tensor, size: Tensor, resample: int) -> tuple[Tensor, Tensor]:
+    """Places (B, 2, H, W) -> along each axis, of this `size`, the T pixels that a filter reads (B, 2, T, H, W), int64,
+    and their weights."""
     if resample == Resampling.NEAREST:
-        return [(at.floor().long().clamp(0, size - 1), torch.ones_like(at))]
-    first = (at - 0.5).floor()
-    t = at - 0.5 - first
-    if resample == Resampling.BILINEAR:
-        weights = {0: 1 - t, 1: t}
-    else:  # cubic with a = -1
-        weights = {
-            -1: -t + 2 * t**2 - t**3,
-            0: 1 - 2 * t**2 + t**3,
-            1: t + t**2 - t**3,
-            2: -(t**2) + t**3,
-        }
-    return [((first.long() + step).clamp(0, size - 1), weight) for step, weight in weights.items()]
+        first, start, weights = at.floor(), 0, [torch.ones_like(at)]
+    else:
+        first = (at - 0.5).floor()
+        t = at - 0.5 - first
+        if resample == Resampling.BILINEAR:
+            start, weights = 0, [1 - t, t]
+        else:  # cubic with a = -1
+            square = t * t
+            last = square * t - square
+            start, weights = -1, [square - t - last, 1 - square + last, t - last, last]
+    steps = torch.arange(start, start + len(weights), device=at.device)[:, None, None]
+    pixels = first.long()[:, :, None] + steps
+    return pixels.clamp(min=0).minimum(size[:, None] - 1), torch.stack(weights, 2)
+
+
+# The kinds of passes, in the order in which they are tried, and the operations of each.
+_KNOWN, _WITH_FACTOR = "known table", ("Contrast", *_BLENDS)
+_KINDS: dict[str | int, tuple[str | int, ...]] = {
+    **{flip: (flip,) for flip in _FLIPS},
+    **{int(kind): (int(kind),) for kind in (Resampling.NEAREST, Resampling.BILINEAR, Resampling.BICUBIC)},
+    "table": (_KNOWN, *_MEASURED),
+    "blend": tuple(_BLENDS),
+}

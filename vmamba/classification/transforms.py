@@ -14,15 +14,24 @@ import torch
 from PIL import Image, ImageOps
 from timm.data import Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import RandomResizedCropAndInterpolation
+from timm.data.transforms import RandomResizedCropAndInterpolation, ResizeKeepRatio
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.nn.functional import interpolate
 from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor
-from torchvision.transforms.v2.functional import resize, resized_crop
 from yacs.config import CfgNode
 
-from vmamba.classification.on_device import Augment, Operation, in_groups, write_down
+from vmamba.classification.nvjpeg import (
+    FILTERS,
+    Decoder,
+    Encoded,
+    Later,
+    check_steps,
+    draw_crop,
+    gather_files,
+    resized_size,
+)
+from vmamba.classification.on_device import Augment, Operation, in_passes, write_down
 from vmamba.config import image_size
 from vmamba.data.draws import MIXUP, preserved_generators, seed_generators
 from vmamba.data.images import COLOURS
@@ -45,7 +54,7 @@ class Patch:
 class Pixels(NamedTuple):
     """What a loading process makes of an image."""
 
-    values: Tensor  # (C, H, W) uint8
+    values: Tensor | Later  # (C, H, W) uint8
     operations: Sequence[Operation] = ()  # what is still to be done to them
     patches: Sequence[Patch] = ()  # what is put into them then
 
@@ -53,7 +62,7 @@ class Pixels(NamedTuple):
 def build_transform(config: CfgNode, training: bool) -> Callable[[Image.Image | Tensor], Tensor]:
     """timm's transform from an image to (IN_CHANS, H, W) float32: of one image what a run does by batches."""
     to_pixels, normalise = build_pixels(config, training), Normalise(config)
-    of_tensors = config.DATA.DECODE == "torchvision"
+    of_tensors = config.DATA.DECODE != "pillow"
 
     def transform(image: Image.Image | Tensor) -> Tensor:
         image = pil_to_tensor(image) if of_tensors else image
@@ -63,8 +72,8 @@ def build_transform(config: CfgNode, training: bool) -> Callable[[Image.Image | 
 
 
 def build_pixels(config: CfgNode, training: bool) -> Callable[[Any], Pixels]:
-    """The part of timm's transform that a loading process does, of an image as DATA.DECODE gives it: Pillow's, or a
-    tensor, of which it does the crop and leaves the rest to `Normalise`.
+    """The part of timm's transform that a loading process does, of an image as DATA.DECODE gives it: Pillow's; or a
+    tensor, of which it does the crop and leaves the rest to `Normalise`; or a file, of which it draws the crop.
 
     For training at up to 32 pixels the image is resized, padded by an eighth and cropped, instead of zoomed into.
     """
@@ -97,7 +106,7 @@ def build_pixels(config: CfgNode, training: bool) -> Callable[[Any], Pixels]:
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(f"timm does not know AUG.AUTO_AUGMENT '{aug.AUTO_AUGMENT}': {error}") from error
-    _let_posterize_take_zero_bits(transform)
+    let_posterize_take_zero_bits(transform)
     if small:
         mode = transforms.InterpolationMode(config.DATA.INTERPOLATION)
         padded = transforms.RandomCrop(size, padding=(size[1] // 8, size[0] // 8))
@@ -110,15 +119,20 @@ def _by_decoder(
     config: CfgNode, transform: transforms.Compose, crop_steps: int, erasing: RandomErasing | None = None
 ) -> Callable[[Any], Pixels]:
     """timm's `transform`, of which the first `crop_steps` make an image of the right size and the last a tensor."""
-    if config.DATA.DECODE == "pillow":
+    way = config.DATA.DECODE
+    if way == "pillow":
         return _ToPixels(transform, tuple, erasing)
-    if config.DATA.INTERPOLATION not in _OF_TENSORS:
+    filters = FILTERS if way == "nvjpeg" else _OF_TENSORS
+    if config.DATA.INTERPOLATION not in filters:
         raise UserError(
-            f"DATA.INTERPOLATION is {config.DATA.INTERPOLATION}, which DATA.DECODE torchvision does not do; choose one "
-            f"of {', '.join(_OF_TENSORS)}, or DATA.DECODE pillow"
+            f"DATA.INTERPOLATION is {config.DATA.INTERPOLATION}, which DATA.DECODE {way} does not do; choose one of "
+            f"{', '.join(filters)}, or DATA.DECODE pillow"
         )
     steps = transform.transforms
-    return _ToPixels(_Crop(steps[:crop_steps]), write_down(steps[crop_steps:-1]), erasing)
+    if way == "nvjpeg":
+        check_steps(steps[:crop_steps])
+    crop = _Crop(steps[:crop_steps], config.MODEL.IN_CHANS)
+    return _ToPixels(crop, write_down(steps[crop_steps:-1], way), erasing)
 
 
 def _check_bands(config: CfgNode, training: bool) -> None:
@@ -142,7 +156,7 @@ class _ToPixels:
 
     def __init__(
         self,
-        crop: Callable[[Any], Tensor],
+        crop: Callable[[Any], Tensor | Later],
         draw: Callable[[], Sequence[Operation]],
         erasing: RandomErasing | None,
     ):
@@ -157,21 +171,32 @@ class _ToPixels:
 
 
 class _Crop:
-    """The first steps of timm's transform on a tensor (C, H, W), uint8."""
+    """The first steps of timm's transform on a tensor (C, H, W), uint8, or drawn for a file."""
 
-    def __init__(self, steps: Sequence[Callable]):
-        self.steps = steps
+    def __init__(self, steps: Sequence[Callable], channels: int):
+        self.steps, self.channels = steps, channels
 
-    def __call__(self, image: Tensor) -> Tensor:
+    def __call__(self, image: Tensor | Encoded) -> Tensor | Later:
+        if isinstance(image, Encoded):
+            return draw_crop(self.steps, image, self.channels)
         for step in self.steps:
             if isinstance(step, RandomResizedCropAndInterpolation):
-                place = step.get_params(image, step.scale, step.ratio)
-                image = resized_crop(image, *place, list(step.size), step.interpolation, antialias=True)
+                top, left, height, width = step.get_params(image, step.scale, step.ratio)
+                image = _resize(image[:, top : top + height, left : left + width], step.size, step.interpolation)
+            elif isinstance(step, ResizeKeepRatio):
+                image = _resize(image, step.get_params(image, step.size, step.longest), step.interpolation)
             elif isinstance(step, transforms.Resize):
-                image = resize(image, step.size, step.interpolation, antialias=True)
+                image = _resize(image, resized_size(step.size, *image.shape[1:]), step.interpolation)
             else:
                 image = step(image)
         return image
+
+
+def _resize(image: Tensor, size: Sequence[int], mode: transforms.InterpolationMode) -> Tensor:
+    """With a low pass, each direction rounded to bytes as Pillow does; torchvision 0.21 rounds bilinear's once, after
+    both, and takes four times as long."""
+    smooth = {} if mode == mode.NEAREST else {"antialias": True, "align_corners": False}
+    return interpolate(image[None], tuple(size), mode=mode.value, **smooth)[0]
 
 
 class _Erased:
@@ -193,33 +218,42 @@ class _Erased:
 
 def collate(samples: Sequence[tuple[Pixels, int]]) -> dict[str, Any]:
     """Samples of (pixels, label) -> what `Normalise` takes: `images` (B, C, H, W), uint8; `labels` (B,), int64;
-    `operations`, as `in_groups` lists them; `places`, of each patch (image, top, left, height, width); `patches`, the
-    values of all of them in one row."""
-    images, labels = default_collate([(pixels.values, label) for pixels, label in samples])
-    patches = [(number, patch) for number, (pixels, _) in enumerate(samples) for patch in pixels.patches]
+    `operations`, as `in_passes` lists them; `places`, of each patch (image, top, left, height, width); `patches`, the
+    values of all of them in one row; and where the GPU shall decode images `files`, which are not among `images`."""
+    each = [pixels for pixels, _ in samples]
+    shape, later = (
+        each[0].values.shape,
+        [place for place, pixels in enumerate(each) if isinstance(pixels.values, Later)],
+    )
+    ready = [pixels.values for pixels in each if isinstance(pixels.values, Tensor)]
+    patches = [(number, patch) for number, pixels in enumerate(each) for patch in pixels.patches]
     return {
-        "images": images,
-        "labels": labels,
-        "operations": in_groups([pixels.operations for pixels, _ in samples]),
+        "images": torch.stack(ready) if ready else torch.empty(0, *shape, dtype=torch.uint8),
+        "labels": torch.tensor([label for _, label in samples]),
+        "operations": in_passes([pixels.operations for pixels in each], *shape[1:]),
         "places": [(number, patch.top, patch.left, *patch.values.shape[1:]) for number, patch in patches],
         "patches": torch.cat([torch.empty(0), *(patch.values.flatten() for _, patch in patches)]),
+        **({"files": gather_files([each[place].values for place in later], later)} if later else {}),
     }
 
 
 class Normalise:
-    """What `collate` made, on any device -> images (B, C, H, W), float32, the operations done, DATA.MEAN taken off,
-    over DATA.STD, the patches put in; labels (B,).
+    """What `collate` made, on any device -> images (B, C, H, W), float32, decoded where they are not, the operations
+    done, DATA.MEAN taken off, over DATA.STD, the patches put in; labels (B,).
 
+    `waits`: for the device, see `Loader.ahead`.
     Divisions are by tensors: for a number a GPU would multiply by its reciprocal, which gives another last bit.
     """
 
-    def __init__(self, config: CfgNode):
+    def __init__(self, config: CfgNode, decode: Decoder | None = None):
         mean, std = (torch.tensor(_by_channel(config, key)) for key in ("MEAN", "STD"))
         self.constants = torch.tensor(255.0), mean[:, None, None], std[:, None, None]
         self.augment = Augment([min(255, round(255 * value)) for value in mean.tolist()])  # corners as timm fills them
+        self.decode, self.waits = decode, decode is not None
 
     def __call__(self, batch: Mapping[str, Any]) -> Batch:
-        images = self.augment(batch["images"], batch["operations"])
+        images = self.decode(batch) if self.decode else batch["images"]
+        images = self.augment(images, batch["operations"])
         images = images.to(torch.float32, memory_format=torch.contiguous_format)
         if self.constants[0].device != images.device:
             self.constants = tuple(constant.to(images.device, non_blocking=True) for constant in self.constants)
@@ -250,7 +284,7 @@ def _checked_policy(policy: str | None) -> str | None:
     return policy
 
 
-def _let_posterize_take_zero_bits(transform: transforms.Compose) -> None:
+def let_posterize_take_zero_bits(transform: transforms.Compose) -> None:
     """timm posterizes to 0 bits now and then, which Pillow 13 refuses; it used to give a black image."""
     for step in transform.transforms:
         for operations in [getattr(step, "ops", []), *getattr(step, "policy", [])]:

@@ -54,7 +54,7 @@ def decode(image: Image.Image | bytes | str | Path | BinaryIO, channels: int, na
         if channels not in COLOURS:
             return _bands(image, channels)
         if not isinstance(image, Image.Image):
-            image = _open(image)
+            image = open_image(image)
         sixteen_bits = any(re.search("(?<!BGR);16", str(tile[3])) for tile in getattr(image, "tile", ()))
         image.load()
         if image.mode.startswith("I"):
@@ -75,7 +75,7 @@ def decode_pixels(image: Image.Image | bytes | str | Path | BinaryIO, channels: 
         if isinstance(image, (str, Path)):
             image = Path(image).read_bytes()
         if isinstance(image, bytes):
-            data, image = image, _open(image)
+            data, image = image, open_image(image)
             if image.format == "JPEG" and image.mode in ("L", _mode(channels)):
                 with suppress(RuntimeError):  # of a damaged one, of which Pillow says more clearly what is wrong
                     return _decode_jpeg(data, channels)
@@ -126,7 +126,7 @@ def _bands(image: Image.Image | bytes | str | Path | BinaryIO, channels: int) ->
     if isinstance(image, bytes) and image.startswith(b"\x93NUMPY"):
         array = np.load(io.BytesIO(image), allow_pickle=False)
     else:
-        image = image if isinstance(image, Image.Image) else _open(image)
+        image = image if isinstance(image, Image.Image) else open_image(image)
         array = np.asarray(image)
     if array.dtype != np.uint8:
         raise ValueError(f"its values are {array.dtype}; scale them to 0..255 and convert them to uint8")
@@ -138,7 +138,8 @@ def _bands(image: Image.Image | bytes | str | Path | BinaryIO, channels: int) ->
     return torch.from_numpy(array.copy())
 
 
-def _open(file: bytes | str | Path | BinaryIO) -> Image.Image:
+def open_image(file: bytes | str | Path | BinaryIO) -> Image.Image:
+    """Of its header: pixels are read when they are asked for."""
     if isinstance(file, (str, Path)):
         file = Path(file).read_bytes()
     if isinstance(file, bytes):

@@ -1,20 +1,26 @@
 """Loaders of any task's batches: what they give is a function of seed, epoch and index, and their errors are values."""
 
+import atexit
 import errno
 import logging
 import random
 import re
+import signal
+import sys
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 from yacs.config import CfgNode
 
 from vmamba.data.draws import IMAGE, permutation, preserved_generators, seed_generators
 from vmamba.data.images import UnreadableImage
+from vmamba.data.packing import Packed, pack
 from vmamba.data.sampling import numbered
 from vmamba.errors import UserError
 from vmamba.signals import leave_them_to_the_parent
@@ -27,6 +33,9 @@ Order = Callable[[int], Sequence[int]]  # of an epoch the indices of its samples
 Seconds = float  # of a core: what was computed, without waiting for files
 
 _REPLACEMENTS = 10  # samples tried in the place of an unreadable one
+_SWITCH = (
+    0.0005  # seconds after which the thread that decodes lets that go on by which the training process gets a batch
+)
 
 
 class Source(Protocol):
@@ -118,6 +127,12 @@ class Loader:
         return len(self._loader)
 
     @property
+    def ahead(self) -> bool:
+        """Whether a thread shall load and finish batches: where finishing waits for the device (`finish.waits`), but
+        not where this process loads, with the generators that a step draws from too."""
+        return getattr(self.finish, "waits", False) and self._loader.num_workers > 0
+
+    @property
     def skipped(self) -> int:
         return len(self._skipped)
 
@@ -138,7 +153,7 @@ class Loader:
                 self._count(unreadable)
                 self._note(kept)
                 if batch is not None:
-                    yield batch
+                    yield batch.unpack() if isinstance(batch, Packed) else batch
         except (RuntimeError, OSError) as error:
             sentence = _lacking(error)
             if sentence is None:
@@ -152,6 +167,7 @@ class Loader:
         iterator = iter(self._loader)
         for process in getattr(iterator, "_workers", ()):
             process.terminate = process.kill  # how PyTorch ends one that hangs: they are deaf to SIGTERM
+            _loading.add(process)
         return iterator
 
     def _count(self, unreadable: list[str]) -> None:
@@ -299,12 +315,27 @@ class _Collate:
                 return example
         kept = [place for place, (example, _) in enumerate(examples) if example is not None]
         batch = self.collate([examples[place][0] for place in kept]) if kept else None
+        if batch is not None and get_worker_info():
+            batch = pack(batch)
         unreadable = [sentence for _, names in examples for sentence in names]
         return batch, unreadable, len(examples), seconds + time.thread_time() - start, kept
 
 
+_loading: weakref.WeakSet[BaseProcess] = weakref.WeakSet()  # processes
+
+
+@atexit.register
+def _end_loading() -> None:
+    """Where an error ends this process in the middle of an iteration: Python would ask them by SIGTERM, and wait."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # by which PyTorch would say that they were killed
+    for process in _loading:
+        process.kill()
+
+
 def _start_worker(worker: int) -> None:
     leave_them_to_the_parent()
+    sys.setswitchinterval(_SWITCH)
 
 
 def _lacking(error: Exception) -> str | None:

@@ -58,7 +58,8 @@ def evaluate(run: Run, model: nn.Module, loader: Loader, folder: Path | None = N
     share_buffers(model)
     model.eval()
     meter = run.task.meter(run.world)
-    for batch in Feed(progress(loader, run.world, "evaluating"), run.world.device, loader.finish):
+    batches = progress(loader, run.world, "evaluating")
+    for batch in Feed(batches, run.world.device, loader.finish, loader.ahead):
         if run.request.noted:
             break
         with autocast(run.config, run.world.device):

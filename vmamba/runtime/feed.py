@@ -3,7 +3,8 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cache
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,10 +16,15 @@ class Feed:
 
     To a GPU a batch is copied on a stream of its own, beside what is still computed of the one before; the process does
     not wait for that where the batch is in page-locked memory (DATA.PIN_MEMORY).
+
+    `ahead`: a thread loads and finishes the next batch while the caller works on the one it has got, as it should where
+    `finish` waits for the GPU by itself.
     """
 
-    def __init__(self, batches: Iterable[Any], device: torch.device, finish: Callable[[Any], Any]):
+    def __init__(self, batches: Iterable[Any], device: torch.device, finish: Callable[[Any], Any], ahead: bool = False):
         self._batches, self._device, self._finish = iter(batches), device, finish
+        send = partial(_send, self._batches, device, finish)
+        self._send = Ahead(send) if ahead else send
         self._pauses: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # of a GPU, not yet added up
         self._waited = 0.0
 
@@ -42,12 +48,10 @@ class Feed:
         return self._finish(to_device(batch, self._device))
 
     def _to_gpu(self) -> Any:
-        caller, stream = torch.cuda.current_stream(self._device), _copying(self._device)
+        caller = torch.cuda.current_stream(self._device)
         done = caller.record_event(torch.cuda.Event(enable_timing=True))  # passed with the work on earlier batches
-        batch = next(self._batches)
-        with torch.cuda.stream(stream):
-            sent = self._finish(to_device(batch, self._device))
-        caller.wait_stream(stream)
+        sent, arrived = self._send()
+        caller.wait_event(arrived)
         for tensor in _tensors(sent):
             tensor.record_stream(caller)  # else its memory would be given to the next copy while it is still read
         self._pauses.append((done, caller.record_event(torch.cuda.Event(enable_timing=True))))
@@ -59,6 +63,28 @@ class Feed:
         while self._pauses and self._pauses[0][1].query():
             start, end = self._pauses.popleft()
             self._waited += start.elapsed_time(end) / 1000
+
+
+def _send(batches: Iterator[Any], device: torch.device, finish: Callable[[Any], Any]) -> tuple[Any, torch.cuda.Event]:
+    """The next batch on a GPU, and what has passed when it is whole."""
+    batch = next(batches)
+    with torch.cuda.stream(_copying(device)):
+        sent = finish(to_device(batch, device))
+        return sent, _copying(device).record_event()
+
+
+class Ahead:
+    """A function without arguments, whose next result a thread makes while the last one is in use.  It is called as
+    long as it raises nothing, and what it raises is raised in its turn."""
+
+    def __init__(self, make: Callable[[], Any]):
+        self._make, self._thread = make, ThreadPoolExecutor(1, "feed")
+        self._next: Future | None = None
+
+    def __call__(self) -> Any:
+        made = (self._next or self._thread.submit(self._make)).result()
+        self._next = self._thread.submit(self._make)
+        return made
 
 
 @cache

@@ -206,7 +206,7 @@ class Rounds:
             return
         freezing.train(state.model)
         batches = Pace(self._batches(end), state.step)
-        ready = Feed(batches, run.world.device, self.train_loader.finish)
+        ready = Feed(batches, run.world.device, self.train_loader.finish, self.train_loader.ahead)
         title = f"epoch {state.step // self.plan.steps_per_epoch + 1}/{self.plan.epochs}"
         laps: Laps = {}
         with progress(range(state.step, end), run.world, title) as bar:
