@@ -128,5 +128,5 @@ def test_a_class_in_two_unicode_forms_is_one(tmp_path):
     (tmp_path / "val.csv").write_text(f"d.png,{decomposed}\n")
     opts = ["DATA.DATA_PATH", str(tmp_path), "MODEL.NUM_CLASSES", 2]
     config = get_config(None, [*opts, "DATA.TRAIN_LABELS", "train.csv", "DATA.VAL_LABELS", "val.csv"])
-    labels = [open_dataset(config, training=side, rank=0, on_machine=(0, 1)).labels() for side in (True, False)]
+    labels = [[*open_dataset(config, training=side, rank=0, on_machine=(0, 1)).labels()] for side in (True, False)]
     assert labels == [[0, 0, 1], [0]]
