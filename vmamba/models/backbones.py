@@ -126,7 +126,9 @@ class TimmBackbone(nn.Module):
 
         def runs(height: int, width: int) -> bool:
             try:
-                shapes(torch.empty(1, self.options.get("in_chans", 3), height, width, device="meta"))
+                maps = shapes(torch.empty(1, self.options.get("in_chans", 3), height, width, device="meta"))
+                if not all(map_.numel() for map_ in maps):  # PyTorch 2.6 says nothing of a convolution that fails
+                    raise ValueError(f"{height} x {width} pixels are too few")
             except NotImplementedError:  # of shapes alone this model cannot be run
                 return True
             except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
