@@ -12,8 +12,8 @@ import pytest
 import torch
 import triton
 from torch._subclasses import FakeTensorMode
+from triton.backends import backends
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 
 import vmamba_kernels as vk
@@ -53,9 +53,9 @@ def source(kernel, dtype, constants, ones=("u_d", "B_n")):
     varying = {"u", "x", "dt", "B", "C", "P", "w", "y", "dy", "du", "ddt", "dP", "values"}
     floats = {"bias", "A2", "skip", "states", "sums", "adjoints", "scratch", "dB", "dC", "dA", "dbias", "dskip"}
     signature, known = {}, {}
-    for i, name in enumerate(kernel.arg_names):
+    for name in kernel.arg_names:
         if name in constants or name in ones:
-            signature[name], known[(i,)] = "constexpr", constants.get(name, 1)
+            signature[name], known[name] = "constexpr", constants.get(name, 1)
         else:
             signature[name] = f"*{dtype}" if name in varying else "*fp32" if name in floats else "i32"
     return ASTSource(kernel, signature, known)
@@ -78,7 +78,7 @@ def ttir(monkeypatch, tmp_path):
     def leave(module, *_):
         raise Ttir(str(module))
 
-    monkeypatch.setattr(CUDABackend, "make_ttgir", staticmethod(leave))
+    monkeypatch.setattr(backends["nvidia"].compiler, "make_ttgir", staticmethod(leave))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
     def translate(kernel, constants, dtype="bf16"):
@@ -192,7 +192,8 @@ def test_kernels_compile():
         assert compiled.asm["cubin"]
     constants = {**CONSTANTS, **IMAGE}
     kernel = scan_kernels.scan_bwd_kernel
-    assert compile_for(120, kernel, {n: v for n, v in constants.items() if n in kernel.arg_names}).asm["cubin"]
+    newest = 90 if triton.__version__.startswith("3.2.") else 120  # Triton 3.2, PyTorch 2.6's, knows no later GPU
+    assert compile_for(newest, kernel, {n: v for n, v in constants.items() if n in kernel.arg_names}).asm["cubin"]
     assert compile_for(80, common.probe_kernel, {}).asm["cubin"]
 
 
