@@ -80,6 +80,7 @@ def test_a_state_that_is_not_finite_is_not_in_the_other_ones(backend, wrong):
     torch.testing.assert_close(ends[0], last[0])
 
 
+@pytest.mark.skipif(not callable(torch.export.Dim.DYNAMIC), reason="PyTorch 2.6 proves too little of such a size")
 @pytest.mark.parametrize("with_states", [False, True])
 def test_recorded_for_any_length(with_states):
     """torch.export, whose sizes with names want every condition on them proven."""

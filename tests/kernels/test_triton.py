@@ -20,6 +20,7 @@ import vmamba_kernels as vk
 import vmamba_kernels.triton as backend
 from vmamba_kernels.triton import common, scan, scan_kernels, ssd
 
+OLD = triton.__version__.startswith("3.2.")  # PyTorch 2.6's, which knows no GPU after Hopper
 CASES = Path(__file__).with_name("triton_cases.py")
 ROOT = CASES.parents[2]
 
@@ -161,6 +162,7 @@ KERNELS = [
 ]
 
 
+@pytest.mark.skipif(OLD, reason="Triton 3.2 leaves out the names of a kernel's arguments")
 def test_products_of_32_bits_do_not_make_addresses_that_may_be_larger(ttir):
     """Inside an image none does if WIDE; between images, routes and blocks none ever does."""
     seen = {}
@@ -192,7 +194,7 @@ def test_kernels_compile():
         assert compiled.asm["cubin"]
     constants = {**CONSTANTS, **IMAGE}
     kernel = scan_kernels.scan_bwd_kernel
-    newest = 90 if triton.__version__.startswith("3.2.") else 120  # Triton 3.2, PyTorch 2.6's, knows no later GPU
+    newest = 90 if OLD else 120
     assert compile_for(newest, kernel, {n: v for n, v in constants.items() if n in kernel.arg_names}).asm["cubin"]
     assert compile_for(80, common.probe_kernel, {}).asm["cubin"]
 
