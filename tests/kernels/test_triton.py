@@ -39,6 +39,7 @@ def run_cases(**environment):
         assert half.returncode == 0, output[-6000:]
 
 
+@pytest.mark.skipif(OLD, reason="Triton 3.2's interpreter adds 32-bit integers up in 64 bits")
 def test_kernels_agree_with_the_reference_in_the_interpreter():
     run_cases(TRITON_INTERPRET="1")
 
