@@ -17,7 +17,7 @@ from .operators import (
     layer_norm,
     selective_scan,
 )
-from .reference import autocast_dtype, is_plain, is_seen_into, no_autocast
+from .reference import autocast_dtype, is_plain, is_seen_into, no_autocast, wider
 from .registry import BackendError, Call, Choice, backends, choice, choose, explain
 
 __all__ = [
@@ -41,4 +41,5 @@ __all__ = [
     "layer_norm",
     "no_autocast",
     "selective_scan",
+    "wider",
 ]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .operators import check_tensors, selective_scan
+from .reference import wider
 from .registry import BackendError, Call
 
 
@@ -213,7 +214,7 @@ def _mamba_ssm_scan(
     # It wants one dtype for what varies along the sequence and returns that dtype; no step size may lose digits.
     dtype = out_dtype
     for t in (u, delta, B, C):
-        dtype = torch.promote_types(dtype, t.dtype)
+        dtype = wider(dtype, t.dtype)
     u, delta, B, C = (t.to(dtype).contiguous() for t in (u, delta, B, C))
     y = interface.selective_scan_fn(u, delta, A, B, C, D, None, delta_bias, delta_softplus)
     return y.to(out_dtype)

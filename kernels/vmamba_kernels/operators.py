@@ -19,7 +19,7 @@ from torch import Tensor
 from . import reference, registry
 from .ends import extended
 from .private import is_transformed
-from .reference import ROUTES, autocast_dtype
+from .reference import ROUTES, autocast_dtype, wider
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -331,7 +331,7 @@ def add_layer_norm(
         if factor.requires_grad:
             raise ValueError("factor wants a gradient, which it does not get; detach it")
     check_tensors(x=x, branch=branch, factor=factor, weight=weight, bias=bias)
-    (x,) = _to(torch.promote_types(x.dtype, branch.dtype), x)
+    (x,) = _to(wider(x.dtype, branch.dtype), x)
     weight, bias = _to(_state_dtype(x), weight, bias)
     if factor is not None:
         (factor,) = _to(branch.dtype, factor)

@@ -44,10 +44,13 @@ def is_exporting() -> bool:
     """Whether torch.export records what is called.
 
     The flag itself: PyTorch 2.11's torch.compile takes torch.compiler.is_exporting() for True, always.  PyTorch 2.6 has
-    no such flag, and tells nothing while Dynamo traces for torch.export(strict=True); the one it has is set otherwise.
+    no such flag; there torch.export keeps what it was called with while it records.
     """
-    flags = torch.compiler
-    return flags._is_exporting_flag if hasattr(flags, "_is_exporting_flag") else flags._is_compiling_flag
+    if hasattr(torch.compiler, "_is_exporting_flag"):
+        return torch.compiler._is_exporting_flag
+    from torch.export import _trace  # not when this is imported: it brings all of PyTorch's compiler
+
+    return _trace._EXPORT_FLAGS is not None
 
 
 def is_watched() -> bool:

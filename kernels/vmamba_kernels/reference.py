@@ -30,6 +30,14 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return None
 
 
+def wider(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    """What PyTorch promotes two floats to.  Its own function ends up in what PyTorch 2.6's torch.export records, which
+    then cannot be loaded."""
+    if one == other:
+        return one
+    return torch.float64 if torch.float64 in (one, other) else torch.float32
+
+
 def no_autocast(device_type: str) -> AbstractContextManager:
     """Inside it, autocast changes nothing."""
     return nullcontext() if autocast_dtype(device_type) is None else torch.autocast(device_type, enabled=False)

@@ -23,6 +23,7 @@ from vmamba.models.variants import VARIANTS
 from vmamba.models.vssm import VSSM
 from vmamba.segmentation.upernet import UperNet
 
+BY_NAME = not callable(torch.export.Dim.DYNAMIC)  # PyTorch 2.6 leaves a size open only under a name, and proves little
 needs_onnx = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
 
@@ -246,6 +247,12 @@ class Measured(torch.fx.Interpreter):
 def test_a_program_of_any_size():
     model = small("vmamba_tiny", depths=(1, 0), patch_size=16)  # a stride of 32, as four stages have with patches of 4
     assert programs.open_sides(model) == (64, 2**14)
+    if BY_NAME:
+        with pytest.raises(
+            UserError, match="PyTorch 2.6.* batch and size open .*; use a newer PyTorch, or leave 'size'"
+        ):
+            programs.recorded(model, images(2, 3, 32, 32), ("batch", "size"))
+        return
     program = programs.recorded(model, images(2, 3, 32, 32), ("batch", "size")).module()
     x, large = images(3, 3, 64, 68), images(1, 3, 517, 403)
     same(program(large), model(large))
@@ -262,6 +269,10 @@ def test_any_size_of_a_single_image(backend, options):
     """Which makes conditions on one side alone; PyTorch wants those proven that are on a side with a name."""
     model = small("vmamba_tiny_s1l8", depths=(1, 0), **options)
     programs.set_backend(model, backend)
+    if BY_NAME and options:
+        with pytest.raises(UserError, match="PyTorch 2.6.* size open .*; use a newer PyTorch, or leave 'size'"):
+            programs.recorded(model, images(2, 3, 32, 32), ("size",))
+        return
     program = programs.recorded(model, images(2, 3, 32, 32), ("size",)).module()
     programs.set_backend(model, "reference")
     for sides in ((16, 16), (35, 147)):
@@ -276,7 +287,8 @@ def test_what_pytorch_does_not_record_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr(torch.export, "export", refuse)
     with pytest.raises(
-        UserError, match=r"cannot record this model with size open \(No!\); leave 'size' out of dynamic"
+        UserError,
+        match=r"cannot record this model with size open \(No!\); use a newer PyTorch, or leave 'size' out of dynamic",
     ):
         programs.recorded(small("vmamba_digits"), images(2, 3, 32, 32), ("size",))
 
@@ -343,17 +355,17 @@ def outputs(path, x):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A model of 16 states and its ONNX file, of any batch and size."""
+    """A model of 16 states and its ONNX file, of any batch and size; of PyTorch 2.6 of one image of 32 pixels."""
     pytest.importorskip("onnxscript")
     model, path = small("vmamba_tiny", depths=(1, 0)), tmp_path_factory.mktemp("exported") / "model.onnx"
-    vmamba.export(model, path, dynamic=("batch", "size"), classes=list("abcde"))
+    vmamba.export(model, path, size=32, dynamic=() if BY_NAME else ("batch", "size"), classes=list("abcde"))
     return model, path
 
 
 @needs_onnx
 def test_onnx_of_any_batch_and_size(exported):
     model, path = exported
-    for shape in ((1, 3, 32, 44), (3, 3, 75, 61)):
+    for shape in [(1, 3, 32, 32)] if BY_NAME else [(1, 3, 32, 44), (3, 3, 75, 61)]:
         same(outputs(path, images(*shape))[0], model(images(*shape)))
 
 
@@ -372,7 +384,7 @@ def test_an_onnx_file_has_standard_operators_alone_and_tells_nothing_of_the_mach
         [[dim.dim_param or dim.dim_value for dim in each.type.tensor_type.shape.dim] for each in values]
         for values in (held.graph.input, held.graph.output)
     ]
-    assert sides == [[["batch", 3, "height", "width"]], [["batch", 5]]]
+    assert sides == ([[[1, 3, 32, 32]], [[1, 5]]] if BY_NAME else [[["batch", 3, "height", "width"]], [["batch", 5]]])
     assert json.loads(held.metadata_props[0].value)["classes"] == list("abcde")
 
 
@@ -382,6 +394,13 @@ def test_onnx_of_a_segmenter_and_of_its_other_options(tmp_path):
     pytest.importorskip("onnxscript")
     options = dict(depths=(1, 0, 0, 0), dims=8, routes=("col_rev", "row"), out_norm="softmax", norm_layer="bn")
     segmenter = vmamba.create_segmenter("upernet", "vmamba_tiny_m2", 3, backbone_options=options, channels=8).eval()
+    if BY_NAME:
+        with pytest.raises(
+            UserError, match=r"PyTorch 2.6.* as ONNX .*; use a newer one, or leave nothing open"
+        ) as raised:
+            vmamba.export(segmenter, tmp_path / "a.onnx", size=64)
+        assert "\n" not in str(raised.value) and not list(tmp_path.iterdir())
+        return
     vmamba.export(segmenter, tmp_path / "a.onnx", size=64)
     for count in (1, 3):
         x = images(count, 3, 64, 64)
@@ -521,6 +540,8 @@ def test_the_command_names_what_is_missing(tmp_path):
 @needs_onnx
 def test_models_beside_each_other(tmp_path, monkeypatch, exported):
     """analyze/exports.py"""
+    if BY_NAME:
+        pytest.skip("PyTorch 2.6 writes no ONNX with the number of images open, which is what is compared")
     pytest.importorskip("onnxruntime", reason="onnxruntime has no wheel here (Python 3.10)")
     model, file = exported
     monkeypatch.setattr(comparison.zoo, "create", lambda name, size: SimpleNamespace(model=model))

@@ -287,3 +287,11 @@ def test_registry_answers_who_serves_and_why_not():
     with pytest.raises(vk.BackendError, match="backend 'cuda' cannot serve cross_selective_scan here: "):
         vk.cross_selective_scan(**images(), backend="cuda")
     assert "reference" in vk.backends() and "reference" in vk.backends("cross_ssd")
+
+
+def test_the_wider_of_two_dtypes_is_what_pytorch_promotes_them_to():
+    from vmamba_kernels.operators import FLOATS
+
+    for one in FLOATS:
+        for other in FLOATS:
+            assert vk.wider(one, other) == torch.promote_types(one, other)

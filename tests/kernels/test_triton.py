@@ -12,14 +12,15 @@ import pytest
 import torch
 import triton
 from torch._subclasses import FakeTensorMode
+from triton.backends import backends
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 
 import vmamba_kernels as vk
 import vmamba_kernels.triton as backend
 from vmamba_kernels.triton import common, scan, scan_kernels, ssd
 
+OLD = triton.__version__.startswith("3.2.")  # PyTorch 2.6's, which knows no GPU after Hopper
 CASES = Path(__file__).with_name("triton_cases.py")
 ROOT = CASES.parents[2]
 
@@ -38,6 +39,7 @@ def run_cases(**environment):
         assert half.returncode == 0, output[-6000:]
 
 
+@pytest.mark.skipif(OLD, reason="Triton 3.2's interpreter adds 32-bit integers up in 64 bits")
 def test_kernels_agree_with_the_reference_in_the_interpreter():
     run_cases(TRITON_INTERPRET="1")
 
@@ -53,9 +55,9 @@ def source(kernel, dtype, constants, ones=("u_d", "B_n")):
     varying = {"u", "x", "dt", "B", "C", "P", "w", "y", "dy", "du", "ddt", "dP", "values"}
     floats = {"bias", "A2", "skip", "states", "sums", "adjoints", "scratch", "dB", "dC", "dA", "dbias", "dskip"}
     signature, known = {}, {}
-    for i, name in enumerate(kernel.arg_names):
+    for name in kernel.arg_names:
         if name in constants or name in ones:
-            signature[name], known[(i,)] = "constexpr", constants.get(name, 1)
+            signature[name], known[name] = "constexpr", constants.get(name, 1)
         else:
             signature[name] = f"*{dtype}" if name in varying else "*fp32" if name in floats else "i32"
     return ASTSource(kernel, signature, known)
@@ -78,7 +80,7 @@ def ttir(monkeypatch, tmp_path):
     def leave(module, *_):
         raise Ttir(str(module))
 
-    monkeypatch.setattr(CUDABackend, "make_ttgir", staticmethod(leave))
+    monkeypatch.setattr(backends["nvidia"].compiler, "make_ttgir", staticmethod(leave))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
     def translate(kernel, constants, dtype="bf16"):
@@ -161,6 +163,7 @@ KERNELS = [
 ]
 
 
+@pytest.mark.skipif(OLD, reason="Triton 3.2 leaves out the names of a kernel's arguments")
 def test_products_of_32_bits_do_not_make_addresses_that_may_be_larger(ttir):
     """Inside an image none does if WIDE; between images, routes and blocks none ever does."""
     seen = {}
@@ -192,7 +195,8 @@ def test_kernels_compile():
         assert compiled.asm["cubin"]
     constants = {**CONSTANTS, **IMAGE}
     kernel = scan_kernels.scan_bwd_kernel
-    assert compile_for(120, kernel, {n: v for n, v in constants.items() if n in kernel.arg_names}).asm["cubin"]
+    newest = 90 if OLD else 120
+    assert compile_for(newest, kernel, {n: v for n, v in constants.items() if n in kernel.arg_names}).asm["cubin"]
     assert compile_for(80, common.probe_kernel, {}).asm["cubin"]
 
 

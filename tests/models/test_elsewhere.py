@@ -86,6 +86,7 @@ def test_mm_vssm_starts_as_init_cfg_says(tmp_path):
 
 
 def test_the_adapter_leaves_the_position_map_out_as_the_released_backbone():
+    pytest.importorskip("mmengine")
     from vmamba.models.mm_vssm import MM_VSSM
 
     options = dict(dims=8, depths=[1, 1], posembed=True, imgsize=32, ssm_d_state=1)

@@ -24,21 +24,34 @@ OPSET = 18
 
 
 def write(path: Path, model: nn.Module, images: Tensor, dynamic: Sequence[str], about: Mapping[str, Any]) -> None:
-    """Input `images`; output `logits`, or of a backbone a map of each stage.  Metadata `vmamba` holds `about`, JSON."""
+    """Input `images`; output `logits`, or of a backbone a map of each stage.  Metadata `vmamba` holds `about`, JSON.
+
+    Raises UserError where PyTorch cannot write the model so: 2.6 few models, and those with nothing open.
+    """
     import onnx
 
     from vmamba.exporting.translations import TRANSLATIONS
 
     set_backend(model, "graph")
-    program = torch.onnx.export(
-        recorded(model, images, dynamic),
-        dynamo=True,
-        input_names=["images"],
-        output_names=output_names(model),
-        opset_version=OPSET,
-        custom_translation_table=TRANSLATIONS,
-        verbose=False,
-    )
+    try:
+        program = torch.onnx.export(
+            recorded(model, images, dynamic),
+            dynamo=True,
+            input_names=["images"],
+            output_names=output_names(model),
+            opset_version=OPSET,
+            custom_translation_table=TRANSLATIONS,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        cause = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        remedy = ", or leave nothing open (dynamic=(), --dynamic alone)" if dynamic else ""
+        raise UserError(
+            f"PyTorch {torch.__version__} cannot write this model as ONNX ({str(cause).splitlines()[0]}); "
+            f"use a newer one{remedy}"
+        ) from error
     proto = program.model_proto
     _tidy(proto.graph)
     del proto.metadata_props[:]

@@ -50,10 +50,10 @@ def open_sides(model: nn.Module) -> tuple[int, int]:
     return inside.patch_size * 2 ** len(inside.layers), 1024 * inside.patch_size
 
 
-def _open_side(name: str, least: int, most: int) -> object:
-    """Of a shape for torch.export.
+def _open(name: str, least: int, most: int) -> object:
+    """A size for torch.export.
 
-    Of a side with a name PyTorch wants proven that all it compared of it on the way holds for every size, and proves
+    Of one with a name PyTorch wants proven that all it compared of it on the way holds for every size, and proves
     little; 2.6 has no other one with bounds.
     """
     unnamed = torch.export.Dim.DYNAMIC
@@ -72,13 +72,13 @@ def recorded(model: nn.Module, images: Tensor, dynamic: Sequence[str]) -> torch.
     """
     shape: dict[int, object] = {}
     if "batch" in dynamic:
-        shape[0] = torch.export.Dim("batch")
+        shape[0] = _open("batch", 1, 2**31 - 1)
     else:
         images = images[:1]
     if "size" in dynamic:
         least, most = open_sides(model)
         images = images.new_zeros((*images.shape[:2], 5 * least, 6 * least))
-        shape |= {2: _open_side("height", least, most), 3: _open_side("width", least, most)}
+        shape |= {2: _open("height", least, most), 3: _open("width", least, most)}
     try:
         program = torch.export.export(model, (images,), dynamic_shapes=(shape,), strict=False)
     except RefusedByPyTorch as error:
@@ -86,7 +86,7 @@ def recorded(model: nn.Module, images: Tensor, dynamic: Sequence[str]) -> torch.
             raise
         raise UserError(
             f"PyTorch {torch.__version__} cannot record this model with {' and '.join(dynamic)} open "
-            f"({str(error).splitlines()[0]}); leave 'size' out of dynamic, or both"
+            f"({str(error).splitlines()[0]}); use a newer PyTorch, or leave 'size' out of dynamic, or both"
         ) from error
     for module in program.graph_module.modules():
         for node in getattr(module, "graph", torch.fx.Graph()).nodes:

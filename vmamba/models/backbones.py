@@ -1,6 +1,5 @@
 """Backbones by name, for detectors and segmenters: our models, and any of timm's that have feature maps."""
 
-import copy
 import re
 import sys
 from functools import partial
@@ -17,7 +16,7 @@ from vmamba.models.backbone import Backbone
 from vmamba.models.layers import LayerNorm
 from vmamba.models.options import check_configured
 from vmamba.models.pretrained import Checkpoint, adapted, told_by_timm
-from vmamba.models.variants import TIMM, VARIANTS, create_model
+from vmamba.models.variants import TIMM, VARIANTS, as_shapes, create_model
 from vmamba.models.weights import load_weights
 
 STRIDES = (4, 8, 16, 32)
@@ -122,7 +121,7 @@ class TimmBackbone(nn.Module):
 
     def _needed_padding(self) -> tuple[int, int]:
         """What sides must be a multiple of, and the least side; as little as the model runs with."""
-        shapes, errors = copy.deepcopy(self.model).to("meta").eval(), []
+        shapes, errors = as_shapes(self.model), []
 
         def runs(height: int, width: int) -> bool:
             try:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vmamba.errors import UserError
 from vmamba.models.ss2d import step_biases
 from vmamba.values import Takes
-from vmamba_kernels import backends
+from vmamba_kernels import backends, wider
 from vmamba_kernels.mamba import selective_scan_fn, selective_state_update
 
 _COUNT = Takes((int,), at_least=1, at_most=2**16)
@@ -140,7 +140,7 @@ class Mamba1D(nn.Module):
 
     def _A(self, end: str) -> Tensor:
         A_log = self.A_b_log if end else self.A_log
-        return -A_log.to(torch.promote_types(A_log.dtype, torch.float32)).exp()
+        return -A_log.to(wider(A_log.dtype, torch.float32)).exp()
 
     def _convolve(self, x: Tensor, conv: nn.Conv1d) -> Tensor:
         """SiLU of the convolution of what came before and is, (batch, d_inner, length)."""

@@ -14,7 +14,7 @@ from typing import Any
 import timm
 import torch
 from timm.models import PretrainedCfg
-from torch import nn
+from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from vmamba.errors import UserError, unknown
@@ -270,9 +270,26 @@ def timm_settings(name: str) -> PretrainedCfg:
         raise unknown("model", name, [architecture, *timm.list_pretrained(f"{architecture}.*")]) from error
 
 
+def as_shapes(model: nn.Module) -> nn.Module:
+    """A copy of `model` in eval mode that computes shapes alone, on the meta device.
+
+    It raises ValueError where an image has no pixel left, of which PyTorch 2.6 says nothing there.
+    """
+
+    def check(conv: nn.Module, _: object, output: Tensor) -> None:
+        if output.numel() == 0:
+            raise ValueError(f"no pixel is left for a convolution of {' x '.join(map(str, conv.kernel_size))}")
+
+    shapes = copy.deepcopy(model).to("meta").eval()
+    for module in shapes.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(check)
+    return shapes
+
+
 def check_size(name: str, model: nn.Module, in_chans: int, size: tuple[int, int]) -> None:
     """Raises UserError where one of timm's models cannot be run on images of `size`.  Ours say so themselves."""
-    shapes = copy.deepcopy(model).to("meta").eval()
+    shapes = as_shapes(model)
     try:
         shapes(torch.empty(1, in_chans, *size, device="meta"))
     except NotImplementedError:  # of shapes alone this model cannot be run

@@ -6,6 +6,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from ..reference import wider
 from ..registry import wants_gradient
 from .compiler import Module, load
 from .layout import layout
@@ -19,7 +20,7 @@ def selective_scan(
 ) -> Tensor:  # fmt: skip
     dtype = u.dtype
     for other in (delta, B, C):
-        dtype = torch.promote_types(dtype, other.dtype)
+        dtype = wider(dtype, other.dtype)
     inputs = u.to(dtype), delta.to(dtype), A, B.to(dtype), C.to(dtype), D, delta_bias
     return FORWARD(*inputs, delta_softplus, out_dtype, wants_gradient(*inputs))[0]
 
@@ -131,7 +132,8 @@ def _backward(
 
 
 def _like_backward(dy, u, delta, A, B, C, D, delta_bias, borders, softplus):
-    return tuple(t.new_empty(t.shape) for t in (u, delta, A, B, C, A[:, 0], A[:, 0]))
+    grads = [t.new_empty(t.shape) for t in (u, delta, A, B, C)]
+    return *grads, A.new_empty(A.shape[0]), A.new_empty(A.shape[0])  # PyTorch 2.6 wants a GPU for A[:, 0]
 
 
 def _setup_context(ctx, inputs, output):
