@@ -116,6 +116,7 @@ CHANGED = {
     "TEST.CROP_PCT": (1.0, "DATA.IMG_SIZE", 40),
 }
 ELSEWHERE = {  # keys whose effect another test shows
+    "TIMEOUT": "test_others_that_cannot_be_reached_are_a_sentence",
     "IMPORT": "test_the_example_of_the_page",
     "BASE": "test_base_files_merge_in_order_and_the_file_itself_wins",
     "DATA.CACHE_MODE": "test_the_cache_mode_decides_what_becomes_of_an_archive",

@@ -119,3 +119,48 @@ def test_running_statistics_are_those_of_the_checkpoint_on_every_process(folder)
     config = tiny_config(folder, *options)
     results = run(tiny_config(folder, *options, "EVAL_MODE", True))
     assert results == pytest.approx({key: metrics(config)[-1][key] for key in results}, rel=1e-5)
+
+
+ENDING = """
+import os, signal
+from vmamba.runtime.step import OptimizerStep
+
+step = OptimizerStep.__call__
+
+def ending(self, state, *args, **options):
+    if state.step == 4 and self.world.rank == 1:
+        HOW
+    return step(self, state, *args, **options)
+
+OptimizerStep.__call__ = ending
+"""
+
+
+@pytest.mark.parametrize(
+    ("launcher", "how", "said"),
+    [
+        ("none", "os.kill(os.getpid(), signal.SIGKILL)", "has ended without a word: it was killed"),
+        ("launch", "1 / 0", "has ended: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_process_that_dies_takes_the_run_with_it_and_is_named(folder, tmp_path, launcher, how, said):
+    """Where nobody watches the processes, too, and with loading processes, which outlive theirs."""
+    (tmp_path / "ending.py").write_text(ENDING.replace("HOW", how))
+    arguments = command(folder, "--tag", launcher, "--batch-size", "4", "--workers", "2", "--import", "ending")
+    env = {**ALONE["env"], "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    alone = {**ALONE, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "env": env}
+    if launcher == "none":
+        env |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29619"}
+        ranks = [{**alone, "env": env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}} for rank in range(2)]
+        started = [subprocess.Popen(arguments, **rank) for rank in ranks]
+    else:
+        two = ("-m", "torch.distributed.launch", "--nproc_per_node", "2", "--master_port", "29620")
+        started = [subprocess.Popen([sys.executable, *two, *arguments[1:]], **alone)]
+    errors = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == ([1, -signal.SIGKILL] if launcher == "none" else [1])
+    assert re.search(f"error: process 1 on .* {said}", errors[0])
+    written = log(tiny_config(folder, "TAG", launcher))
+    assert len(re.findall(f"ERROR the run ends: process 1 on .* {said}", written)) == 1
+    if launcher == "launch":
+        assert errors[0].index("1 / 0") < errors[0].index("error: process 1")  # the reason first
+        assert "1 / 0" in written

@@ -57,6 +57,13 @@ COMMON = (
     key("TAG", "default", "tells runs of one config apart", flag="tag"),
     key("SEED", 0, "everything drawn is a function of it", at_least=0, at_most=LARGEST_SEED, flag="seed"),
     key("DEVICE", "auto", "auto: the GPU where there is one", choices=("auto", "cpu", "cuda"), flag="device"),
+    key(
+        "TIMEOUT",
+        1800,
+        "seconds that a process waits for the others, which may be saving",
+        at_least=1,
+        also="ddp_timeout",
+    ),
     switch("TF32", "let float32 matrix products and convolutions run in TF32"),
     key("SAVE_FREQ", 1, "rounds (epochs, or EVAL_STEPS) between checkpoints; the last is saved", at_least=1),
     key("PRINT_FREQ", 10, "steps between log lines", at_least=1, also="log_interval"),

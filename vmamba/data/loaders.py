@@ -1,10 +1,12 @@
 """Loaders of any task's batches: what they give is a function of seed, epoch and index, and their errors are values."""
 
+import atexit
 import errno
 import logging
 import random
 import re
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Protocol
@@ -26,6 +28,7 @@ Example = tuple[Any, list[str]] | str  # what becomes of a sample (None: nothing
 Order = Callable[[int], Sequence[int]]  # of an epoch the indices of its samples, some perhaps several times
 Seconds = float  # of a core: what was computed, without waiting for files
 
+_iterating: "weakref.WeakSet[Iterator]" = weakref.WeakSet()  # those that have loading processes
 _REPLACEMENTS = 10  # samples tried in the place of an unreadable one
 
 
@@ -152,6 +155,7 @@ class Loader:
         iterator = iter(self._loader)
         for process in getattr(iterator, "_workers", ()):
             process.terminate = process.kill  # how PyTorch ends one that hangs: they are deaf to SIGTERM
+            _iterating.add(iterator)
         return iterator
 
     def _count(self, unreadable: list[str]) -> None:
@@ -301,6 +305,14 @@ class _Collate:
         batch = self.collate([examples[place][0] for place in kept]) if kept else None
         unreadable = [sentence for _, names in examples for sentence in names]
         return batch, unreadable, len(examples), seconds + time.thread_time() - start, kept
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Of iterators that something still holds, such as the traceback of an error: else the end of Python would wait for
+    their loading processes, which are deaf to its SIGTERM, for ever."""
+    for iterator in [*_iterating]:
+        iterator.__del__()
 
 
 def _start_worker(worker: int) -> None:

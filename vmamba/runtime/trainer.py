@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,22 @@ from vmamba.extensions import import_modules
 from vmamba.models import freezing
 from vmamba.runtime import report
 from vmamba.runtime.checkpoint import BEST, LAST
-from vmamba.runtime.distributed import on_main, processes
+from vmamba.runtime.distributed import World, on_main, processes
 from vmamba.runtime.evaluation import evaluate_file, evaluate_state, tell_skipped, throughput
 from vmamba.runtime.feed import Feed
 from vmamba.runtime.history import History, facts
+from vmamba.runtime.lifeline import PeerLost
 from vmamba.runtime.lock import FolderLock
-from vmamba.runtime.logging import Pace, cause, create_logger, log_the_end, memory_mb, progress
+from vmamba.runtime.logging import (
+    Pace,
+    cause,
+    create_logger,
+    log_the_end,
+    memory_mb,
+    progress,
+    story,
+    take_over_the_log,
+)
 from vmamba.runtime.plan import Plan, build_plan
 from vmamba.runtime.precision import set_up_precision
 from vmamba.runtime.records import Records
@@ -34,6 +45,7 @@ from vmamba.runtime.run import Run
 from vmamba.runtime.start import build_state, resume
 from vmamba.runtime.state import TrainState
 from vmamba.runtime.step import OptimizerStep, StepReport, parallelise
+from vmamba.runtime.stop import Stopped
 from vmamba.runtime.task import Results, open_task
 from vmamba.text import counted
 
@@ -59,17 +71,45 @@ def run(config: CfgNode) -> Results:
 def _run_alone(config: CfgNode) -> Results:
     import_modules(config.IMPORT)  # again where the config comes from another process
     folder = None if config.THROUGHPUT_MODE else output_folder(config)
-    with processes(config.DEVICE) as world, _only_writer(config, folder):
+    with processes(config.DEVICE, config.TIMEOUT) as world, _telling_the_others(world), _only_writer(config, folder):
         logger = create_logger(world, folder)
         trains = world.main and not (config.EVAL_MODE or config.THROUGHPUT_MODE)
         run = Run(config, open_task(config), world, logger, history=History(folder if trains else None))
+        world.lifeline.on_loss = partial(_write_down_the_end, run)
         try:
-            with run.request:
+            with run.request, world.lifeline.explaining():
                 return _run(run, folder)
         except BaseException as error:
-            log_the_end(logger, error)
-            run.history.end(cause(error))
+            if not isinstance(error, PeerLost):  # which is written down when it is heard of
+                _write_down_the_end(run, error)
             raise
+
+
+def _write_down_the_end(run: Run, error: BaseException) -> None:
+    loss = run.world.lifeline.loss
+    if loss and isinstance(error, Stopped):  # by the launcher, which ends all where one has ended
+        error = PeerLost(loss)
+    if loss and loss.rank == 0 and run.world.rank == 1 and not run.config.THROUGHPUT_MODE:
+        take_over_the_log(run.logger, run.folder)
+    log_the_end(run.logger, error)
+    run.history.end(cause(error))
+
+
+@contextmanager
+def _telling_the_others(world: World) -> Iterator[None]:
+    """Let the other processes know why this one ends, where they do not end with it."""
+    try:
+        with world.lifeline.explaining():
+            yield
+    except Stopped as stop:
+        if stop.checkpoint:
+            world.lifeline.leave()  # which all have agreed on
+        else:
+            world.lifeline.fail(cause(stop))
+        raise
+    except BaseException as error:
+        world.lifeline.fail(cause(error), story(error))
+        raise
 
 
 @contextmanager
