@@ -43,7 +43,7 @@ def processes():
                 finally:
                     os._exit(7)
             children.append(child)
-        for read, write in [*pipes, *shared]:
+        for _, write in [*pipes, *shared]:
             os.close(write)
         told = []
         for read, _ in pipes:

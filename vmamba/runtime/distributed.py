@@ -40,7 +40,7 @@ class World:
 def processes(device: str = "auto", timeout: float = 1800) -> Iterator[World]:
     """Join the other processes of the run (NCCL on GPUs, gloo on CPUs) and leave them at the end.
 
-    `device`: "auto" (a GPU where there is one), "cpu" or "cuda".  `timeout`: seconds that a process waits for the others.
+    `device`: "auto" (a GPU where there is one), "cpu" or "cuda".  `timeout`: seconds to wait for the others.
     Raises UserError where the device cannot be had, and where the launcher's environment does not say who takes part.
     """
     rank, size, local_rank = _launched_as()

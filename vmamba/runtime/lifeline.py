@@ -1,7 +1,7 @@
 """How the processes of a run learn that one of them has ended, and why: each keeps a connection to the first.
 
-A collective only waits, with NCCL for very long, and gloo says no more than that a connection closed.  The system closes
-a process's connections however it ends; those of a machine that is gone, after half a minute of silence.
+A collective only waits, with NCCL for very long, and gloo says no more than that a connection closed.  The system
+closes a process's connections however it ends; those of a machine that is gone, after half a minute of silence.
 """
 
 import json
