@@ -71,7 +71,7 @@ MUTANTS = (
     Mutant(
         "no save before the evaluation",
         "vmamba/runtime/trainer.py",
-        "self._save_last()  #",
+        "self.run.save(self.state, LAST)  #",
         "pass  #",
         RUNS,
     ),
@@ -176,8 +176,8 @@ MUTANTS = (
     Mutant(
         "the newest file resumed, not the furthest state",
         "vmamba/runtime/checkpoint.py",
-        "states.append((_position(content), name == LAST, path))",
-        "states.append((path.stat().st_mtime_ns, name == LAST, path))",
+        "states.append((_position(content), path.name == LAST, path))",
+        "states.append((path.stat().st_mtime_ns, path.name == LAST, path))",
         "tests/runtime/test_checkpoint.py",
     ),
     Mutant(

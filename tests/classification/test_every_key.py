@@ -33,6 +33,7 @@ CHANGED = {
     "TF32": (True,),
     "SAVE_FREQ": (2, "TRAIN.EPOCHS", 3),
     "PRINT_FREQ": (2,),
+    "KEEP_LAST": (1, "TRAIN.EPOCHS", 2),
     "EVAL_FREQ": (2, "TRAIN.EPOCHS", 2),
     "EVAL_STEPS": (2,),
     "EVAL_WEIGHTS": ("ema",),
@@ -116,6 +117,7 @@ CHANGED = {
     "TEST.CROP_PCT": (1.0, "DATA.IMG_SIZE", 40),
 }
 ELSEWHERE = {  # keys whose effect another test shows
+    "KEEP_BEST": "test_the_best_of_several_evaluations_are_kept_in_their_order",
     "TIMEOUT": "test_others_that_cannot_be_reached_are_a_sentence",
     "IMPORT": "test_the_example_of_the_page",
     "BASE": "test_base_files_merge_in_order_and_the_file_itself_wins",
@@ -158,9 +160,9 @@ def seen(monkeypatch):
     watch(Records, "draw", call=False)  # which takes half a second
     save = Run.save
 
-    def noted(self, state, name):
-        seen.append((name, state.step))
-        save(self, state, name)
+    def noted(self, state, *names):
+        seen.append((names, state.step))
+        save(self, state, *names)
 
     monkeypatch.setattr(Run, "save", noted)
     return seen
@@ -180,7 +182,8 @@ def traces(folder, output, seen, *opts):
     except (UserError, BackendError) as error:
         return str(error).replace(output, "")
     place = os.path.relpath(output_folder(config), folder / output)
-    flags = (torch.get_float32_matmul_precision(), place, [*seen])
+    files = sorted(path.name for path in output_folder(config).glob("*.pth"))
+    flags = (torch.get_float32_matmul_precision(), place, files, [*seen])
     if config.THROUGHPUT_MODE or config.EVAL_MODE:
         return results.keys(), flags
     weights = {key: [weight.sum().item() for weight in (saved(config)[key] or {}).values()] for key in KINDS}

@@ -66,6 +66,8 @@ COMMON = (
     ),
     switch("TF32", "let float32 matrix products and convolutions run in TF32"),
     key("SAVE_FREQ", 1, "rounds (epochs, or EVAL_STEPS) between checkpoints; the last is saved", at_least=1),
+    key("KEEP_LAST", 2, "of the states saved: last.pth, the one before as last.2.pth, ...", at_least=1),
+    key("KEEP_BEST", 1, "of the states evaluated: best.pth, the second best as best.2.pth, ...", at_least=1),
     key("PRINT_FREQ", 10, "steps between log lines", at_least=1, also="log_interval"),
     key("EVAL_FREQ", 1, "rounds between evaluations; the last is evaluated", at_least=1),
     key("EVAL_STEPS", 0, "optimiser steps a round; 0: a round is an epoch", at_least=0),

@@ -2,14 +2,16 @@
 
 import logging
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from yacs.config import CfgNode
 
 from vmamba.config import output_folder
-from vmamba.runtime.checkpoint import LAST, save_checkpoint
+from vmamba.runtime.checkpoint import LAST
 from vmamba.runtime.distributed import World, on_main
 from vmamba.runtime.history import History
+from vmamba.runtime.saving import Saver
 from vmamba.runtime.state import TrainState
 from vmamba.runtime.stop import Stopped, StopRequest
 from vmamba.runtime.task import Task
@@ -28,12 +30,24 @@ class Run:
     def folder(self) -> Path:
         return output_folder(self.config)
 
-    def save(self, state: TrainState, name: str) -> None:
-        """Write `state` into the run's folder; all processes call it."""
+    @cached_property
+    def saver(self) -> Saver:
+        return Saver(self.folder, self.config.KEEP_LAST, self.config.KEEP_BEST)
+
+    def save(self, state: TrainState, *names: str) -> None:
+        """Write `state` into the run's folder, in the background; all processes call it.
+
+        Raises UserError where what was to be saved before could not be written.
+        """
         state.gather_random_states()
-        on_main(lambda: save_checkpoint(state, self.folder / name))
+        on_main(lambda: self.saver.start(state, names))
+
+    def finish_saving(self) -> None:
+        """Wait until all is written; all processes call it.  Raises UserError where it could not be."""
+        on_main(lambda: self.saver.wait())
 
     def stop(self, state: TrainState) -> None:
         """Raises Stopped, the state being saved; all processes call it."""
         self.save(state, LAST)
+        self.finish_saving()
         raise Stopped(self.request.agreed_signal(), self.folder / LAST)

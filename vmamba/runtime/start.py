@@ -103,7 +103,7 @@ def start_from_weights(run: Run, state: TrainState, path: str | Path) -> None:
 def newest(run: Run) -> Path | None:
     """The furthest state in the run's folder.  Raises UserError when AUTO_RESUME would ignore one."""
     path, passed_over = on_main(lambda: newest_checkpoint(run.folder))
-    for sentence in passed_over:
+    for sentence in passed_over.values():
         run.logger.warning(f"skipped a checkpoint: {sentence}")
     if path and not (run.config.TRAIN.AUTO_RESUME or run.config.EVAL_MODE):
         raise UserError(

@@ -156,6 +156,8 @@ def train(run: Run, model: nn.Module) -> Results:
     records = Records(run.folder, task.panels)
     if source is None or source.resolve().parent != run.folder.resolve():
         on_main(records.start_over)
+    if source == run.folder / LAST:
+        run.saver.last_step = state.step
     if source == run.folder / BEST:
         run.save(state, LAST)  # killed between the two: what a run leaves does not depend on where
     if state.recorded >= plan.steps or state.out_of_patience:
@@ -171,8 +173,10 @@ def train(run: Run, model: nn.Module) -> Results:
             with run.request.noting():
                 while state.recorded < plan.steps and not state.out_of_patience:
                     rounds.one()
+            run.finish_saving()
         finally:
             records.close()
+            run.saver.close()
         results = rounds.results
         if rounds.steps:
             run.logger.info(rounds.describe_loading())
@@ -220,9 +224,10 @@ class Rounds:
         trained = time.time()
         self.steps += self.state.step - first
         self.seconds += trained - start
-        self._save_last()  # an evaluation that fails costs no training
         self.results = {}
         if self.plan.evaluates(end):
+            if self._saves():
+                self.run.save(self.state, LAST)  # an evaluation that fails costs no training
             self.results = evaluate_state(self.run, self.state, self.eval_loader)
             self.seconds_to_evaluate = time.time() - trained
         rate = (self.state.step - first) * self._images_per_step() / (trained - start)
@@ -249,6 +254,7 @@ class Rounds:
                     laps[state.step] = batches.lap(state.step)
                 self._tell(outcomes, laps, bar)
                 saves = config.TRAIN.SAVE_STEPS and state.step % config.TRAIN.SAVE_STEPS == 0
+                saves = saves and not (state.step == end and self._saves())  # which comes next
                 if saves or state.step == end or any(outcome.stop for outcome in outcomes):
                     rest = self.step.settle(state)
                     self._tell(rest, laps, bar)
@@ -270,9 +276,8 @@ class Rounds:
             yield from self.train_loader
             step += last - first
 
-    def _save_last(self) -> None:
-        if self.plan.saves(self.state.step) or self.state.out_of_patience:
-            self.run.save(self.state, LAST)
+    def _saves(self) -> bool:
+        return self.plan.saves(self.state.step) or self.state.out_of_patience
 
     def _images_per_step(self) -> int:
         data, train = self.run.config.DATA, self.run.config.TRAIN
@@ -327,9 +332,10 @@ class Rounds:
         state.finish_round()
         events = {f"eval/{name}": value for name, value in results.items()}
         on_main(lambda: self.records.write(entry, events))
-        if improved:
-            run.save(state, BEST)
-        self._save_last()
+        names = [BEST] if improved or (run.config.KEEP_BEST > 1 and state.headline is not None) else []
+        names += [LAST] if self._saves() else []
+        if names:
+            run.save(state, *names)
         told = f"; {report.summary(run.task, results)}" if results else ""
         run.logger.info(
             f"epoch {entry['epoch']:.6g}/{self.plan.epoch(self.plan.steps):.6g} in {seconds:.1f}s: "
@@ -351,7 +357,8 @@ class Rounds:
         state.best_weights = max(
             (kind for kind in kinds if kinds[kind] in results), key=lambda kind: results[kinds[kind]]
         )
-        improved = results[kinds[state.best_weights]] > max(state.best.values(), default=-math.inf)
+        state.headline = results[kinds[state.best_weights]]
+        improved = state.headline > max(state.best.values(), default=-math.inf)
         for key in set(kinds.values()) & results.keys():
             state.best[key] = max(state.best.get(key, -math.inf), results[key])
         return improved
