@@ -176,8 +176,8 @@ MUTANTS = (
     Mutant(
         "the newest file resumed, not the furthest state",
         "vmamba/runtime/checkpoint.py",
-        "states.append((_position(content), path.name == LAST, path))",
-        "states.append((path.stat().st_mtime_ns, path.name == LAST, path))",
+        'states.append((_position(content), path.stem == "last", path))',
+        'states.append((path.stat().st_mtime_ns, path.stem == "last", path))',
         "tests/runtime/test_checkpoint.py",
     ),
     Mutant(

@@ -168,7 +168,7 @@ def remove_leftovers(folder: str | Path) -> None:
     for path in Path(folder).iterdir():
         if _LEFTOVER.fullmatch(path.name):
             with suppress(OSError):
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def read_text(path: str | Path) -> str:

@@ -17,7 +17,7 @@ from vmamba.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 OF_RUNS = ("average", "compare", "curves")
-GIVEN = {door: ["run"] for door in [*OF_RUNS, "shrink"]}  # arguments without which it does not start
+GIVEN = {door: ["run"] for door in [*OF_RUNS, "shrink", "one_file"]}  # arguments without which it does not start
 DOORS = sorted(path.stem for path in (ROOT / "analyze").glob("[a-z]*.py"))
 
 

@@ -128,6 +128,8 @@ ELSEWHERE = {  # keys whose effect another test shows
     "DATA.VAL_FRACTION": "test_a_share_of_each_class_is_held_out",
     "DATA.SKIP_BAD_IMAGES": "test_unreadable_images_are_replaced_in_training_and_counted",
     "MODEL.WEIGHTS": "test_training_starts_from_pretrained_weights",
+    "MODEL.SYNC_BN": "test_batch_norms_are_over_all_processes_of_gpus",
+    "TRAIN.PARALLEL": "test_in_shares_two_processes_give_the_curve_of_one",
     "TRAIN.PATIENCE": "test_early_stopping_is_exact_on_resume",
     "TRAIN.AUTO_RESUME": "test_starting_over_in_a_used_folder_is_refused",
 }

@@ -14,7 +14,9 @@ from vmamba.models.pretrained import local_file
 from vmamba.models.pretrained import read_file as read_checkpoint
 
 LAST, BEST = "last.pth", "best.pth"  # what a run writes; the states before, and the second best, as last.2.pth, ...
-_WRITTEN = re.compile(r"(last|best)(\.[2-9]|\.[1-9]\d+)?\.pth")
+SHARDED = ".sharded"  # in the place of .pth: a folder, written by all processes (`sharding`)
+PLAIN = "plain.pth"  # in it: all but the tensors
+_WRITTEN = re.compile(r"(last|best)(\.[2-9]|\.[1-9]\d+)?(\.pth|\.sharded)")
 
 
 def save_checkpoint(
@@ -26,7 +28,7 @@ def save_checkpoint(
 
 
 def read_training_state(path_or_url: str | Path) -> dict[str, Any] | None:
-    """The state that `save_checkpoint` wrote of a run of ours, None for another file.  Raises UserError for none."""
+    """The state that a run of ours has saved as a file, None for another file.  Raises UserError for none."""
     content = read_checkpoint(local_file(path_or_url))
     return dict(content) if is_training_state(content) else None
 
@@ -67,10 +69,12 @@ def newest_checkpoint(folder: str | Path) -> tuple[Path | None, dict[Path, str]]
             raise UserError(
                 f"'{path}' is not the state of a run and would be overwritten; move it away, or choose another --tag"
             )
-        states.append((_position(content), path.name == LAST, path))
+        states.append((_position(content), path.stem == "last", path))
     for *_, path in sorted(states, reverse=True):
         try:
-            read_checkpoint(path)  # to its end, with its sums: a bit may have flipped
+            read_checkpoint(
+                path / PLAIN if path.is_dir() else path
+            )  # to its end, with its sums: a bit may have flipped
             return path, passed_over
         except UserError as error:
             passed_over[path] = str(error)
@@ -114,7 +118,9 @@ def _position(content: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _peek(path: Path) -> Any:
-    """What the file holds, tensors left on the disk.  Raises UserError where it cannot be read."""
+    """What the file holds, tensors left on the disk, or a folder of shares without them.  Raises UserError where it
+    cannot be read."""
+    path = path / PLAIN if path.is_dir() else path
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # another kind of file, or a damaged one: it is read whole, which says which

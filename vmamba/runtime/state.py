@@ -107,6 +107,12 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
         }
 
+    def shares(self) -> dict[str, Any]:
+        """The tensors that those of a saved state are shaped as, in this process's shares: of a model under FSDP."""
+        average = self.ema.module.state_dict() if self.ema else None
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return {"model": self.model.state_dict(), "model_ema": average, "parameters": parameters}
+
     def load_state_dict(self, state: dict[str, Any], source: str = "the checkpoint") -> None:
         """Take over a saved state; what the config says of the optimiser stays the config's, so that a change has its
         effect.

@@ -42,9 +42,10 @@ from vmamba.runtime.plan import Plan, build_plan
 from vmamba.runtime.precision import set_up_precision
 from vmamba.runtime.records import Records
 from vmamba.runtime.run import Run
+from vmamba.runtime.sharding import is_sharded
 from vmamba.runtime.start import build_state, resume
 from vmamba.runtime.state import TrainState
-from vmamba.runtime.step import OptimizerStep, StepReport, parallelise
+from vmamba.runtime.step import OptimizerStep, StepReport, parallelise, synchronised
 from vmamba.runtime.stop import Stopped
 from vmamba.runtime.task import Results, open_task
 from vmamba.text import counted
@@ -134,7 +135,7 @@ def _run(run: Run, folder: Path | None) -> Results:
             run.logger.info(line)
     set_up_precision(config, world.device)
     random_seed(config.SEED)
-    model = run.task.build_model().to(world.device)
+    model = synchronised(run.task.build_model(), config, world).to(world.device)
     run.logger.info(report.describe_model(config, world, run.task, model))
     if config.THROUGHPUT_MODE:
         return throughput(run, model)
@@ -158,7 +159,7 @@ def train(run: Run, model: nn.Module) -> Results:
         on_main(records.start_over)
     if source == run.folder / LAST:
         run.saver.last_step = state.step
-    if source == run.folder / BEST:
+    if source and source.resolve().parent == run.folder.resolve() and source.stem == "best":
         run.save(state, LAST)  # killed between the two: what a run leaves does not depend on where
     if state.recorded >= plan.steps or state.out_of_patience:
         why = f", and {report.impatience(state)}" if state.out_of_patience else ""
@@ -332,7 +333,8 @@ class Rounds:
         state.finish_round()
         events = {f"eval/{name}": value for name, value in results.items()}
         on_main(lambda: self.records.write(entry, events))
-        names = [BEST] if improved or (run.config.KEEP_BEST > 1 and state.headline is not None) else []
+        several = run.config.KEEP_BEST > 1 and state.headline is not None and not is_sharded(state.model)
+        names = [BEST] if improved or several else []
         names += [LAST] if self._saves() else []
         if names:
             run.save(state, *names)
