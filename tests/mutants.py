@@ -36,8 +36,8 @@ MUTANTS = (
     Mutant(
         "no autocast in evaluation",
         "vmamba/runtime/evaluation.py",
-        "with autocast(run.config, run.world.device):\n            meter",
-        "with torch.no_grad():\n            meter",
+        "with autocast(run.config, run.world.device):\n                meter",
+        "with torch.no_grad():\n                meter",
         RUNS,
     ),
     Mutant(
@@ -190,7 +190,7 @@ MUTANTS = (
     Mutant(
         "a stop signal waits for the end of the evaluation",
         "vmamba/runtime/evaluation.py",
-        "        if run.request.noted:\n            break\n",
+        "            if run.request.noted:\n                break\n",
         "",
         "tests/classification/test_resume.py -k evaluation",
     ),
