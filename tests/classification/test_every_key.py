@@ -122,6 +122,8 @@ ELSEWHERE = {  # keys whose effect another test shows
     "IMPORT": "test_the_example_of_the_page",
     "BASE": "test_base_files_merge_in_order_and_the_file_itself_wins",
     "DATA.CACHE_MODE": "test_the_cache_mode_decides_what_becomes_of_an_archive",
+    "DATA.RETRY_SECONDS": "test_a_disk_that_fails_for_good_ends_the_run_and_skips_nothing",
+    "DATA.TIMEOUT": "test_a_loading_process_that_hangs_is_a_sentence_with_its_file",
     "DATA.PIN_MEMORY": "test_batches_are_pinned_for_a_gpu",
     "DATA.TRAIN_LABELS": "test_a_file_of_labels_is_what_the_folders_are",
     "DATA.VAL_LABELS": "test_a_file_of_labels_is_what_the_folders_are",

@@ -95,6 +95,8 @@ COMMON = (
         flag="workers",
     ),
     key("DATA.PREFETCH_FACTOR", 2, "batches that each loading process is ahead by", at_least=1),
+    key("DATA.RETRY_SECONDS", 60, "that reading is tried again for where a disk or a network fails", at_least=0),
+    key("DATA.TIMEOUT", 900, "seconds without a loaded batch that end the run; 0: none", at_least=0),
     switch("DATA.PERSISTENT_WORKERS", "keep loading processes from one pass to the next", default=True),
     switch("DATA.PIN_MEMORY", "page-locked batches, for a GPU", default=True),
     #
