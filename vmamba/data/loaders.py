@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
-from multiprocessing.connection import wait
 from typing import Any, Protocol
 
 import torch
@@ -222,8 +221,10 @@ class Loader:
     def _dead(self, error: Exception) -> list[int]:
         """The loading processes that have ended; one that was killed as it sent breaks a connection a moment before."""
         workers = getattr(self._running, "_workers", ())
-        if isinstance(error, (EOFError, ConnectionError)):
-            wait([process.sentinel for process in workers], timeout=2)
+        end = time.monotonic() + (2 if isinstance(error, (EOFError, ConnectionError)) else 0)
+        while not any(process.exitcode for process in workers) and time.monotonic() < end:
+            with suppress(RuntimeError):  # PyTorch's word of it, in the middle of whatever goes on
+                time.sleep(0.01)
         return [number for number, process in enumerate(workers) if process.exitcode]
 
     def _lost_worker(self, text: str, dead: list[int]) -> str | None:
