@@ -118,6 +118,7 @@ CHANGED = {
 }
 ELSEWHERE = {  # keys whose effect another test shows
     "KEEP_BEST": "test_the_best_of_several_evaluations_are_kept_in_their_order",
+    "GRACE": "test_the_batch_file_says_what_was_asked",
     "TIMEOUT": "test_others_that_cannot_be_reached_are_a_sentence",
     "IMPORT": "test_the_example_of_the_page",
     "BASE": "test_base_files_merge_in_order_and_the_file_itself_wins",

@@ -64,6 +64,7 @@ COMMON = (
         at_least=1,
         also="ddp_timeout",
     ),
+    key("GRACE", 120, "seconds before its end at which SLURM shall warn a job, to save in", at_least=10),
     switch("TF32", "let float32 matrix products and convolutions run in TF32"),
     key("SAVE_FREQ", 1, "rounds (epochs, or EVAL_STEPS) between checkpoints; the last is saved", at_least=1),
     key("KEEP_LAST", 2, "of the states saved: last.pth, the one before as last.2.pth, ...", at_least=1),
