@@ -22,19 +22,20 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch
+import torch  # noqa: E402
 
-from tests.classification.tiny import differences, metrics, saved, tiny_config
-from vmamba.classification.task import Accuracy
-from vmamba.config import output_folder
-from vmamba.runtime import saving
-from vmamba.runtime.cli import exit_code
-from vmamba.runtime.trainer import run
+from tests.classification.tiny import differences, metrics, saved, tiny_config  # noqa: E402
+from vmamba.classification.task import Accuracy  # noqa: E402
+from vmamba.config import output_folder  # noqa: E402
+from vmamba.runtime import saving  # noqa: E402
+from vmamba.runtime.cli import exit_code  # noqa: E402
+from vmamba.runtime.trainer import run  # noqa: E402
 
 EPOCHS = 6
 LIMIT = 60  # seconds after which a process hangs
 TWO = ("DATA.BATCH_SIZE", 4, "AUG.MIXUP", 0)  # of each of two processes
 SLOW = 0.05
+CHANCE = random.Random()  # of its own: a run's random numbers are the run's
 
 
 class Lost(Exception):
@@ -107,7 +108,7 @@ class Bench:
         if saved(config, "best.pth")["step"] != saved(whole, "best.pth")["step"]:
             raise Lost("another best")
         if "Traceback" in self.said(config).read_text():
-            raise Lost("a traceback")
+            raise Lost(f"a traceback: {self.said(config).read_text()[-1500:]}")
         for each in (output_folder(config), self.said(config)):
             shutil.rmtree(each, ignore_errors=True) if each.is_dir() else each.unlink()
 
@@ -153,8 +154,8 @@ def kill_at_random(bench: Bench, tries: int, *opts: object, ranks: int = 1, whom
         config = bench.fresh(*opts)
         for _ in range(min(left, 5)):
             children = bench.start(config, ranks)
-            time.sleep(random.uniform(0.05, 1.2) * (1.5 if ranks > 1 else 1))
-            victims = children if whom == "all" else [random.choice(children)]
+            time.sleep(CHANCE.uniform(0.05, 1.2) * (1.5 if ranks > 1 else 1))
+            victims = children if whom == "all" else [CHANCE.choice(children)]
             for child in victims:
                 try:
                     os.killpg(child, signal.SIGKILL)
@@ -173,9 +174,9 @@ def marking(owner: object, name: str, marker: Path) -> Callable[[], None]:
 
         def marked(*args, **options):
             marker.touch()
-            time.sleep(random.uniform(0, SLOW))
+            time.sleep(CHANCE.uniform(0, SLOW))
             found = whole(*args, **options)
-            time.sleep(random.uniform(0, SLOW))
+            time.sleep(CHANCE.uniform(0, SLOW))
             return found
 
         setattr(owner, name, marked)
@@ -192,11 +193,11 @@ def kill_during(bench: Bench, tries: int, owner: object, name: str, ranks: int =
             marker = bench.folder / "marker"
             marker.unlink(missing_ok=True)
             children = bench.start(config, ranks, marking(owner, name, marker))
-            for _ in range(random.randrange(4)):  # not always the first time
+            for _ in range(CHANCE.randrange(4)):  # not always the first time
                 once_done(marker, children)
                 marker.unlink(missing_ok=True)
             once_done(marker, children)
-            time.sleep(random.uniform(0, 2 * SLOW))
+            time.sleep(CHANCE.uniform(0, 2 * SLOW))
             for child in children:
                 os.kill(child, signal.SIGKILL)
             wait(children)
@@ -212,8 +213,8 @@ def signals(bench: Bench, tries: int, *opts: object, ranks: int = 1, group: bool
         for _ in range(min(left, 5)):
             children = bench.start(config, ranks)
             wait_for_session(children)
-            time.sleep(random.uniform(0.02, 1.2))
-            signum = random.choice(known)
+            time.sleep(CHANCE.uniform(0.02, 1.2))
+            signum = CHANCE.choice(known)
             for child in children:
                 if state(child) != "Z":
                     os.killpg(child, signum) if group else os.kill(child, signum)
@@ -237,7 +238,7 @@ def damage(bench: Bench, tries: int, how: Callable[[Path], object]) -> None:
         (child,) = bench.start(config)
         last = output_folder(config) / "last.2.pth"
         once_done(last, [child])
-        time.sleep(random.uniform(0, 0.5))
+        time.sleep(CHANCE.uniform(0, 0.5))
         if state(child) != "Z":
             os.kill(child, signal.SIGTERM)
         wait([child])
@@ -246,7 +247,7 @@ def damage(bench: Bench, tries: int, how: Callable[[Path], object]) -> None:
 
 
 def truncate(path: Path) -> None:
-    os.truncate(path, random.randrange(1, path.stat().st_size))
+    os.truncate(path, CHANCE.randrange(1, path.stat().st_size))
 
 
 def empty(path: Path) -> None:
@@ -255,14 +256,14 @@ def empty(path: Path) -> None:
 
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
-    content[random.randrange(len(content))] ^= 1 << random.randrange(8)
+    content[CHANCE.randrange(len(content))] ^= 1 << CHANCE.randrange(8)
     path.write_bytes(content)
 
 
 def touch(path: Path) -> None:
     """The clock set back, and files touched and copied, as far as files tell of it."""
     for each in path.parent.glob("*.pth"):
-        when = random.randrange(10**9)
+        when = CHANCE.randrange(10**9)
         os.utime(each, (when, when))
     shutil.copy(path, path.with_name("copy_of_last.pth"))
 
@@ -291,12 +292,12 @@ def full_disk(bench: Bench, tries: int) -> None:
     def prepare() -> None:
         import resource
 
-        after, write, count = random.randrange(6), saving.save_checkpoint, [0]
+        after, write, count = CHANCE.randrange(6), saving.save_checkpoint, [0]
 
         def limited(*args):
             count[0] += 1
             if count[0] > after:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (random.randrange(2**10, 2**16), resource.RLIM_INFINITY))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (CHANCE.randrange(2**10, 2**16), resource.RLIM_INFINITY))
             try:
                 write(*args)
             finally:
@@ -311,7 +312,7 @@ def read_only(bench: Bench, tries: int) -> None:
     """The system refuses to write, from a random save on."""
 
     def prepare() -> None:
-        after, write, count = random.randrange(6), saving.save_checkpoint, [0]
+        after, write, count = CHANCE.randrange(6), saving.save_checkpoint, [0]
 
         def refused(content, path, *rest):
             count[0] += 1
@@ -327,8 +328,8 @@ def read_only(bench: Bench, tries: int) -> None:
 def told_of(bench: Bench, tries: int, prepare: Callable[[], object], sentence: str) -> None:
     for _ in range(tries):
         config = bench.fresh()
-        seed = random.random()
-        code = wait(bench.start(config, 1, lambda seed=seed: (random.seed(seed), prepare())))
+        seed = CHANCE.random()
+        code = wait(bench.start(config, 1, lambda seed=seed: (CHANCE.seed(seed), prepare())))
         if code != [1] or sentence not in bench.said(config).read_text():
             raise Lost(f"ended with {code}: {bench.said(config).read_text()[-200:]}")
         bench.finish(config)
@@ -339,7 +340,7 @@ def folder_removed(bench: Bench, tries: int) -> None:
         config = bench.fresh()
         (child,) = bench.start(config)
         once_done(output_folder(config) / "last.pth", [child])
-        time.sleep(random.uniform(0, 0.3))
+        time.sleep(CHANCE.uniform(0, 0.3))
         shutil.rmtree(output_folder(config), ignore_errors=True)
         code, told = wait([child]), bench.said(config).read_text()
         if code not in ([0], [1]) or "Traceback" in told or (code == [1] and "error: cannot" not in told):
@@ -369,10 +370,10 @@ def worker_killed(bench: Bench, tries: int) -> None:
         config = bench.fresh(*opts)
         (child,) = bench.start(config)
         once_done(output_folder(config) / "last.pth", [child])
-        time.sleep(random.uniform(0, 0.3))
+        time.sleep(CHANCE.uniform(0, 0.3))
         workers = Path(f"/proc/{child}/task/{child}/children").read_text().split() if state(child) != "Z" else []
         if workers:
-            os.kill(int(random.choice(workers)), signal.SIGKILL)
+            os.kill(int(CHANCE.choice(workers)), signal.SIGKILL)
         code, told = wait([child]), bench.said(config).read_text()
         if "Traceback" in told or (code != [0] and "a loading process was killed at '" not in told):
             raise Lost(f"ended with {code}: {told[-300:]}")
@@ -414,7 +415,7 @@ def main() -> int:
     lost_any = False
     print("| fault | tries | lost | seconds |\n|---|--:|--:|--:|", flush=True)
     for name in args.only:
-        random.seed(f"{args.seed} {name}")
+        CHANCE.seed(f"{args.seed} {name}")
         tries, lost, start = max(1, round(args.tries * SLOWER.get(name, 1))), [], time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             bench = Bench(Path(folder))

@@ -1,7 +1,7 @@
 """Jobs on a real SLURM of two nodes, started here on this host: sudo python tests/slurm_cluster.py [--only NAME ...]
 
-Needs root and Debian's packages: apt-get install slurmctld slurmd slurm-client munge.  Each job trains a small model on
-two nodes with loading workers, something happens to it, and it must end with the weights of one that nothing happened to.
+Needs root and Debian's packages: apt-get install slurmctld slurmd slurm-client munge.  Each job trains a small model
+on two nodes with loading workers, something happens to it, and it must end with the weights of an undisturbed one.
 """
 
 import argparse
@@ -27,6 +27,7 @@ SlurmctldHost=localhost(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
+AuthInfo=cred_expire=10
 SlurmctldPort=16817
 SlurmdPort=16818
 StateSaveLocation={folder}/state
@@ -234,6 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
     only = parser.parse_args().only
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the daemons end with this script
     with tempfile.TemporaryDirectory(prefix="slurm") as place, Cluster(Path(place)) as cluster:
         (cluster.folder / "slow.py").write_text(SLOW)
         whole = None
