@@ -58,11 +58,10 @@ import time
 from vmamba.runtime.step import OptimizerStep
 step = OptimizerStep.__call__
 def slow(self, *args, **options):
-    time.sleep(0.3)
+    time.sleep(PAUSE)
     return step(self, *args, **options)
 OptimizerStep.__call__ = slow
 """
-STEPS = 3 * 12
 
 
 class Cluster:
@@ -126,7 +125,17 @@ class Case:
         self.config = tiny_config(cluster.folder, *opts, "TAG", name)
         command = [sys.executable, str(ROOT / "classification/submit.py"), "--cfg", str(tiny_file(cluster.folder))]
         command += ["--output", str(cluster.folder), "--tag", name, "--nodes", "2", "--gpus-per-node", "0"]
-        command += ["--cpus-per-gpu", "1", "--import", "slow", *flags, "--opts", *map(str, opts), "GRACE", "30"]
+        command += [
+            "--cpus-per-gpu",
+            "1",
+            "--import",
+            "slower" if "--time" in flags else "slow",
+            *flags,
+            "--opts",
+            *map(str, opts),
+            "GRACE",
+            "30",
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         found = re.match(r"job (\d+);", done.stdout)
         if not found:
@@ -149,7 +158,7 @@ class Case:
 
     def ends(self, state: str = "COMPLETED") -> None:
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        self.cluster.until(lambda: self.state() in over, 400, f"{self.name} to end")
+        self.cluster.until(lambda: self.state() in over, 600, f"{self.name} to end")
         if self.state() != state:
             logs = "".join(path.read_text()[-1500:] for path in (output_folder(self.config) / "jobs").glob("*.err"))
             raise SystemExit(f"{self.name} is {self.state()}, not {state}\n{logs}")
@@ -179,7 +188,7 @@ def requeued_by_hand(case: Case) -> None:
 
 def warned_of_the_limit(case: Case) -> None:
     case.trained(4)
-    case.cluster.until(lambda: case.restarts() >= 1, 200, "a requeue at the warning")
+    case.cluster.until(lambda: case.restarts() >= 1, 200, "a requeue")
 
 
 def a_node_dies(case: Case) -> None:
@@ -227,7 +236,7 @@ CASES = {
     "scontrol requeue": (requeued_by_hand,),
     "a rank killed": (a_rank_is_killed,),
     "a node dies": (a_node_dies,),
-    "the time limit's warning": (warned_of_the_limit, "--time", "1"),
+    "the time limit's warning": (warned_of_the_limit, "--time", "2"),  # SLURM's may come a minute early
 }
 
 
@@ -237,7 +246,8 @@ def main() -> None:
     only = parser.parse_args().only
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the daemons end with this script
     with tempfile.TemporaryDirectory(prefix="slurm") as place, Cluster(Path(place)) as cluster:
-        (cluster.folder / "slow.py").write_text(SLOW)
+        for module, pause in (("slow", "0.3"), ("slower", "2.5")):
+            (cluster.folder / f"{module}.py").write_text(SLOW.replace("PAUSE", pause))
         whole = None
         for name in dict.fromkeys(["undisturbed", *only]):
             happens, *flags = CASES[name]

@@ -223,6 +223,7 @@ def test_a_node_that_leaves_and_comes_back_goes_on_from_the_checkpoint(folder, t
     agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--max-restarts"]
     agent += ["3", "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:29641", "--rdzv_id", "elastic"]
     env = {**ALONE["env"], "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # see docs/parallel.md
     alone = {**ALONE, "env": env, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "start_new_session": True}
     run_of = [*agent, *command(folder, "--tag", "elastic", "--import", "slow", *flags)[1:]]
     config = tiny_config(folder, "TAG", "elastic")

@@ -9,9 +9,11 @@ import time
 
 import pytest
 
+from vmamba.config import get_config
 from vmamba.errors import UserError
-from vmamba.runtime import lifeline
+from vmamba.runtime import lifeline, trainer
 from vmamba.runtime.lifeline import Lifeline, PeerLost
+from vmamba.runtime.stop import Stopped
 
 GLOO = "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:31638"
 
@@ -183,3 +185,16 @@ def test_a_stranger_is_not_taken_for_a_process_of_the_run():
     joining.join(10)
     assert [rank for rank, _ in first._lines.values()] == [1]
     first.leave(), second.leave()
+
+
+def test_a_run_that_was_asked_to_stop_as_the_other_was_ends_as_stopped(tmp_path, monkeypatch):
+    """The other process was not yet where a signal is only noted, and is gone; a scheduler goes by the exit code."""
+
+    def loses_the_other(run, folder):
+        with run.request.noting():
+            signal.raise_signal(signal.SIGUSR2)
+            raise PeerLost(lifeline.Loss(1, "host", "stopped by SIGUSR2"))
+
+    monkeypatch.setattr(trainer, "_run", loses_the_other)
+    with pytest.raises(Stopped, match="SIGUSR2"):
+        trainer.run(get_config(None, ["OUTPUT", str(tmp_path), "NAME", "run", "DEVICE", "cpu"]))

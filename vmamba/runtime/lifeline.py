@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
 from typing import Any
 
+from torch.distributed import DistError
+
 from vmamba.errors import UserError
 
 SECONDS_TO_HEAR = 5.0  # that the news may come later than the broken collective
@@ -26,7 +28,9 @@ SECONDS_OF_ITS_OWN = 1.0  # after the news for an end of its own, by the same ca
 SECONDS_TO_END = 20.0  # more, until it is ended
 SECONDS_TO_CLOSE = 30.0  # for a process that is about to end, and may still be saving
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # seconds, seconds, times
-_OF_A_COLLECTIVE = re.compile("gloo|nccl|c10d|process ?group|tcpstore|collective", re.IGNORECASE)
+_OF_A_COLLECTIVE = re.compile(
+    "gloo|nccl|c10d|process ?group|store|collective|peer|broken pipe|connection|socket", re.IGNORECASE
+)
 _TIMED_OUT = re.compile("timed? ?out", re.IGNORECASE)
 
 _open: "weakref.WeakSet[Lifeline]" = weakref.WeakSet()
@@ -106,7 +110,8 @@ class Lifeline:
             yield
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
-            if self.size == 1 or not _OF_A_COLLECTIVE.search(str(error)):
+            collective = isinstance(error, DistError) or _OF_A_COLLECTIVE.search(str(error))
+            if self.size == 1 or not collective:
                 raise
             if self._news.wait(SECONDS_TO_HEAR):
                 self._written.wait(SECONDS_TO_HEAR)

@@ -78,8 +78,13 @@ def _run_alone(config: CfgNode) -> Results:
         run = Run(config, open_task(config), world, logger, history=History(folder if trains else None))
         world.lifeline.on_loss = partial(_write_down_the_end, run)
         try:
-            with run.request, world.lifeline.explaining():
-                return _run(run, folder)
+            try:
+                with run.request, world.lifeline.explaining():
+                    return _run(run, folder)
+            except PeerLost as lost:  # the other was stopped where it does not wait for us, and so were we
+                if not run.request.noted:
+                    raise
+                raise Stopped(run.request.signum) from lost
         except BaseException as error:
             if not isinstance(error, PeerLost):  # which is written down when it is heard of
                 _write_down_the_end(run, error)
