@@ -4,7 +4,6 @@ import csv
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -211,47 +210,3 @@ def test_a_process_that_dies_takes_the_run_with_it_and_is_named(folder, tmp_path
     if launcher == "launch":
         assert errors[0].index("1 / 0") < errors[0].index("error: process 1")  # the reason first
         assert "1 / 0" in written
-
-
-def test_a_node_that_leaves_and_comes_back_goes_on_from_the_checkpoint(folder, tmp_path):
-    """Two agents of torchrun, as on two machines; one is killed with its process, and started again."""
-    (tmp_path / "slow.py").write_text(
-        "import time\nfrom vmamba.runtime.step import OptimizerStep as Step\nstep = Step.__call__\n"
-        "Step.__call__ = lambda *args, **options: time.sleep(0.1) or step(*args, **options)\n"
-    )
-    flags = ("--batch-size", "4", "--epochs", "8", "--opts", "TRAIN.SAVE_STEPS", "1", "AUG.MIXUP", "0")
-    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--max-restarts"]
-    agent += ["3", "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:29641", "--rdzv_id", "elastic"]
-    env = {**ALONE["env"], "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # see docs/parallel.md
-    alone = {**ALONE, "env": env, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "start_new_session": True}
-    run_of = [*agent, *command(folder, "--tag", "elastic", "--import", "slow", *flags)[1:]]
-    config = tiny_config(folder, "TAG", "elastic")
-    written = output_folder(config) / "log.txt"
-    first = subprocess.Popen(run_of, **alone)
-    while socket.socket().connect_ex(("127.0.0.1", 29641)):  # the first is where they meet
-        assert first.poll() is None
-        time.sleep(0.1)
-    second = subprocess.Popen(run_of, **alone)
-    try:
-        while not (written.exists() and "train [3/8]" in written.read_text()):
-            assert first.poll() is None and second.poll() is None
-            time.sleep(0.05)
-        for child in Path(f"/proc/{second.pid}/task/{second.pid}/children").read_text().split():
-            os.kill(int(child), signal.SIGKILL)
-        second.kill()
-        while "has ended without a word" not in written.read_text():
-            assert first.poll() is None
-            time.sleep(0.05)
-        second = subprocess.Popen(run_of, **alone)
-        errors = [process.communicate(timeout=120)[1] for process in (first, second)]
-    finally:
-        for process in (first, second):
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    assert [first.returncode, second.returncode] == [0, 0], errors
-    assert log(config).count("resumed ") == 1
-    launch("torchrun", command(folder, "--tag", "whole", *flags)[1:], ROOT)
-    whole = tiny_config(folder, "TAG", "whole")
-    assert metrics(config) == metrics(whole)
-    assert not differences(saved(config)["model"], saved(whole)["model"])
