@@ -14,7 +14,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from vmamba.config import argument_parser, config_from_args, output_folder
 from vmamba.errors import UserError
 from vmamba.runtime.cli import exit_code
-from vmamba.runtime.slurm import Job, Resources, at_least, check_local, gpus_of_a_node, minutes, sbatch_file, submit
+from vmamba.runtime.slurm import (
+    Job,
+    Resources,
+    at_least,
+    check_local,
+    gpus_of_a_node,
+    minutes,
+    pair,
+    sbatch_file,
+    seeded,
+    submit,
+)
 from vmamba.runtime.trainer import run
 
 
@@ -35,26 +46,41 @@ def main() -> None:
     job.add_argument("--account")
     job.add_argument("--qos")
     job.add_argument("--constraint")
+    job.add_argument("--comment")
+    job.add_argument("--exclude", metavar="NODES")
+    job.add_argument(
+        "--slurm-additional",
+        dest="additional",
+        type=pair,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any other option of sbatch",
+    )
+    job.add_argument("--seeds", type=at_least(0), nargs="+", help="a job for each, as an array; folders TAG-seed")
     job.add_argument("--local", action="store_true", help="run on this machine instead, and wait for the end")
     job.add_argument("--dry-run", action="store_true", help="print what would be submitted")
     args = parser.parse_args()
 
     config = config_from_args(args)
     folder = output_folder(config) / "jobs"
-    asked = {name: getattr(args, name) for name in Resources.__dataclass_fields__ if name != "minutes"}
+    own = ("minutes", "grace", "additional")
+    asked = {name: getattr(args, name) for name in Resources.__dataclass_fields__ if name not in own}
     asked["gpus_per_node"] = gpus_of_a_node(args.gpus_per_node, args.local)
-    resources = Resources(minutes(args.time), **asked)
+    resources = Resources(minutes(args.time), grace=config.GRACE, additional=dict(args.additional), **asked)
+    configs = [seeded(config, seed) for seed in args.seeds] if args.seeds else [config]
     if args.local:
         check_local(resources)
     if args.dry_run:
-        print(resources if args.local else sbatch_file(resources, folder), config, sep="\n")
+        print(resources if args.local else sbatch_file(resources, folder), *configs, sep="\n")
         return
-    submitted = submit(Job(run, config), resources, folder, args.local)
-    print(f"job {submitted.job_id}; its logs: {submitted.paths.stdout} and {submitted.paths.stderr}")
-    if args.local:
-        if submitted.exception() is not None:
-            raise UserError(f"job {submitted.job_id} failed; {submitted.paths.stderr} says why")
-        print(f"job {submitted.job_id} is done: {submitted.results()[0]}")
+    for job in submit([Job(run, each) for each in configs], resources, folder, args.local):
+        print(f"job {job.job_id}; its logs: {job.paths.stdout} and {job.paths.stderr}", flush=True)
+        if args.local:
+            if job.exception() is not None:
+                raise UserError(f"job {job.job_id} failed; {job.paths.stderr} says why")
+            print(f"job {job.job_id} is done: {job.results()[0]}")
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ MUTANTS = (
     Mutant(
         "no autocast in evaluation",
         "vmamba/runtime/evaluation.py",
-        "with autocast(run.config, run.world.device):\n            meter",
-        "with torch.no_grad():\n            meter",
+        "with autocast(run.config, run.world.device):\n                meter",
+        "with torch.no_grad():\n                meter",
         RUNS,
     ),
     Mutant(
@@ -72,7 +72,7 @@ MUTANTS = (
     Mutant(
         "no save before the evaluation",
         "vmamba/runtime/trainer.py",
-        "self._save_last()  #",
+        "self.run.save(self.state, LAST)  #",
         "pass  #",
         RUNS,
     ),
@@ -191,8 +191,8 @@ MUTANTS = (
     Mutant(
         "the newest file resumed, not the furthest state",
         "vmamba/runtime/checkpoint.py",
-        "states.append((_position(content), name == LAST, path))",
-        "states.append((path.stat().st_mtime_ns, name == LAST, path))",
+        'states.append((_position(content), path.stem == "last", path))',
+        'states.append((path.stat().st_mtime_ns, path.stem == "last", path))',
         "tests/runtime/test_checkpoint.py",
     ),
     Mutant(
@@ -205,7 +205,7 @@ MUTANTS = (
     Mutant(
         "a stop signal waits for the end of the evaluation",
         "vmamba/runtime/evaluation.py",
-        "        if run.request.noted:\n            break\n",
+        "            if run.request.noted:\n                break\n",
         "",
         "tests/classification/test_resume.py -k evaluation",
     ),

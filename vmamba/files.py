@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -31,9 +32,12 @@ except ImportError:  # Windows, which has msvcrt
     fcntl = None
 
 
-def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
+def write_atomically(
+    path: str | Path, write: Callable[[IO[bytes]], object], publish: Callable[[Path], object] = lambda written: None
+) -> None:
     """Replace the file at `path` by what `write` puts into the open file it is given: wholly, or not at all.
 
+    `publish` is called with the file once it is whole, before it takes its place.
     Raises UserError when the folder cannot be written or the disk is full; the old file is then untouched.
     """
     path = Path(path)
@@ -44,6 +48,7 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        publish(beside)
         beside.replace(path)
     except BaseException as error:
         with suppress(OSError):
@@ -52,6 +57,24 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
             if isinstance(reason, OSError):
                 raise cannot_write(path, reason) from error
         raise
+
+
+def copy_atomically(file: Path, path: Path) -> None:
+    """Replace the file at `path` by a copy of `file`.  Raises UserError as `write_atomically`."""
+    with file.open("rb") as source:
+        write_atomically(path, lambda target: shutil.copyfileobj(source, target, 2**24))
+
+
+def link_atomically(file: Path, path: Path) -> None:
+    """Let `path` lead to `file` itself, in the place of what it led to; to a copy where there are no links (exFAT)."""
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        os.link(file, beside)
+        beside.replace(path)
+    except OSError:
+        with suppress(OSError):
+            beside.unlink()
+        copy_atomically(file, path)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -158,7 +181,7 @@ def remove_leftovers(folder: str | Path) -> None:
     for path in Path(folder).iterdir():
         if _LEFTOVER.fullmatch(path.name):
             with suppress(OSError):
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def read_text(path: str | Path) -> str:

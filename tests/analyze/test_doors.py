@@ -17,7 +17,7 @@ from vmamba.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 OF_RUNS = ("ablate", "average", "compare", "curves")
-GIVEN = {door: ["run"] for door in [*OF_RUNS, "shrink"]}  # arguments without which it does not start
+GIVEN = {door: ["run"] for door in [*OF_RUNS, "one_file", "shrink"]}  # arguments without which it does not start
 GIVEN["push"] = ["run", "me/name"]
 DOORS = sorted(path.stem for path in (ROOT / "analyze").glob("[a-z]*.py"))
 
@@ -106,7 +106,7 @@ def test_where_nothing_can_be_written_is_said_before_the_work(door, parser_of, m
     function = parser_of(door).function
     (tmp_path / "file").touch()
     given = [["run", "other"]] if door in OF_RUNS else GIVEN.get(door, [])
-    file = "file/x" if door in ("average", "summary") else "file"
+    file = "file/x" if door in ("average", "one_file", "summary") else "file"
     with pytest.raises(UserError, match="cannot write '.*file.*; free some space or choose another folder"):
         function(*given, output=str(tmp_path / file))
     if door in ("summary", "throughput"):

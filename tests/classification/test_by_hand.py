@@ -150,14 +150,17 @@ def test_an_evaluation_that_fails_costs_no_training(tmp_path, monkeypatch):
 def test_what_is_saved_when(tmp_path, monkeypatch):
     saves, save = [], Run.save
 
-    def noted(self, state, name):
-        saves.append((name, state.step, state.recorded))
-        save(self, state, name)
+    def noted(self, state, *names):
+        saves.append((names, state.step, state.recorded))
+        save(self, state, *names)
 
     monkeypatch.setattr(Run, "save", noted)
     run(tiny_config(tmp_path, "TRAIN.EPOCHS", 5, "SAVE_FREQ", 2, "TRAIN.SAVE_STEPS", 4))
-    last = [(step, recorded) for name, step, recorded in saves if name == "last.pth"]
-    assert last == [(4, 3), (6, 3), (6, 6), (8, 6), (12, 9), (12, 9), (12, 12), (15, 12), (15, 15)]
+    last = [(step, recorded) for names, step, recorded in saves if "last.pth" in names]
+    assert last == [(4, 3), (6, 3), (6, 6), (8, 6), (12, 9), (12, 12), (15, 12), (15, 15)]
+    saves.clear()
+    run(tiny_config(tmp_path, "TRAIN.EPOCHS", 3, "EVAL_FREQ", 3, "TAG", "seldom evaluated"))
+    assert [(step, recorded) for _, step, recorded in saves] == [(3, 3), (6, 6), (9, 6), (9, 9)]
 
 
 def test_start_epoch_counts_epochs_as_done(tmp_path):

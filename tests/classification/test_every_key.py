@@ -33,6 +33,7 @@ CHANGED = {
     "TF32": (True,),
     "SAVE_FREQ": (2, "TRAIN.EPOCHS", 3),
     "PRINT_FREQ": (2,),
+    "KEEP_LAST": (1, "TRAIN.EPOCHS", 2),
     "EVAL_FREQ": (2, "TRAIN.EPOCHS", 2),
     "EVAL_STEPS": (2,),
     "EVAL_WEIGHTS": ("ema",),
@@ -126,9 +127,14 @@ CHANGED = {
     "TEST.CROP_PCT": (1.0, "DATA.IMG_SIZE", 40),
 }
 ELSEWHERE = {  # keys whose effect another test shows
+    "KEEP_BEST": "test_the_best_of_several_evaluations_are_kept_in_their_order",
+    "GRACE": "test_the_batch_file_says_what_was_asked",
+    "TIMEOUT": "test_others_that_cannot_be_reached_are_a_sentence",
     "IMPORT": "test_the_example_of_the_page",
     "BASE": "test_base_files_merge_in_order_and_the_file_itself_wins",
     "DATA.CACHE_MODE": "test_the_cache_mode_decides_what_becomes_of_an_archive",
+    "DATA.RETRY_SECONDS": "test_a_disk_that_fails_for_good_ends_the_run_and_skips_nothing",
+    "DATA.TIMEOUT": "test_a_loading_process_that_hangs_is_a_sentence_with_its_file",
     "DATA.PIN_MEMORY": "test_batches_are_pinned_for_a_gpu",
     "DATA.TRAIN_LABELS": "test_a_file_of_labels_is_what_the_folders_are",
     "DATA.VAL_LABELS": "test_a_file_of_labels_is_what_the_folders_are",
@@ -141,6 +147,8 @@ ELSEWHERE = {  # keys whose effect another test shows
     "DISTILL.KIND": "test_distillation_by_hand",
     "DISTILL.WEIGHT": "test_distillation_by_hand",
     "DISTILL.TEMPERATURE": "test_distillation_by_hand",
+    "MODEL.SYNC_BN": "test_batch_norms_are_over_all_processes_of_gpus",
+    "TRAIN.PARALLEL": "test_in_shares_two_processes_give_the_curve_of_one",
     "TRAIN.PATIENCE": "test_early_stopping_is_exact_on_resume",
     "TRAIN.AUTO_RESUME": "test_starting_over_in_a_used_folder_is_refused",
 }
@@ -173,9 +181,9 @@ def seen(monkeypatch):
     watch(Records, "draw", call=False)  # which takes half a second
     save = Run.save
 
-    def noted(self, state, name):
-        seen.append((name, state.step))
-        save(self, state, name)
+    def noted(self, state, *names):
+        seen.append((names, state.step))
+        save(self, state, *names)
 
     monkeypatch.setattr(Run, "save", noted)
     return seen
@@ -195,7 +203,8 @@ def traces(folder, output, seen, *opts):
     except (UserError, BackendError) as error:
         return str(error).replace(output, "")
     place = os.path.relpath(output_folder(config), folder / output)
-    flags = (torch.get_float32_matmul_precision(), place, [*seen])
+    files = sorted(path.name for path in output_folder(config).glob("*.pth"))
+    flags = (torch.get_float32_matmul_precision(), place, files, [*seen])
     if config.THROUGHPUT_MODE or config.EVAL_MODE:
         return results.keys(), flags
     weights = {key: [weight.sum().item() for weight in (saved(config)[key] or {}).values()] for key in KINDS}

@@ -13,11 +13,17 @@ import pytest
 import torch
 
 from vmamba.config import output_folder
+from vmamba.errors import UserError
+from vmamba.runtime.checkpoint import read_checkpoint
+from vmamba.runtime.sharding import one_file, read_folder
 from vmamba.runtime.trainer import run
 
-from .tiny import ALONE, ROOT, command, log, metrics, saved, tiny_config, tiny_file
+from .tiny import ALONE, ROOT, command, differences, log, metrics, saved, tiny_config, tiny_file
 
 WITHOUT_CHANCE = ("MODEL.DROP_PATH_RATE", 0, "AUG.MIXUP", 0, "AUG.CUTMIX", 0)  # drawn by each process for itself
+WITHOUT_CHANCE += ("TRAIN.CLIP_GRAD", 0.3)  # what the gradients' norms are above
+IN_SHARES = ("TRAIN.PARALLEL", "fsdp", "MODEL.BACKEND", "reference", "KEEP_LAST", "3")
+PARTS = {"random_states": None, "config": None}
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +41,14 @@ def one_process(folder):
 def two_processes(folder):
     """Trained from the root by torchrun, with the global batch of `one_process` in two steps of accumulation too."""
     options = [*map(str, WITHOUT_CHANCE), "TAG", "two", "DATA.BATCH_SIZE", "5"]
+    launch("torchrun", command(folder, "--opts", *options)[1:], ROOT)
+    return tiny_config(folder, *options)
+
+
+@pytest.fixture(scope="module")
+def in_shares(folder):
+    """The same under FSDP, every gradient being clipped."""
+    options = [*map(str, WITHOUT_CHANCE), "TAG", "fsdp", "DATA.BATCH_SIZE", "5", *IN_SHARES]
     launch("torchrun", command(folder, "--opts", *options)[1:], ROOT)
     return tiny_config(folder, *options)
 
@@ -59,6 +73,38 @@ def test_two_processes_give_the_curve_of_one(one_process, two_processes):
     for key in ("model", "model_ema"):
         for name, weight in saved(config)[key].items():
             torch.testing.assert_close(saved(two_processes)[key][name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_in_shares_two_processes_give_the_curve_of_one(one_process, in_shares, tmp_path):
+    config, _ = one_process
+    for one, two in zip(metrics(config), metrics(in_shares), strict=True):
+        assert two == pytest.approx(one, rel=1e-5)
+    folder = output_folder(in_shares) / "last.sharded"
+    assert len([*folder.glob("*.distcp")]) == 2 and not (output_folder(in_shares) / "last.pth").exists()
+    one_file(str(folder), str(tmp_path / "all.pth"))
+    whole = read_checkpoint(tmp_path / "all.pth")
+    assert not differences({**whole, **PARTS}, {**read_folder(folder), **PARTS})
+    for key in ("model", "model_ema"):
+        for name, weight in saved(config)[key].items():
+            torch.testing.assert_close(whole[key][name], weight, rtol=1e-4, atol=1e-6)
+    moments = saved(config)["optimizer"]["state"]
+    for index, values in whole["optimizer"]["state"].items():
+        torch.testing.assert_close(values, moments[index], rtol=1e-3, atol=1e-7)
+    assert whole.keys() == saved(config).keys()
+
+
+def test_a_state_in_shares_goes_on_in_one_process_and_in_shares_again(folder, one_process, in_shares):
+    config, results = one_process
+    first = output_folder(in_shares) / "last.3.sharded"  # of the first epoch
+    alone = tiny_config(folder, *WITHOUT_CHANCE, "TAG", "from shares", "MODEL.RESUME", first)
+    assert run(alone) == pytest.approx(results, rel=1e-5)
+    options = [*map(str, WITHOUT_CHANCE), "TAG", "again", "DATA.BATCH_SIZE", "5", *IN_SHARES]
+    last = str(output_folder(config) / "last.2.pth")  # a file into shares
+    launch("torchrun", command(folder, "--resume", last, "--opts", *options)[1:], ROOT)
+    again = tiny_config(folder, *options)
+    assert metrics(again)[-1] == pytest.approx(metrics(config)[-1], rel=1e-5)
+    with pytest.raises(UserError, match="is a state in shares; make it a file first: python analyze/one_file.py"):
+        run(tiny_config(folder, "TAG", "again", "EVAL_MODE", True))
 
 
 def test_one_process_writes_and_all_are_saved(two_processes):
@@ -119,3 +165,48 @@ def test_running_statistics_are_those_of_the_checkpoint_on_every_process(folder)
     config = tiny_config(folder, *options)
     results = run(tiny_config(folder, *options, "EVAL_MODE", True))
     assert results == pytest.approx({key: metrics(config)[-1][key] for key in results}, rel=1e-5)
+
+
+ENDING = """
+import os, signal
+from vmamba.runtime.step import OptimizerStep
+
+step = OptimizerStep.__call__
+
+def ending(self, state, *args, **options):
+    if state.step == 4 and self.world.rank == 1:
+        HOW
+    return step(self, state, *args, **options)
+
+OptimizerStep.__call__ = ending
+"""
+
+
+@pytest.mark.parametrize(
+    ("launcher", "how", "said"),
+    [
+        ("none", "os.kill(os.getpid(), signal.SIGKILL)", "has ended without a word: it was killed"),
+        ("launch", "1 / 0", "has ended: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_process_that_dies_takes_the_run_with_it_and_is_named(folder, tmp_path, launcher, how, said):
+    """Where nobody watches the processes, too, and with loading processes, which outlive theirs."""
+    (tmp_path / "ending.py").write_text(ENDING.replace("HOW", how))
+    arguments = command(folder, "--tag", launcher, "--batch-size", "4", "--workers", "2", "--import", "ending")
+    env = {**ALONE["env"], "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    alone = {**ALONE, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "env": env}
+    if launcher == "none":
+        env |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29619"}
+        ranks = [{**alone, "env": env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}} for rank in range(2)]
+        started = [subprocess.Popen(arguments, **rank) for rank in ranks]
+    else:
+        two = ("-m", "torch.distributed.launch", "--nproc_per_node", "2", "--master_port", "29620")
+        started = [subprocess.Popen([sys.executable, *two, *arguments[1:]], **alone)]
+    errors = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == ([1, -signal.SIGKILL] if launcher == "none" else [1])
+    assert re.search(f"error: process 1 on .* {said}", errors[0])
+    written = log(tiny_config(folder, "TAG", launcher))
+    assert len(re.findall(f"ERROR the run ends: process 1 on .* {said}", written)) == 1
+    if launcher == "launch":
+        assert errors[0].index("1 / 0") < errors[0].index("error: process 1")  # the reason first
+        assert "1 / 0" in written

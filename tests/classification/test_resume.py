@@ -13,6 +13,7 @@ from vmamba.classification.task import Accuracy
 from vmamba.config import output_folder
 from vmamba.data.loaders import TrainLoader
 from vmamba.errors import UserError
+from vmamba.runtime import saving
 from vmamba.runtime.run import Run
 from vmamba.runtime.step import OptimizerStep
 from vmamba.runtime.stop import Stopped
@@ -97,10 +98,10 @@ def test_killed_after_an_epochs_line_the_line_is_not_written_twice(tmp_path, uni
     config = tiny_config(tmp_path, "TRAIN.SAVE_STEPS", 2)
     save = Run.save
 
-    def killed_at_the_end(run, state, name):
+    def killed_at_the_end(run, state, *names):
         if state.epoch == 2:
             raise KeyboardInterrupt
-        save(run, state, name)
+        save(run, state, *names)
 
     monkeypatch.setattr(Run, "save", killed_at_the_end)
     with pytest.raises(KeyboardInterrupt):
@@ -112,16 +113,16 @@ def test_killed_after_an_epochs_line_the_line_is_not_written_twice(tmp_path, uni
     assert_same_run(config, uninterrupted)
 
 
-def test_killed_between_the_two_files_of_the_last_epoch(tmp_path, uninterrupted, monkeypatch):
+def test_killed_between_the_two_names_of_the_last_epoch(tmp_path, uninterrupted, monkeypatch):
     config = tiny_config(tmp_path)
-    save = Run.save
+    also = saving.copy_atomically
 
-    def killed_after_the_best(run, state, name):
-        if name == "last.pth" and state.recorded == 6:
+    def killed_after_the_best(file, path):
+        also(file, path)
+        if path.name == "best.pth" and saved(config, "best.pth")["recorded"] == 6:
             raise KeyboardInterrupt
-        save(run, state, name)
 
-    monkeypatch.setattr(Run, "save", killed_after_the_best)
+    monkeypatch.setattr(saving, "copy_atomically", killed_after_the_best)
     monkeypatch.setattr(Rounds, "_rank", lambda self, results: True)
     with pytest.raises(KeyboardInterrupt):
         run(config)

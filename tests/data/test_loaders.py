@@ -1,5 +1,6 @@
 """Loading processes: signals that are not for them, and what the system lacks."""
 
+import errno
 import math
 import os
 import signal
@@ -14,7 +15,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from vmamba.config import get_config
-from vmamba.data.images import UnreadableImage
+from vmamba.data.images import UnreadableImage, reading
 from vmamba.data.loaders import EvalLoader, Examples, TrainLoader, _lacking
 from vmamba.errors import UserError
 from vmamba.runtime.feed import Ahead
@@ -36,8 +37,8 @@ def nothing(sample):
     return sample
 
 
-def loader(workers=2, source=None):
-    config = get_config(None, ["DATA.NUM_WORKERS", str(workers), "DATA.BATCH_SIZE", "2", "DEVICE", "cpu"])
+def loader(workers=2, source=None, *opts):
+    config = get_config(None, ["DATA.NUM_WORKERS", str(workers), "DATA.BATCH_SIZE", "2", "DEVICE", "cpu", *opts])
     return EvalLoader(config, Examples(config, source or Slow(), nothing, training=False), 0, 1)
 
 
@@ -69,7 +70,6 @@ def test_stop_signals_do_not_end_a_loading_process_and_its_parent_does(method, m
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that"), "--shm-size"),
         (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left"), "/dev/shm"),
         (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "was killed, often for want of memory"),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "was killed"),
     ],
 )
 def test_what_the_system_lacks_is_a_sentence(error, sentence):
@@ -82,13 +82,72 @@ def test_what_the_system_lacks_is_a_sentence(error, sentence):
     assert _lacking(RuntimeError("a bug")) is None
 
 
-def test_a_loading_process_that_is_killed_is_a_sentence():
-    class Killed(Slow):
-        def load(self, index):
+class Named(Slow):
+    """A sample that something happens at, with the names of files."""
+
+    def name(self, index):
+        return f"images/{index}.png"
+
+    def load(self, index):
+        if index == 31:
+            self.happens()
+        return 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_loading_process_that_is_killed_is_a_sentence_with_its_file(workers):
+    class Killed(Named):
+        def happens(self):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(UserError, match="a loading process was killed"):
-        list(loader(1, Killed()))
+    with pytest.raises(UserError, match="a loading process was killed at 'images/31.png', often for want of memory"):
+        list(loader(workers, Killed()))
+
+
+def test_a_loading_process_that_hangs_is_a_sentence_with_its_file():
+    class Hangs(Named):
+        def happens(self):
+            time.sleep(1000)
+
+    with pytest.raises(UserError, match=r"no batch came for 1 s \(DATA.TIMEOUT\), .* being at 'images/31.png'; look"):
+        list(loader(1, Hangs(), "DATA.TIMEOUT", "1"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_that_fails_for_a_while_is_tried_again(workers, caplog, tmp_path):
+    class Fails(Named):
+        def happens(self):
+            with (tmp_path / "tries").open("a") as tries:
+                tries.write(".")
+            if (tmp_path / "tries").stat().st_size < 3:
+                with reading("images/31.png"):
+                    raise OSError(errno.EIO, "Input/output error")
+
+    assert sum(map(len, loader(workers, Fails()))) == 60
+    assert (tmp_path / "tries").read_text() == "..."
+
+
+def test_a_disk_that_fails_for_good_ends_the_run_and_skips_nothing():
+    class Fails(Named):
+        def happens(self):
+            with reading("images/31.png"):
+                raise OSError(errno.ESTALE, "Stale file handle")
+
+    options = ("DATA.RETRY_SECONDS", "1", "DATA.SKIP_BAD_IMAGES", "true")
+    with pytest.raises(UserError, match=r"cannot read 'images/31.png': .*Stale file handle, for 1 s .*look after that"):
+        list(loader(0, Fails(), *options))
+
+
+def test_a_file_that_vanished_is_not_waited_for():
+    class Vanished(Named):
+        def happens(self):
+            with reading("images/31.png"):
+                Path("nowhere/31.png").read_bytes()
+
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"cannot read 'images/31.png': No such file"):
+        list(loader(0, Vanished()))
+    assert time.monotonic() - start < 5
 
 
 def test_of_a_batch_without_readable_samples_nothing_is_left():

@@ -70,10 +70,16 @@ def test_others_that_cannot_be_reached_are_a_sentence(monkeypatch):
     address = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "no.such.host.invalid", "MASTER_PORT": "29500"}
     for name, value in address.items():
         monkeypatch.setenv(name, value)
-    refuse = RuntimeError("the client socket has failed to connect")
-    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *args, **options: (_ for _ in ()).throw(refuse))
+    given = {}
+
+    def refuse(*args, **options):
+        given.update(options)
+        raise RuntimeError("the client socket has failed to connect")
+
+    monkeypatch.setattr(distributed.dist, "init_process_group", refuse)
     with pytest.raises(UserError, match="process 1 of 2 cannot join the others at no.such.host.invalid:29500: the cl"):
-        distributed.processes("cpu").__enter__()
+        distributed.processes("cpu", 77).__enter__()
+    assert given["timeout"].total_seconds() == 77
 
 
 def test_under_srun_all_meet_at_the_first_node(monkeypatch):

@@ -33,9 +33,12 @@ def test_a_second_writer_is_refused_while_the_first_lives(tmp_path):
     lock.acquire()
     for name in (".last.pth.0123abcd.tmp", ".notes.tmp"):
         (folder / name).write_text("what a killed process left, and what somebody keeps there")
+    (folder / ".last.sharded.0123abcd.tmp").mkdir()
+    (folder / ".last.sharded.0123abcd.tmp" / "__0_0.distcp").write_text("")
     assert f"is being written by process {os.getpid()} on " in in_another_process(folder)
     lock.release()
-    assert sorted(os.listdir(folder)) == [".last.pth.0123abcd.tmp", ".notes.tmp"]
+    (folder / ".last.sharded.0123abcd.tmp" / "__1_0.distcp").write_text("")
+    assert sorted(os.listdir(folder)) == [".last.pth.0123abcd.tmp", ".last.sharded.0123abcd.tmp", ".notes.tmp"]
     assert in_another_process(folder) == "free"  # and its end frees it again, though its file stays
     lock.acquire()
     assert sorted(os.listdir(folder)) == [".lock", ".notes.tmp"]

@@ -11,10 +11,11 @@ import pytest
 from vmamba.config import get_config
 from vmamba.errors import UserError
 from vmamba.runtime import slurm
-from vmamba.runtime.slurm import Job, Resources, at_least, check_local, minutes, sbatch_file, submit
+from vmamba.runtime.slurm import Job, Resources, at_least, check_local, minutes, pair, sbatch_file, seeded, submit
 from vmamba.runtime.stop import Stopped
 
-TWO_NODES = Resources(minutes=90, nodes=2, gpus_per_node=8, partition="gpu", account="vision")
+MORE = dict(comment="table-2", exclude="gpu[3-4]", additional={"gres": "lustre:1", "licenses": "x@y"})
+TWO_NODES = Resources(minutes=90, nodes=2, gpus_per_node=8, partition="gpu", account="vision", grace=200, **MORE)
 
 
 def stopped_by(signum):
@@ -73,7 +74,9 @@ def test_the_batch_file_says_what_was_asked(tmp_path):
     text = sbatch_file(TWO_NODES, tmp_path)
     for line in ("nodes=2", "gpus-per-node=8", "ntasks-per-node=8", "time=90", "partition=gpu", "account=vision"):
         assert f"#SBATCH --{line}\n" in text
-    assert "signal=USR2@120" in text
+    for line in ("comment=table-2", "exclude=gpu[3-4]", "gres=lustre:1", "licenses=x@y"):
+        assert f"#SBATCH --{line}\n" in text
+    assert "signal=USR2@200" in text
     assert "srun" in text
     assert str(tmp_path) in text
     assert "qos" not in text
@@ -82,7 +85,7 @@ def test_the_batch_file_says_what_was_asked(tmp_path):
 def test_a_job_reaches_sbatch(tmp_path, monkeypatch, programs):
     programs(srun="", sbatch='cp "$1" sent.sh; echo Submitted batch job 4711')
     monkeypatch.chdir(tmp_path)
-    job = submit(Job(len, get_config()), TWO_NODES, tmp_path / "jobs")
+    (job,) = submit([Job(len, get_config())], TWO_NODES, tmp_path / "jobs")
     assert job.job_id == "4711"
     assert "#SBATCH --nodes=2" in (tmp_path / "sent.sh").read_text()
     sent = job.submission()
@@ -90,15 +93,40 @@ def test_a_job_reaches_sbatch(tmp_path, monkeypatch, programs):
     assert sent.function.config == get_config()
 
 
+def test_an_array_has_a_job_a_seed(tmp_path, monkeypatch, programs):
+    programs(srun="", sbatch='cp "$1" sent.sh; echo Submitted batch job 4711')
+    monkeypatch.chdir(tmp_path)
+    configs = [seeded(get_config(), seed) for seed in (3, 5)]
+    jobs = submit([Job(len, config) for config in configs], TWO_NODES, tmp_path / "jobs")
+    assert [job.job_id for job in jobs] == ["4711_0", "4711_1"]
+    assert "#SBATCH --array=0-1" in (tmp_path / "sent.sh").read_text()
+    sent = [job.submission().function.config for job in jobs]
+    assert [(config.SEED, config.TAG) for config in sent] == [(3, "default-3"), (5, "default-5")]
+
+
+def test_a_job_that_slurm_refuses_is_a_sentence(tmp_path, monkeypatch, programs):
+    refusal = "sbatch: error: invalid partition specified: gpu"
+    programs(srun="", sbatch=f"echo '{refusal}' >&2; exit 1")
+    with pytest.raises(UserError, match=f"SLURM refuses the job: .*{refusal}"):
+        submit([Job(len, get_config())], TWO_NODES, tmp_path / "jobs")
+
+
+@pytest.mark.parametrize("text", ["gres", "=1", "--gres=1", "GRES=1", "a b=1"])
+def test_another_option_of_sbatch(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is no option of sbatch and its value; write one as"):
+        pair(text)
+    assert pair("gres=gpu:8,x=2") == ("gres", "gpu:8,x=2")
+
+
 def test_without_slurm_or_submitit_there_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"no srun.*--local"):
-        submit(Job(len, get_config()), TWO_NODES, tmp_path)
+        submit([Job(len, get_config())], TWO_NODES, tmp_path)
     with pytest.raises(UserError, match="--nodes is 2"):
         check_local(TWO_NODES)
     monkeypatch.setattr(slurm, "submitit", None)
     with pytest.raises(UserError, match="pip install"):
-        submit(Job(len, get_config()), TWO_NODES, tmp_path)
+        submit([Job(len, get_config())], TWO_NODES, tmp_path)
 
 
 @pytest.mark.parametrize("text", ["-1", "x", "1.5", "", "0"])

@@ -26,7 +26,7 @@ def test_a_run_through_a_file_is_the_uninterrupted_one(tiny, same, tmp_path, opt
     whole.train(6)
     first = tiny(*options)
     first.train(3)
-    save_checkpoint(first.state, tmp_path / "last.pth")
+    save_checkpoint(first.state.state_dict(), tmp_path / "last.pth")
     second = tiny(*options)
     second.train(1)  # so that everything differs before loading
     second.state.load_state_dict(read_checkpoint(tmp_path / "last.pth"))
@@ -38,7 +38,7 @@ def test_random_states_come_back(tiny, tmp_path):
     case = tiny()
     random.seed(1), np.random.seed(2), torch.manual_seed(3)
     case.state.gather_random_states()
-    save_checkpoint(case.state, tmp_path / "last.pth")
+    save_checkpoint(case.state.state_dict(), tmp_path / "last.pth")
     drawn = random.random(), np.random.rand(), torch.rand(1).item()
     case.state.load_state_dict(read_checkpoint(tmp_path / "last.pth"))
     case.state.restore_random_state(0)

@@ -3,7 +3,6 @@
 import signal
 
 import pytest
-import torch
 
 from vmamba.errors import UserError
 from vmamba.runtime.cli import exit_code
@@ -45,17 +44,6 @@ def test_another_rank_says_which_it_is(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     assert exit_code(raising(UserError("no"))) == 1
     assert capsys.readouterr().err == "[rank 3] error: no\n"
-
-
-def test_a_lost_process_is_a_sentence_only_where_there_are_others(capsys, monkeypatch):
-    lost = raising(RuntimeError("[gloo/pair.cc:561] Connection closed by peer [127.0.0.1]:31638"))
-    with pytest.raises(RuntimeError):
-        exit_code(lost)
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    assert exit_code(lost) == 1
-    assert "another process of the run has ended ([gloo/pair.cc:561] Connection closed" in capsys.readouterr().err
-    with pytest.raises(torch.distributed.DistError):  # a NCCL that is set up wrongly is shown as what it is
-        exit_code(raising(torch.distributed.DistBackendError("NCCL error: invalid usage")))
 
 
 def test_a_signal_that_was_ignored_stays_ignored():

@@ -14,7 +14,7 @@ import vmamba
 from vmamba.config import output_folder
 from vmamba.errors import UserError
 from vmamba.runtime.distributed import World
-from vmamba.runtime.step import OptimizerStep
+from vmamba.runtime.step import OptimizerStep, synchronised
 from vmamba.runtime.stop import Stopped
 from vmamba.runtime.trainer import run
 from vmamba.segmentation.datasets import open_dataset
@@ -136,15 +136,15 @@ def test_throughput_needs_no_data(tmp_path):
     assert run(tiny_config(tmp_path, *options))["images_per_second"] > 0
 
 
-def test_batch_norms_are_over_all_processes_of_gpus(tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    for wanted, device, kind in (
-        (True, "auto", nn.SyncBatchNorm),
-        (False, "auto", nn.BatchNorm2d),
-        (True, "cpu", nn.BatchNorm2d),  # which SyncBatchNorm refuses
+def test_batch_norms_are_over_all_processes_of_gpus(tmp_path):
+    for wanted, size, device, kind in (
+        (True, 2, "cuda", nn.SyncBatchNorm),
+        (False, 2, "cuda", nn.BatchNorm2d),
+        (True, 1, "cuda", nn.BatchNorm2d),
+        (True, 2, "cpu", nn.BatchNorm2d),  # which SyncBatchNorm refuses
     ):
-        model = Task(tiny_config(tmp_path, "MODEL.SYNC_BN", wanted, "DEVICE", device)).build_model()
+        config = tiny_config(tmp_path, "MODEL.SYNC_BN", wanted)
+        model = synchronised(Task(config).build_model(), config, World(0, size, 0, torch.device(device)))
         assert type(model.decode_head.bottleneck.bn) is kind
 
 

@@ -85,6 +85,9 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.source)
 
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
     def load(self, index: int) -> tuple[Image.Image | Tensor | Encoded, int]:
         """Raises UnreadableImage, and UserError for a label out of range."""
         image, label = self.source.load(index, self.channels, self.decode)

@@ -10,6 +10,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
@@ -32,6 +33,24 @@ Example = tuple[Any, list[str]] | str  # what becomes of a sample (None: nothing
 Order = Callable[[int], Sequence[int]]  # of an epoch the indices of its samples, some perhaps several times
 Seconds = float  # of a core: what was computed, without waiting for files
 
+_PASSING = {
+    getattr(errno, name)
+    for name in (
+        "EIO",
+        "ESTALE",
+        "ETIMEDOUT",
+        "EHOSTDOWN",
+        "EHOSTUNREACH",
+        "ENOTCONN",
+        "ECONNRESET",
+        "ECONNABORTED",
+        "EREMOTEIO",
+        "ENETDOWN",
+        "ENETUNREACH",
+        "ESHUTDOWN",
+    )
+    if hasattr(errno, name)
+}
 _REPLACEMENTS = 10  # samples tried in the place of an unreadable one
 _SWITCH = (
     0.0005  # seconds after which the thread that decodes lets that go on by which the training process gets a batch
@@ -43,6 +62,7 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
+    # And may have `name(index)`, for a sentence.
     # And may have `groups`, a number for each sample: those of a micro-batch for training are of one group.
 
     def load(self, index: int) -> Any:
@@ -54,7 +74,8 @@ class Examples(Dataset):
 
     def __init__(self, config: CfgNode, source: Source, transform: Callable[[Any], Any], *, training: bool):
         self.source, self.transform, self.training = source, transform, training
-        self.seed, self.skip = config.SEED, config.DATA.SKIP_BAD_IMAGES
+        self.seed, self.skip, self.patience = config.SEED, config.DATA.SKIP_BAD_IMAGES, config.DATA.RETRY_SECONDS
+        self._at = torch.full((max(1, config.DATA.NUM_WORKERS),), -1).share_memory_()  # what each loading process loads
 
     def __getitems__(self, keys: Sequence[Key]) -> tuple[list[Example], Seconds]:
         """What DataLoader calls for a batch.  Keeping the generators' states is dear, so it is done once here."""
@@ -69,8 +90,10 @@ class Examples(Dataset):
         unreadable = []
         for index in self._candidates(key[1]):
             try:
-                return self.transform(self.source.load(index)), unreadable
+                return self.transform(self._load(index)), unreadable
             except UnreadableImage as error:
+                if _may_pass(error):
+                    return f"{error}, for {self.patience:g} s (DATA.RETRY_SECONDS); look after that disk, and go on"
                 if not self.skip:
                     return f"{error}; mend or remove it, or set DATA.SKIP_BAD_IMAGES true"
                 unreadable.append(str(error))
@@ -79,6 +102,30 @@ class Examples(Dataset):
         if self.training:
             return f"{len(unreadable)} images in a row are unreadable, at last: {unreadable[-1]}; check the data path"
         return None, unreadable
+
+    def _load(self, index: int) -> Any:
+        """From the source; where the system fails to read, again and again for a while."""
+        worker = get_worker_info()
+        self._at[worker.id if worker else 0] = index
+        end, pause = time.monotonic() + self.patience, 0.5
+        while True:
+            try:
+                return self.source.load(index)
+            except UnreadableImage as error:
+                left = end - time.monotonic()
+                if left <= 0 or not _may_pass(error):
+                    raise
+                if pause == 0.5:
+                    logger.warning(f"{error}; trying again for {self.patience:g} s")
+                time.sleep(min(pause, left))
+                pause = min(2 * pause, 5.0)
+
+    def loading(self, worker: int) -> str:
+        """The name of what the `worker`-th loading process is at, or was last."""
+        index = int(self._at[worker])
+        if index < 0:
+            return "nothing yet"
+        return f"'{self.source.name(index)}'" if hasattr(self.source, "name") else f"sample {index}"
 
     def _candidates(self, index: int) -> Iterator[int]:
         yield index
@@ -107,8 +154,9 @@ class Loader:
         finish: Callable[[Any], Any] = whole_already,
     ):
         self.examples, self.collate, self.finish = examples, collate, finish
-        workers = config.DATA.NUM_WORKERS
+        workers, self.timeout = config.DATA.NUM_WORKERS, config.DATA.TIMEOUT
         self._seconds, self._images = 0.0, 0
+        self._running: Iterator[Any] | None = None
         self._skipped: set[str] = set()
         self._named: set[str] = set()
         self._loader = DataLoader(
@@ -116,6 +164,7 @@ class Loader:
             batch_sampler=batches,
             collate_fn=_Collate(collate),
             num_workers=workers,
+            timeout=self.timeout if workers else 0,
             prefetch_factor=config.DATA.PREFETCH_FACTOR if workers else None,
             persistent_workers=config.DATA.PERSISTENT_WORKERS and workers > 0,
             worker_init_fn=_start_worker,
@@ -154,8 +203,10 @@ class Loader:
                 self._note(kept)
                 if batch is not None:
                     yield batch.unpack() if isinstance(batch, Packed) else batch
-        except (RuntimeError, OSError) as error:
-            sentence = _lacking(error)
+        except (RuntimeError, OSError, EOFError) as error:
+            dead = self._dead(error)
+            self._end()
+            sentence = _lacking(error) or self._lost_worker(str(error), dead)
             if sentence is None:
                 raise
             raise UserError(sentence) from error
@@ -168,7 +219,40 @@ class Loader:
         for process in getattr(iterator, "_workers", ()):
             process.terminate = process.kill  # how PyTorch ends one that hangs: they are deaf to SIGTERM
             _loading.add(process)
+        self._running = iterator
         return iterator
+
+    def _end(self) -> None:
+        """End the loading processes: of one that is dead PyTorch tells again and again, wherever the process is."""
+        if hasattr(self._running, "_workers"):
+            with suppress(RuntimeError):
+                self._running.__del__()
+        self._running = self._loader._iterator = None
+
+    def _dead(self, error: Exception) -> list[int]:
+        """The loading processes that have ended; one that was killed as it sent breaks a connection a moment before."""
+        workers = getattr(self._running, "_workers", ())
+        end = time.monotonic() + (2 if isinstance(error, (EOFError, ConnectionError)) else 0)
+        while not any(process.exitcode for process in workers) and time.monotonic() < end:
+            with suppress(RuntimeError):  # PyTorch's word of it, in the middle of whatever goes on
+                time.sleep(0.01)
+        return [number for number, process in enumerate(workers) if process.exitcode]
+
+    def _lost_worker(self, text: str, dead: list[int]) -> str | None:
+        """What a loading process that was killed, or hangs, was at; None for another error."""
+        if dead or re.search(r"worker.*(exited unexpectedly|killed by signal)", text):
+            at = f" at {', '.join(self.examples.loading(worker) for worker in dead)}" if dead else ""
+            return (
+                f"a loading process was killed{at}, often for want of memory (dmesg tells); lower DATA.NUM_WORKERS, or "
+                f"set it to 0 to load in the training process"
+            )
+        if "DataLoader timed out" in text:
+            at = ", ".join(map(self.examples.loading, range(self._loader.num_workers)))
+            return (
+                f"no batch came for {self.timeout:g} s (DATA.TIMEOUT), the loading processes being at {at}; look after "
+                f"the disk that these lie on, or raise DATA.TIMEOUT where a batch takes so long"
+            )
+        return None
 
     def _count(self, unreadable: list[str]) -> None:
         self._skipped.update(unreadable)
@@ -351,9 +435,10 @@ def _lacking(error: Exception) -> str | None:
             "the loading processes have too little shared memory for their batches; enlarge /dev/shm (docker run "
             "--shm-size 8g), or lower DATA.NUM_WORKERS or DATA.BATCH_SIZE; with DATA.NUM_WORKERS 0 none is needed"
         )
-    if re.search(r"worker.*(exited unexpectedly|killed by signal)", text):
-        return (
-            "a loading process was killed, often for want of memory (dmesg tells); lower DATA.NUM_WORKERS, or set it "
-            "to 0 to load in the training process"
-        )
     return None
+
+
+def _may_pass(error: UnreadableImage) -> bool:
+    """Whether the system failed, of which a network's disks recover, and not the file."""
+    reason = error.__cause__
+    return isinstance(reason, OSError) and reason.errno in _PASSING

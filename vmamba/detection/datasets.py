@@ -93,6 +93,9 @@ class Coco:
     def __len__(self) -> int:
         return len(self.images)
 
+    def name(self, index: int) -> str:
+        return printable(self.folder / pickle.loads(self.images[index]).file)
+
     def load(self, index: int) -> Sample:
         entry: ImageEntry = pickle.loads(self.images[index])
         path = self.folder / entry.file

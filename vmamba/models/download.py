@@ -136,6 +136,8 @@ def _checked(path: Path, url: str, sha256: str | None) -> Path:
                 f"'{path}' has SHA-256 {digest} and not {sha256}, so it is not {url}; delete it and try again"
             )
         logger.info(f"{path} has the SHA-256 expected")
+    else:
+        logger.info(f"no SHA-256 is known for {url}: what was sent is taken as it is")
     return path
 
 

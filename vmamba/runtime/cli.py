@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable
 
 from vmamba.errors import UserError
-from vmamba.runtime.distributed import lost_a_process
 from vmamba.runtime.stop import Stopped
 from vmamba.runtime.streams import tolerant_streams
 from vmamba_kernels import BackendError
@@ -23,12 +22,6 @@ def exit_code(main: Callable[[], object]) -> int:
         except Stopped as stop:
             _say(str(stop))
             return 128 + stop.signum
-        except RuntimeError as error:
-            if not lost_a_process(error):
-                raise
-            reason = str(error).strip().partition("\n")[0]
-            _say(f"error: another process of the run has ended ({reason}); what it said is the reason")
-            return 1
         except KeyboardInterrupt:
             _say("interrupted; the same command goes on from the last checkpoint, where there is one")
             return 130

@@ -6,7 +6,8 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vmamba.errors import UserError
+from vmamba.runtime.lifeline import Lifeline
+
+SECONDS_LONGER = 30  # that rank 0 waits in a collective: it keeps the log, and hears what the others say of theirs
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class World:
     local_rank: int  # among the processes of this machine
     device: torch.device
     on_machine: tuple[int, int] = (0, 1)  # which of its machine's processes it is, and how many there are
+    lifeline: Lifeline = field(default_factory=Lifeline, compare=False)
 
     @property
     def main(self) -> bool:
@@ -32,11 +37,11 @@ class World:
 
 
 @contextmanager
-def processes(device: str = "auto") -> Iterator[World]:
+def processes(device: str = "auto", timeout: float = 1800) -> Iterator[World]:
     """Join the other processes of the run (NCCL on GPUs, gloo on CPUs) and leave them at the end.
 
-    `device`: "auto" (a GPU where there is one), "cpu" or "cuda".  Raises UserError where it cannot be had, and where
-    the launcher's environment does not say who takes part.
+    `device`: "auto" (a GPU where there is one), "cpu" or "cuda".  `timeout`: seconds to wait for the others.
+    Raises UserError where the device cannot be had, and where the launcher's environment does not say who takes part.
     """
     rank, size, local_rank = _launched_as()
     world = World(rank, size, local_rank, _choose_device(device, local_rank))
@@ -44,17 +49,24 @@ def processes(device: str = "auto") -> Iterator[World]:
     if on_gpu:
         torch.cuda.set_device(world.device)
     if size > 1:
+        lifeline = Lifeline(rank, size, timeout)
         try:
             dist.init_process_group(
-                "nccl" if on_gpu else "gloo", rank=rank, world_size=size, device_id=world.device if on_gpu else None
+                "nccl" if on_gpu else "gloo",
+                rank=rank,
+                world_size=size,
+                device_id=world.device if on_gpu else None,
+                timeout=timedelta(seconds=timeout + (0 if rank else SECONDS_LONGER)),
             )
-        except (RuntimeError, ValueError) as error:
+            lifeline.connect(lambda value: gather(value)[0])
+        except (RuntimeError, ValueError, OSError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise UserError(f"process {rank} of {size} cannot join the others at {where}: {error}") from error
-        world = replace(world, on_machine=_place_on_machine(rank, gather(socket.gethostname())))
+        world = replace(world, lifeline=lifeline, on_machine=_place_on_machine(rank, gather(socket.gethostname())))
     yield world
     # After an exception the group is left to the end of the process: closing it would wait for the others.
     if size > 1:
+        world.lifeline.leave()
         dist.destroy_process_group()
 
 
@@ -168,12 +180,6 @@ def on_main(work: Callable[[], Any]) -> Any:
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
-
-
-def lost_a_process(error: RuntimeError) -> bool:
-    """Whether a collective failed because a process at its other end is gone; it may fail for other reasons too."""
-    gone = "Connection closed by peer|Connection reset by peer|Broken pipe|remote process exited"
-    return dist.is_initialized() and re.search(gone, str(error)) is not None
 
 
 def share_buffers(model: nn.Module) -> None:

@@ -22,6 +22,7 @@ from vmamba.runtime.feed import Feed
 from vmamba.runtime.logging import megabytes, memory_mb, progress
 from vmamba.runtime.precision import autocast
 from vmamba.runtime.run import Run
+from vmamba.runtime.sharding import gathered
 from vmamba.runtime.start import asked_for, newest
 from vmamba.runtime.state import TrainState
 from vmamba.runtime.step import parallelise
@@ -59,13 +60,14 @@ def evaluate(run: Run, model: nn.Module, loader: Loader, folder: Path | None = N
     model.eval()
     meter = run.task.meter(run.world)
     batches = progress(loader, run.world, "evaluating")
-    for batch in Feed(batches, run.world.device, loader.finish, loader.ahead):
-        if run.request.noted:
-            break
-        with autocast(run.config, run.world.device):
-            meter.add(model, batch)
-        if folder:
-            save_files(meter, folder)
+    with gathered(model):
+        for batch in Feed(batches, run.world.device, loader.finish, loader.ahead):
+            if run.request.noted:
+                break
+            with autocast(run.config, run.world.device):
+                meter.add(model, batch)
+            if folder:
+                save_files(meter, folder)
     if run.request.noted_by_any(run.world):
         return None
     tell_skipped(run, loader)
@@ -87,6 +89,10 @@ def evaluate_file(run: Run, model: nn.Module) -> Results:
     path = asked_for(run) or (settings.PRETRAINED if not settings.DROP_HEAD else "") or newest(run)
     if not path:
         raise UserError(f"nothing to evaluate: '{run.folder}' holds no checkpoint; name one with --resume")
+    if Path(path).is_dir():
+        raise UserError(
+            f"'{path}' is a state in shares; make it a file first: python analyze/one_file.py {path} --output all.pth"
+        )
     loader = run.task.eval_loader(run.world)
     chosen = settings.WEIGHTS
     wanted = read_weights(path) if chosen == "auto" else {chosen: open_checkpoint(path, chosen)}

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from vmamba.errors import UserError
 from vmamba.files import cannot_write, make_folder
 from vmamba.runtime.distributed import World, on_main
+from vmamba.runtime.lifeline import PeerLost
 from vmamba.runtime.stop import Stopped
 from vmamba.runtime.streams import Tolerant
 from vmamba_kernels import BackendError
@@ -70,6 +71,12 @@ def create_logger(world: World, folder: Path | None = None) -> logging.Logger:
     return logger
 
 
+def take_over_the_log(logger: logging.Logger, folder: Path) -> None:
+    """Let this process write the end into the log of a run whose rank 0, which kept it, is gone."""
+    if (folder / "log.txt").exists():
+        logger.addHandler(_file_handler(folder))
+
+
 def _file_handler(folder: Path) -> logging.Handler:
     make_folder(folder)
     try:
@@ -82,16 +89,25 @@ def _file_handler(folder: Path) -> logging.Handler:
 
 def log_the_end(logger: logging.Logger, error: BaseException) -> None:
     """Put what ends a run into its log, of a bug the traceback; the console gets it from the door."""
-    expected = isinstance(error, (UserError, BackendError, Stopped, KeyboardInterrupt))
-    text = cause(error) if expected else "".join(traceback.format_exception(error)).strip()
-    logger.error(f"the run ends: {text}", extra={"file_only": True})
+    logger.error(f"the run ends: {story(error) or cause(error)}", extra={"file_only": True})
 
 
 def cause(error: BaseException) -> str:
     """What ends a run, in a line."""
-    if isinstance(error, (UserError, BackendError, Stopped)):
-        return str(error)
-    return "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+    if _is_expected(error):
+        return "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+    return f"{type(error).__name__}: {error}"
+
+
+def story(error: BaseException) -> str:
+    """The traceback of a bug, also of another process's; "" of what is none."""
+    if isinstance(error, PeerLost):
+        return f"{error}\n{error.loss.story}" if error.loss.story else ""
+    return "" if _is_expected(error) else "".join(traceback.format_exception(error)).strip()
+
+
+def _is_expected(error: BaseException) -> bool:
+    return isinstance(error, (UserError, BackendError, Stopped, KeyboardInterrupt))
 
 
 def on_terminal() -> bool:

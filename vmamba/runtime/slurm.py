@@ -8,8 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,6 @@ try:
 except ImportError:  # optional: needed by those who submit, not by those who train
     submitit = None
 
-MINUTES_TO_SAVE = 2  # between the scheduler's warning and the end of the job
-
 
 @dataclass
 class Resources:
@@ -40,6 +38,10 @@ class Resources:
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
+    comment: str | None = None
+    exclude: str | None = None
+    additional: dict[str, str] = field(default_factory=dict)  # any other option of sbatch: its value
+    grace: int = 120  # seconds between the scheduler's warning and the end of the job
 
 
 class Job:
@@ -90,18 +92,44 @@ def _is_preempted(job: "submitit.JobEnvironment") -> bool:
     return subprocess.run(ask, capture_output=True, text=True).stdout.strip() == "RUNNING"
 
 
-def submit(job: Job, resources: Resources, folder: Path, local: bool = False) -> "submitit.Job":
-    """Hand `job` to SLURM, or start it here in the background; pickles and logs go into `folder`.
+def submit(jobs: Sequence[Job], resources: Resources, folder: Path, local: bool = False) -> "list[submitit.Job]":
+    """Hand `jobs` to SLURM, several as an array, or start them here in the background; pickles and logs go into
+    `folder`.
 
-    Raises UserError where there is no submitit or no SLURM.
+    Raises UserError where there is no submitit or no SLURM, and where SLURM refuses.
     """
-    return _executor(resources, folder, local).submit(job)
+    executor = _executor(resources, folder, local)
+    try:
+        if len(jobs) == 1:
+            return [executor.submit(jobs[0])]
+        with executor.batch():
+            return [executor.submit(job) for job in jobs]
+    except submitit.core.utils.FailedJobError as error:
+        said = str(error).strip().splitlines()
+        raise UserError(f"SLURM refuses the job: {said[-1] if said else 'without a word'}") from error
 
 
 def sbatch_file(resources: Resources, folder: Path) -> str:
     """The batch file that `submit` would give to SLURM, without needing one."""
     executor = _executor(resources, folder, local=False, anywhere=True)
     return batch_file(executor)
+
+
+def pair(text: str) -> tuple[str, str]:
+    """What --slurm-additional takes: an option of sbatch, without its dashes, and its value."""
+    name, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[a-z][a-z-]*", name):
+        raise argparse.ArgumentTypeError(f"'{text}' is no option of sbatch and its value; write one as gres=gpu:8")
+    return name, value
+
+
+def seeded(config: CfgNode, seed: int) -> CfgNode:
+    """`config` with that seed, in a folder of its own beside: TAG-seed."""
+    config = config.clone()
+    config.defrost()
+    config.SEED, config.TAG = seed, f"{config.TAG}-{seed}"
+    config.freeze()
+    return config
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -156,7 +184,7 @@ def _executor(resources: Resources, folder: Path, local: bool, anywhere: bool = 
     if submitit is None:
         raise UserError("submitting needs the package submitit; install it with: pip install 'vmamba[slurm]'")
     processes = max(1, resources.gpus_per_node)
-    parameters = {"nodes": resources.nodes, "signal_delay_s": 60 * MINUTES_TO_SAVE}
+    parameters = {"nodes": resources.nodes, "signal_delay_s": resources.grace}
     if resources.gpus_per_node:
         parameters["gpus_per_node"] = resources.gpus_per_node
     if local:
@@ -168,7 +196,8 @@ def _executor(resources: Resources, folder: Path, local: bool, anywhere: bool = 
                 "there is no srun on this machine; submit from a SLURM cluster, or use --local or --dry-run"
             )
         executor = (_AnywhereExecutor if anywhere else submitit.SlurmExecutor)(folder, max_num_timeout=1000)
-        asked = {name: getattr(resources, name) for name in ("partition", "account", "qos", "constraint")}
+        options = ("partition", "account", "qos", "constraint", "comment", "exclude")
+        asked = {name: getattr(resources, name) for name in options}
         parameters |= {name: value for name, value in asked.items() if value is not None}
         parameters |= {
             "time": resources.minutes,
@@ -176,6 +205,7 @@ def _executor(resources: Resources, folder: Path, local: bool, anywhere: bool = 
             "cpus_per_task": resources.cpus_per_gpu,
             "job_name": "vmamba",
             "srun_args": ["--kill-on-bad-exit=1"],
+            "additional_parameters": dict(resources.additional),
         }
     executor.update_parameters(**parameters)
     return executor

@@ -1,6 +1,7 @@
 """Where a run starts: at the very beginning, from the state of a run, or from weights."""
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 from torch import nn
@@ -8,14 +9,16 @@ from torch import nn
 from vmamba.errors import UserError
 from vmamba.models.freezing import freeze
 from vmamba.models.pretrained import open_checkpoint
+from vmamba.models.ss2d import Mixer2D
 from vmamba.runtime import report
 from vmamba.runtime.average import build_average
-from vmamba.runtime.checkpoint import BEST, is_there, newest_checkpoint, read_training_state
+from vmamba.runtime.checkpoint import BEST, PLAIN, SHARDED, is_there, newest_checkpoint, read_training_state
 from vmamba.runtime.distributed import on_main
 from vmamba.runtime.optim import Schedule, build_optimizer
 from vmamba.runtime.plan import Plan
 from vmamba.runtime.precision import build_scaler
 from vmamba.runtime.run import Run
+from vmamba.runtime.sharding import distributed_as, in_shares, is_sharded, read_folder, shard
 from vmamba.runtime.state import TrainState, of_today
 from vmamba.text import counted
 
@@ -25,6 +28,21 @@ def build_state(run: Run, model: nn.Module, plan: Plan) -> TrainState:
     config = run.config
     global_batch = config.DATA.BATCH_SIZE * run.world.size * config.TRAIN.ACCUMULATION_STEPS
     freeze(model, config.TRAIN.FREEZE)
+    average = build_average(config, model, plan)
+    if config.TRAIN.PARALLEL == "fsdp" and run.world.size > 1:
+        if build_scaler(config, run.world.device).is_enabled():
+            raise UserError(
+                "TRAIN.PARALLEL is fsdp and AMP.DTYPE float16, whose loss scaler would go its own way on each process; "
+                "use AMP.DTYPE bfloat16, or TRAIN.PARALLEL ddp"
+            )
+        on_cpu = run.world.device.type == "cpu" and config.MODEL.BACKEND != "reference"
+        if on_cpu and any(isinstance(module, Mixer2D) for module in model.modules()):
+            raise UserError(
+                f"TRAIN.PARALLEL is fsdp and MODEL.BACKEND {config.MODEL.BACKEND}, whose scans on a CPU hold on to the "
+                f"parameters' memory that FSDP frees; use MODEL.BACKEND reference"
+            )
+        for each in (model, average.module) if average else (model,):
+            shard(each, run.world)
     optimizer = build_optimizer(config, model, global_batch)
     start = config.TRAIN.START_EPOCH * plan.steps_per_epoch
     if start and start >= plan.steps:
@@ -34,7 +52,7 @@ def build_state(run: Run, model: nn.Module, plan: Plan) -> TrainState:
         )
     return TrainState(
         model=model,
-        ema=build_average(config, model, plan),
+        ema=average,
         optimizer=optimizer,
         schedule=Schedule(config, optimizer, plan),
         scaler=build_scaler(config, run.world.device),
@@ -60,7 +78,7 @@ def resume(run: Run, state: TrainState) -> Path | None:
             f"another --tag"
         )
     path = path or asked
-    saved = read_training_state(path) if path else None
+    saved = read_state(path, state) if path else None
     if saved:
         saved = of_today(saved, state.config)
         state.load_state_dict(saved, path)
@@ -69,7 +87,8 @@ def resume(run: Run, state: TrainState) -> Path | None:
         run.logger.info(f"resumed {path} after {counted(epochs, 'epoch')} and {counted(steps, 'step')}")
         for change in report.changes(saved["config"], state.config):
             run.logger.info(f"changed since: {change}")
-        if state.best and not on_main(lambda: is_there(run.folder / BEST)):
+        best = run.folder / BEST
+        if state.best and not on_main(lambda: is_there(best) or is_there(best.with_suffix(SHARDED))):
             finished = state.recorded >= state.schedule.plan.steps
             here = "this run is finished and seeks none" if finished else "here it is sought anew"
             run.logger.info(f"the best so far lies elsewhere{report.best_so_far(run.task, state)}; {here}")
@@ -82,10 +101,20 @@ def resume(run: Run, state: TrainState) -> Path | None:
     return None
 
 
+def read_state(path: str | Path, state: TrainState) -> dict[str, Any] | None:
+    """The state of a run at `path`, a file or a folder of shares, its tensors in shares where `state`'s are; None of
+    another file.  All processes call it.  Raises UserError where it cannot be read."""
+    like = state.shares() if is_sharded(state.model) else None
+    if Path(path).is_dir():
+        return read_folder(Path(path), like)
+    saved = read_training_state(path)
+    return distributed_as(saved, like) if saved and like and "optimizer" in saved else saved
+
+
 def asked_for(run: Run) -> str:
     """MODEL.RESUME, and for the folder of a run the furthest state in it."""
     asked = run.config.MODEL.RESUME
-    if not asked or not Path(asked).is_dir():
+    if not asked or not Path(asked).is_dir() or Path(asked, PLAIN).exists():
         return asked
     path, _ = on_main(lambda: newest_checkpoint(asked))
     if path is None:
@@ -94,7 +123,10 @@ def asked_for(run: Run) -> str:
 
 
 def start_from_weights(run: Run, state: TrainState, path: str | Path) -> None:
-    run.task.start_from(state.model, open_checkpoint(path, run.config.MODEL.WEIGHTS))
+    model = run.task.build_model() if is_sharded(state.model) else state.model
+    run.task.start_from(model, open_checkpoint(path, run.config.MODEL.WEIGHTS))
+    if model is not state.model:
+        state.model.load_state_dict(in_shares(model.state_dict(), state.model))
     if state.ema:
         state.ema.set(state.model)
     run.logger.info(f"starting from the weights in {path}")
@@ -103,7 +135,7 @@ def start_from_weights(run: Run, state: TrainState, path: str | Path) -> None:
 def newest(run: Run) -> Path | None:
     """The furthest state in the run's folder.  Raises UserError when AUTO_RESUME would ignore one."""
     path, passed_over = on_main(lambda: newest_checkpoint(run.folder))
-    for sentence in passed_over:
+    for sentence in passed_over.values():
         run.logger.warning(f"skipped a checkpoint: {sentence}")
     if path and not (run.config.TRAIN.AUTO_RESUME or run.config.EVAL_MODE):
         raise UserError(

@@ -38,6 +38,7 @@ class TrainState:
     best: dict[str, float] = field(default_factory=dict)  # the headline's best value so far; "ema_..." of the EMA
     unimproved: int = 0  # evaluations since the last that was the best so far
     best_weights: str | None = None  # "model" or "ema": the better in the evaluation of just these weights
+    headline: float | None = None  # what that evaluation found
     random_states: list[dict] = field(default_factory=list)  # of every process, by rank
 
     @property
@@ -62,7 +63,7 @@ class TrainState:
     def advance(self) -> None:
         """One more step."""
         self.step += 1
-        self.best_weights = None
+        self.best_weights, self.headline = None, None
 
     def count(self, loss: float, grad_norm: float, *, good: bool, overflow: bool) -> None:
         """What became of a step; an overflow of float16, for which the scaler halves its scale, is no sign of
@@ -105,6 +106,12 @@ class TrainState:
             "lr_scheduler": {"step": self.step},  # the rest of it is the config's
             "scaler": self.scaler.state_dict(),
         }
+
+    def shares(self) -> dict[str, Any]:
+        """The tensors that those of a saved state are shaped as, in this process's shares: of a model under FSDP."""
+        average = self.ema.module.state_dict() if self.ema else None
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return {"model": self.model.state_dict(), "model_ema": average, "parameters": parameters}
 
     def load_state_dict(self, state: dict[str, Any], source: str = "the checkpoint") -> None:
         """Take over a saved state; what the config says of the optimiser stays the config's, so that a change has its
@@ -167,6 +174,7 @@ _PLAIN = (
     "best",
     "unimproved",
     "best_weights",
+    "headline",
     "random_states",
 )
 
@@ -177,7 +185,7 @@ def of_today(state: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]
 
     `config`: of this run; where it leaves the betas to the optimiser, those of the state were that version's default.
     """
-    state = {"unimproved": 0} | state
+    state = {"unimproved": 0, "headline": None} | state
     if "epoch_loss" not in state:
         return state
     saved = copy.deepcopy(dict(state["config"]))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 from yacs.config import CfgNode
 
 from vmamba.errors import UserError
@@ -18,6 +18,7 @@ from vmamba.models.compilation import WITH_CUDA_GRAPHS, compile_options
 from vmamba.runtime.average import take_over
 from vmamba.runtime.distributed import World, sum_over_processes
 from vmamba.runtime.precision import autocast
+from vmamba.runtime.sharding import blocks, is_sharded, own, whole
 from vmamba.runtime.state import TrainState
 from vmamba_kernels.private import _foreach_add_, _foreach_lerp_, _foreach_mul, takes_found_inf
 
@@ -84,11 +85,25 @@ def parallelise(model: nn.Module, config: CfgNode, world: World) -> nn.Module:
             "TRAIN.COMPILE is cudagraphs and TRAIN.USE_CHECKPOINT true; together they would draw stochastic depth "
             "regardless of SEED, so use TRAIN.COMPILE reduce-overhead, or one of the two"
         )
-    if mode:
+    if mode and is_sharded(model):
+        if mode in WITH_CUDA_GRAPHS:
+            raise UserError(
+                f"TRAIN.COMPILE is {mode} and TRAIN.PARALLEL fsdp; CUDA graphs need parameters that stay where they "
+                f"are, so use TRAIN.COMPILE default, or TRAIN.PARALLEL ddp"
+            )
+        for block in blocks(model):  # what is gathered between them stays outside
+            block.compile(**compile_options(model, mode))
+    elif mode:
         model.compile(**compile_options(model, mode))
-    if world.size == 1:
+    if world.size == 1 or is_sharded(model):
         return model
-    return DistributedDataParallel(model, device_ids=[world.device] if on_gpu else None)
+    return DDP(model, device_ids=[world.device] if on_gpu else None)
+
+
+def synchronised(model: nn.Module, config: CfgNode, world: World) -> nn.Module:
+    """The model with its batch norms over all processes, where MODEL.SYNC_BN says so; PyTorch's need GPUs."""
+    together = config.MODEL.SYNC_BN and world.size > 1 and world.device.type == "cuda"
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if together else model
 
 
 class OptimizerStep:
@@ -118,7 +133,7 @@ class OptimizerStep:
         sum_over_processes(sums)
         state.scaler.unscale_(state.optimizer)
         clip = self.config.TRAIN.CLIP_GRAD or float("inf")
-        norm = nn.utils.clip_grad_norm_(state.model.parameters(), clip)
+        norm = whole(nn.utils.clip_grad_norm_(state.model.parameters(), clip))
         state.advance()
         scale = state.scaler.scale(torch.ones((), device=self.world.device))
         numbers = torch.cat([sums, torch.stack([norm, scale])])
@@ -137,8 +152,9 @@ class OptimizerStep:
 
     def reads_late(self, state: TrainState) -> bool:
         """Whether a step's report is read behind the next one: where a device computes beside the process, and the
-        optimiser can skip a step by itself."""
-        return self.world.device.type != "cpu" and takes_found_inf(state.optimizer)
+        optimiser can skip a step by itself, which it cannot of tensors in shares."""
+        skips = takes_found_inf(state.optimizer) and not is_sharded(state.model)
+        return self.world.device.type != "cpu" and skips
 
     def settle(self, state: TrainState) -> list[StepReport]:
         """The report that is still out, if there is one, counted; then `state` is whole and can be saved."""
@@ -154,8 +170,12 @@ class OptimizerStep:
                 buffer.copy_(before)
             return
         state.optimizer.step()
-        if state.ema:
+        if state.ema and is_sharded(state.model):
+            good = torch.ones((), dtype=torch.bool, device=self.world.device)
+            update_where(good, state.ema, state.model, self._step_of_the_average(state))
+        elif state.ema:
             state.ema.update(state.model, step=self._step_of_the_average(state))
+        if state.ema:
             self._switch(state)
 
     def _update_where(self, good: Tensor, state: TrainState, buffers: Sequence[Tensor]) -> None:
@@ -186,7 +206,9 @@ class OptimizerStep:
             # What the model draws (stochastic depth, dropout) depends on where we are, not on how we came here.
             torch.manual_seed(_mix(self.config.SEED, state.step, micro_step, self.world.rank))
             last = micro_step == count - 1
-            with nullcontext() if last or self.world.size == 1 else self.model.no_sync():
+            if is_sharded(state.model):
+                self.model.set_requires_gradient_sync(last)
+            with self.model.no_sync() if isinstance(self.model, DDP) and not last else nullcontext():
                 with autocast(self.config, self.world.device):
                     part = micro_step * self.world.size + self.world.rank
                     losses = self.loss(self.model, batch, step=state.step, part=part)
@@ -215,7 +237,8 @@ def update_where(good: Tensor, ema: ModelEmaV3, model: nn.Module, step: int | No
     decay = ema.get_decay(step)
     if decay == 1:
         return
-    values = [*zip(ema.module.state_dict().values(), model.state_dict().values(), strict=True)]
+    pairs = zip(ema.module.state_dict().values(), model.state_dict().values(), strict=True)
+    values = [(own(average), own(weight)) for average, weight in pairs]
     averages, weights = zip(*[pair for pair in values if pair[0].is_floating_point()], strict=True)
     ends = _foreach_mul(weights, good.float())
     _foreach_add_(ends, _foreach_mul(averages, (~good).float()))

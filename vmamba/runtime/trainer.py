@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,32 @@ from vmamba.extensions import import_modules
 from vmamba.models import freezing
 from vmamba.runtime import report
 from vmamba.runtime.checkpoint import BEST, LAST
-from vmamba.runtime.distributed import on_main, processes
+from vmamba.runtime.distributed import World, on_main, processes
 from vmamba.runtime.evaluation import evaluate_file, evaluate_state, tell_skipped, throughput
 from vmamba.runtime.feed import Feed
 from vmamba.runtime.history import History, facts
+from vmamba.runtime.lifeline import PeerLost
 from vmamba.runtime.lock import FolderLock
-from vmamba.runtime.logging import Pace, cause, create_logger, log_the_end, memory_mb, progress
+from vmamba.runtime.logging import (
+    Pace,
+    cause,
+    create_logger,
+    log_the_end,
+    memory_mb,
+    progress,
+    story,
+    take_over_the_log,
+)
 from vmamba.runtime.plan import Plan, build_plan
 from vmamba.runtime.precision import set_up_precision
 from vmamba.runtime.profiling import Profile
 from vmamba.runtime.records import Records, check_online
 from vmamba.runtime.run import Run
+from vmamba.runtime.sharding import is_sharded
 from vmamba.runtime.start import build_state, resume
 from vmamba.runtime.state import TrainState
-from vmamba.runtime.step import OptimizerStep, StepReport, parallelise
+from vmamba.runtime.step import OptimizerStep, StepReport, parallelise, synchronised
+from vmamba.runtime.stop import Stopped
 from vmamba.runtime.task import Results, open_task
 from vmamba.text import counted
 
@@ -60,17 +73,50 @@ def run(config: CfgNode) -> Results:
 def _run_alone(config: CfgNode) -> Results:
     import_modules(config.IMPORT)  # again where the config comes from another process
     folder = None if config.THROUGHPUT_MODE else output_folder(config)
-    with processes(config.DEVICE) as world, _only_writer(config, folder):
+    with processes(config.DEVICE, config.TIMEOUT) as world, _telling_the_others(world), _only_writer(config, folder):
         logger = create_logger(world, folder)
         trains = world.main and not (config.EVAL_MODE or config.THROUGHPUT_MODE)
         run = Run(config, open_task(config), world, logger, history=History(folder if trains else None))
+        world.lifeline.on_loss = partial(_write_down_the_end, run)
         try:
-            with run.request:
-                return _run(run, folder)
+            try:
+                with run.request, world.lifeline.explaining():
+                    return _run(run, folder)
+            except PeerLost as lost:  # the other was stopped where it does not wait for us, and so were we
+                if not run.request.noted:
+                    raise
+                raise Stopped(run.request.signum) from lost
         except BaseException as error:
-            log_the_end(logger, error)
-            run.history.end(cause(error))
+            if not isinstance(error, PeerLost):  # which is written down when it is heard of
+                _write_down_the_end(run, error)
             raise
+
+
+def _write_down_the_end(run: Run, error: BaseException) -> None:
+    loss = run.world.lifeline.loss
+    if loss and isinstance(error, Stopped):  # by the launcher, which ends all where one has ended
+        error = PeerLost(loss)
+    if loss and loss.rank == 0 and run.world.rank == 1 and not run.config.THROUGHPUT_MODE:
+        take_over_the_log(run.logger, run.folder)
+    log_the_end(run.logger, error)
+    run.history.end(cause(error))
+
+
+@contextmanager
+def _telling_the_others(world: World) -> Iterator[None]:
+    """Let the other processes know why this one ends, where they do not end with it."""
+    try:
+        with world.lifeline.explaining():
+            yield
+    except Stopped as stop:
+        if stop.checkpoint:
+            world.lifeline.leave()  # which all have agreed on
+        else:
+            world.lifeline.fail(cause(stop))
+        raise
+    except BaseException as error:
+        world.lifeline.fail(cause(error), story(error))
+        raise
 
 
 @contextmanager
@@ -95,7 +141,7 @@ def _run(run: Run, folder: Path | None) -> Results:
             run.logger.info(line)
     set_up_precision(config, world.device)
     random_seed(config.SEED)
-    model = run.task.build_model().to(world.device)
+    model = synchronised(run.task.build_model(), config, world).to(world.device)
     run.logger.info(report.describe_model(config, world, run.task, model))
     if config.THROUGHPUT_MODE:
         return throughput(run, model)
@@ -119,7 +165,9 @@ def train(run: Run, model: nn.Module) -> Results:
     records = Records(run.folder, task.panels, config)
     if source is None or source.resolve().parent != run.folder.resolve():
         on_main(records.start_over)
-    if source == run.folder / BEST:
+    if source == run.folder / LAST:
+        run.saver.last_step = state.step
+    if source and source.resolve().parent == run.folder.resolve() and source.stem == "best":
         run.save(state, LAST)  # killed between the two: what a run leaves does not depend on where
     if state.recorded >= plan.steps or state.out_of_patience:
         why = f", and {report.impatience(state)}" if state.out_of_patience else ""
@@ -135,9 +183,11 @@ def train(run: Run, model: nn.Module) -> Results:
             with run.request.noting():
                 while state.recorded < plan.steps and not state.out_of_patience:
                     rounds.one()
+            run.finish_saving()
         finally:
             records.close()
             profile.close()
+            run.saver.close()
         results = rounds.results
         if rounds.steps:
             run.logger.info(rounds.describe_loading())
@@ -187,9 +237,10 @@ class Rounds:
         trained = time.time()
         self.steps += self.state.step - first
         self.seconds += trained - start
-        self._save_last()  # an evaluation that fails costs no training
         self.results = {}
         if self.plan.evaluates(end):
+            if self._saves():
+                self.run.save(self.state, LAST)  # an evaluation that fails costs no training
             self.results = evaluate_state(self.run, self.state, self.eval_loader)
             self.seconds_to_evaluate = time.time() - trained
         rate = (self.state.step - first) * self._images_per_step() / (trained - start)
@@ -217,6 +268,7 @@ class Rounds:
                 self._tell(outcomes, laps, bar)
                 self.profile.step()
                 saves = config.TRAIN.SAVE_STEPS and state.step % config.TRAIN.SAVE_STEPS == 0
+                saves = saves and not (state.step == end and self._saves())  # which comes next
                 if saves or state.step == end or any(outcome.stop for outcome in outcomes):
                     rest = self.step.settle(state)
                     self._tell(rest, laps, bar)
@@ -238,9 +290,8 @@ class Rounds:
             yield from self.train_loader
             step += last - first
 
-    def _save_last(self) -> None:
-        if self.plan.saves(self.state.step) or self.state.out_of_patience:
-            self.run.save(self.state, LAST)
+    def _saves(self) -> bool:
+        return self.plan.saves(self.state.step) or self.state.out_of_patience
 
     def _images_per_step(self) -> int:
         data, train = self.run.config.DATA, self.run.config.TRAIN
@@ -295,9 +346,11 @@ class Rounds:
         state.finish_round()
         events = {f"eval/{name}": value for name, value in results.items()}
         on_main(lambda: self.records.write(entry, events))
-        if improved:
-            run.save(state, BEST)
-        self._save_last()
+        several = run.config.KEEP_BEST > 1 and state.headline is not None and not is_sharded(state.model)
+        names = [BEST] if improved or several else []
+        names += [LAST] if self._saves() else []
+        if names:
+            run.save(state, *names)
         told = f"; {report.summary(run.task, results)}" if results else ""
         run.logger.info(
             f"epoch {entry['epoch']:.6g}/{self.plan.epoch(self.plan.steps):.6g} in {seconds:.1f}s: "
@@ -319,7 +372,8 @@ class Rounds:
         state.best_weights = max(
             (kind for kind in kinds if kinds[kind] in results), key=lambda kind: results[kinds[kind]]
         )
-        improved = results[kinds[state.best_weights]] > max(state.best.values(), default=-math.inf)
+        state.headline = results[kinds[state.best_weights]]
+        improved = state.headline > max(state.best.values(), default=-math.inf)
         for key in set(kinds.values()) & results.keys():
             state.best[key] = max(state.best.get(key, -math.inf), results[key])
         return improved

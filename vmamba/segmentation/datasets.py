@@ -65,6 +65,9 @@ class Folders:
     def __len__(self) -> int:
         return len(self.examples)
 
+    def name(self, index: int) -> str:
+        return printable(self.examples[index][1])
+
     def load(self, index: int) -> Sample:
         name, path, map_path = self.examples[index]
         image, classes = decode(path, 3, path), self._read_map(map_path)

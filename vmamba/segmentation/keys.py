@@ -42,7 +42,7 @@ KEYS = (
     key("MODEL.AUX_WEIGHT", 0.4, "of the auxiliary head's loss", at_least=0),
     share("MODEL.DROPOUT", 0.1, "of channels in the heads"),
     key("MODEL.INIT_STD", 0.01, "of the predictions' random weights; more for narrow heads", at_least=0),
-    switch("MODEL.SYNC_BN", "batch norms over all processes", default=True),
+    switch("MODEL.SYNC_BN", "batch norms over the processes of several GPUs", default=True),
     #
     share("AUG.HFLIP", 0.5, "probability of a horizontal flip"),
     key(

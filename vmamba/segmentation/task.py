@@ -37,10 +37,7 @@ class Task:
             )
 
     def build_model(self) -> nn.Module:
-        model = build_model(self.config)
-        on_gpus = torch.cuda.is_available() and self.config.DEVICE != "cpu"
-        several = on_gpus and torch.distributed.is_initialized()
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model) if self.config.MODEL.SYNC_BN and several else model
+        return build_model(self.config)
 
     def load(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         load_whole(model, checkpoint.whole, checkpoint.path)

@@ -1,0 +1,136 @@
+"""What saving costs training: how much longer its steps take, blocking and in the background."""
+
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from vmamba.analysis.tables import markdown, write_json
+from vmamba.analysis.zoo import choose_device
+from vmamba.config import get_config
+from vmamba.files import check_writable
+from vmamba.runtime.checkpoint import LAST, save_checkpoint
+from vmamba.runtime.distributed import World
+from vmamba.runtime.plan import build_plan
+from vmamba.runtime.run import Run
+from vmamba.runtime.saving import Saver
+from vmamba.runtime.start import build_state
+from vmamba.runtime.state import TrainState
+from vmamba.runtime.step import OptimizerStep, parallelise
+from vmamba.runtime.task import open_task
+
+
+@dataclass(frozen=True)
+class Stalls:
+    """In seconds; a stall is by how much a save lengthens the steps around it."""
+
+    megabytes: float  # of the file
+    step: float  # without a save
+    blocking: float
+    first: float  # in the background, with the memory for the copy to be had
+    background: float
+
+    @property
+    def share(self) -> float:
+        return self.background / self.blocking
+
+
+def saving_speed(
+    *,
+    model: str = "vmamba_base",
+    size: int = 224,
+    batch: int = 64,
+    repeats: int = 3,
+    folder: str = "",
+    device: str = "auto",
+    output: str = "output/saving",
+) -> Stalls:
+    """Save the state of a model in training with optimiser and EMA, and print and write what that costs.
+
+    Args:
+        model: of `vmamba.list_models()`.
+        folder: where is saved to; "": one for temporary files.
+        output: the folder that gets saving.json.
+
+    Raises UserError for what does not fit together.
+    """
+    check_writable(Path(output, "saving.json"))
+    settings = ["MODEL.NAME", model, "DATA.IMG_SIZE", size, "DATA.BATCH_SIZE", batch, "TRAIN.EMA.ENABLE", True]
+    config = get_config(None, list(map(str, settings)))
+    where = choose_device(device)
+    with tempfile.TemporaryDirectory(dir=folder or None) as place:
+        stalls = _measure(_Training(config, where), Path(place), repeats)
+    told = {"blocking": stalls.blocking, "background, the first": stalls.first, "background": stalls.background}
+    rows = [
+        {"save": kind, "stall, s": f"{seconds:.3f}", "of blocking": f"{seconds / stalls.blocking:.1%}"}
+        for kind, seconds in told.items()
+    ]
+    print(f"{model}, batch {batch}, {stalls.megabytes:.0f} MB a save, {stalls.step:.3f} s a step")
+    print(markdown(rows))
+    write_json(Path(output, "saving.json"), {"model": model, "batch": batch, **asdict(stalls)})
+    return stalls
+
+
+class _Training:
+    """Steps on noise."""
+
+    def __init__(self, config, device: torch.device):
+        self.device, world = device, World(0, 1, 0, device)
+        run = Run(config, open_task(config), world, logging.getLogger("vmamba"))
+        model = run.task.build_model().to(device)
+        self.state: TrainState = build_state(run, model, build_plan(config, 1000))
+        self._step = OptimizerStep(config, world, parallelise(model, config, world), self._loss)
+        shape = (config.DATA.BATCH_SIZE, 3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE)
+        self._batch = torch.randn(shape, device=device), torch.zeros(shape[0], dtype=torch.long, device=device)
+
+    def step(self) -> None:
+        self._step(self.state, [self._batch])
+
+    def wait(self) -> None:
+        self._step.settle(self.state)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _loss(self, model, batch, *, step, part):
+        return F.cross_entropy(model(batch[0]).float(), batch[1])
+
+
+def _measure(training: _Training, folder: Path, repeats: int) -> Stalls:
+    path, saver = folder / LAST, Saver(folder)
+    for _ in range(3):
+        training.step()
+
+    def took(save: Callable[[], object], going_on: Callable[[int], bool]) -> tuple[float, int]:
+        training.wait()
+        start, steps = time.perf_counter(), 0
+        save()
+        while steps == 0 or going_on(steps):
+            training.step()
+            training.wait()
+            steps += 1
+        return time.perf_counter() - start, steps
+
+    seconds = took(lambda: None, lambda steps: steps < 10)[0] / 10
+
+    def stall(save: Callable[[], object], going_on: Callable[[int], bool]) -> float:
+        whole, steps = took(save, going_on)
+        return whole - steps * seconds
+
+    def blocking() -> float:
+        return stall(lambda: save_checkpoint(training.state.state_dict(), path), lambda steps: False)
+
+    def background() -> float:
+        found = stall(lambda: saver.start(training.state, [LAST]), lambda steps: saver.busy)
+        saver.wait()
+        return found
+
+    first = background()
+    pairs = [(blocking(), background()) for _ in range(repeats)]  # in turns
+    told = [statistics.median(values) for values in zip(*pairs, strict=True)]
+    return Stalls(path.stat().st_size / 1e6, seconds, told[0], first, told[1])
