@@ -2,8 +2,8 @@
 
 import argparse
 import os
-import shlex
 import pickle
+import shlex
 import signal
 import stat
 
