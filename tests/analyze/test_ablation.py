@@ -15,6 +15,7 @@ from tests.classification.tiny import tiny_file
 from vmamba.analysis import ablation
 from vmamba.analysis.ablation import Repetition, Runs, ablate
 from vmamba.analysis.tables import replace_table
+from vmamba.config.command_line import argument_parser, config_from_args
 from vmamba.errors import UserError
 from vmamba.runtime.stop import Stopped
 
@@ -70,6 +71,23 @@ def test_a_line_a_config_with_mean_and_deviation_over_seeds(configs, tmp_path, m
     assert [run["seed"] for run in json.loads((tmp_path / "out" / "ablation.json").read_text())["runs"]] == [0, 0, 2, 2]
     ablate(configs, seeds=(0, 2, 3), output=output)
     assert len(calls) == 12  # the third seed alone
+
+
+def test_what_is_evaluated_are_the_last_weights_and_not_those_to_begin_with(configs, tmp_path, monkeypatch):
+    calls, output = pretend(monkeypatch), tmp_path / "out"
+    with open(configs[0], "a") as file:
+        file.write("  PRETRAINED: began.pth\n  WEIGHTS: ema\n")
+    ablate(configs[:1], output=str(output))
+    config = config_from_args(argument_parser().parse_args(calls[1]))
+    folder = output / "one" / "seed0"
+    assert (True, str(folder / "last.pth")) == (config.EVAL_MODE, config.MODEL.RESUME)
+    assert config.MODEL.WEIGHTS == "auto"  # that of the file to begin with holds no average here
+    told = json.loads((folder / "result.json").read_text())
+    for checkpoint, again in ((str(folder / "last.pth"), 0), ("began.pth", 2)):  # as they were once written
+        (folder / "result.json").write_text(json.dumps(told | {"checkpoint": checkpoint}))
+        del calls[:]
+        ablate(configs[:1], output=str(output))
+        assert len(calls) == again
 
 
 def test_models_are_timed_alone(configs, tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from vmamba.analysis.zoo import choose_device
 from vmamba.config import get_config, image_size, output_folder
 from vmamba.errors import UserError, unknown
 from vmamba.files import check_writable, write_text
+from vmamba.runtime.checkpoint import LAST
 from vmamba.runtime.stop import StopRequest
 from vmamba.runtime.task import open_task
 from vmamba.text import counted, printable, some
@@ -72,6 +73,22 @@ class Repetition:
     def result(self) -> Path:
         """What the run came to; it is there once the run is trained and evaluated."""
         return self.folder / "result.json"
+
+    @property
+    def evaluation(self) -> list[str]:
+        """The command that evaluates the last weights, whatever the run began with."""
+        ways = ["--eval", "--resume", str(self.folder / LAST)]
+        # which weights of a file to begin with says nothing of this one
+        return [*self.command, *ways, *(["--opts", "MODEL.WEIGHTS", "auto"] if self.config.MODEL.PRETRAINED else [])]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the result is there, and not of the weights that the run began with."""
+        if not self.result.is_file():
+            return False
+        settings = self.config.MODEL
+        began = {*filter(None, [settings.PRETRAINED, settings.RESUME])}
+        return read_json(self.result).get("checkpoint") not in began
 
     def __str__(self) -> str:
         return f"{self.config.NAME}, seed {self.seed}"
@@ -130,8 +147,8 @@ def ablate(
         if timed and each.config.TASK != "classification":
             task = each.config.TASK
             raise UserError(f"--timed times models of classification, and these are of {task}; leave it out")
-    failed = _run_all([each for each in repetitions if not each.result.is_file()], jobs)
-    done = [each for each in repetitions if each.result.is_file()]
+    failed = _run_all([each for each in repetitions if not each.is_done], jobs)
+    done = [each for each in repetitions if each.is_done]
     groups = {name: [each for each in done if name == each.config.NAME] for name in names}
     rows = [_row(name, group, columns) for name, group in groups.items() if group]
     if not rows:
@@ -194,7 +211,7 @@ class Runs:
             except queue.Empty:
                 return
             print(f"{each}: training in {each.folder}", flush=True)
-            said = self._call(each.command, place) or self._call([*each.command, "--eval"], place)
+            said = self._call(each.command, place) or self._call(each.evaluation, place)
             try:
                 told = said or self._conclude(each)
             except Exception as error:  # else the runs that wait for this thread would never be made
