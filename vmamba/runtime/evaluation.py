@@ -99,10 +99,22 @@ def evaluate_file(run: Run, model: nn.Module) -> Results:
         results |= {f"{prefix}{name}": value for name, value in meter.results().items()}
         details |= {f"{prefix}{name}": value for name, value in meter.details().items()}
         on_main(partial(save_files, meter, folder))
-    told = {"checkpoint": str(path), "results": results, "details": details, "by": run.history.facts}
+    told = {
+        "checkpoint": str(path),
+        "data": data_of(run.config),
+        "results": results,
+        "details": details,
+        "by": run.history.facts,
+    }
     on_main(lambda: write_text(run.folder / "evaluation.json", as_json(told)))
     run.logger.info(f"{path}: {report.summary(run.task, results)}")
     return results
+
+
+def data_of(config: CfgNode) -> dict[str, Any]:
+    """Which images results are of."""
+    names = ("DATASET", "DATA_PATH", "CLASS_MAP")
+    return {f"DATA.{name}": config.DATA[name] for name in names if name in config.DATA}
 
 
 def to_evaluate(run: Run) -> str | Path:
