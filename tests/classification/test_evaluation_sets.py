@@ -72,11 +72,13 @@ def test_names_of_imagenets_kind(tmp_path):
     assert numbers_of(["n01440764", "n15075141"], "imagenet", tmp_path, 1000) == {"n01440764": 0, "n15075141": 999}
     assert numbers_of(["0", "10", "2"], "numbers", tmp_path, 1000) == {"0": 0, "10": 10, "2": 2}
     (tmp_path / "map").write_text("a b\t3\n\nc,4\nnone\n")
+    (tmp_path / "twice").write_text("a,1\nb,2\na 3\n")
     for folders, named, sentence in (
         (["n0", "n01440764"], "imagenet", "CLASS_MAP is imagenet, which does not tell of which class n0 is; rename"),
         (["7", "x"], "numbers", "CLASS_MAP is numbers, which does not tell of which class x is"),
         (["7", "11"], "numbers", "CLASS_MAP is numbers: '11' is of class 11, and MODEL.NUM_CLASSES is 10"),
         (["a b"], "map", "map', line 4: 'none' is no folder and class's number"),
+        (["a"], "twice", "twice', line 3: 'a' is named a second time; keep one of its lines"),
         (["a"], "nothing", "cannot read .*nothing"),
     ):
         with pytest.raises(UserError, match=sentence):
