@@ -66,6 +66,7 @@ def test_a_run_that_was_stopped_is_the_run_that_was_not(tmp_path, monkeypatch, r
         pytest.skip(f"timm {timm.__version__} has no Muon")
     whole = tiny_config(tmp_path, "TAG", "whole", *recipes)
     run(whole)
+    assert (", mean of the weights over the last 2 epochs\n" in log(whole)) == (recipes is MEAN)
     assert log(whole).count(" mesa ") == (5 if recipes is ALL else 0)  # of six steps
     config, call = tiny_config(tmp_path, "TAG", "stopped", *recipes), OptimizerStep.__call__
 
@@ -142,6 +143,7 @@ def test_timms_models_teach_with_their_own_mean(tmp_path, monkeypatch):
     (("AUG.SIZES", [8, 32]), "AUG.SIZES has 32, and images are loaded at DATA.IMG_SIZE 16; leave larger sides out"),
     (("AUG.SIZES", [8], "DATA.IMG_SIZE", [16, 20]), "AUG.SIZES are sides of squares, and DATA.IMG_SIZE is .16, 20."),
     (("TRAIN.EMA.SWITCH", True, "TRAIN.EMA.KIND", "mean"), "SWITCH puts the exponential average .* there is none"),
+    (("TRAIN.PATIENCE", 2, "TRAIN.EMA.KIND", "mean"), "KIND is mean, .* planned end, and TRAIN.PATIENCE 2 may end"),
     (("TRAIN.EMA.SWITCH", True, "TRAIN.EMA.ENABLE", False), "SWITCH puts the exponential average .* there is none"),
 ])  # fmt: skip
 def test_what_cannot_be_is_a_sentence(tmp_path, monkeypatch, opts, words):
