@@ -2,6 +2,7 @@
 which."""
 
 import json
+import logging
 import shutil
 from types import SimpleNamespace
 
@@ -11,13 +12,14 @@ from timm.data import RealLabelsImagenet
 
 from vmamba.classification.class_maps import numbers_of, real_accuracy, real_labels
 from vmamba.classification.task import Accuracy
+from vmamba.classification.teachers import open_teacher
 from vmamba.config import output_folder
 from vmamba.errors import UserError
 from vmamba.runtime.distributed import World
 from vmamba.runtime.evaluation import as_json
 from vmamba.runtime.trainer import run
 
-from .tiny import CLASSES, tiny_config
+from .tiny import CLASSES, log, tiny_config
 
 CPU = World(0, 1, 0, torch.device("cpu"))
 
@@ -66,6 +68,25 @@ def test_folders_of_other_data_sets_by_a_map(tmp_path, trained):
     ]
     assert all(row[number] == 0 for row in few["details"]["confusion"] for number in (2, 3, 4))
     assert few["results"]["val_loss"] < usual["results"]["val_loss"] + 1  # of three chances
+
+
+def test_a_checkpoint_of_other_class_names_is_a_warning(tmp_path, trained, caplog, monkeypatch):
+    """As evaluated, by the data of its run or names of its own, and as a teacher."""
+    last, other = output_folder(trained) / "last.pth", tmp_path / "other"
+    shutil.copytree(trained.DATA.DATA_PATH, other)
+    for split in ("train", "val"):
+        (other / split / "class3").rename(other / split / "zebra")
+    run(tiny_config(tmp_path, "EVAL_MODE", True))
+    assert "calls class" not in log(trained)
+    run(tiny_config(tmp_path, "EVAL_MODE", True, "DATA.DATA_PATH", other))
+    said = "last.pth' calls class 3 'class3', and here it is 'class4': is it of the same classes in the same order?"
+    assert log(trained).count(said) == 1
+    monkeypatch.setattr(logging.getLogger("vmamba"), "propagate", True)
+    open_teacher(tiny_config(tmp_path, "DATA.DATA_PATH", other, "DISTILL.TEACHER", last))
+    assert caplog.text.count(said) == 1
+    torch.save(dict(torch.load(last)) | {"classes": [*"abcdef"]}, tmp_path / "named.pth")
+    open_teacher(tiny_config(tmp_path, "DISTILL.TEACHER", tmp_path / "named.pth"))
+    assert "named.pth' calls class 0 'a', and here it is 'class0'" in caplog.text
 
 
 def test_names_of_imagenets_kind(tmp_path):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from yacs.config import CfgNode
 
+from vmamba.classification.class_names import warn_of_other_names
 from vmamba.config import image_size, restored
 from vmamba.errors import UserError
 from vmamba.models.download import is_url
@@ -63,7 +64,7 @@ def open_teacher(config: CfgNode) -> tuple[nn.Module, list[float], list[float]]:
     if name in list_models() or name.startswith(TIMM):
         model, mean, std = _published(name, config)
     else:
-        model, mean, std = _of_run(name, config.MODEL.IN_CHANS)
+        model, mean, std = _of_run(name, config)
     told = getattr(model, "num_classes", None)
     if told != config.MODEL.NUM_CLASSES:
         raise UserError(
@@ -98,9 +99,9 @@ def of_channels(values: Sequence[float], channels: int) -> list[float]:
     return [sum(values) / len(values)] if channels == 1 else [*islice(cycle(values), channels)]
 
 
-def _of_run(path: str, channels: int) -> tuple[nn.Module, list[float], list[float]]:
+def _of_run(path: str, config: CfgNode) -> tuple[nn.Module, list[float], list[float]]:
     """Of a run's folder, the best; or of a checkpoint of one."""
-    folder = Path(path)
+    folder, channels = Path(path), config.MODEL.IN_CHANS
     if not is_url(path) and folder.is_dir():
         path = next((str(folder / name) for name in (BEST, LAST) if (folder / name).is_file()), path)
     checkpoint = open_checkpoint(path)
@@ -119,4 +120,5 @@ def _of_run(path: str, channels: int) -> tuple[nn.Module, list[float], list[floa
         )
     model = build_model(its)
     load_pretrained(model, checkpoint)
+    warn_of_other_names(checkpoint, config)
     return model, list(its.DATA.MEAN), list(its.DATA.STD)
