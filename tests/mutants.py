@@ -436,7 +436,7 @@ MUTANTS = (
     Mutant(
         "a run that is finished is made again",
         "vmamba/analysis/ablation.py",
-        "if not each.result.is_file()]",
+        "if not each.is_done]",
         "]",
         "tests/analyze/test_ablation.py",
     ),

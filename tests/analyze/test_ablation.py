@@ -15,6 +15,7 @@ from tests.classification.tiny import tiny_file
 from vmamba.analysis import ablation
 from vmamba.analysis.ablation import Repetition, Runs, ablate
 from vmamba.analysis.tables import replace_table
+from vmamba.config.command_line import argument_parser, config_from_args
 from vmamba.errors import UserError
 from vmamba.runtime.stop import Stopped
 
@@ -72,6 +73,38 @@ def test_a_line_a_config_with_mean_and_deviation_over_seeds(configs, tmp_path, m
     assert len(calls) == 12  # the third seed alone
 
 
+def test_what_is_evaluated_are_the_last_weights_and_not_those_to_begin_with(configs, tmp_path, monkeypatch):
+    calls, output = pretend(monkeypatch), tmp_path / "out"
+    with open(configs[0], "a") as file:
+        file.write("  PRETRAINED: began.pth\n  WEIGHTS: ema\n")
+    ablate(configs[:1], output=str(output))
+    config = config_from_args(argument_parser().parse_args(calls[1]))
+    folder = output / "one" / "seed0"
+    assert (True, str(folder / "last.pth")) == (config.EVAL_MODE, config.MODEL.RESUME)
+    assert config.MODEL.WEIGHTS == "auto"  # that of the file to begin with holds no average here
+    told = json.loads((folder / "result.json").read_text())
+    for checkpoint, again in ((str(folder / "last.pth"), 0), ("began.pth", 2)):  # as they were once written
+        (folder / "result.json").write_text(json.dumps(told | {"checkpoint": checkpoint}))
+        del calls[:]
+        ablate(configs[:1], output=str(output))
+        assert len(calls) == again
+
+
+def test_a_null_is_no_unknown_column_and_configs_may_find_other_numbers(configs, tmp_path, monkeypatch):
+    pretend(monkeypatch)
+    output = tmp_path / "out"
+    ablate(configs, seeds=(0, 1), output=str(output))
+    for name, changes in (("one/seed0", {"macro_f1": None}), ("two/seed0", {"macro_f1": None, "ema_acc1": 7.0})):
+        file = output / name / "result.json"
+        told = json.loads(file.read_text())
+        file.write_text(json.dumps(told | {"details": told["details"] | changes}))
+    for columns in ((), ("acc1", "macro_f1", "ema_acc1")):
+        one, two = ablate(configs, seeds=(0, 1), output=str(output), columns=columns)
+        assert (one["macro_f1"], one["ema_acc1"], two["ema_acc1"]) == ("5.50", None, "7.00")
+    row, _ = ablate(configs, seeds=(0,), output=str(output), columns=("macro_f1",))
+    assert row["macro_f1"] is None
+
+
 def test_models_are_timed_alone(configs, tmp_path, monkeypatch):
     pretend(monkeypatch)
     rows = ablate(configs, output=str(tmp_path / "out"), timed=True)
@@ -118,8 +151,13 @@ def test_what_cannot_be_is_told_before_anything_is_run(configs, tmp_path, monkey
         with pytest.raises(UserError, match=sentence):
             ablate(**{"configs": configs[:1], "output": output} | changed)
     assert not calls
-    with pytest.raises(UserError, match="unknown column 'macro'"):
-        ablate(configs[:1], output=output, columns=("macro",))
+    unknown = "unknown column 'macro'; --eval finds acc1, acc5, macro_f1"
+    with pytest.raises(UserError, match=unknown):
+        ablate(configs, output=output, columns=("macro",))
+    assert not calls
+    with pytest.raises(UserError, match=unknown):  # at the first run's end where nothing told it before
+        ablate(configs, output=str(tmp_path / "new"), columns=("macro",))
+    assert len(calls) == 2 and not (tmp_path / "new" / "ablation.md").exists()
     (tmp_path / "page.md").write_text("no marks")
     with pytest.raises(UserError, match="has no lines <!-- table --> and <!-- end -->"):
         replace_table(tmp_path / "page.md", "")

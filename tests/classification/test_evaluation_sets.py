@@ -2,6 +2,7 @@
 which."""
 
 import json
+import logging
 import shutil
 from types import SimpleNamespace
 
@@ -11,13 +12,14 @@ from timm.data import RealLabelsImagenet
 
 from vmamba.classification.class_maps import numbers_of, real_accuracy, real_labels
 from vmamba.classification.task import Accuracy
+from vmamba.classification.teachers import open_teacher
 from vmamba.config import output_folder
 from vmamba.errors import UserError
 from vmamba.runtime.distributed import World
 from vmamba.runtime.evaluation import as_json
 from vmamba.runtime.trainer import run
 
-from .tiny import CLASSES, tiny_config
+from .tiny import CLASSES, log, tiny_config
 
 CPU = World(0, 1, 0, torch.device("cpu"))
 
@@ -68,15 +70,36 @@ def test_folders_of_other_data_sets_by_a_map(tmp_path, trained):
     assert few["results"]["val_loss"] < usual["results"]["val_loss"] + 1  # of three chances
 
 
+def test_a_checkpoint_of_other_class_names_is_a_warning(tmp_path, trained, caplog, monkeypatch):
+    """As evaluated, by the data of its run or names of its own, and as a teacher."""
+    last, other = output_folder(trained) / "last.pth", tmp_path / "other"
+    shutil.copytree(trained.DATA.DATA_PATH, other)
+    for split in ("train", "val"):
+        (other / split / "class3").rename(other / split / "zebra")
+    run(tiny_config(tmp_path, "EVAL_MODE", True))
+    assert "calls class" not in log(trained)
+    run(tiny_config(tmp_path, "EVAL_MODE", True, "DATA.DATA_PATH", other))
+    said = "last.pth' calls class 3 'class3', and here it is 'class4': is it of the same classes in the same order?"
+    assert log(trained).count(said) == 1
+    monkeypatch.setattr(logging.getLogger("vmamba"), "propagate", True)
+    open_teacher(tiny_config(tmp_path, "DATA.DATA_PATH", other, "DISTILL.TEACHER", last))
+    assert caplog.text.count(said) == 1
+    torch.save(dict(torch.load(last)) | {"classes": [*"abcdef"]}, tmp_path / "named.pth")
+    open_teacher(tiny_config(tmp_path, "DISTILL.TEACHER", tmp_path / "named.pth"))
+    assert "named.pth' calls class 0 'a', and here it is 'class0'" in caplog.text
+
+
 def test_names_of_imagenets_kind(tmp_path):
     assert numbers_of(["n01440764", "n15075141"], "imagenet", tmp_path, 1000) == {"n01440764": 0, "n15075141": 999}
     assert numbers_of(["0", "10", "2"], "numbers", tmp_path, 1000) == {"0": 0, "10": 10, "2": 2}
     (tmp_path / "map").write_text("a b\t3\n\nc,4\nnone\n")
+    (tmp_path / "twice").write_text("a,1\nb,2\na 3\n")
     for folders, named, sentence in (
         (["n0", "n01440764"], "imagenet", "CLASS_MAP is imagenet, which does not tell of which class n0 is; rename"),
         (["7", "x"], "numbers", "CLASS_MAP is numbers, which does not tell of which class x is"),
         (["7", "11"], "numbers", "CLASS_MAP is numbers: '11' is of class 11, and MODEL.NUM_CLASSES is 10"),
         (["a b"], "map", "map', line 4: 'none' is no folder and class's number"),
+        (["a"], "twice", "twice', line 3: 'a' is named a second time; keep one of its lines"),
         (["a"], "nothing", "cannot read .*nothing"),
     ):
         with pytest.raises(UserError, match=sentence):

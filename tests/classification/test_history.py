@@ -92,6 +92,19 @@ def test_the_code_is_told_by_its_repository(tmp_path, monkeypatch):
     assert starts(config)[1]["diff"] is None
 
 
+def test_a_run_without_steps_to_profile_says_so(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path, "PROFILE", 3)
+    for before, said in (
+        (6, "PROFILE records steps behind the first 6 of a start, and this one had 6"),
+        (5, "1 step is"),
+    ):
+        monkeypatch.setattr(profiling, "BEFORE", before)
+        run(tiny_config(tmp_path, "PROFILE", 3, "TAG", before))
+        folder = output_folder(config).with_name(str(before))
+        assert said in (folder / "log.txt").read_text()
+        assert (folder / "profile.json").exists() == (before == 5)
+
+
 def test_a_profile_of_some_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(profiling, "BEFORE", 2)
     config = tiny_config(tmp_path, "PROFILE", 3)

@@ -5,6 +5,7 @@ import signal
 import pytest
 import timm
 import torch
+from timm.models import adapt_input_conv
 from timm.optim import list_optimizers
 from torch import nn
 from torch.nn import functional as F
@@ -65,6 +66,7 @@ def test_a_run_that_was_stopped_is_the_run_that_was_not(tmp_path, monkeypatch, r
         pytest.skip(f"timm {timm.__version__} has no Muon")
     whole = tiny_config(tmp_path, "TAG", "whole", *recipes)
     run(whole)
+    assert (", mean of the weights over the last 2 epochs\n" in log(whole)) == (recipes is MEAN)
     assert log(whole).count(" mesa ") == (5 if recipes is ALL else 0)  # of six steps
     config, call = tiny_config(tmp_path, "TAG", "stopped", *recipes), OptimizerStep.__call__
 
@@ -135,12 +137,13 @@ def test_timms_models_teach_with_their_own_mean(tmp_path, monkeypatch):
     (("DISTILL.TEACHER", "timm/nothing"), "DISTILL.TEACHER timm/nothing cannot be had with timm's weights"),
     (("DISTILL.TEACHER", "bare.pth"), "bare.pth' does not say which model it is of; name a run's checkpoint"),
     (("DISTILL.TEACHER", "seven.pth"), "seven.pth' tells 7 classes apart, and MODEL.NUM_CLASSES is 6; name a teacher"),
-    (("DISTILL.TEACHER", "gray.pth"), "gray.pth' takes images of 1 channels, and MODEL.IN_CHANS is 3"),
+    (("DISTILL.TEACHER", "gray.pth"), "gray.pth' takes images of 1 channel, and MODEL.IN_CHANS is 3"),
     (("DISTILL.TEACHER", "boxes.pth"), "boxes.pth' is of a run of detection; name a classifier"),
     (("DISTILL.TEACHER", "vit.pth"), "TEACHER vit.pth does not take images of 16 x 16 pixels .*; give another size"),
     (("AUG.SIZES", [8, 32]), "AUG.SIZES has 32, and images are loaded at DATA.IMG_SIZE 16; leave larger sides out"),
     (("AUG.SIZES", [8], "DATA.IMG_SIZE", [16, 20]), "AUG.SIZES are sides of squares, and DATA.IMG_SIZE is .16, 20."),
     (("TRAIN.EMA.SWITCH", True, "TRAIN.EMA.KIND", "mean"), "SWITCH puts the exponential average .* there is none"),
+    (("TRAIN.PATIENCE", 2, "TRAIN.EMA.KIND", "mean"), "KIND is mean, .* planned end, and TRAIN.PATIENCE 2 may end"),
     (("TRAIN.EMA.SWITCH", True, "TRAIN.EMA.ENABLE", False), "SWITCH puts the exponential average .* there is none"),
 ])  # fmt: skip
 def test_what_cannot_be_is_a_sentence(tmp_path, monkeypatch, opts, words):
@@ -168,6 +171,37 @@ def test_sizes_that_the_model_does_not_take_are_refused_at_the_start():
 
 def plain(config):
     return {key: plain(value) if isinstance(value, dict) else value for key, value in config.items()}
+
+
+@pytest.mark.parametrize("spread", [0.005, 1e-200, 5e-324])
+def test_a_bell_that_is_narrow_is_of_the_nearest_sides(tmp_path, spread):
+    opts = ("AUG.SIZES", [8, 10, 12, 16], "TRAIN.EPOCHS", 7, "AUG.SIZE_MIX", 0.2)
+    narrow, none = (tiny_config(tmp_path, *opts, "AUG.SIZE_SPREAD", each) for each in (spread, 0.0))
+    plan = build_plan(none, 3)
+    for epoch in (0, 2, 3, 5, 6):
+        assert Sizes(narrow, plan).chances(epoch) == pytest.approx(Sizes(none, plan).chances(epoch))
+
+
+@pytest.mark.parametrize(("channels", "mean"), [(1, [0.2]), (3, [0.1, 0.2, 0.3]), (4, [0.1, 0.2, 0.3, 0.1])])
+def test_a_published_teacher_of_any_channels(tmp_path, monkeypatch, channels, mean):
+    """What its weights of three channels, as timm adapts them, say of images is what the three say."""
+
+    def create(name, in_chans, **_):
+        model = nn.Sequential(nn.Conv2d(in_chans, 6, 1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        model[0].weight.data = adapt_input_conv(in_chans, torch.ones(6, 3, 1, 1))
+        model.num_classes, model.pretrained_cfg = 6, {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.5, 0.5)}
+        return model
+
+    monkeypatch.setattr(teachers.timm, "create_model", create)
+    own = ("MODEL.IN_CHANS", channels, "DATA.MEAN", 0.0, "DATA.STD", 1.0)
+    teacher = Teacher(tiny_config(tmp_path, *own, "DISTILL.TEACHER", "timm/any"), torch.device("cpu"))
+    torch.testing.assert_close(teacher.shift.flatten(), -torch.tensor(mean) / 0.5)
+    images = torch.full((1, channels, 16, 16), 0.7)
+    said = teacher.model(images * teacher.scale + teacher.shift)
+    if channels in (1, 3):
+        torch.testing.assert_close(said, torch.full((1, 6), (0.6 + 0.5 + 0.4) / 0.5))
+    monkeypatch.setattr(teachers, "create_model", lambda name, pretrained, in_chans: create(name, in_chans))
+    assert len(teachers.open_teacher(tiny_config(tmp_path, *own, "DISTILL.TEACHER", "vmamba_tiny"))[1]) == channels
 
 
 def test_sizes_are_drawn_as_timm_draws_them(tmp_path):

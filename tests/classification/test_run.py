@@ -157,6 +157,19 @@ def test_evaluating_a_file_gives_the_numbers_of_the_training(trained, tmp_path):
     assert plain == {key: value for key, value in results.items() if not key.startswith("ema")}
 
 
+def test_a_run_from_weights_is_evaluated_by_what_it_came_to(trained, tmp_path):
+    began, other = output_folder(trained[0]) / "last.pth", tmp_path / "other.pth"
+    options = ("MODEL.PRETRAINED", began, "TRAIN.EPOCHS", 1)
+    results = run(config := tiny_config(tmp_path, *options))
+    last = output_folder(config) / "last.pth"
+    assert run(tiny_config(tmp_path, *options, "EVAL_MODE", True)) == results != trained[1]
+    assert f"evaluating {last}, what this run came to from {began}\n" in log(config)
+    torch.save(saved(trained[0]), other)
+    for asked in (("MODEL.PRETRAINED", other), (*options, "MODEL.RESUME", other)):  # by another file than it began with
+        assert run(tiny_config(tmp_path, *asked, "EVAL_MODE", True)) == trained[1]
+    assert f"evaluating {other}\n" in log(config)
+
+
 def test_an_evaluation_is_compiled_where_training_would_be(trained, monkeypatch):
     config, results = trained
     compiled = []

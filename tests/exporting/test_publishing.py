@@ -1,6 +1,8 @@
 """A run's card, and its model as the hub would hold it."""
 
 import json
+import os
+import shutil
 
 import pytest
 import timm
@@ -14,7 +16,9 @@ from vmamba.config import get_config, output_folder
 from vmamba.errors import UserError
 from vmamba.exporting import publishing
 from vmamba.exporting.command import export_file
-from vmamba.exporting.publishing import as_timms, push, write_card
+from vmamba.exporting.publishing import as_timms, card_text, push, write_card
+from vmamba.runtime.evaluation import data_of
+from vmamba.runtime.records import read_metrics
 from vmamba.runtime.trainer import run
 
 from ..classification.tiny import TINY, tiny_config, tiny_file
@@ -53,6 +57,49 @@ def test_a_card_tells_data_recipe_results_command_and_licence(config, tmp_path):
         write_card(tmp_path / "alone.pth", tmp_path / "sub" / "x.pth")
     with pytest.raises(UserError, match="--card is of a run, and --model gives random weights"):
         export_file(model="vmamba_digits", output=str(tmp_path / "x.pth"), card=True)
+
+
+def test_a_card_has_the_results_of_its_own_file_and_names_its_weights(config, tmp_path):
+    folder = shutil.copytree(output_folder(config), tmp_path / "run")
+    best, path = folder / "best.pth", folder / "evaluation.json"
+    its = read_metrics(folder / "metrics.jsonl")[-1]
+    told = {"results": {"acc1": 12.34}, "details": {}, "data": data_of(get_config(folder / "config.yaml"))}
+    for checkpoint, data, later, ours in (
+        (best, {}, 5, True),
+        (folder / "last.pth", {}, 5, False),  # other weights
+        (best, {"DATA.DATA_PATH": "elsewhere"}, 5, False),
+        (best, {}, -5, False),  # of weights that lay there before
+    ):
+        path.write_text(json.dumps(told | {"checkpoint": str(checkpoint), "data": told["data"] | data}))
+        os.utime(path, (best.stat().st_mtime + later,) * 2)
+        text = card_text(best, tmp_path / "x.pth", weights="ema")
+        assert ("- acc1: 12.34\n" in text, f"- acc1: {its['acc1']:.4g}\n" in text) == (ours, not ours)
+        said = "best.pth, evaluated by itself" if ours else "the round of training that best.pth is of"
+        assert f"Of {said}. The weights are their average (EMA)" in text
+        assert ("whose numbers begin with ema_" in text) != ours  # the evaluation here has none
+    text = card_text(folder, tmp_path / "x.pth", weights="model")
+    assert "the plain ones, not an average, whose numbers begin without ema_" in text
+    torch.save(torch.load(best) | {"step": 2}, best)
+    assert "Of the run's last round of training." in card_text(best, tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"starts": []}, "run.json' tells no start of a run"),
+        ([], "tells no start"),
+        ({"starts": [{}]}, "run.json', start 1, does not tell 'command' as a run does; put back"),
+        ({"starts": ["x"]}, "start 1, does not tell"),
+    ],
+)
+def test_a_run_json_of_another_form_is_told_before_anything_is_written(config, tmp_path, told, said):
+    folder = shutil.copytree(output_folder(config), tmp_path / "run")
+    (folder / "run.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match=said):
+        export_file(checkpoint=str(folder), output=str(tmp_path / "out" / "tiny.pth"), card=True)
+    assert not (tmp_path / "out").exists() or not [*(tmp_path / "out").iterdir()]
+    with pytest.raises(UserError, match=said):
+        push(folder, "me/tiny")
 
 
 @pytest.mark.skipif(not has_hf_hub(), reason="timm finds no huggingface_hub that it can use")

@@ -79,7 +79,7 @@ def test_without_a_skip_the_operator_is_the_same():
 
 
 def test_what_cannot_be_is_a_sentence():
-    with pytest.raises(UserError, match="route_turns is 3, and 4 routes do not part so; choose a divisor"):
+    with pytest.raises(UserError, match="route_turns is 3, which does not divide 4 routes; choose a divisor"):
         vmamba.create_model("vmamba_tiny", route_turns=3)
     with pytest.raises(UserError, match="pool is turns, which the blocks of a model take; here choose columns"):
         SS2D(8, pool="turns")

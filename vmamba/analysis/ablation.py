@@ -23,8 +23,9 @@ from vmamba.analysis.comparison import flat, read_run, spread
 from vmamba.analysis.tables import around_table, markdown, read_json, replace_table, write_json
 from vmamba.analysis.zoo import choose_device
 from vmamba.config import get_config, image_size, output_folder
-from vmamba.errors import UserError, unknown
+from vmamba.errors import UserError
 from vmamba.files import check_writable, write_text
+from vmamba.runtime.checkpoint import LAST
 from vmamba.runtime.stop import StopRequest
 from vmamba.runtime.task import open_task
 from vmamba.text import counted, printable, some
@@ -72,6 +73,22 @@ class Repetition:
     def result(self) -> Path:
         """What the run came to; it is there once the run is trained and evaluated."""
         return self.folder / "result.json"
+
+    @property
+    def evaluation(self) -> list[str]:
+        """The command that evaluates the last weights, whatever the run began with."""
+        ways = ["--eval", "--resume", str(self.folder / LAST)]
+        # which weights of a file to begin with says nothing of this one
+        return [*self.command, *ways, *(["--opts", "MODEL.WEIGHTS", "auto"] if self.config.MODEL.PRETRAINED else [])]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the result is there, and not of the weights that the run began with."""
+        if not self.result.is_file():
+            return False
+        settings = self.config.MODEL
+        began = {*filter(None, [settings.PRETRAINED, settings.RESUME])}
+        return read_json(self.result).get("checkpoint") not in began
 
     def __str__(self) -> str:
         return f"{self.config.NAME}, seed {self.seed}"
@@ -130,12 +147,14 @@ def ablate(
         if timed and each.config.TASK != "classification":
             task = each.config.TASK
             raise UserError(f"--timed times models of classification, and these are of {task}; leave it out")
-    failed = _run_all([each for each in repetitions if not each.result.is_file()], jobs)
-    done = [each for each in repetitions if each.result.is_file()]
+    check_columns(columns, [each for each in repetitions if each.is_done])
+    failed = _run_all([each for each in repetitions if not each.is_done], jobs, columns)
+    done = [each for each in repetitions if each.is_done]
     groups = {name: [each for each in done if name == each.config.NAME] for name in names}
-    rows = [_row(name, group, columns) for name, group in groups.items() if group]
-    if not rows:
+    if not done:
         raise UserError(f"none of the {counted(len(repetitions), 'run')} could be made; {'; '.join(failed)}")
+    shown = columns or [name for name, is_number in found_in(done).items() if is_number]
+    rows = [_row(name, group, shown) for name, group in groups.items() if group]
     if timed:
         _time([group[0] for group in groups.values() if group], rows)
     text = _text(rows, done, jobs, timed)
@@ -153,19 +172,24 @@ def ablate(
 # ------------------------------------------------------------------------------------------------ the runs
 
 
-def _run_all(repetitions: Sequence[Repetition], jobs: int) -> list[str]:
-    """Make the runs, `jobs` at a time; a sentence for each that failed.  Where this process is interrupted or ended,
-    its runs are asked to stop, and save."""
+def _run_all(repetitions: Sequence[Repetition], jobs: int, columns: Sequence[str]) -> list[str]:
+    """Make the runs, `jobs` at a time; a sentence for each that failed.
+
+    Where this process is interrupted or ended, its runs are asked to stop, and save.  Raises UserError where a run that
+    is finished has found none of a column; the others that go on then come to their end, and no more begin.
+    """
     waiting: queue.SimpleQueue[Repetition] = queue.SimpleQueue()
     for each in repetitions:
         waiting.put(each)
-    runs = Runs()
+    runs = Runs(columns)
     threads = [threading.Thread(target=runs.serve, args=(waiting, place)) for place in _places(jobs)]
     with runs.stopped_with_us():
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+    if runs.unknown:
+        raise runs.unknown
     return runs.failed
 
 
@@ -180,7 +204,8 @@ def _places(jobs: int) -> list[dict[str, str]]:
 class Runs:
     """The processes of the runs that go on."""
 
-    def __init__(self) -> None:
+    def __init__(self, columns: Sequence[str] = ()) -> None:
+        self.columns, self.unknown = columns, None
         self.failed: list[str] = []
         self.ended = False
         self._processes: set[subprocess.Popen] = set()
@@ -194,7 +219,7 @@ class Runs:
             except queue.Empty:
                 return
             print(f"{each}: training in {each.folder}", flush=True)
-            said = self._call(each.command, place) or self._call([*each.command, "--eval"], place)
+            said = self._call(each.command, place) or self._call(each.evaluation, place)
             try:
                 told = said or self._conclude(each)
             except Exception as error:  # else the runs that wait for this thread would never be made
@@ -202,6 +227,15 @@ class Runs:
             if said is not None:
                 self.failed.append(f"{each}: {said}")
             print(f"{each}: {told}", flush=True)
+            if said is None:
+                self._check(each)
+
+    def _check(self, each: Repetition) -> None:
+        """Begin no other run for a table that cannot be."""
+        try:
+            check_columns(self.columns, [each])
+        except UserError as error:
+            self.unknown, self.ended = error, True
 
     def _conclude(self, each: Repetition) -> str:
         """Write down what the run came to; its headline."""
@@ -260,6 +294,25 @@ class Runs:
 # ------------------------------------------------------------------------------------------------ the table
 
 
+def found_in(done: Sequence[Repetition]) -> dict[str, bool]:
+    """The names of the numbers that evaluations found, and whether any is one: what is not finite is null."""
+    names: dict[str, bool] = {}
+    for each in done:
+        told = read_json(each.result)
+        for name, value in {**told["results"], **told["details"]}.items():
+            if value is None or isinstance(value, float):
+                names[name] = names.get(name, False) or value is not None
+    return names
+
+
+def check_columns(columns: Sequence[str], done: Sequence[Repetition]) -> None:
+    """Raises UserError for one that none of the finished runs has found, where there are any."""
+    known = found_in(done)
+    for name in columns:
+        if done and name not in known:
+            raise UserError(f"unknown column '{printable(name)}'; --eval finds {', '.join(known)}")
+
+
 def _row(name: str, group: Sequence[Repetition], columns: Sequence[str]) -> dict[str, Any]:
     model = open_task(group[0].config).build_model()
     row: dict[str, Any] = {
@@ -268,12 +321,10 @@ def _row(name: str, group: Sequence[Repetition], columns: Sequence[str]) -> dict
         "seeds": len(group),
     }
     found = [read_json(each.result) for each in group]
-    numbers = [{**one["results"], **one["details"]} for one in found]
-    known = [key for key, value in numbers[0].items() if isinstance(value, float)]
-    for key in columns or known:
-        if key not in known:
-            raise unknown("column", key, known)
-        row[key] = spread([each[key] for each in numbers if isinstance(each.get(key), float)])
+    for key in columns:
+        values = [{**one["results"], **one["details"]}.get(key) for one in found]
+        numbers = [value for value in values if isinstance(value, float)]
+        row[key] = spread(numbers) if numbers else None
     for title, key in (("images/s", "images_per_second"), ("memory (MB)", "memory_mb")):
         values = [one[key] for one in found if one[key] is not None]
         row[title] = statistics.mean(values) if values else None

@@ -2,14 +2,12 @@
 
 from pathlib import Path
 
-from timm.data import ImageNetInfo
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from yacs.config import CfgNode
 
-from vmamba.classification.elpv import GRADES
-from vmamba.classification.label_files import classes_of, read_labels
+from vmamba.classification.class_names import names_of
 from vmamba.data import scenes
-from vmamba.data.folders import LeftOut, listing, what_is
+from vmamba.data.folders import what_is
 from vmamba.detection.annotations import read_annotations
 from vmamba.errors import UserError
 
@@ -48,32 +46,6 @@ def category_numbers(config: CfgNode) -> list[int]:
     )
 
 
-def _classification(config: CfgNode) -> list[str]:
-    data, classes = config.DATA, config.MODEL.NUM_CLASSES
-    if data.DATASET == "digits":
-        return list(scenes.CLASSES)
-    if data.DATASET == "elpv":
-        return list(GRADES)
-    if data.DATASET != "imagenet":
-        return []
-    if data.TRAIN_LABELS:
-        return _listed(Path(data.DATA_PATH, data.TRAIN_LABELS), Path(data.DATA_PATH))
-    if classes == 1000:
-        known = ImageNetInfo("imagenet-1k")
-        return [known.index_to_description(index).partition(",")[0] for index in range(1000)]
-    places = [Path(data.DATA_PATH, split) for split in ("train", "val", *([""] if data.VAL_FRACTION else []))]
-    folder = next((place for place in places if data.DATA_PATH and what_is(place) == "folder"), None)
-    return listing(folder, LeftOut())[0] if folder else []
-
-
-def _listed(file: Path, root: Path) -> list[str]:
-    """The classes of a file of labels; none where it has gone."""
-    try:
-        return classes_of(read_labels(file, root, check=False))
-    except UserError:
-        return []
-
-
 def _detection(config: CfgNode) -> list[str]:
     return [name for _, name in _categories(config)]
 
@@ -102,4 +74,4 @@ def _segmentation(config: CfgNode) -> list[str]:
 
 
 _NO_CLASS = ("__background__", "N/A")  # numbers that COCO leaves out
-_KNOWN = {"classification": _classification, "detection": _detection, "segmentation": _segmentation}
+_KNOWN = {"classification": names_of, "detection": _detection, "segmentation": _segmentation}

@@ -301,7 +301,9 @@ def _names(checkpoint: Checkpoint, config: CfgNode) -> list[str]:
 def _read_names(path: str, config: CfgNode) -> list[str]:
     names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if len(names) != config.MODEL.NUM_CLASSES:
-        raise UserError(f"'{path}' names {len(names)} classes, and the model has {config.MODEL.NUM_CLASSES}")
+        raise UserError(
+            f"'{path}' names {counted(len(names), 'class', 'classes')}, and the model has {config.MODEL.NUM_CLASSES}"
+        )
     return names
 
 

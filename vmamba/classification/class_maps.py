@@ -52,6 +52,11 @@ def _read(path: Path) -> dict[str, int]:
         found = re.fullmatch(r"(.*[^\s,])\s*[,\s]\s*(\d+)", line.strip())
         if not found:
             raise UserError(f"'{printable(path)}', line {number}: '{printable(line)}' is no folder and class's number")
+        if found[1] in known:
+            raise UserError(
+                f"'{printable(path)}', line {number}: '{printable(found[1])}' is named a second time; keep one of its "
+                "lines"
+            )
         known[found[1]] = int(found[2])
     return known
 

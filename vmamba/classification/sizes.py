@@ -54,7 +54,8 @@ class Sizes:
         centre = (number - 1) * (min(epoch / (self.plan.epochs - 1), 1.0) if self.plan.epochs > 1 else 1.0)
         away = [abs(place - centre) for place in range(number)]
         if self.aug.SIZE_SPREAD:
-            bell = [math.exp(-0.5 * (distance / self.aug.SIZE_SPREAD) ** 2) for distance in away]
+            spread, least = self.aug.SIZE_SPREAD, min(away) ** 2  # which has 1, so that narrow bells are not 0 anywhere
+            bell = [math.exp((least - distance**2) / 2 / spread / spread) for distance in away]
         else:
             bell = [float(distance == min(away)) for distance in away]
         mix = self.aug.SIZE_MIX

@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Callable
 from functools import cached_property, partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from yacs.config import CfgNode
 
 from vmamba.classification.class_maps import real_accuracy
+from vmamba.classification.class_names import warn_of_other_names
 from vmamba.classification.data import build_eval_loader, build_train_loader
 from vmamba.classification.sizes import Sizes
 from vmamba.classification.teachers import Teacher, soft_cross_entropy
@@ -45,6 +47,7 @@ class Task:
 
     def __init__(self, config: CfgNode):
         self.config = config
+        self.compared: set[Path] = set()  # checkpoints, in what they call the classes
 
     @cached_property
     def mixup(self) -> Callable[..., Batch] | None:
@@ -58,6 +61,9 @@ class Task:
 
     def load(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         load_pretrained(model, checkpoint)
+        if self.config.EVAL_MODE and checkpoint.path not in self.compared:  # of a file's weights and their average once
+            self.compared.add(checkpoint.path)
+            warn_of_other_names(checkpoint, self.config)
 
     def start_from(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         load_pretrained(model, checkpoint, drop_head=self.config.MODEL.DROP_HEAD)

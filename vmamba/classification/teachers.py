@@ -1,6 +1,8 @@
 """Losses against what another model says of the same images: a trained one, or the average of the model's own
 weights."""
 
+from collections.abc import Sequence
+from itertools import cycle, islice
 from pathlib import Path
 
 import timm
@@ -9,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from yacs.config import CfgNode
 
+from vmamba.classification.class_names import warn_of_other_names
 from vmamba.config import image_size, restored
 from vmamba.errors import UserError
 from vmamba.models.download import is_url
 from vmamba.models.pretrained import load_pretrained, open_checkpoint
 from vmamba.models.variants import TIMM, build_model, check_size, create_model, list_models
 from vmamba.runtime.checkpoint import BEST, LAST
-from vmamba.text import printable
+from vmamba.text import counted, printable
 
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of the images that our released weights were trained on
 
@@ -61,33 +64,44 @@ def open_teacher(config: CfgNode) -> tuple[nn.Module, list[float], list[float]]:
     if name in list_models() or name.startswith(TIMM):
         model, mean, std = _published(name, config)
     else:
-        model, mean, std = _of_run(name, config.MODEL.IN_CHANS)
+        model, mean, std = _of_run(name, config)
     told = getattr(model, "num_classes", None)
     if told != config.MODEL.NUM_CLASSES:
         raise UserError(
-            f"DISTILL.TEACHER '{printable(name)}' tells {told} classes apart, and MODEL.NUM_CLASSES is "
-            f"{config.MODEL.NUM_CLASSES}; name a teacher of the same classes"
+            f"DISTILL.TEACHER '{printable(name)}' tells {counted(told or 0, 'class', 'classes')} apart, and "
+            f"MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}; name a teacher of the same classes"
         )
     return model, mean, std
 
 
 def _published(name: str, config: CfgNode) -> tuple[nn.Module, list[float], list[float]]:
-    """Of our names the released weights; of timm's its own."""
+    """Of our names the released weights; of timm's its own.  Of other than three channels the first convolution and
+    the numbers of a channel are adapted as timm does the former."""
+    channels = config.MODEL.IN_CHANS
     if name in list_models():
-        return create_model(name, pretrained=True, in_chans=config.MODEL.IN_CHANS), *IMAGENET
+        model = create_model(name, pretrained=True, in_chans=channels)
+        return model, *(of_channels(values, channels) for values in IMAGENET)
     try:
-        model = timm.create_model(name.removeprefix(TIMM), pretrained=True, in_chans=config.MODEL.IN_CHANS)
+        model = timm.create_model(name.removeprefix(TIMM), pretrained=True, in_chans=channels)
     except Exception as error:  # of the network, the hub's libraries, the name
         reason = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
         raise UserError(
             f"DISTILL.TEACHER {name} cannot be had with timm's weights ({reason}); check the name, or give a checkpoint"
         ) from error
-    return model, [*model.pretrained_cfg["mean"]], [*model.pretrained_cfg["std"]]
+    return model, *(of_channels(model.pretrained_cfg[name], channels) for name in ("mean", "std"))
 
 
-def _of_run(path: str, channels: int) -> tuple[nn.Module, list[float], list[float]]:
+def of_channels(values: Sequence[float], channels: int) -> list[float]:
+    """Those of red, green and blue for so many channels: of one their mean, of more they come again and again, as the
+    weights do that `timm.models.adapt_input_conv` makes."""
+    if len(values) in (1, channels):
+        return [*values]
+    return [sum(values) / len(values)] if channels == 1 else [*islice(cycle(values), channels)]
+
+
+def _of_run(path: str, config: CfgNode) -> tuple[nn.Module, list[float], list[float]]:
     """Of a run's folder, the best; or of a checkpoint of one."""
-    folder = Path(path)
+    folder, channels = Path(path), config.MODEL.IN_CHANS
     if not is_url(path) and folder.is_dir():
         path = next((str(folder / name) for name in (BEST, LAST) if (folder / name).is_file()), path)
     checkpoint = open_checkpoint(path)
@@ -101,9 +115,10 @@ def _of_run(path: str, channels: int) -> tuple[nn.Module, list[float], list[floa
         raise UserError(f"DISTILL.TEACHER '{printable(path)}' is of a run of {its.TASK}; name a classifier")
     if channels != its.MODEL.IN_CHANS:
         raise UserError(
-            f"DISTILL.TEACHER '{printable(path)}' takes images of {its.MODEL.IN_CHANS} channels, and MODEL.IN_CHANS is "
-            f"{channels}; name a teacher of as many"
+            f"DISTILL.TEACHER '{printable(path)}' takes images of {counted(its.MODEL.IN_CHANS, 'channel')}, and "
+            f"MODEL.IN_CHANS is {channels}; name a teacher of as many"
         )
     model = build_model(its)
     load_pretrained(model, checkpoint)
+    warn_of_other_names(checkpoint, config)
     return model, list(its.DATA.MEAN), list(its.DATA.STD)

@@ -6,7 +6,7 @@ from pathlib import Path
 from vmamba.analysis.prediction import file_of, load_model
 from vmamba.errors import UserError
 from vmamba.exporting import export
-from vmamba.exporting.publishing import write_card
+from vmamba.exporting.publishing import card_text, write_card
 from vmamba.files import check_keeps, check_writable
 from vmamba.models.variants import create_model
 from vmamba.runtime.checkpoint import is_there
@@ -67,8 +67,10 @@ def export_file(
     check_writable(output)
     if is_there(Path(output)):
         raise UserError(f"'{printable(output)}' is the state of a run, which would be lost; choose another --output")
+    if card:
+        card_text(checkpoint, output, licence, weights)  # refuses what cannot be before anything is written
     path = export(whole, output, format=format, size=size, dynamic=dynamic, spelling=spelling)
     if card:
-        print(write_card(checkpoint, path, licence))
+        print(write_card(checkpoint, path, licence, weights))
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
     return path

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import timm
@@ -16,25 +17,39 @@ from vmamba.analysis.zoo import data_of
 from vmamba.config import get_config, image_size
 from vmamba.errors import UserError
 from vmamba.files import read_text, write_text
+from vmamba.models.pretrained import best_kind, read_weights
 from vmamba.models.variants import TIMM
+from vmamba.runtime import evaluation
+from vmamba.runtime.checkpoint import read_training_state
 from vmamba.runtime.records import read_metrics
+from vmamba.runtime.task import open_task
 from vmamba.text import counted, printable
 
 MADE_HERE = "<!-- made from a run by vmamba -->"
 _PIPELINES = {"classification": "image-classification", "detection": "object-detection"}
 _PIPELINES |= {"segmentation": "image-segmentation"}
+_OF_A_START = {"command": str, "seed": int, "devices": list, "versions": dict}  # in run.json, and of which kind
+_OF_A_START |= {"commit": (str, NoneType), "changed": (bool, NoneType)}
 _OF_A_MACHINE = ("OUTPUT", "TAG", "NAME", "PRINT_FREQ", "DATA.DATA_PATH", "DATA.NUM_WORKERS", "DEVICE", "WANDB")
 
 
-def write_card(checkpoint: str | Path, path: str | Path, licence: str = "other") -> Path:
-    """Write the card of a run as README.md beside the file at `path`.
+def write_card(checkpoint: str | Path, path: str | Path, licence: str = "other", weights: str = "auto") -> Path:
+    """Write the card of a run as README.md beside the file at `path`: see `card_text`.  Returns its path."""
+    card = Path(path).parent / "README.md"
+    write_text(card, card_text(checkpoint, path, licence, weights))
+    return card
+
+
+def card_text(checkpoint: str | Path, path: str | Path, licence: str = "other", weights: str = "auto") -> str:
+    """The card of a run for the file at `path`, with README.md's head.
 
     Args:
         checkpoint: of a run, in its folder, or the folder.
         licence: of the weights, one of the hub's names, such as mit or cc-by-nc-sa-4.0.
+        weights: which of the checkpoint's, as of `vmamba.load_checkpoint`.
 
-    Returns its path.  Raises UserError where no run's folder is around the checkpoint, and where another README.md
-    would be written over.
+    Raises UserError where no run's folder is around the checkpoint, where its run.json is of another form, and where
+    another README.md would be written over.
     """
     card = Path(path).parent / "README.md"
     if card.exists() and MADE_HERE not in read_text(card):
@@ -51,8 +66,7 @@ def write_card(checkpoint: str | Path, path: str | Path, licence: str = "other")
         sort_keys=False,
     )
     use = f'```python\nimport vmamba\n\nmodel = vmamba.load_model("{Path(path).name}")\n```\n'
-    write_text(card, f"---\n{head}---\n\n{MADE_HERE}\n\n# {config.NAME}\n\n{describe(folder)}\n## Use\n\n{use}")
-    return card
+    return f"---\n{head}---\n\n{MADE_HERE}\n\n# {config.NAME}\n\n{describe(checkpoint, weights)}\n## Use\n\n{use}"
 
 
 def run_of(checkpoint: str | Path) -> Path:
@@ -65,9 +79,11 @@ def run_of(checkpoint: str | Path) -> Path:
     return file.parent
 
 
-def describe(folder: Path) -> str:
-    """What a run's folder tells, in Markdown: model, data, recipe, results, commands."""
-    config, starts = get_config(folder / "config.yaml"), read_json(folder / "run.json")["starts"]
+def describe(checkpoint: str | Path, weights: str = "auto") -> str:
+    """What the folder of a run's checkpoint tells, in Markdown: model, data, recipe, results, commands."""
+    folder, file = run_of(checkpoint), Path(file_of(checkpoint))
+    config, starts = get_config(folder / "config.yaml"), read_starts(folder / "run.json")
+    source, results = _results(folder, file, config)
     options = ", ".join(f"{name} {value}" for name, value in config.MODEL.OPTIONS.items())
     facts = starts[-1]
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items() if number)
@@ -78,7 +94,8 @@ def describe(folder: Path) -> str:
         if config.TASK == "classification"
         else f"`{config.MODEL.NAME}`, {config.TASK} of {counted(config.MODEL.NUM_CLASSES, 'class', 'classes')}.\n",
         "## Results\n",
-        *(f"- {name}: {value:.4g}" for name, value in _results(folder).items()),
+        f"{source}. {_held(file, weights, results)}\n",
+        *(f"- {name}: {value:.4g}" for name, value in results.items()),
         "\n## Recipe\n",
         "What is not said has the default of docs/config.md.\n",
         *(f"- {key}: {value}" for key, value in _changed(config).items()),
@@ -90,14 +107,57 @@ def describe(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def _results(folder: Path) -> dict[str, float]:
-    """Of an evaluation by itself where there was one, else of the last round that was evaluated."""
-    if (folder / "evaluation.json").is_file():
-        told = read_json(folder / "evaluation.json")
-        return _numbers({**told["results"], **told["details"]})
-    rounds = [entry for entry in read_metrics(folder / "metrics.jsonl") if "val_loss" in entry or "seconds" in entry]
+def read_starts(path: Path) -> list[dict[str, Any]]:
+    """The starts in a run.json.  Raises UserError where it is of another form than a run's."""
+    told = read_json(path)
+    starts = told.get("starts") if isinstance(told, dict) else None
+    if not isinstance(starts, list) or not starts:
+        raise UserError(f"'{printable(path)}' tells no start of a run; put back the one that the run wrote")
+    for number, start in enumerate(starts, 1):
+        for name, kind in _OF_A_START.items():
+            if not isinstance(start, dict) or name not in start or not isinstance(start[name], kind):
+                raise UserError(
+                    f"'{printable(path)}', start {number}, does not tell '{name}' as a run does; put back the one that "
+                    "the run wrote"
+                )
+    return starts
+
+
+def _results(folder: Path, file: Path, config: CfgNode) -> tuple[str, dict[str, float]]:
+    """What numbers are of, and those: an evaluation of this very file by itself on the run's data, else the round that
+    ended in it, else the last round."""
+    path = folder / "evaluation.json"
+    told = read_json(path) if path.is_file() else None
+    if told and _is_of(told, path, file, config):
+        return f"Of {file.name}, evaluated by itself", _numbers({**told["results"], **told["details"]})
+    headline = open_task(config).headline
+    rounds = [each for each in read_metrics(folder / "metrics.jsonl") if {headline, f"ema_{headline}"} & each.keys()]
+    if not rounds:
+        return "The run has evaluated nothing", {}
+    state = read_training_state(file) or {}
+    its = next((each for each in rounds if each.get("step", -1) == state.get("step")), None)
     apart = ("step", "lr", "grad_norm", "bad_steps", "images_per_second", "memory_mb", "seconds", "unimproved")
-    return {name: value for name, value in _numbers(rounds[-1]).items() if name not in apart} if rounds else {}
+    numbers = {name: value for name, value in _numbers(its or rounds[-1]).items() if name not in apart}
+    return f"Of the round of training that {file.name} is of" if its else "Of the run's last round of training", numbers
+
+
+def _is_of(told: Any, path: Path, file: Path, config: CfgNode) -> bool:
+    """Whether an evaluation.json at `path` is of this file as it is now, and of the run's data."""
+    parts = ("data", "results", "details")
+    if not isinstance(told, dict) or not all(isinstance(told.get(part), dict) for part in parts):
+        return False
+    same = Path(str(told.get("checkpoint"))).resolve() == file.resolve() and told["data"] == evaluation.data_of(config)
+    return same and path.stat().st_mtime >= file.stat().st_mtime
+
+
+def _held(file: Path, weights: str, results: Mapping[str, float]) -> str:
+    """Which weights are published, and which numbers are theirs."""
+    found = read_weights(file)
+    averaged = (best_kind(found) if weights == "auto" else weights) == "ema"
+    told = "The weights are their average (EMA)" if averaged else "The weights are the plain ones, not an average"
+    if any(name.startswith("ema_") for name in results):
+        told += f", whose numbers begin with{'' if averaged else 'out'} ema_"
+    return f"{told}."
 
 
 def _numbers(told: Mapping[str, Any]) -> dict[str, float]:
@@ -135,12 +195,12 @@ def push(
     """
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise UserError(f"'{printable(repo)}' is no repository of the hub; give it as USER/NAME")
-    folder = run_of(checkpoint)
+    description = describe(checkpoint, weights)
     model = load_model(checkpoint, weights=weights)
     if model.config.TASK != "classification":
         raise UserError(f"the hub's models of timm are classifiers, and this is one of {model.config.TASK}")
     published, settings, arguments = as_timms(model)
-    card = {"license": licence, "tags": ["image-classification", "timm", "vmamba"], "description": describe(folder)}
+    card = {"license": licence, "tags": ["image-classification", "timm", "vmamba"], "description": description}
     try:
         push_to_hf_hub(
             published,

@@ -20,6 +20,7 @@ from vmamba.models.backbones import TimmBackbone
 from vmamba.models.released import to_released
 from vmamba.models.vssm import VSSM
 from vmamba.models.weights import is_plain, without_wrappers
+from vmamba.text import counted
 
 ABOUT = "vmamba"  # in the metadata of safetensors and ONNX
 
@@ -51,7 +52,9 @@ def about(
     channels = model.in_chans if whole else 3
     for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, channels):
-            raise UserError(f"{name} has {len(values)} numbers; give one, or one for each of {channels} channels")
+            raise UserError(
+                f"{name} has {len(values)} numbers; give one, or one for each of {counted(channels, 'channel')}"
+            )
     try:
         config = described(model) or {}
     except UserError:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from vmamba.errors import UserError, unknown
 from vmamba.models.layers import ACTIVATIONS, DOWNSAMPLES, NORMS, OUT_NORMS, PATCH_EMBEDS
+from vmamba.text import counted
 from vmamba.values import Takes, kinds_of
 from vmamba_kernels import ROUTES, backends
 
@@ -146,7 +147,9 @@ def of_block(options: ModelOptions, number: int) -> ModelOptions:
     routes = (options.routes,) if isinstance(options.routes, str) else options.routes
     turns = options.route_turns
     if len(routes) % turns:
-        raise UserError(f"route_turns is {turns}, and {len(routes)} routes do not part so; choose a divisor of them")
+        raise UserError(
+            f"route_turns is {turns}, which does not divide {counted(len(routes), 'route')}; choose a divisor"
+        )
     share, turn = len(routes) // turns, number % turns
     pool = ("columns", "rows")[number % 2] if options.pool == "turns" else options.pool
     return options.changed(routes=routes[turn * share : (turn + 1) * share], pool=pool)

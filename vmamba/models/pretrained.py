@@ -23,6 +23,7 @@ from vmamba.models.formats import read_file
 from vmamba.models.released import backbone_weights, keys_from_released
 from vmamba.models.vssm import VSSM, resize_pos_embed
 from vmamba.models.weights import is_beyond, is_image, is_plain, load_weights, unwrapped, without_wrappers
+from vmamba.text import counted
 
 logger = logging.getLogger("vmamba")
 _WHERE = {"ema": ("model_ema", "state_dict_ema", "ema"), "model": ("model", "state_dict")}  # in the order of "auto"
@@ -180,7 +181,9 @@ def load_pretrained(model: nn.Module, checkpoint: Checkpoint, drop_head: bool = 
         if classes == in_file or drop_head:
             raise
         place = f"in place of the file's of {in_file}" if in_file else "where the file has no classifier"
-        raise UserError(f"{error}; for a new head of {classes} classes {place}, use --drop-head") from None
+        raise UserError(
+            f"{error}; for a new head of {counted(classes, 'class', 'classes')} {place}, use --drop-head"
+        ) from None
 
 
 def _load_timm(model: nn.Module, checkpoint: Checkpoint, drop_head: bool) -> None:
@@ -199,7 +202,9 @@ def _load_timm(model: nn.Module, checkpoint: Checkpoint, drop_head: bool) -> Non
             for name in own
             if name.startswith(heads)
         ):
-            raise UserError(f"{error}; for a new head of {model.num_classes} classes, use --drop-head") from None
+            raise UserError(
+                f"{error}; for a new head of {counted(model.num_classes, 'class', 'classes')}, use --drop-head"
+            ) from None
         raise
 
 

@@ -18,6 +18,7 @@ from vmamba.errors import UserError, unknown
 from vmamba.models import casting, freezing, layers
 from vmamba.models.options import ModelOptions, ScanOptions, of_block, signed_by
 from vmamba.models.ss2d import SS2D, SSD2D, Mixer2D
+from vmamba.text import counted
 from vmamba.values import Takes
 from vmamba_kernels import autocast_dtype
 from vmamba_kernels.private import MATCH_PREV_GROUP, feature_take_indices
@@ -152,7 +153,9 @@ class VSSM(nn.Module):
         )
         dims = [o.dims * 2**i for i in range(len(o.depths))] if isinstance(o.dims, int) else list(o.dims)
         if len(dims) != len(o.depths) or not dims:
-            raise UserError(f"dims has {len(dims)} stages and depths {len(o.depths)}; give both one number a stage")
+            raise UserError(
+                f"dims has {counted(len(dims), 'stage')} and depths {len(o.depths)}; give both one number a stage"
+            )
         o.changed(dims=dims)  # in bounds after doubling too
         self.options = o  # as they were given; the classifier may have become another
         norm = layers.norm_layer(o.norm_layer)

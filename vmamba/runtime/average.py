@@ -44,6 +44,11 @@ def build_average(config: CfgNode, model: nn.Module, plan: Plan) -> ModelEmaV3 |
     if not ema.ENABLE:
         return None
     if ema.KIND == "mean":
+        if config.TRAIN.PATIENCE:
+            raise UserError(
+                f"TRAIN.EMA.KIND is mean, of the epochs before the planned end, and TRAIN.PATIENCE "
+                f"{config.TRAIN.PATIENCE} may end the run earlier; set TRAIN.PATIENCE 0, or TRAIN.EMA.KIND exponential"
+            )
         return Mean(model, plan, ema.LAST_EPOCHS)
     return ModelEmaV3(model, decay=ema.DECAY, use_warmup=ema.WARMUP)
 

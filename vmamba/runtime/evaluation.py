@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
+from vmamba.config import get_config
 from vmamba.data.loaders import Loader
 from vmamba.errors import UserError
 from vmamba.files import make_folder, write_atomically, write_text
@@ -81,20 +82,14 @@ def evaluate_alone(config: CfgNode, model: nn.Module, device: torch.device) -> R
 
 
 def evaluate_file(run: Run, model: nn.Module) -> Results:
-    """The weights, plain and EMA, in MODEL.RESUME or MODEL.PRETRAINED, else in the furthest state of the folder.
-
-    Weights to start from with a new head (DROP_HEAD) are not a model that could be evaluated.
-    """
-    settings = run.config.MODEL
-    path = asked_for(run) or (settings.PRETRAINED if not settings.DROP_HEAD else "") or newest(run)
-    if not path:
-        raise UserError(f"nothing to evaluate: '{run.folder}' holds no checkpoint; name one with --resume")
+    """The weights, plain and EMA, of the file that `to_evaluate` finds."""
+    path = to_evaluate(run)
     if Path(path).is_dir():
         raise UserError(
             f"'{path}' is a state in shares; make it a file first: python analyze/one_file.py {path} --output all.pth"
         )
     loader = run.task.eval_loader(run.world)
-    chosen = settings.WEIGHTS
+    chosen = run.config.MODEL.WEIGHTS
     wanted = read_weights(path) if chosen == "auto" else {chosen: open_checkpoint(path, chosen)}
     parallelise(model, run.config, World(0, 1, 0, run.world.device))  # compiled where training would be
     results: Results = {}
@@ -110,10 +105,47 @@ def evaluate_file(run: Run, model: nn.Module) -> Results:
         results |= {f"{prefix}{name}": value for name, value in meter.results().items()}
         details |= {f"{prefix}{name}": value for name, value in meter.details().items()}
         on_main(partial(save_files, meter, folder))
-    told = {"checkpoint": str(path), "results": results, "details": details, "by": run.history.facts}
+    told = {
+        "checkpoint": str(path),
+        "data": data_of(run.config),
+        "results": results,
+        "details": details,
+        "by": run.history.facts,
+    }
     on_main(lambda: write_text(run.folder / "evaluation.json", as_json(told)))
     run.logger.info(f"{path}: {report.summary(run.task, results)}")
     return results
+
+
+def data_of(config: CfgNode) -> dict[str, Any]:
+    """Which images results are of."""
+    names = ("DATASET", "DATA_PATH", "CLASS_MAP")
+    return {f"DATA.{name}": config.DATA[name] for name in names if name in config.DATA}
+
+
+def to_evaluate(run: Run) -> str | Path:
+    """MODEL.RESUME; else MODEL.PRETRAINED, unless the run of the folder began with it; else its furthest state.
+
+    Weights to start from with a new head (DROP_HEAD) are not a model that could be evaluated.
+    Raises UserError where there is none.
+    """
+    settings = run.config.MODEL
+    weights = "" if settings.DROP_HEAD else settings.PRETRAINED
+    path = asked_for(run)
+    if not path and (not weights or on_main(lambda: began_with(run.folder, weights))):
+        path = newest(run)
+    path = path or weights
+    if not path:
+        raise UserError(f"nothing to evaluate: '{run.folder}' holds no checkpoint; name one with --resume")
+    began = f", what this run came to from {weights}" if weights and path != weights and not settings.RESUME else ""
+    run.logger.info(f"evaluating {path}{began}")
+    return path
+
+
+def began_with(folder: Path, weights: str) -> bool:
+    """Whether the run in a folder is of the same MODEL.PRETRAINED."""
+    config = folder / "config.yaml"
+    return config.is_file() and weights == get_config(config).MODEL.PRETRAINED
 
 
 def save_files(meter: Meter, folder: Path) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from vmamba.models.ss2d import SSD2D, Mixer2D
+from vmamba.runtime.average import Mean
 from vmamba.runtime.distributed import World
 from vmamba.runtime.logging import megabytes
 from vmamba.runtime.optim import rate_scale
@@ -68,6 +69,8 @@ def describe_training(config: CfgNode, world: World, plan: Plan, state: TrainSta
     if scale != 1:
         rate += f" ({config.TRAIN.BASE_LR:.3g} x {batch} / {config.TRAIN.LR_REFERENCE_BATCH})"
     ema = f", EMA {config.TRAIN.EMA.DECAY}" if state.ema else ""
+    if isinstance(state.ema, Mean):
+        ema = f", mean of the weights over the last {counted(state.ema.epochs, 'epoch')}"
     return (
         f"{counted(plan.steps_per_epoch, 'step')} an epoch of {counted(batch, 'image')}, {counted(plan.steps, 'step')} "
         f"in all, {plan.warmup_steps} of warm-up; {config.TRAIN.OPTIMIZER.NAME} at rate {rate}, "
