@@ -5,7 +5,7 @@ python analyze/one_file.py output/vmamba_base/default/last.sharded --output last
 
 from _door import Parser
 
-from vmamba.runtime.sharding import one_file
+from vmamba.runtime.shares import one_file
 
 
 def parser() -> Parser:

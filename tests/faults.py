@@ -375,7 +375,7 @@ def worker_killed(bench: Bench, tries: int) -> None:
         if workers:
             os.kill(int(CHANCE.choice(workers)), signal.SIGKILL)
         code, told = wait([child]), bench.said(config).read_text()
-        if "Traceback" in told or (code != [0] and "a loading process was killed at '" not in told):
+        if "Traceback" in told or (code != [0] and "a loading process was killed at " not in told):
             raise Lost(f"ended with {code}: {told[-300:]}")
         bench.finish(config, *opts)
 

@@ -23,7 +23,7 @@ from vmamba.detection.annotations import read_annotations
 from vmamba.errors import UserError
 from vmamba.models.pretrained import read_file
 from vmamba.runtime.checkpoint import newest_checkpoint
-from vmamba.runtime.sharding import read_folder, save_folder
+from vmamba.runtime.shares import read_folder, save_folder
 
 hypothesis = pytest.importorskip("hypothesis", reason="of the dev extra")
 st = hypothesis.strategies

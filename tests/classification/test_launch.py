@@ -15,7 +15,7 @@ import torch
 from vmamba.config import output_folder
 from vmamba.errors import UserError
 from vmamba.runtime.checkpoint import read_checkpoint
-from vmamba.runtime.sharding import one_file, read_folder
+from vmamba.runtime.shares import one_file, read_folder
 from vmamba.runtime.trainer import run
 
 from .tiny import ALONE, ROOT, command, differences, log, metrics, saved, tiny_config, tiny_file

@@ -11,10 +11,11 @@ import torch
 import vmamba
 from vmamba.config import get_config
 from vmamba.errors import UserError
-from vmamba.runtime import sharding, step
+from vmamba.runtime import shares, step
 from vmamba.runtime.checkpoint import newest_checkpoint, read_checkpoint
 from vmamba.runtime.distributed import World
-from vmamba.runtime.sharding import blocks, one_file, read_folder, save_folder
+from vmamba.runtime.sharding import blocks
+from vmamba.runtime.shares import one_file, read_folder, save_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -109,7 +110,7 @@ def test_a_disk_that_fails_is_a_sentence_and_the_state_before_stays(saved, monke
     with pytest.raises(UserError, match="cannot write '.*last.sharded': No space left on device"):
         save_folder(case.state.state_dict(), folder, 2)
     monkeypatch.undo()
-    monkeypatch.setattr(sharding.torch, "save", full)
+    monkeypatch.setattr(shares.torch, "save", full)
     with pytest.raises(UserError, match="cannot write '.*last.sharded': No space left on device"):
         save_folder(case.state.state_dict(), folder, 2)
     assert os.listdir(tmp_path) == ["last.sharded"]

@@ -10,7 +10,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import islice
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
@@ -124,7 +124,7 @@ class Examples(Dataset):
         """The name of what the `worker`-th loading process is at, or was last."""
         index = int(self._at[worker])
         if index < 0:
-            return "nothing yet"
+            return "its start"
         return f"'{self.source.name(index)}'" if hasattr(self.source, "name") else f"sample {index}"
 
     def _candidates(self, index: int) -> Iterator[int]:
@@ -164,7 +164,6 @@ class Loader:
             batch_sampler=batches,
             collate_fn=_Collate(collate),
             num_workers=workers,
-            timeout=self.timeout if workers else 0,
             prefetch_factor=config.DATA.PREFETCH_FACTOR if workers else None,
             persistent_workers=config.DATA.PERSISTENT_WORKERS and workers > 0,
             worker_init_fn=_start_worker,
@@ -215,10 +214,13 @@ class Loader:
         """Which examples of the next batch are in it, by their places."""
 
     def _iterator(self) -> Iterator[Any]:
-        iterator = iter(self._loader)
+        with _without_a_word_of_children():
+            iterator = iter(self._loader)
         for process in getattr(iterator, "_workers", ()):
             process.terminate = process.kill  # how PyTorch ends one that hangs: they are deaf to SIGTERM
             _loading.add(process)
+        if getattr(iterator, "_workers", ()) and not isinstance(iterator._try_get_data, _Patience):
+            iterator._try_get_data = _Patience(iterator._try_get_data, self.timeout)
         self._running = iterator
         return iterator
 
@@ -415,6 +417,31 @@ def _end_loading() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # by which PyTorch would say that they were killed
     for process in _loading:
         process.kill()
+
+
+@contextmanager
+def _without_a_word_of_children() -> Iterator[None]:
+    """Keep the handler of SIGCHLD as it is: PyTorch's raises an error wherever the process is, be it in a save."""
+    before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    yield
+    if before is not None and signal.getsignal(signal.SIGCHLD) is not before:
+        signal.signal(signal.SIGCHLD, before)
+
+
+class _Patience:
+    """Asks PyTorch's iterator for a batch, which looks every second whether a loading process has died, and gives up
+    after `limit` seconds (0: never).  PyTorch's own limit would put off that look to its end."""
+
+    def __init__(self, get: Callable[..., tuple[bool, Any]], limit: float):
+        self.get, self.limit, self.since = get, limit, None
+
+    def __call__(self, *args: Any) -> tuple[bool, Any]:
+        since = time.monotonic() if self.since is None else self.since
+        found = self.get(*args or (1.0,))
+        self.since = None if found[0] else since
+        if self.since is not None and 0 < self.limit < time.monotonic() - since:
+            raise RuntimeError("DataLoader timed out")
+        return found
 
 
 def _start_worker(worker: int) -> None:

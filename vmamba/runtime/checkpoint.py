@@ -14,7 +14,7 @@ from vmamba.models.pretrained import local_file
 from vmamba.models.pretrained import read_file as read_checkpoint
 
 LAST, BEST = "last.pth", "best.pth"  # what a run writes; the states before, and the second best, as last.2.pth, ...
-SHARDED = ".sharded"  # in the place of .pth: a folder, written by all processes (`sharding`)
+SHARDED = ".sharded"  # in the place of .pth: a folder, written by all processes (`shares`)
 PLAIN = "plain.pth"  # in it: all but the tensors
 _WRITTEN = re.compile(r"(last|best)(\.[2-9]|\.[1-9]\d+)?(\.pth|\.sharded)")
 

@@ -12,7 +12,7 @@ from vmamba.runtime.checkpoint import LAST, SHARDED
 from vmamba.runtime.distributed import World, on_main, share_buffers
 from vmamba.runtime.history import History
 from vmamba.runtime.saving import Saver
-from vmamba.runtime.sharding import is_sharded, save_folder
+from vmamba.runtime.sharding import is_sharded
 from vmamba.runtime.state import TrainState
 from vmamba.runtime.stop import Stopped, StopRequest
 from vmamba.runtime.task import Task
@@ -43,6 +43,8 @@ class Run:
         state.gather_random_states()
         if not is_sharded(state.model):
             return on_main(lambda: self.saver.start(state, names))
+        from vmamba.runtime.shares import save_folder
+
         share_buffers(state.model)
         for name in names:
             keep = self.config.KEEP_LAST if name == LAST else 1

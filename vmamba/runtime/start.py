@@ -18,7 +18,7 @@ from vmamba.runtime.optim import Schedule, build_optimizer
 from vmamba.runtime.plan import Plan
 from vmamba.runtime.precision import build_scaler
 from vmamba.runtime.run import Run
-from vmamba.runtime.sharding import distributed_as, in_shares, is_sharded, read_folder, shard
+from vmamba.runtime.sharding import in_shares, is_sharded, shard
 from vmamba.runtime.state import TrainState, of_today
 from vmamba.text import counted
 
@@ -104,11 +104,15 @@ def resume(run: Run, state: TrainState) -> Path | None:
 def read_state(path: str | Path, state: TrainState) -> dict[str, Any] | None:
     """The state of a run at `path`, a file or a folder of shares, its tensors in shares where `state`'s are; None of
     another file.  All processes call it.  Raises UserError where it cannot be read."""
+    if not is_sharded(state.model) and not Path(path).is_dir():
+        return read_training_state(path)
+    from vmamba.runtime.shares import distributed_as, read_folder
+
     like = state.shares() if is_sharded(state.model) else None
     if Path(path).is_dir():
         return read_folder(Path(path), like)
     saved = read_training_state(path)
-    return distributed_as(saved, like) if saved and like and "optimizer" in saved else saved
+    return distributed_as(saved, like) if saved and "optimizer" in saved else saved
 
 
 def asked_for(run: Run) -> str:
