@@ -49,7 +49,7 @@ def test_a_run_leaves_one_folder(trained):
     names -= {"changes.1.diff"}  # of a repository that is worked on
     assert names == {
         *("config.yaml", "log.txt", "metrics.jsonl", "events.out.tfevents", "last.pth", "best.pth", "curves.png"),
-        "run.json",
+        *("run.json", "last.2.pth"),
     }
     assert get_config(folder / "config.yaml") == config
     assert saved(config)["config"] == yaml.safe_load(config.dump())

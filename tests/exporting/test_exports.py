@@ -144,8 +144,10 @@ def test_the_command_takes_a_runs_checkpoint_and_predict_takes_its_file(tmp_path
     torch.save(content | {"steps_per_epoch": 1}, other)
     with pytest.raises(UserError, match="last.pth' is the state of a run, which would be lost; choose another"):
         export_file(checkpoint=str(tmp_path), output=str(other))
-    other.unlink()
     loaded = vmamba.load_model(path)
+    with pytest.raises(UserError, match="last.pth' is the state of a run, which would be lost; choose another"):
+        vmamba.export(loaded, other)
+    other.unlink()
     loaded.head = nn.Linear(16, 3)  # of other classes, whose names nothing tells
     found = vmamba.load_checkpoint(vmamba.export(loaded, tmp_path / "again.pth"))
     assert not found.classes and found.config["DATA"] == data

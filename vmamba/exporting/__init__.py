@@ -19,7 +19,9 @@ from vmamba.models.backbone import Backbone
 from vmamba.models.backbones import TimmBackbone
 from vmamba.models.vssm import VSSM
 from vmamba.models.weights import unwrapped
+from vmamba.runtime.checkpoint import is_there
 from vmamba.segmentation.upernet import UperNet
+from vmamba.text import printable
 from vmamba.values import Takes
 
 WEIGHTS = ("safetensors", "pth")
@@ -59,11 +61,14 @@ def export(
         mean, std: of a channel of the images, values in 0..1, likewise; None: of a loaded model's run, or ImageNet's
             (one number, the mean of its three, where the images have others than three channels).
 
-    Returns the path.  Raises UserError, before any work, for what cannot be exported, and why.
+    Returns the path.  Raises UserError, before any work, for what cannot be exported, and why, and where the state of a
+    run would be written over.
     """
     if not isinstance(path, (str, PathLike)):
         raise UserError(f"path is {path!r:.60} ({type(path).__name__}); give that of the file to be written")
     path, model = Path(path), _known(model)
+    if is_there(path):
+        raise UserError(f"'{printable(path)}' is the state of a run, which would be lost; choose another file")
     format = _format(path, format)
     dynamic = _dynamic(dynamic)
     if spelling not in SPELLINGS:

@@ -9,8 +9,6 @@ from vmamba.exporting import export
 from vmamba.exporting.publishing import card_text, write_card
 from vmamba.files import check_keeps, check_writable
 from vmamba.models.variants import create_model
-from vmamba.runtime.checkpoint import is_there
-from vmamba.text import printable
 
 PARTS = ("whole", "backbone")
 
@@ -65,8 +63,6 @@ def export_file(
             )
         whole = whole.backbone
     check_writable(output)
-    if is_there(Path(output)):
-        raise UserError(f"'{printable(output)}' is the state of a run, which would be lost; choose another --output")
     if card:
         card_text(checkpoint, output, licence, weights)  # refuses what cannot be before anything is written
     path = export(whole, output, format=format, size=size, dynamic=dynamic, spelling=spelling)
