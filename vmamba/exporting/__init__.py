@@ -67,8 +67,6 @@ def export(
     if not isinstance(path, (str, PathLike)):
         raise UserError(f"path is {path!r:.60} ({type(path).__name__}); give that of the file to be written")
     path, model = Path(path), _known(model)
-    if is_there(path):
-        raise UserError(f"'{printable(path)}' is the state of a run, which would be lost; choose another file")
     format = _format(path, format)
     dynamic = _dynamic(dynamic)
     if spelling not in SPELLINGS:
@@ -81,13 +79,13 @@ def export(
     about = weights.about(model, **facts, needed=format in WEIGHTS)
     if format in WEIGHTS:
         held = weights.spelt(model, spelling)
-        check_writable(path)
+        _check_place(path)
         weights.write(path, format, held, about)
         return path
     if spelling != "ours":
         raise UserError(f"spelling is '{spelling}', and a file of {format} has no names of weights; leave it out")
     _check_program(model, format, dynamic)
-    check_writable(path)
+    _check_place(path)
     with programs.as_by_default():
         frozen = copy.deepcopy(model).cpu().eval().requires_grad_(False)
         programs.set_backend(frozen, "reference")
@@ -99,6 +97,12 @@ def export(
         else:
             programs.write_compiled(path, frozen, images, dynamic)
     return path
+
+
+def _check_place(path: Path) -> None:
+    check_writable(path)
+    if is_there(path):
+        raise UserError(f"'{printable(path)}' is the state of a run, which would be lost; choose another file")
 
 
 def _known(model: object) -> nn.Module:
