@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vmamba.classification.datasets import _read_map
+from vmamba.classification.archived import _read_map
 from vmamba.config import get_config
 from vmamba.data.archives import Archive
 from vmamba.data.images import UnreadableImage, decode, decode_pixels, reading

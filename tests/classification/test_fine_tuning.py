@@ -12,9 +12,9 @@ from timm.optim import param_groups_layer_decay
 
 import vmamba
 from vmamba.analysis.prediction import predict
-from vmamba.classification import datasets
+from vmamba.classification import class_folders
 from vmamba.classification.data import LabelledImages
-from vmamba.classification.datasets import Source
+from vmamba.classification.source import Source
 from vmamba.classification.task import Accuracy, Task, balanced_weights
 from vmamba.config import get_config, output_folder
 from vmamba.data.folders import image_files as files
@@ -48,7 +48,9 @@ def test_losses_by_hand(tmp_path, loss, soft):
 
 def test_balanced_weights_and_wrong_ones(tmp_path, monkeypatch):
     listed = []
-    monkeypatch.setattr(datasets, "image_files", lambda folder, *rest: listed.append(folder) or files(folder, *rest))
+    monkeypatch.setattr(
+        class_folders, "image_files", lambda folder, *rest: listed.append(folder) or files(folder, *rest)
+    )
     world, task = World(0, 1, 0, torch.device("cpu")), Task(tiny_config(tmp_path, "TRAIN.CLASS_WEIGHTS", "balanced"))
     task.train_loader(world)
     assert task.class_weights.tolist() == [1.0] * 6  # each class has as many images

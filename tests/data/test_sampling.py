@@ -8,7 +8,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 
 from vmamba.classification import data
 from vmamba.classification.data import build_train_loader
-from vmamba.classification.datasets import Source
+from vmamba.classification.source import Source
 from vmamba.config import get_config
 from vmamba.data.draws import permutation
 from vmamba.data.loaders import TrainingBatches

@@ -23,7 +23,7 @@ from vmamba.analysis.speed import describe
 from vmamba.analysis.tables import markdown as markdown_table
 from vmamba.analysis.tables import write_json
 from vmamba.analysis.zoo import choose_device
-from vmamba.classification.datasets import Source
+from vmamba.classification.source import Source
 from vmamba.classification.transforms import let_posterize_take_zero_bits
 from vmamba.config import get_config, image_size
 from vmamba.data.draws import IMAGE, permutation, preserved_generators, seed_generators

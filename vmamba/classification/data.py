@@ -9,8 +9,9 @@ from PIL import Image
 from torch import Tensor
 from yacs.config import CfgNode
 
-from vmamba.classification.datasets import Source, open_dataset
+from vmamba.classification.datasets import open_dataset
 from vmamba.classification.nvjpeg import Decoder, Encoded, decode_later
+from vmamba.classification.source import Source
 from vmamba.classification.transforms import Normalise, Pixels, build_pixels, collate
 from vmamba.data.draws import permutation
 from vmamba.data.images import check_decoder, decode, decode_pixels

@@ -1,0 +1,162 @@
+"""Images in archives: Swin's zip files with their maps, tar files of folders of classes, and WebDataset's."""
+
+import logging
+import os
+from pathlib import Path
+
+from yacs.config import CfgNode
+
+from vmamba.classification.class_folders import check_same_classes, classes_of_split
+from vmamba.classification.source import Source, check_class_count
+from vmamba.data.archives import Archive, Tars
+from vmamba.data.folders import LeftOut, contents, data_path, what_is
+from vmamba.data.images import suffixes
+from vmamba.errors import UserError
+from vmamba.files import read_text
+from vmamba.text import printable, some
+
+logger = logging.getLogger("vmamba")
+
+
+def open_zip(config: CfgNode, training: bool, on_machine: tuple[int, int]) -> Source:
+    root, classes, split = data_path(config), config.MODEL.NUM_CLASSES, "train" if training else "val"
+    path, map_path = root / f"{split}.zip", root / f"{split}_map.txt"
+    for file in (path, map_path):
+        if what_is(file) != "file":
+            raise UserError(f"data path '{printable(root)}' has no {file.name}: {contents(root)}")
+    samples = _read_map(map_path, classes)
+    missing = sorted({*range(classes)} - {label for _, label in samples})
+    if missing and training:
+        raise UserError(
+            f"'{printable(map_path)}' has no image of class {some(missing)}; MODEL.NUM_CLASSES is {classes}"
+        )
+    check_class_count(f"'{printable(map_path)}'", classes, config, training)
+    archive = Archive(path, [name for name, _ in samples])
+    _cache(config, archive, on_machine)
+    return Source(samples, archive=archive)
+
+
+def _cache(config: CfgNode, archive: Archive | Tars, on_machine: tuple[int, int]) -> None:
+    if config.DATA.CACHE_MODE == "part":
+        archive.read_ahead(*on_machine)
+    if config.DATA.CACHE_MODE == "full":
+        archive.hold()
+
+
+def _read_map(path: Path, classes: int) -> list[tuple[str, int]]:
+    """The lines "member <tab or blanks> label" of a map file."""
+    samples = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        place = f"'{printable(path)}', line {number}"
+        member, *label = line.rsplit(maxsplit=1)
+        if not label or not label[0].isdecimal():
+            raise UserError(f"{place}: '{printable(line)}' is not a file's name and a label from 0 on")
+        if int(label[0]) >= classes:
+            raise UserError(f"{place}: label {label[0]} is out of range; MODEL.NUM_CLASSES is {classes}")
+        samples.append((member.strip().lstrip("/"), int(label[0])))
+    if not samples:
+        raise UserError(f"'{printable(path)}' names no image")
+    return samples
+
+
+# ------------------------------------------------------------------------------------------------ tar archives
+
+
+def tar_files(config: CfgNode, training: bool) -> list[Path]:
+    """The archives of a split, where there is no folder of it and no other key says where images lie."""
+    data, split = config.DATA, "train" if training else "val"
+    if data.TRAIN_LABELS or data.VAL_LABELS or data.VAL_FRACTION or not data.DATA_PATH:
+        return []
+    root = data_path(config)
+    return [] if what_is(root / split) == "folder" else _tars_in(root, split)
+
+
+def _tars_in(root: Path, split: str) -> list[Path]:
+    return sorted(path for path in root.glob(f"*{split}*.tar") if not path.name.startswith("."))
+
+
+def open_tars(config: CfgNode, training: bool, tell: bool, on_machine: tuple[int, int]) -> Source:
+    """Images in class/image.jpg or train/class/image.jpg; or key.jpg with a label in key.cls, as WebDataset's."""
+    root, split = data_path(config), "train" if training else "val"
+    archive = Tars(tar_files(config, training), root / f"{split}.index.npz")
+    if (archive.numbers >= 0).any():
+        samples, chosen = _by_key(config, archive, training)
+    else:
+        samples, chosen = _by_class(config, archive, split, training, tell)
+    archive.take(chosen)
+    _cache(config, archive, on_machine)
+    return Source(samples, archive=archive)
+
+
+def _by_key(config: CfgNode, archive: Tars, training: bool) -> tuple[list[tuple[str, int]], list[int]]:
+    """The images of WebDataset's archives, and their numbers."""
+    known, classes = suffixes(config.MODEL.IN_CHANS), config.MODEL.NUM_CLASSES
+    names, numbers = [*archive.names], archive.numbers.tolist()
+    labels = {_key(archive, place, name): numbers[place] for place, name in enumerate(names) if numbers[place] >= 0}
+    samples, chosen = [], []
+    for place, name in enumerate(names):
+        if os.path.splitext(name)[1].lower() not in known or os.path.basename(name).startswith("."):
+            continue
+        label = labels.get(_key(archive, place, name))
+        inside = f"'{printable(archive.place(place))}' holds '{printable(name)}'"
+        if label is None:
+            raise UserError(f"{inside} and no .cls file of the same key; add one, or leave the image out")
+        if label >= classes:
+            raise UserError(f"{inside}, whose label {label} is out of range; MODEL.NUM_CLASSES is {classes}")
+        samples.append((name, label))
+        chosen.append(place)
+    if not samples:
+        raise UserError(f"{archive} holds no image; it holds {some(names)}")
+    missing = sorted({*range(classes)} - {label for _, label in samples})
+    if missing and training:
+        raise UserError(f"{archive} holds no image of class {some(missing)}; MODEL.NUM_CLASSES is {classes}")
+    check_class_count(str(archive), classes, config, training)
+    return samples, chosen
+
+
+def _key(archive: Tars, place: int, name: str) -> tuple[Path, str]:
+    """Up to the first dot behind the folders, in its archive."""
+    folder, file = os.path.split(name)
+    return archive.place(place), os.path.join(folder, file.split(".")[0])
+
+
+def _by_class(
+    config: CfgNode, archive: Tars, split: str, training: bool, tell: bool
+) -> tuple[list[tuple[str, int]], list[int]]:
+    """The images of archives of folders of classes, and their numbers."""
+    known, left_out, found = suffixes(config.MODEL.IN_CHANS), LeftOut(), []
+    for place, name in enumerate(archive.names):
+        path, suffix = os.path.join(archive.place(place), name), os.path.splitext(name)[1].lower()
+        if os.path.basename(name).startswith("."):
+            left_out.add("hidden", path)
+        elif suffix not in known:
+            left_out.add(suffix or "without a suffix", path)
+        elif (folder := _class_in(name, split)) is None:
+            where = f"'{printable(path)}' lies in no folder of a class"
+            raise UserError(f"{where}, and its archives have no .cls files; put it into one")
+        else:
+            found.append((folder, name, place))
+    classes = sorted({folder for folder, *_ in found})
+    if not training:
+        root = data_path(config)
+        if what_is(root / "train") == "folder":
+            check_same_classes(root, split, classes, "train", classes_of_split(root, "train", LeftOut()))
+        elif trained_on := _tars_in(root, "train"):
+            names = Tars(trained_on, root / "train.index.npz").names
+            images = [name for name in names if os.path.splitext(name)[1].lower() in known]
+            named = {_class_in(name, "train") for name in images} - {None}
+            check_same_classes(root, split, classes, "train", sorted(named))
+    check_class_count(str(archive), len(classes), config, training, classes)
+    if left_out and tell:
+        logger.warning("left out of %s: %s", archive, left_out)
+    numbers = {folder: label for label, folder in enumerate(classes)}
+    found.sort(key=lambda each: (numbers[each[0]], each[2]))
+    return [(name, numbers[folder]) for folder, name, _ in found], [place for *_, place in found]
+
+
+def _class_in(name: str, split: str) -> str | None:
+    folders = name.split("/")[:-1]
+    folders = folders[1:] if folders[:1] == [split] else folders
+    return folders[0] if folders else None
