@@ -127,7 +127,7 @@ def ablate(
         options: KEY VALUE ... of all of them.
         jobs: runs at a time.
         columns: the numbers of `--eval` that the table shows; all where none is named.
-        timed: time the models of classification too, after the runs: a step each in turns, alone on the device.
+        timed: time the models of classification too, after the runs: in turns, alone on the device.
         page: a Markdown file whose first table between "<!-- table -->" and "<!-- end -->" is replaced by this one.
 
     Returns the lines: of the last weights the numbers that `--eval` finds, mean and standard deviation over the seeds;

@@ -33,28 +33,12 @@ Example = tuple[Any, list[str]] | str  # what becomes of a sample (None: nothing
 Order = Callable[[int], Sequence[int]]  # of an epoch the indices of its samples, some perhaps several times
 Seconds = float  # of a core: what was computed, without waiting for files
 
-_PASSING = {
-    getattr(errno, name)
-    for name in (
-        "EIO",
-        "ESTALE",
-        "ETIMEDOUT",
-        "EHOSTDOWN",
-        "EHOSTUNREACH",
-        "ENOTCONN",
-        "ECONNRESET",
-        "ECONNABORTED",
-        "EREMOTEIO",
-        "ENETDOWN",
-        "ENETUNREACH",
-        "ESHUTDOWN",
-    )
-    if hasattr(errno, name)
-}
+_OF_A_DISK = "EIO ESTALE ETIMEDOUT EREMOTEIO"
+_OF_A_NETWORK = "EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ENOTCONN ECONNRESET ECONNABORTED ESHUTDOWN"
+_PASSING = {getattr(errno, name) for name in f"{_OF_A_DISK} {_OF_A_NETWORK}".split() if hasattr(errno, name)}
 _REPLACEMENTS = 10  # samples tried in the place of an unreadable one
-_SWITCH = (
-    0.0005  # seconds after which the thread that decodes lets that go on by which the training process gets a batch
-)
+# Seconds after which the thread that decodes lets that go on by which the training process gets a batch.
+_SWITCH = 0.0005
 
 
 class Source(Protocol):
@@ -225,7 +209,7 @@ class Loader:
         return iterator
 
     def _end(self) -> None:
-        """End the loading processes: of one that is dead PyTorch tells again and again, wherever the process is."""
+        """End the loading processes of an iteration that has failed, so that the next one begins with new ones."""
         if hasattr(self._running, "_workers"):
             with suppress(RuntimeError):
                 self._running.__del__()
@@ -236,8 +220,7 @@ class Loader:
         workers = getattr(self._running, "_workers", ())
         end = time.monotonic() + (2 if isinstance(error, (EOFError, ConnectionError)) else 0)
         while not any(process.exitcode for process in workers) and time.monotonic() < end:
-            with suppress(RuntimeError):  # PyTorch's word of it, in the middle of whatever goes on
-                time.sleep(0.01)
+            time.sleep(0.01)
         return [number for number, process in enumerate(workers) if process.exitcode]
 
     def _lost_worker(self, text: str, dead: list[int]) -> str | None:

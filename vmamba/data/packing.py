@@ -14,9 +14,8 @@ from torch import Tensor
 
 from vmamba_kernels.private import shared_bytes
 
-Part = tuple[
-    int, int, torch.dtype, torch.Size
-]  # of the bytes: a tensor's first, the one behind its last; its type, shape
+# Of the bytes a tensor's first, and the one behind its last; its type and shape.
+Part = tuple[int, int, torch.dtype, torch.Size]
 
 _ALIGNED = 64  # bytes: so that each tensor begins where any type may
 

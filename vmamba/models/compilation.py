@@ -25,8 +25,8 @@ def compile_options(model: nn.Module, mode: str) -> dict[str, Any]:
     Where one of our models is inside, without Inductor's rule that images of four dimensions lie in memory as PyTorch's
     "channels_last" when the backward pass will want them: ours lie so with their channels as the last dimension, and
     each was turned once forward and once backward, a seventh of a training step.  On a GPU also with small kernels that
-    do not depend on each other, as the casts of weights, in one launch, from PyTorch 2.11 on: 2.6 fails at it.  Both
-    are measured in docs/log.md.
+    do not depend on each other, as the casts of weights, in one launch, from PyTorch 2.11 on, with which that
+    was measured; 2.6 fails at it on a CPU.  See docs/log.md.
     """
     options = COMPILE_MODES[mode]
     if "backend" in options or not any(isinstance(module, VSSM) for module in model.modules()):

@@ -167,9 +167,10 @@ def take_strides_of_gradients(*modules: nn.Module) -> None:
 class StridedConv(nn.Conv2d):
     """A convolution that makes an image smaller.
 
-    Two kinds PyTorch takes long for, where a product with the image's patches takes a half to a quarter (docs/log.md):
-    on a CPU it lays the weights out anew in every call, which are megabytes where the image is small; on a GPU three
-    channels leave its half-precision kernels idle.
+    Two kinds PyTorch takes long for are a product with the image's patches here (docs/log.md).  On a CPU it lays the
+    weights out anew in every call, which are megabytes where the image is small: the product takes half the time.  On
+    a GPU three channels leave its half-precision kernels idle; what the product takes there is part of what was
+    measured of a whole step, and was not timed alone.
     """
 
     def forward(self, x: Tensor) -> Tensor:

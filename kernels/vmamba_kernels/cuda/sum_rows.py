@@ -1,4 +1,4 @@
-"""Partial sums of blocks added up, in a third of the time that PyTorch's sum takes (docs/log.md)."""
+"""Partial sums of blocks added up, for which PyTorch's sum took 9 microseconds, 62 times a step (docs/log.md)."""
 
 from functools import cache
 
