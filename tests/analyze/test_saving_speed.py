@@ -22,7 +22,8 @@ def test_a_blocking_save_stalls_for_as_long_as_it_takes(tmp_path, monkeypatch, c
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(module, "save_checkpoint", slow)
     monkeypatch.setattr(module._Training, "step", one_step)
-    stalls = saving_speed(model="vmamba_digits", size=32, batch=4, repeats=1, device="cpu", output=str(tmp_path))
+    where = {"folder": str(tmp_path / "not" / "there"), "output": str(tmp_path)}
+    stalls = saving_speed(model="vmamba_digits", size=32, batch=4, repeats=1, device="cpu", **where)
     assert (stalls.step, stalls.blocking, stalls.first, stalls.background) == (1, 10, 0, 0)
     assert json.loads((tmp_path / "saving.json").read_text())["blocking"] == 10
     assert "| blocking | 10.000 | 100.0% |" in capsys.readouterr().out

@@ -27,7 +27,7 @@ from vmamba.classification.source import Source
 from vmamba.classification.transforms import let_posterize_take_zero_bits
 from vmamba.config import get_config, image_size
 from vmamba.data.draws import IMAGE, permutation, preserved_generators, seed_generators
-from vmamba.data.loaders import Key, Loader
+from vmamba.data.loaders import Examples, Key, Loader
 from vmamba.errors import UserError
 from vmamba.files import check_writable, make_folder, write_atomically, write_text
 from vmamba.models import freezing
@@ -216,7 +216,9 @@ def endless(config: CfgNode, loader: Loader, workers: int) -> Loader:
     config.defrost()
     config.DATA.NUM_WORKERS = workers
     config.freeze()
-    return Loader(config, loader.examples, _Endless(config, len(loader.examples.source)), loader.collate, loader.finish)
+    known = loader.examples
+    examples = Examples(config, known.source, known.transform, training=known.training)
+    return Loader(config, examples, _Endless(config, len(known.source)), loader.collate, loader.finish)
 
 
 def endless_timm(config: CfgNode, loader: Loader, training: bool, device: torch.device, workers: int) -> Iterator[Any]:

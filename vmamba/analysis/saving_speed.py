@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from vmamba.analysis.tables import markdown, write_json
 from vmamba.analysis.zoo import choose_device
 from vmamba.config import get_config
-from vmamba.files import check_writable
+from vmamba.files import check_writable, make_folder
 from vmamba.runtime.checkpoint import LAST, save_checkpoint
 from vmamba.runtime.distributed import World
 from vmamba.runtime.plan import build_plan
@@ -64,6 +64,8 @@ def saving_speed(
     settings = ["MODEL.NAME", model, "DATA.IMG_SIZE", size, "DATA.BATCH_SIZE", batch, "TRAIN.EMA.ENABLE", True]
     config = get_config(None, list(map(str, settings)))
     where = choose_device(device)
+    if folder:
+        make_folder(folder)
     with tempfile.TemporaryDirectory(dir=folder or None) as place:
         stalls = _measure(_Training(config, where), Path(place), repeats)
     told = {"blocking": stalls.blocking, "background, the first": stalls.first, "background": stalls.background}
