@@ -1,6 +1,5 @@
 """What saving costs training: how much longer its steps take, blocking and in the background."""
 
-import logging
 import statistics
 import tempfile
 import time
@@ -8,22 +7,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from torch.nn import functional as F
-
+from vmamba.analysis.on_noise import Training
 from vmamba.analysis.tables import markdown, write_json
 from vmamba.analysis.zoo import choose_device
-from vmamba.config import get_config
 from vmamba.files import check_writable, make_folder
 from vmamba.runtime.checkpoint import LAST, save_checkpoint
 from vmamba.runtime.distributed import World
-from vmamba.runtime.plan import build_plan
-from vmamba.runtime.run import Run
 from vmamba.runtime.saving import Saver
-from vmamba.runtime.start import build_state
-from vmamba.runtime.state import TrainState
-from vmamba.runtime.step import OptimizerStep, parallelise
-from vmamba.runtime.task import open_task
 
 
 @dataclass(frozen=True)
@@ -62,12 +52,11 @@ def saving_speed(
     """
     check_writable(Path(output, "saving.json"))
     settings = ["MODEL.NAME", model, "DATA.IMG_SIZE", size, "DATA.BATCH_SIZE", batch, "TRAIN.EMA.ENABLE", True]
-    config = get_config(None, list(map(str, settings)))
-    where = choose_device(device)
+    world = World(0, 1, 0, choose_device(device))
     if folder:
         make_folder(folder)
     with tempfile.TemporaryDirectory(dir=folder or None) as place:
-        stalls = _measure(_Training(config, where), Path(place), repeats)
+        stalls = _measure(Training(settings, world), Path(place), repeats)
     told = {"blocking": stalls.blocking, "background, the first": stalls.first, "background": stalls.background}
     rows = [
         {"save": kind, "stall, s": f"{seconds:.3f}", "of blocking": f"{seconds / stalls.blocking:.1%}"}
@@ -79,31 +68,7 @@ def saving_speed(
     return stalls
 
 
-class _Training:
-    """Steps on noise."""
-
-    def __init__(self, config, device: torch.device):
-        self.device, world = device, World(0, 1, 0, device)
-        run = Run(config, open_task(config), world, logging.getLogger("vmamba"))
-        model = run.task.build_model().to(device)
-        self.state: TrainState = build_state(run, model, build_plan(config, 1000))
-        self._step = OptimizerStep(config, world, parallelise(model, config, world), self._loss)
-        shape = (config.DATA.BATCH_SIZE, 3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE)
-        self._batch = torch.randn(shape, device=device), torch.zeros(shape[0], dtype=torch.long, device=device)
-
-    def step(self) -> None:
-        self._step(self.state, [self._batch])
-
-    def wait(self) -> None:
-        self._step.settle(self.state)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def _loss(self, model, batch, *, step, part):
-        return F.cross_entropy(model(batch[0]).float(), batch[1])
-
-
-def _measure(training: _Training, folder: Path, repeats: int) -> Stalls:
+def _measure(training: Training, folder: Path, repeats: int) -> Stalls:
     path, saver = folder / LAST, Saver(folder)
     for _ in range(3):
         training.step()

@@ -97,7 +97,7 @@ def parallelise(model: nn.Module, config: CfgNode, world: World) -> nn.Module:
         model.compile(**compile_options(model, mode))
     if world.size == 1 or is_sharded(model):
         return model
-    return DDP(model, device_ids=[world.device] if on_gpu else None)
+    return DDP(model, device_ids=[world.device] if on_gpu else None, gradient_as_bucket_view=True)  # else copied back
 
 
 def synchronised(model: nn.Module, config: CfgNode, world: World) -> nn.Module:
