@@ -52,7 +52,7 @@ def test_without_posix_windows_locks_are_waited_for(tmp_path, monkeypatch):
 def test_that_a_file_cannot_be_written_is_known_before_it_is(tmp_path, monkeypatch):
     files.check_writable(tmp_path / "new" / "folder" / "file", str(tmp_path / "other"))
     assert (tmp_path / "new" / "folder").is_dir() and not (tmp_path / "other").exists()
-    with pytest.raises(UserError, match="cannot write '.*new': it is a folder; free"):
+    with pytest.raises(UserError, match="cannot write '.*new': it is a folder; name a file in it"):
         files.check_writable(tmp_path / "new")
     (tmp_path / "other").touch()
     with pytest.raises(UserError, match="cannot write '.*other': "):

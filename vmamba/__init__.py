@@ -29,6 +29,7 @@ except PackageNotFoundError:  # a checkout that is not installed
 
 _LAZY = {  # imported when first asked for, with the libraries of the pictures: name -> where, what
     "build_transform": ("vmamba.analysis.prediction", "image_transform"),
+    "load_program": ("vmamba.exporting.loading", "load_program"),
     "load_model": ("vmamba.analysis.prediction", "load_model"),
     "predict": ("vmamba.analysis.prediction", "predict_images"),
 }
@@ -59,6 +60,7 @@ __all__ = [
     "load_checkpoint",
     "load_detector",
     "load_model",
+    "load_program",
     "load_segmenter",
     "predict",
     "register_dataset",

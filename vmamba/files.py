@@ -117,7 +117,7 @@ def check_keeps(inputs: Iterable[str | Path], *paths: str | Path) -> None:
         if (found := _identity(path)) in read:
             raise UserError(
                 f"'{printable(path)}' would be written over '{printable(read[found])}', which is read here; choose "
-                f"another folder with --output"
+                f"another --output"
             )
 
 
@@ -212,8 +212,12 @@ def cannot_read(path: str | Path, error: OSError | ValueError) -> UserError:
 
 def cannot_write(path: str | Path, error: OSError | ValueError) -> UserError:
     """Likewise."""
-    named_wrongly = isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG
-    remedy = "choose another name" if named_wrongly else "free some space or choose another folder with --output"
+    if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+        remedy = "choose another name"
+    elif error.errno == errno.EISDIR:
+        remedy = "name a file in it"
+    else:
+        remedy = "free some space or choose another folder"
     return UserError(f"cannot write '{printable(path)}': {getattr(error, 'strerror', error)}; {remedy}")
 
 

@@ -9,7 +9,10 @@ def printable(name: Any) -> str:
 
     A file's name may hold line breaks, and bytes that are no text (surrogates in Python): printing them is an error.
     """
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(name))
+    text = str(name)
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def some(names: Sequence[Any]) -> str:

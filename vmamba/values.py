@@ -32,8 +32,10 @@ class Takes:
         try:
             value = _convert(value, self.kinds)
         except TypeError:
-            kind = type(value).__name__
-            raise UserError(f"{name} is {value!r} ({kind}); expected {_describe(self.kinds)}") from None
+            kind, expected = type(value).__name__, _describe(self.kinds)
+            if any(map(_is_endless, value if isinstance(value, (list, tuple)) else [value])):
+                expected = expected.replace("number", "finite number")
+            raise UserError(f"{name} is {value!r} ({kind}); expected {expected}") from None
         items = value if isinstance(value, list) else [value]
         if self.length is not None and isinstance(value, list) and len(value) != self.length:
             raise UserError(f"{name} is {value}; expected {self.length} values")
@@ -107,6 +109,11 @@ def _fits(value: Any, kind: type | None) -> bool:
         return math.isfinite(float(value))
     except (TypeError, ValueError):
         return False
+
+
+def _is_endless(value: Any) -> bool:
+    """Whether it is a number, but NaN or infinite."""
+    return isinstance(value, numbers.Real) and not math.isfinite(value)
 
 
 def _cast(value: Any, kind: type | None) -> Any:

@@ -55,14 +55,14 @@ def selective_scan_fn(
         BackendError: the backend asked for is unknown or cannot serve the call.
     """
     for name, t in (("A", A), ("B", B), ("C", C)):
-        if t.is_complex():
+        if isinstance(t, Tensor) and t.is_complex():
             raise ValueError(f"{name} is {t.dtype}; only real state spaces are supported, so give a real {name}")
+    check_tensors(dict(u=u, delta=delta, A=A, B=B, C=C), D=D, z=z, delta_bias=delta_bias, initial_state=initial_state)
     if u.dim() != 3:
         raise ValueError(f"u has shape {tuple(u.shape)}; it must be (batch, dim, length)")
     batch, dim, length = u.shape
     if z is not None and z.shape != u.shape:
         raise ValueError(f"z has shape {tuple(z.shape)}; beside u of shape {tuple(u.shape)} it must have the same")
-    check_tensors(u=u, z=z)
     B, C = _by_group("B", B, batch, length), _by_group("C", C, batch, length)
     groups = math.lcm(B.shape[1], C.shape[1])
     B, C = (_in_groups(t, groups) for t in (B, C))
@@ -106,6 +106,7 @@ def selective_state_update(
     Raises ValueError for shapes, dtypes or devices that do not fit, naming the argument, and for a state whose memory
     is that of several of its numbers, as an expanded one's is.
     """
+    check_tensors(dict(state=state, x=x, dt=dt, A=A, B=B, C=C), D=D, z=z, dt_bias=dt_bias)
     if state.dim() != 3:
         raise ValueError(f"state has shape {tuple(state.shape)}; it must be (batch, dim, states)")
     batch, dim, states = state.shape
@@ -121,7 +122,6 @@ def selective_state_update(
             raise ValueError(
                 f"{name} has shape {tuple(t.shape)}; beside a state of shape {tuple(state.shape)} it must be {shape}"
             )
-    check_tensors(state=state, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
     if any(stride == 0 and size > 1 for stride, size in zip(state.stride(), state.shape, strict=True)):
         raise ValueError("state is expanded, so several of its numbers share one place in memory; give state.clone()")
     dtype = torch.float64 if state.dtype == torch.float64 else torch.float32

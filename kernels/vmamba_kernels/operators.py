@@ -65,6 +65,7 @@ def selective_scan(
         ValueError: shapes, dtypes or devices that do not fit, naming the argument.
         BackendError: the backend asked for is unknown or cannot serve the call.
     """
+    check_tensors(dict(u=u, delta=delta, A=A, B=B, C=C), D=D, delta_bias=delta_bias, initial_state=initial_state)
     if u.dim() != 3:
         raise ValueError(f"u has shape {_shape(u)}; it must be (batch, groups*dim, length)")
     if B.dim() != 4:
@@ -84,14 +85,23 @@ def selective_scan(
     _check_shape("D", D, (channels,), "u", u)
     _check_shape("delta_bias", delta_bias, (channels,), "u", u)
     _check_shape("initial_state", initial_state, (batch, channels, states), "u", u)
-    check_tensors(u=u, delta=delta, A=A, B=B, C=C, D=D, delta_bias=delta_bias, initial_state=initial_state)
     if autocast_dtype(u.device.type) is not None and u.dtype != torch.float64:
         u, B, C = _to(autocast_dtype(u.device.type), u, B, C)
         delta = delta.float()
     A, D, delta_bias = _to(_state_dtype(u), A, D, delta_bias)
     out_dtype = _out_dtype(u, out_dtype)
     if initial_state is not None or return_last_state:
-        delta = reference.step_sizes(delta.to(A.dtype), delta_bias, delta_softplus)
+        name = registry.chosen(
+            _that_can_be_seen_into(backend),
+            operator="selective_scan",
+            device=u.device,
+            dtype=A.dtype,
+            out_dtype=A.dtype,
+            dim=index(channels // groups),
+            states=index(states),
+            gradient=registry.wants_gradient(u, delta, A, B, C, D, delta_bias, initial_state),
+        )
+        delta = registry.step_sizes(name)(delta.to(A.dtype), delta_bias, delta_softplus)
         longer = extended(u, delta, A, B, C, initial_state, return_last_state)
         with reference.no_autocast(u.device.type):  # which would round the states
             y = selective_scan(*longer, D, delta_softplus=False, out_dtype=A.dtype, backend=backend)
@@ -153,6 +163,7 @@ def cross_selective_scan(
         BackendError: the backend asked for is unknown or cannot serve the call.
     """
     routes = _check_routes(routes)
+    check_tensors(dict(x=x, x_proj_weight=x_proj_weight, dt_weight=dt_weight, A=A), dt_bias=dt_bias, D=D)
     _check_image(x)
     if A.dim() != 3:
         raise ValueError(f"A has shape {_shape(A)}; it must be (routes, dim, states)")
@@ -165,7 +176,6 @@ def cross_selective_scan(
     _check_shape("x_proj_weight", x_proj_weight, (len(routes), rank + 2 * states, dim), "x", x)
     _check_shape("dt_bias", dt_bias, (len(routes), dim), "x", x)
     _check_shape("D", D, (len(routes), dim), "x", x)
-    check_tensors(x=x, x_proj_weight=x_proj_weight, dt_weight=dt_weight, dt_bias=dt_bias, A=A, D=D)
     x, x_proj_weight, dt_weight = _to(_projection_dtype(x), x, x_proj_weight, dt_weight)
     dt_bias, A, D = _to(_state_dtype(x), dt_bias, A, D)
     out_dtype = _out_dtype(x, out_dtype)
@@ -217,6 +227,7 @@ def cross_ssd(
         BackendError: the backend asked for is unknown or cannot serve the call.
     """
     routes = _check_routes(routes)
+    check_tensors(dict(x=x, x_proj_weight=x_proj_weight, A=A), dt_bias=dt_bias, D=D)
     _check_image(x)
     if A.dim() != 2:
         raise ValueError(f"A has shape {_shape(A)}; it must be (routes, heads)")
@@ -233,7 +244,6 @@ def cross_ssd(
     _check_shape("x_proj_weight", x_proj_weight, (len(routes), heads + 2 * states, dim), "x", x)
     _check_shape("dt_bias", dt_bias, (len(routes), heads), "x", x)
     _check_shape("D", D, (len(routes), heads, dim // heads), "x", x)
-    check_tensors(x=x, x_proj_weight=x_proj_weight, dt_bias=dt_bias, A=A, D=D)
     x, x_proj_weight = _to(_projection_dtype(x), x, x_proj_weight)
     dt_bias, A, D = _to(_state_dtype(x), dt_bias, A, D)
     out_dtype = _out_dtype(x, out_dtype)
@@ -276,11 +286,11 @@ def layer_norm(
         ValueError: shapes, dtypes or devices that do not fit, naming the argument.
         BackendError: the backend asked for is unknown or cannot serve the call.
     """
+    check_tensors(dict(x=x, weight=weight, bias=bias))
     if x.dim() < 1 or x.shape[-1] < 1:
         raise ValueError(f"x has shape {_shape(x)}; its last dimension, the channels, is empty")
     _check_shape("weight", weight, (x.shape[-1],), "x", x)
     _check_shape("bias", bias, (x.shape[-1],), "x", x)
-    check_tensors(x=x, weight=weight, bias=bias)
     weight, bias = _to(_state_dtype(x), weight, bias)
     out_dtype = _out_dtype(x, x.dtype if out_dtype is None else out_dtype)
     norm = registry.implementation(
@@ -320,6 +330,7 @@ def add_layer_norm(
         ValueError: shapes, dtypes or devices that do not fit, or a factor that wants a gradient.
         BackendError: the backend asked for is unknown or cannot serve the call.
     """
+    check_tensors(dict(x=x, branch=branch, weight=weight, bias=bias), factor=factor)
     if x.dim() < 2 or x.shape[-1] < 1:
         raise ValueError(f"x has shape {_shape(x)}; it must be (batch, ..., dim) with at least one channel")
     _check_shape("branch", branch, _shape(x), "x", x)
@@ -330,7 +341,6 @@ def add_layer_norm(
         _check_shape("factor", factor, (x.shape[0],), "x", x)
         if factor.requires_grad:
             raise ValueError("factor wants a gradient, which it does not get; detach it")
-    check_tensors(x=x, branch=branch, factor=factor, weight=weight, bias=bias)
     (x,) = _to(wider(x.dtype, branch.dtype), x)
     weight, bias = _to(_state_dtype(x), weight, bias)
     if factor is not None:
@@ -371,6 +381,7 @@ def depthwise_conv(
         ValueError: shapes, dtypes or devices that do not fit, naming the argument.
         BackendError: the backend asked for is unknown or cannot serve the call.
     """
+    check_tensors(dict(x=x, weight=weight), bias=bias)
     _check_image(x)
     if not x.shape[3]:
         raise ValueError(f"x has shape {_shape(x)}; its last dimension, the channels, is empty")
@@ -379,7 +390,6 @@ def depthwise_conv(
     dim, side = x.shape[3], weight.shape[2]
     _check_shape("weight", weight, (dim, 1, side, side), "x", x)
     _check_shape("bias", bias, (dim,), "x", x)
-    check_tensors(x=x, weight=weight, bias=bias)
     (x,) = _to(_projection_dtype(x), x)
     convolution = registry.implementation(
         _that_can_be_seen_into(backend),
@@ -468,17 +478,19 @@ def _check_shape(name: str, t: Tensor | None, expected: tuple[int, ...], other: 
         raise ValueError(f"{name} has shape {_shape(t)}; beside {beside} it must be {expected}")
 
 
-def check_tensors(**tensors: Tensor | None) -> None:
-    """Raises ValueError unless all hold floating-point numbers, on the device of the first."""
-    first, like = next(iter(tensors.items()))
-    device = like.device
-    for name, t in tensors.items():
-        if t is None:
+def check_tensors(needed: dict[str, Tensor], **others: Tensor | None) -> None:
+    """Raises ValueError unless all, but for `others` that are None, are tensors of floating-point numbers on the device
+    of the first."""
+    first, like = next(iter(needed.items()))
+    for name, t in {**needed, **others}.items():
+        if t is None and name in others:
             continue
+        if not isinstance(t, Tensor):
+            raise ValueError(f"{name} is a {type(t).__name__}; it must be a tensor")
         if t.dtype not in FLOATS:
             raise _not_a_float(name, t.dtype)
-        if t.device != device:
-            raise ValueError(f"{name} is on {t.device} and {first} on {device}; move them to one device")
+        if t.device != like.device:
+            raise ValueError(f"{name} is on {t.device} and {first} on {like.device}; move them to one device")
 
 
 def _not_a_float(name: str, dtype: torch.dtype) -> ValueError:

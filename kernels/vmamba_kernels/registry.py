@@ -15,7 +15,7 @@ from types import ModuleType
 
 import torch
 
-from . import flops
+from . import flops, reference
 
 MODULES = {
     "cuda": "vmamba_kernels.cuda",
@@ -175,10 +175,20 @@ def _fastest_first(call: Call) -> list[str]:
 
 def implementation(backend: str | None, **call) -> Callable[..., torch.Tensor]:
     """The function of the backend that `choose` names for `Call(**call)`, with the errors of `choose`."""
+    name = chosen(backend, **call)  # first, since it may import the backend
+    return _FUNCTIONS[name, call["operator"]]
+
+
+def chosen(backend: str | None, **call) -> str:
+    """`choose` of `Call(**call)`, remembered, and as what is compiled may call it."""
     if torch.compiler.is_compiling():
         _load_all_while_tracing()
-    name = _choose_while_tracing(backend, **call)  # first, since it may import the backend
-    return _FUNCTIONS[name, call["operator"]]
+    return _choose_while_tracing(backend, **call)
+
+
+def step_sizes(name: str) -> Callable[..., torch.Tensor]:
+    """`reference.step_sizes`, as the backend computes it where it has that of its own."""
+    return _FUNCTIONS.get((name, "step_sizes"), reference.step_sizes)
 
 
 @torch.compiler.assume_constant_result  # torch.compile calls it instead of tracing it, and takes its answer as fixed

@@ -255,7 +255,7 @@ def test_nothing_is_written_over_what_is_read(checkpoints, pictures, tmp_path):
     (tmp_path / "linked").symlink_to(pictures)
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "scene.png").symlink_to(pictures / "scene.png")
-    over = "scene.png' would be written over '.*scene.png', which is read here; choose another folder with --output"
+    over = "scene.png' would be written over '.*scene.png', which is read here; choose another --output"
     for output in (pictures, tmp_path / "linked", tmp_path / "links", pictures / "more" / ".."):
         with pytest.raises(UserError, match=over):
             predict(str(tmp_path / "not looked for"), [str(pictures / "scene.png")], output=str(output))

@@ -12,7 +12,15 @@ from timm.data import Mixup, create_transform
 from torchvision import transforms
 
 from vmamba.classification.data import build_eval_loader, build_train_loader
-from vmamba.classification.transforms import Normalise, Pixels, build_mixup, build_pixels, build_transform, collate
+from vmamba.classification.transforms import (
+    Normalise,
+    Pixels,
+    RandomCrop,
+    build_mixup,
+    build_pixels,
+    build_transform,
+    collate,
+)
 from vmamba.config import get_config
 from vmamba.data.draws import preserved_generators, seed_generators
 from vmamba.errors import UserError
@@ -271,6 +279,20 @@ def test_small_training_images_are_padded_and_cropped():
         rows, columns = result[0].amax(1), result[0].amax(0)
         seen.add((int((rows == 0).sum()), int((columns == 0).sum())))  # the padding that came into sight
     assert {rows for rows, _ in seen} == {0, 1, 2} and {columns for _, columns in seen} == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_the_crop_of_a_padded_image_is_torchvisions(mode):
+    pixels = np.random.default_rng(0).integers(1, 256, (20, 12, 3), np.uint8)
+    image = Image.fromarray(pixels).convert(mode)
+    for size, padding in (((20, 12), (1, 2)), ((7, 9), (0, 3)), ((20, 12), (0, 0)), ((24, 14), (1, 2))):
+        ours, theirs = (kind(size, padding=padding) for kind in (RandomCrop, transforms.RandomCrop))
+        for key in range(20):
+            found = []
+            for crop in (ours, theirs):
+                with seeded(key):
+                    found.append((np.asarray(crop(image)), torch.rand(1)))  # as many draws, too
+            assert np.array_equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
 def test_horizontal_flips_can_be_turned_off():

@@ -18,6 +18,7 @@ import vmamba
 from vmamba.classification.data import build_eval_loader
 from vmamba.classification.task import Accuracy
 from vmamba.config import get_config, output_folder
+from vmamba.data.loaders import Examples
 from vmamba.errors import UserError
 from vmamba.runtime import records
 from vmamba.runtime.distributed import World
@@ -310,7 +311,19 @@ def test_the_device_is_waited_for_once_a_step_and_once_an_evaluation(tmp_path, m
     run(tiny_config(tmp_path, "TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 6, "AUG.MIXUP", 0, "AUG.CUTMIX", 0))
     ours = [Path(name).name for name in waits if "vmamba/runtime" in name or "vmamba/classification" in name]
     assert ours.count("step.py") == 5  # of five steps
-    assert ours.count("task.py") == 2 and ours.count("stop.py") == 2  # of the two evaluations, plain and EMA
+    assert ours.count("task.py") == 2 and ours.count("stop.py") == 1  # of the two evaluations, plain and EMA, in one
+
+
+def test_an_evaluation_of_both_weights_loads_each_image_once(tmp_path, monkeypatch):
+    loaded, load = [], Examples.__getitems__
+
+    def counting(self, keys):
+        loaded.extend(keys if not self.training else ())
+        return load(self, keys)
+
+    monkeypatch.setattr(Examples, "__getitems__", counting)
+    results = run(tiny_config(tmp_path, "TRAIN.EPOCHS", 1))
+    assert len(loaded) == HELD_OUT and results["val_loss"] != results["ema_val_loss"]
 
 
 def test_throughput_is_measured_without_data_or_folder(tmp_path, capsys):

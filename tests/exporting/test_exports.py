@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from torch import nn
 import vmamba
 from vmamba.detection.roi_heads import PredictionSettings
 from vmamba.errors import UserError
-from vmamba.exporting import comparison, graphs, programs
+from vmamba.exporting import comparison, graphs, loading, programs
 from vmamba.models.pretrained import load_pretrained
 from vmamba.models.variants import VARIANTS
 from vmamba.models.vssm import VSSM
@@ -153,6 +154,19 @@ def test_the_command_takes_a_runs_checkpoint_and_predict_takes_its_file(tmp_path
     assert not found.classes and found.config["DATA"] == data
 
 
+def test_a_classifier_without_classes_loads_again_and_predicts_nothing(tmp_path):
+    from PIL import Image
+
+    model = small("vmamba_digits", num_classes=0)
+    again = vmamba.load_model(vmamba.export(model, tmp_path / "a.safetensors", size=32))
+    x = images(2, 3, 32, 32)
+    assert torch.equal(again(x), model(x)) and again(x).shape == (2, 16) and again.class_names == []
+    with pytest.raises(
+        UserError, match="this classifier has no classes .num_classes=0., so it says none; model.images"
+    ):
+        vmamba.predict(again, Image.new("RGB", (9, 9)))
+
+
 def lasting(backbone="vmamba_nano", **options):
     """A segmenter whose options change no weight's shape, but what comes out."""
     torch.manual_seed(0)
@@ -235,6 +249,109 @@ def test_programs_run_in_a_process_that_has_only_pytorch(tmp_path):
         same(found[0], backbone(x)[0])
 
 
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """A model that takes any batch of 32 x 36 pixels and its file."""
+    model, path = small("vmamba_digits", depths=(1,)), tmp_path_factory.mktemp("program") / "a.pt2"
+    return model, vmamba.export(model, path, size=(32, 36), classes=list("abcde"))
+
+
+def test_a_program_is_run_here_too(program):
+    from PIL import Image
+
+    model, path = program
+    found = vmamba.load_program(path)
+    for count in (1, 3):
+        same(found(images(count, 3, 32, 36)), model(images(count, 3, 32, 36)))
+    assert found.class_names == list("abcde") and repr(found) == f"Program('{path}', images (1 or more, 3, 32, 36))"
+    top = vmamba.predict(found, Image.new("RGB", (50, 60), (200, 30, 90)))[0]["top"]
+    assert sorted(each["name"] for each in top) == list("abcde")
+    model.config, model.class_names = found.config, found.class_names
+    assert vmamba.predict(model, Image.new("RGB", (50, 60), (200, 30, 90)))[0]["top"][0]["name"] == top[0]["name"]
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (
+            torch.zeros(0, 3, 32, 36),
+            r"the images have the shape \(0, 3, 32, 36\), and '.*a.pt2' takes \(1 or more, 3, 32, 36",
+        ),
+        (torch.zeros(1, 3, 36, 32), r"\(1, 3, 36, 32\), and .* give it such, or export the model for yours"),
+        (torch.zeros(3, 32, 36), r"the images have the shape \(3, 32, 36\), and"),
+        (torch.zeros(1, 3, 32, 36).half(), "the images are float16 on cpu, and '.*' takes float32 on the CPU; give it"),
+        (torch.zeros(1, 3, 32, 36, device="meta"), "the images are float32 on meta, and"),
+        ([1], "the images are a list; '.*a.pt2' takes a tensor"),
+    ],
+)
+def test_what_a_program_was_not_made_for_is_one_sentence(program, given, sentence):
+    with pytest.raises(UserError, match=sentence):
+        vmamba.load_program(program[1])(given)
+
+
+def test_what_is_open_is_told(tmp_path):
+    model, x = small("vmamba_digits", depths=(1,)), torch.zeros(2, 3, 32, 36)
+    for dynamic, sizes in (
+        ((), [[1, 1], [3, 3], [32, 32], [36, 36]]),
+        (("size",), [[1, 1], [3, 3], [8, 4096], [8, 4096]]),
+        (("batch", "size"), [[1, None], [3, 3], [8, 4096], [8, 4096]]),
+    ):
+        assert json.loads(programs.told(model, x, dynamic, {"classes": ["a"]})) == {"classes": ["a"], "images": sizes}
+
+
+def test_a_compiled_program_is_told_what_it_takes(tmp_path, monkeypatch):
+    """With stand-ins for PyTorch's functions: a compilation takes half a minute."""
+    model, told = small("vmamba_digits", depths=(0,)), {}
+
+    class Package:
+        def get_metadata(self):
+            return told["aot_inductor.metadata"]
+
+        def __call__(self, images):
+            return model(images)
+
+    def compiled(program, package_path, inductor_configs):
+        assert not inductor_configs.get("aot_inductor.check_lowerbound", BY_NAME)
+        told.update(inductor_configs)
+        with zipfile.ZipFile(package_path, "w") as archive:
+            archive.writestr("model/data/aotinductor/model/a.so", "")
+        return package_path
+
+    monkeypatch.setattr(programs, "aoti_compile_and_package", compiled)
+    monkeypatch.setattr(loading, "aoti_load_package", lambda path: Package())
+    monkeypatch.setattr(programs, "check_compiler", lambda: None)
+    found = vmamba.load_program(vmamba.export(model, tmp_path / "a.pt2", format="aoti", size=16, classes=list("abcde")))
+    same(found(images(1, 3, 16, 16)), model(images(1, 3, 16, 16)))
+    assert found.class_names == list("abcde")
+    with pytest.raises(UserError, match="shape .1, 3, 17, 16., and"):
+        found(images(1, 3, 17, 16))
+    monkeypatch.setattr(loading, "aoti_load_package", lambda path: 1 / 0)
+    with pytest.raises(UserError, match="a.pt2' cannot be run here .division by zero.; export the model again on this"):
+        vmamba.load_program(tmp_path / "a.pt2")
+
+
+def test_what_is_no_program_is_one_sentence(tmp_path, program):
+    weights = vmamba.export(program[0], tmp_path / "a.pth")
+    torch.export.save(torch.export.export(nn.Linear(1, 1), (torch.zeros(1, 1),)), tmp_path / "theirs.pt2")
+    (tmp_path / "cut.pt2").write_bytes(program[1].read_bytes()[:-100])
+    (tmp_path / "a.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch and no more")
+    for path, sentence in (
+        (weights, "is no program of ONNX, torch.export or AOTInductor, or not a whole one; files of weights are for"),
+        (tmp_path / "cut.pt2", "or not a whole one"),
+        (tmp_path / "theirs.pt2", "does not tell what images it takes: .*; export the model again"),
+        (tmp_path / "nowhere.onnx", "cannot read '.*nowhere.onnx': No such file"),
+        (5, "path is 5 .int.; give that of a program's file"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            vmamba.load_program(path)
+    for path, what in (
+        (tmp_path / "a.onnx", "an ONNX model, a program for onnxruntime"),
+        (program[1], "a program of Py"),
+    ):
+        with pytest.raises(UserError, match=f"is {what}.*no file of weights; vmamba.load_program.path. runs it"):
+            vmamba.load_model(path)
+
+
 class Measured(torch.fx.Interpreter):
     """Runs a program and keeps the size of its largest tensor."""
 
@@ -313,7 +430,7 @@ from vmamba.exporting import programs
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
-    programs.write(pathlib.Path(sys.argv[1]), torch.nn.Linear(99, 99), torch.zeros(2, 99), ())
+    programs.write(pathlib.Path(sys.argv[1]), torch.nn.Linear(99, 99), torch.zeros(2, 99), (), {})
 except vmamba.UserError as error:
     print("sentence:", error)
 """
@@ -367,8 +484,12 @@ def exported(tmp_path_factory):
 @needs_onnx
 def test_onnx_of_any_batch_and_size(exported):
     model, path = exported
+    program = vmamba.load_program(path) if find_spec("onnxruntime") else None
     for shape in [(1, 3, 32, 32)] if BY_NAME else [(1, 3, 32, 44), (3, 3, 75, 61)]:
         same(outputs(path, images(*shape))[0], model(images(*shape)))
+        same(program(images(*shape)), model(images(*shape)))
+    with pytest.raises(UserError, match=r"\(0, 3, 32, 32\), and '.*model.onnx' takes \(1"):
+        program(images(0, 3, 32, 32))
 
 
 @needs_onnx
@@ -460,7 +581,18 @@ def quantised():
         (lambda: small("vmamba_digits"), "a\0.onnx", {}, r"a.x00.onnx': embedded null byte; choose another name"),
         (lambda: small("vmamba_digits"), "a.pth", dict(mean="abc"), "mean is 'abc' .str.; expected a list of numbers"),
         (lambda: small("vmamba_digits"), "a.pth", dict(std=[0]), "std is .0.0.; it must be above 0"),
-        (lambda: small("vmamba_digits"), "a.pth", dict(std=[float("nan")]), "std is .nan. .list.; expected a list of"),
+        (
+            lambda: small("vmamba_digits"),
+            "a.pth",
+            dict(mean=[float("nan")]),
+            "mean is .nan. .list.; expected a list of finite",
+        ),
+        (
+            lambda: small("vmamba_digits"),
+            "a.pth",
+            dict(std=[0.1, "x"]),
+            "std is .0.1, 'x'. .list.; expected a list of n",
+        ),
         (lambda: small("vmamba_digits"), "a.pth", dict(classes="abcde"), "classes is 'abcde' .str.; expected a list"),
         (lambda: small("vmamba_digits"), "a.pt2", dict(dynamic=5), "dynamic is 5 .int.; give a list of batch and size"),
         (quantised, "a.pth", {}, "is quantised; export the model as it was before"),
@@ -522,7 +654,7 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="needs a compiler of C.., and there is no 'no-compiler'"):
         vmamba.export(model, tmp_path / "a.pt2", format="aoti")
     (tmp_path / "folder.pth").mkdir()
-    with pytest.raises(UserError, match="cannot write .*: it is a folder"):
+    with pytest.raises(UserError, match="cannot write .*folder.pth': it is a folder; name a file in it"):
         vmamba.export(model, tmp_path / "folder.pth")
 
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import vmamba_kernels as vk
+from vmamba_kernels import reference
+from vmamba_kernels.cpu.scan import step_sizes
 from vmamba_kernels.mamba import selective_scan_fn, selective_state_update
 
 BACKENDS = ["reference", "cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "triton"))]
@@ -105,6 +107,41 @@ def test_recorded_for_any_length(with_states):
                 torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("softplus", [True, False])
+def test_the_bits_are_those_of_any_number_of_threads(softplus):
+    """Of a length that shares of two or three threads do not divide into vectors."""
+    results = []
+    for threads in (1, 2, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            tensors = case(3, length=4999, groups=3)
+            tensors["delta"] = tensors["delta"] if softplus else tensors["delta"].abs() + 3  # above the bias
+            tensors = {name: t.requires_grad_() for name, t in tensors.items()}
+            y, last = vk.selective_scan(**tensors, delta_softplus=softplus, return_last_state=True, backend="cpu")
+            loss = (y * y.detach()).sum() + last.sum()
+            results.append([y, last, *torch.autograd.grad(loss, list(tensors.values()))])
+        finally:
+            torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(one, another) for one, another in zip(results[0], other, strict=True))
+
+
+def test_steps_by_themselves_are_the_reference():
+    for shift in (-80.0, -10.0, 0.0, 10.0, 90.0):
+        tensors = [t.double().requires_grad_() for t in (torch.randn(2, 5, 37) + shift, torch.randn(5))]
+        low = [t.detach().float().requires_grad_() for t in tensors]
+        dy = torch.randn(2, 5, 37)
+        want, got = reference.step_sizes(*tensors, True), step_sizes(*low, True)
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-36)
+        wanted = torch.autograd.grad(want, tensors, dy.double())
+        for one, other in zip(torch.autograd.grad(got, low, dy, create_graph=shift > 0), wanted, strict=True):
+            assert relative(one, other) < 1e-5
+    delta = torch.randn(2, 5, 37)[..., ::2]
+    assert torch.equal(step_sizes(delta, None, False), delta)
+    assert step_sizes(torch.tensor([[[math.nan]]]), None, True).isnan().all()
+
+
 def test_a_sequence_in_two_halves_is_the_whole():
     whole = {name: t.double() for name, t in case(5, length=30).items()}
     y, last = vk.selective_scan(**whole, return_last_state=True)
@@ -165,6 +202,13 @@ def test_errors_name_the_argument():
         ValueError, match=r"initial_state has shape \(2, 8, 2\); beside u of shape \(2, 8, 37\) it must be"
     ):
         vk.selective_scan(**{**tensors, "initial_state": tensors["initial_state"][..., :2]})
+    for name, wrong in dict(initial_state=[1.0], u=[1.0], A=None, D=3).items():
+        with pytest.raises(ValueError, match=f"{name} is a {type(wrong).__name__}; it must be a tensor"):
+            vk.selective_scan(**tensors | {name: wrong})
+    with pytest.raises(ValueError, match="initial_state is a list; it must be a tensor"):
+        selective_scan_fn(*list(tensors.values())[:5], initial_state=[1.0])
+    with pytest.raises(ValueError, match="state is a NoneType; it must be a tensor"):
+        selective_state_update(None, *[torch.zeros(2, 8)] * 5)
     state, x, vector = torch.zeros(2, 8, 3), torch.zeros(2, 8), torch.zeros(2, 3)
     with pytest.raises(
         ValueError, match=r"dt has shape \(2, 7\); beside a state of shape \(2, 8, 3\) it must be \(2, 8\)"

@@ -103,7 +103,7 @@ def test_the_packages_serve_where_they_are(monkeypatch):
         (dict(d_state="16"), "d_state is '16' .str.; expected an integer"),
         (dict(d_conv=None), "d_conv is None .NoneType.; expected an integer"),
         (dict(dt_rank="x"), "unknown dt_rank 'x'; known: auto"),
-        (dict(expand=float("nan")), "expand is nan .float.; expected a number"),
+        (dict(expand=float("nan")), "expand is nan .float.; expected a finite number"),
         (dict(expand=0.01), "expand is 0.01, which of 6 channels leaves none; choose a larger one"),
         (dict(bias="no"), "bias is 'no' .str.; expected true or false"),
     ],
@@ -117,6 +117,13 @@ def test_sequences_and_states_that_do_not_fit_are_named():
     mamba, x = layer(), torch.zeros(2, 6, dtype=torch.float64)
     with pytest.raises(UserError, match=r"the sequence has shape \(2, 6, 9\); it must be \(batch, length, 6\)"):
         mamba(torch.zeros(2, 6, 9, dtype=torch.float64))
+    with pytest.raises(UserError, match=r"the sequence has shape \(2, 0, 6\), which has no position; give one or more"):
+        mamba(torch.zeros(2, 0, 6, dtype=torch.float64))
+    for state in (None, mamba.make_state(2).scan, [mamba.make_state(2)]):
+        with pytest.raises(
+            UserError, match=r"the state is a (NoneType|Tensor|list) and no MambaState; take it from make_state\(2\)"
+        ):
+            mamba.step(x, state)
     with pytest.raises(UserError, match=r"the position has shape \(2, 5\); it must be \(batch, 6\)"):
         mamba.step(x[:, :5], mamba.make_state(2))
     for state in (mamba.make_state(3), layer(d_state=4).make_state(2)):

@@ -14,6 +14,8 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 import vmamba
 import vmamba_kernels
+from vmamba.errors import UserError
+from vmamba.models import Mamba1D
 from vmamba.models.layers import convolve_and_activate, on_channels_last
 from vmamba_kernels import operators, registry
 
@@ -67,6 +69,35 @@ def test_a_trace_with_and_without_gradients(name):
         with torch.set_grad_enabled(enabled):
             traced = torch.jit.trace(model, images())
         close(traced(images(3)), model(images(3)))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_traces_of_what_stands_on_a_backbone():
+    options = dict(depths=(1, 1, 1, 1), dims=8)
+    segmenter = vmamba.create_segmenter("upernet", "vmamba_nano", 3, backbone_options=options, channels=8).eval()
+    x = images(1, 64)
+    for model in (segmenter.backbone, segmenter):
+        for one, other in zip(torch.jit.trace(model, x)(x), model(x), strict=True):
+            close(one, other)
+    detector = vmamba.create_detector("mask_rcnn", "vmamba_nano", 3, backbone_options=options, channels=8).eval()
+    for record in (torch.jit.trace, torch.export.export):
+        with pytest.raises(UserError, match="a detector gives as many boxes as it finds, .*; record its maps"):
+            record(detector, (x,))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: small("vmamba_tiny", depths=(0,), norm_layer="bn"), "VSSM"),
+        (lambda: vmamba.Backbone(small("vmamba_tiny_m2", depths=(1,)), (0,)), "VSSM"),
+        (lambda: vmamba.SS2D(8), "SS2D"),
+        (lambda: nn.Sequential(Mamba1D(8)), "Mamba1D"),
+    ],
+)
+def test_what_torchscript_does_not_compile_is_one_sentence(make, kind):
+    with pytest.raises(UserError, match=f"torch.jit.script cannot compile a {kind}; use torch.jit.trace.model, images"):
+        torch.jit.script(make())
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -63,4 +63,9 @@ def test_exit_codes(tmp_path, capsys):
     assert exit_code(lambda: None) == 0
     assert exit_code(raising(KeyboardInterrupt())) == 130
     assert exit_code(raising(Stopped(signal.SIGTERM, tmp_path / "last.pth"))) == 143
-    assert "SIGTERM" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "SIGTERM" in said and "interrupted; the same command begins anew\n" in said
+    assert exit_code(raising(KeyboardInterrupt()), resumes=True) == 130
+    assert (
+        "interrupted; the same command goes on from the last checkpoint, where there is one" in capsys.readouterr().err
+    )

@@ -52,7 +52,7 @@ def test_no_step_and_no_batch_waits_for_the_gpu(no_waiting, tmp_path, monkeypatc
     assert len(reports) == 9
     no_waiting(False)
     step.settle(state)
-    meter = evaluate(run, model, held_out)
+    (meter,) = evaluate(run, [model], held_out)
     add, seen = type(meter).add, []
 
     def watched(self, *args):
@@ -62,5 +62,5 @@ def test_no_step_and_no_batch_waits_for_the_gpu(no_waiting, tmp_path, monkeypatc
         seen.append(args)
 
     monkeypatch.setattr(type(meter), "add", watched)
-    evaluate(run, model, held_out)
+    evaluate(run, [model], held_out)
     assert len(seen) == len(held_out)

@@ -178,7 +178,7 @@ def predict_images(
     """What a model says of each image, as `predict` writes it.
 
     Args:
-        model: as `load_model` gives it, on any device; or what that takes.
+        model: as `load_model` gives it, on any device, or `load_program`; or what the first takes.
         images: of Pillow, or files.
         score: least score of a detection.
 
@@ -246,7 +246,7 @@ def _channels(config: CfgNode) -> int:
 
 
 def _predictor(model: nn.Module, score: float) -> Predictor:
-    device = next(model.parameters()).device
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))  # a program has none
     return _PREDICTORS[model.config.TASK](model.config, model, device, model.class_names, score)
 
 
@@ -335,6 +335,11 @@ def classifier(
     config: CfgNode, model: nn.Module, device: torch.device, names: Sequence[str], score: float
 ) -> Predictor:
     transform = build_transform(config, training=False)
+    if not names:
+        raise UserError(
+            "this classifier has no classes (num_classes=0), so it says none; model(images) gives its features, and "
+            "vmamba.build_transform(model) makes its images"
+        )
 
     @torch.no_grad()
     def answer(image: Image.Image) -> Answer:

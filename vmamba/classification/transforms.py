@@ -109,10 +109,24 @@ def build_pixels(config: CfgNode, training: bool) -> Callable[[Any], Pixels]:
     let_posterize_take_zero_bits(transform)
     if small:
         mode = transforms.InterpolationMode(config.DATA.INTERPOLATION)
-        padded = transforms.RandomCrop(size, padding=(size[1] // 8, size[0] // 8))
+        padded = RandomCrop(size, padding=(size[1] // 8, size[0] // 8))
         transform.transforms[0:1] = [transforms.Resize(size, interpolation=mode), padded]
     erasing = RandomErasing(aug.REPROB, mode=aug.REMODE, max_count=aug.RECOUNT, device="cpu") if aug.REPROB else None
     return _by_decoder(config, transform, crop_steps=2 if small else 1, erasing=erasing)
+
+
+class RandomCrop(transforms.RandomCrop):
+    """torchvision's, with the same draws and pixels, of a padded image that is not made where it is Pillow's: what lies
+    outside of one is zero in its own crop."""
+
+    def forward(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
+        if not isinstance(image, Image.Image):
+            return super().forward(image)
+        (across, down), (height, width) = self.padding, self.size
+        beyond = image.height + 2 * down - height, image.width + 2 * across - width
+        top, left = (int(torch.randint(0, most + 1, (1,))) for most in beyond) if any(beyond) else (0, 0)
+        top, left = top - down, left - across
+        return image.crop((left, top, left + width, top + height))
 
 
 def _by_decoder(

@@ -9,7 +9,7 @@ from vmamba.config.keys import LARGEST_SEED
 
 
 def parser() -> Parser:
-    parser = Parser(ablate, __doc__)
+    parser = Parser(ablate, __doc__, resumes=True)
     parser.flag("configs", nargs="+", metavar="CONFIG", help="files, each of one run")
     parser.flag("--seeds", type=whole(0, LARGEST_SEED), nargs="+", metavar="SEED", help="of each config")
     parser.flag("--opts", "options", nargs="+", metavar="KEY VALUE", help="set keys in all of them (default: none)")

@@ -83,10 +83,13 @@ class Parser(argparse.ArgumentParser):
     """The flags of a command for the arguments of `function`.
 
     What is wrong on the command line ends the program with one sentence and status 2.
+
+    Args:
+        resumes: as of `exit_code`.
     """
 
-    def __init__(self, function: Callable[..., object], description: str | None):
-        self.function = function
+    def __init__(self, function: Callable[..., object], description: str | None, resumes: bool = False):
+        self.function, self.resumes = function, resumes
         self.flags = ["--help"]
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
@@ -117,7 +120,7 @@ class Parser(argparse.ArgumentParser):
     def run(self, arguments: Sequence[str] | None = None) -> NoReturn:
         """Call the function with the arguments of the command line, or these, and end the process."""
         args = vars(self.parse_args(arguments))
-        sys.exit(exit_code(lambda: self.function(**args)))
+        sys.exit(exit_code(lambda: self.function(**args), self.resumes))
 
     def parse_args(self, args=None, namespace=None):
         parsed, extra = self.parse_known_args(args, namespace)

@@ -106,7 +106,15 @@ COMMON = (
     switch("DATA.PIN_MEMORY", "page-locked batches, for a GPU", default=True),
     #
     key("MODEL.NAME", "vmamba_tiny", "see vmamba.list_models()", also="arch architecture model.type"),
-    key("MODEL.NUM_CLASSES", 1000, "of the data set", at_least=1, at_most=10**6, also="nb_classes", flag="num-classes"),
+    key(
+        "MODEL.NUM_CLASSES",
+        1000,
+        "of the data set; 0: no head",
+        at_least=0,
+        at_most=10**6,
+        also="nb_classes",
+        flag="num-classes",
+    ),
     key("MODEL.IN_CHANS", 3, "3, 1 for grayscale, or others", at_least=1, at_most=10**4, also="in_channels"),
     share("MODEL.DROP_PATH_RATE", None, "stochastic depth; null: the variant's own", kinds=(None, float)),
     switch("MODEL.SYNC_BN", "batch norms over the processes of several GPUs"),

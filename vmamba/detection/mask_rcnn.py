@@ -23,6 +23,7 @@ from vmamba.errors import UserError
 from vmamba.models.layers import take_strides_of_gradients
 from vmamba.models.whole import check_images
 from vmamba.values import Takes
+from vmamba_kernels.private import is_exporting
 
 TRAINING_PROPOSALS, PROPOSALS, PREDICTIONS = ProposalSettings(nms_pre=2000), ProposalSettings(), PredictionSettings()
 Target = dict[str, Tensor]  # boxes (N, 4) in pixels, labels (N,) from 0, masks (N, H, W) of the padded image
@@ -122,6 +123,11 @@ class MaskRCNN(nn.Module):
         shapes or classes, boxes without area or outside of their image, and for sizes that are not one (height, width)
         for each image, or larger than the batch where they lie in it.
         """
+        if torch.jit.is_tracing() or (torch.compiler.is_compiling() and is_exporting()):
+            raise UserError(
+                "a detector gives as many boxes as it finds, which no recorded program does; record its maps, those of "
+                "model.backbone"
+            )
         check_images(images, self.rpn_head.rpn_cls.weight, "detector")
         image_sizes = _sizes("image_sizes", image_sizes, images)
         padded_sizes = _sizes("padded_sizes", padded_sizes, images)

@@ -53,7 +53,8 @@ def export(
         path: of the file.
         format: None takes it from the suffix.  "safetensors" and "pth" hold the weights, and a classifier's config;
             "torch" (.pt2) is a program of torch.export, "aoti" one compiled by AOTInductor, also .pt2, so asked for by
-            name; "onnx" an ONNX model of opset 18.  These three are not recorded for training.
+            name; "onnx" an ONNX model of opset 18.  These three are not recorded for training; `load_program` runs
+            them.
         size: a side of the images in pixels, or (height, width); None: that of a loaded classifier's run, or 224.
         dynamic: what of the images a program leaves open, of "batch" and "size"; see `programs.open_sides`.
         spelling: of weights: "ours", "released" or "january", see `to_released`.
@@ -93,9 +94,9 @@ def export(
         if format == "onnx":
             graphs.write(path, frozen, images, dynamic, about)
         elif format == "torch":
-            programs.write(path, frozen, images, dynamic)
+            programs.write(path, frozen, images, dynamic, about)
         else:
-            programs.write_compiled(path, frozen, images, dynamic)
+            programs.write_compiled(path, frozen, images, dynamic, about)
     return path
 
 

@@ -33,7 +33,7 @@ def described(model: nn.Module) -> dict[str, Any] | None:
     Raises UserError for a classifier, detector or segmenter that no config builds, and what of it.
     """
     if isinstance(model, VSSM):
-        return _classifier(model) if model.num_classes else None
+        return _classifier(model)
     if not isinstance(model, (UperNet, MaskRCNN)):
         return None
     told = _segmenter(model) if isinstance(model, UperNet) else _detector(model)

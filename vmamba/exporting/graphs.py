@@ -4,7 +4,6 @@ A scan's recurrence is one Scan for all routes, whose body is as small as its st
 `vmamba_kernels.graph`.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from vmamba.errors import UserError
-from vmamba.exporting.programs import recorded, set_backend
+from vmamba.exporting.programs import recorded, set_backend, told
+from vmamba.exporting.weights import ABOUT
 from vmamba.files import write_atomically
 from vmamba.models.backbone import Backbone
 from vmamba.models.backbones import TimmBackbone
@@ -55,7 +55,7 @@ def write(path: Path, model: nn.Module, images: Tensor, dynamic: Sequence[str], 
     proto = program.model_proto
     _tidy(proto.graph)
     del proto.metadata_props[:]
-    onnx.helper.set_model_props(proto, {"vmamba": json.dumps(about)})
+    onnx.helper.set_model_props(proto, {ABOUT: told(model, images, dynamic, about)})
     onnx.checker.check_model(proto, full_check=True)
     write_atomically(path, lambda file: file.write(proto.SerializeToString()))
 

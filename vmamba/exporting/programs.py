@@ -1,23 +1,26 @@
 """Programs of torch.export, as they are and compiled by AOTInductor: PyTorch alone runs them."""
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vmamba.errors import UserError
+from vmamba.exporting.weights import ABOUT
 from vmamba.files import write_atomically
 from vmamba.models.ss2d import Mixer2D
 from vmamba.models.vssm import VSSM
 from vmamba_kernels import no_autocast
 from vmamba_kernels.private import UserError as RefusedByPyTorch
-from vmamba_kernels.private import aoti_compile_and_package
+from vmamba_kernels.private import aoti_compile_and_package, list_options
 
 
 def set_backend(model: nn.Module, backend: str) -> None:
@@ -94,18 +97,39 @@ def recorded(model: nn.Module, images: Tensor, dynamic: Sequence[str]) -> torch.
     return program
 
 
-def write(path: Path, model: nn.Module, images: Tensor, dynamic: Sequence[str]) -> None:
-    """For `torch.export.load(path).module()(images)`."""
+def told(model: nn.Module, images: Tensor, dynamic: Sequence[str], about: Mapping[str, Any]) -> str:
+    """`about` and what images the program of `model` takes, for `loading`: JSON.
+
+    `images` has of each of their four sizes [least, most], null where there is no most.
+    """
+    sizes: list[list[int | None]] = [[size, size] for size in images.shape]
+    sizes[0] = [1, None if "batch" in dynamic else 1]
+    if "size" in dynamic:
+        sizes[2:] = [list(open_sides(model))] * 2
+    return json.dumps({**about, "images": sizes})
+
+
+def write(path: Path, model: nn.Module, images: Tensor, dynamic: Sequence[str], about: Mapping[str, Any]) -> None:
+    """For `torch.export.load(path).module()(images)`, and `load_program`."""
     program, content = recorded(model, images, dynamic), BytesIO()
-    torch.export.save(program, content)  # to memory: where a file fails it, as on a full disk, the process ends
+    extra = {ABOUT: told(model, images, dynamic, about)}
+    torch.export.save(
+        program, content, extra_files=extra
+    )  # to memory: where a file fails it, as on a full disk, the process ends
     write_atomically(path, lambda file: file.write(content.getbuffer()))
 
 
-def write_compiled(path: Path, model: nn.Module, images: Tensor, dynamic: Sequence[str]) -> None:
-    """For PyTorch's `aoti_load_package(path)(images)`, on a CPU of this kind."""
+def write_compiled(
+    path: Path, model: nn.Module, images: Tensor, dynamic: Sequence[str], about: Mapping[str, Any]
+) -> None:
+    """For PyTorch's `aoti_load_package(path)(images)` on a CPU of this kind, and `load_program`."""
     program = recorded(model, images, dynamic)
+    configs: dict[str, Any] = {"aot_inductor.metadata": {ABOUT: told(model, images, dynamic, about)}}
+    if "aot_inductor.check_lowerbound" in list_options():  # an open batch would have to be of two images or more
+        configs["aot_inductor.check_lowerbound"] = False
     with tempfile.TemporaryDirectory() as folder:
-        package = Path(aoti_compile_and_package(program, package_path=str(Path(folder, "model.pt2"))))
+        file = str(Path(folder, "model.pt2"))
+        package = Path(aoti_compile_and_package(program, package_path=file, inductor_configs=configs))
         write_atomically(path, lambda file: file.write(package.read_bytes()))
 
 

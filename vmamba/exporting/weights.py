@@ -22,7 +22,7 @@ from vmamba.models.vssm import VSSM
 from vmamba.models.weights import is_plain, without_wrappers
 from vmamba.text import counted
 
-ABOUT = "vmamba"  # in the metadata of safetensors and ONNX
+ABOUT = "vmamba"  # in the metadata of safetensors and programs
 
 
 def about(
@@ -46,7 +46,7 @@ def about(
     if classes and len(classes) != count:
         raise UserError(f"classes names {len(classes)}, and the model has {count}; give one name for each")
     told: dict[str, Any] = {"classes": list(classes)} if classes else {}
-    if isinstance(model, (Backbone, TimmBackbone)) or not model.num_classes:
+    if isinstance(model, (Backbone, TimmBackbone)):
         return told
     whole = isinstance(model, VSSM)
     channels = model.in_chans if whole else 3

@@ -6,6 +6,7 @@ import pickle
 import re
 import zipfile
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -27,6 +28,7 @@ _BEGINNINGS = {  # of what is taken for a checkpoint by mistake
     b"\x93NUMPY": "is an array of NumPy; save the weights with torch.save(state_dict, path)",
     b"\x89HDF": "is an HDF5 file; save the weights with torch.save(state_dict, path)",
 }
+_RUNS = "vmamba.load_program(path) runs it"
 
 
 class Fields(dict):
@@ -145,6 +147,8 @@ def _something_else(path: Path, start: bytes) -> str:
     """What the file is and what to do, where it is nothing to load weights from; else ""."""
     if not start:
         return "is empty; fetch it again"
+    if _is_onnx(start):
+        return f"is an ONNX model, a program for onnxruntime and no file of weights; {_RUNS}"
     start = _without_mark(start)
     for beginning, sentence in _BEGINNINGS.items():
         if start.startswith(beginning):
@@ -170,6 +174,34 @@ def _something_else(path: Path, start: bytes) -> str:
     return ""
 
 
+def program_format(path: Path) -> str:
+    """What of `vmamba.export`'s formats a file is that holds a program: "onnx", "torch", "aoti"; "" for another file.
+
+    Raises OSError, or ValueError for a path with a zero byte, where it cannot be read.
+    """
+    with path.open("rb") as file:
+        if _is_onnx(file.read(3)):
+            return "onnx"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile:
+        return ""
+    if any("data/aotinductor/" in name for name in names):
+        return "aoti"
+    return "torch" if _of_programs(names) else ""
+
+
+def _is_onnx(start: bytes) -> bool:
+    """By the version of the form and who wrote it, in protobuf."""
+    return start[:1] == b"\x08" and start[2:3] == b"\x12"
+
+
+def _of_programs(names: Sequence[str]) -> bool:
+    """Whether an archive of these files is of torch.export or AOTInductor; PyTorch 2.6 writes the second of the two."""
+    return any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names)
+
+
 def _without_mark(start: bytes) -> bytes:
     """The first bytes, of text without the mark of its encoding and in UTF-8."""
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -193,6 +225,8 @@ def _archive(path: Path) -> str:
             names = [name.rpartition("/")[2] for name in archive.namelist()]
             if "constants.pkl" in names:
                 return "is a program of TorchScript; save its weights with torch.save(program.state_dict(), path)"
+            if _of_programs(names):
+                return f"is a program of PyTorch and no file of weights; {_RUNS}"
             if "data.pkl" not in names:
                 return "is an archive without a checkpoint of torch.save; if one lies in it, unpack it and give that"
             for entry in archive.infolist():

@@ -6,6 +6,7 @@ same memory as a "channels_last" image.  The indices inside the `nn.Sequential`s
 """
 
 from collections.abc import Callable
+from typing import NoReturn
 
 import timm.layers
 import torch
@@ -37,6 +38,16 @@ def check_channels_last(x: Tensor, dim: int, what: str) -> None:
     raise UserError(f"x has the shape {tuple(x.shape)}, and this {what} takes (batch, height, width, {dim}){remedy}")
 
 
+class Unscripted:
+    """Of a module: torch.jit.script, which compiles Python's text, refuses it and all that it is in by one sentence."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise UserError(
+            f"torch.jit.script cannot compile a {type(self).__name__}; use torch.jit.trace(model, images), "
+            f"torch.export or vmamba.export"
+        )
+
+
 class ToChannelsFirst(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
@@ -47,7 +58,7 @@ class ToChannelsLast(nn.Module):
         return x.permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(Unscripted, nn.LayerNorm):
     """LayerNorm over the channels, computed in float32 whatever it reads.
 
     Under autocast it gives the dtype that the next layer would cast to anyway, which halves what is written; with

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba.errors import UserError
+from vmamba.models.layers import Unscripted
 from vmamba.models.ss2d import step_biases
 from vmamba.values import Takes
 from vmamba_kernels import backends, wider
@@ -38,7 +39,7 @@ class MambaState(NamedTuple):
     scan: Tensor  # (batch, d_inner, d_state)
 
 
-class Mamba1D(nn.Module):
+class Mamba1D(Unscripted, nn.Module):
     """A projection to twice `expand` channels, a causal depthwise convolution, SiLU, the scan, a gate, a projection.
 
     Args:
@@ -114,9 +115,12 @@ class Mamba1D(nn.Module):
         self.scan_backend = TAKES["scan_backend"].check("backend", backend)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, length, d_model) -> (batch, length, d_model).  Raises UserError for another shape."""
+        """(batch, length, d_model) -> (batch, length, d_model).  Raises UserError for another shape, and for a sequence
+        of no positions."""
         if x.dim() != 3 or x.shape[2] != self.d_model:
             raise UserError(f"the sequence has shape {tuple(x.shape)}; it must be (batch, length, {self.d_model})")
+        if not x.shape[1]:
+            raise UserError(f"the sequence has shape {tuple(x.shape)}, which has no position; give one or more")
         x, z = self.in_proj(x).transpose(1, 2).chunk(2, dim=1)  # (batch, d_inner, length)
         y = self._scan(x, z, "")
         if self.bidirectional:
@@ -167,12 +171,17 @@ class Mamba1D(nn.Module):
             raise UserError("a bidirectional layer needs the whole sequence; there is no step of it")
         if x.dim() != 2 or x.shape[1] != self.d_model:
             raise UserError(f"the position has shape {tuple(x.shape)}; it must be (batch, {self.d_model})")
+        if not (isinstance(state, tuple) and len(state) == 2 and all(isinstance(part, Tensor) for part in state)):
+            raise UserError(
+                f"the state is a {type(state).__name__} and no MambaState; take it from make_state({len(x)})"
+            )
         inputs, scan = (tuple(part.shape) for part in state)
         if inputs != (len(x), self.d_inner, self.d_conv) or scan != (len(x), self.d_inner, self.d_state):
             raise UserError(
                 f"the state has shapes {inputs} and {scan}, which are not of this layer and {len(x)} sequences; take "
                 f"it from make_state({len(x)})"
             )
+        state = MambaState(*state)
         x, z = self.in_proj(x).chunk(2, dim=1)
         state.inputs.copy_(torch.cat((state.inputs[..., 1:], x[..., None].to(state.inputs.dtype)), -1))
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias

@@ -25,7 +25,7 @@ def step_biases(*shape: int) -> Tensor:
     return step + torch.log(-torch.expm1(-step))  # the inverse of softplus
 
 
-class Mixer2D(nn.Module):
+class Mixer2D(layers.Unscripted, nn.Module):
     """What both scans share.  A subclass adds the scan's parameters and `scan`.
 
     Args:

@@ -127,7 +127,7 @@ class Classifier(nn.Module):
         return x if pre_logits else self.head(x)
 
 
-class VSSM(nn.Module):
+class VSSM(layers.Unscripted, nn.Module):
     """The model of VMamba (arXiv 2401.10166); see `variants` for the options of the published ones.
 
     Args: see `options.ModelOptions`.
@@ -269,6 +269,11 @@ class VSSM(nn.Module):
         if self.classifier is None:
             raise UserError("this model has no classifier since a Backbone took it; create another for classification")
         return self.classifier
+
+    def __dir__(self) -> list[str]:
+        """Without what a Backbone took: torch.jit.trace asks a module for all that it says it has."""
+        taken = ("head", "global_pool") if self.classifier is None else ()
+        return [name for name in super().__dir__() if name not in taken]
 
     @property
     def head(self) -> nn.Module:

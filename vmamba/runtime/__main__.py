@@ -14,7 +14,7 @@ def main(description: str | None = None, arguments: Sequence[str] | None = None,
     parser = argument_parser(description)
     parser.prog = prog or parser.prog
     args = parser.parse_args(arguments)
-    sys.exit(exit_code(lambda: run(config_from_args(args))))
+    sys.exit(exit_code(lambda: run(config_from_args(args)), resumes=True))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,13 @@ from vmamba.runtime.streams import tolerant_streams
 from vmamba_kernels import BackendError
 
 
-def exit_code(main: Callable[[], object]) -> int:
+def exit_code(main: Callable[[], object], resumes: bool = False) -> int:
     """Call `main`: 0 at its end, 1 and one sentence on stderr for what the user can mend, 128 + signal when a signal
-    stopped it.  Anything else is a bug and keeps its traceback."""
+    stopped it.  Anything else is a bug and keeps its traceback.
+
+    Args:
+        resumes: whether the same command goes on where it was interrupted.
+    """
     with tolerant_streams():
         try:
             main()
@@ -23,7 +27,8 @@ def exit_code(main: Callable[[], object]) -> int:
             _say(str(stop))
             return 128 + stop.signum
         except KeyboardInterrupt:
-            _say("interrupted; the same command goes on from the last checkpoint, where there is one")
+            goes_on = "goes on from the last checkpoint, where there is one" if resumes else "begins anew"
+            _say(f"interrupted; the same command {goes_on}")
             return 130
         return 0
 

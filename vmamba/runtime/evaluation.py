@@ -4,6 +4,8 @@ import json
 import logging
 import math
 import re
+from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,45 +42,49 @@ def evaluate_state(run: Run, state: TrainState, loader: Loader) -> Results:
     """
     kinds = {"": state.model} | ({"ema_": state.ema.module} if state.ema else {})
     only = {"model": "", "ema": "ema_"}.get(run.config.EVAL_WEIGHTS)
+    kinds = {only: kinds[only]} if only in kinds else kinds
+    meters = evaluate(run, list(kinds.values()), loader)
+    if meters is None:
+        run.stop(state)
     results = {}
-    for prefix, model in kinds.items():
-        if only is not None and prefix != only and only in kinds:
-            continue
-        meter = evaluate(run, model, loader)
-        if meter is None:
-            run.stop(state)
+    for prefix, meter in zip(kinds, meters, strict=True):
         results |= {f"{prefix}{name}": value for name, value in meter.results().items()}
     return results
 
 
 @torch.no_grad()
-def evaluate(run: Run, model: nn.Module, loader: Loader, folder: Path | None = None) -> Meter | None:
-    """What the task measures on all processes' shares of the data; None when a signal asked any of them to stop.
+def evaluate(run: Run, models: Sequence[nn.Module], loader: Loader, folder: Path | None = None) -> list[Meter] | None:
+    """What the task measures of each model on all processes' shares of the data, which are loaded once; None when a
+    signal asked any of them to stop.
 
-    `folder`: where the files go that the task makes of its predictions.
+    `folder`: where the files go that the task makes of the predictions, of one model.
     """
-    share_buffers(model)
-    model.eval()
-    meter = run.task.meter(run.world)
+    meters = [run.task.meter(run.world) for _ in models]
     batches = progress(loader, run.world, "evaluating")
-    with gathered(model):
+    with ExitStack() as whole:
+        for model in models:
+            share_buffers(model)
+            model.eval()
+            whole.enter_context(gathered(model))
         for batch in Feed(batches, run.world.device, loader.finish, loader.ahead):
             if run.request.noted:
                 break
-            with autocast(run.config, run.world.device):
-                meter.add(model, batch)
-            if folder:
-                save_files(meter, folder)
+            for model, meter in zip(models, meters, strict=True):
+                with autocast(run.config, run.world.device):
+                    meter.add(model, batch)
+                if folder:
+                    save_files(meter, folder)
     if run.request.noted_by_any(run.world):
         return None
     tell_skipped(run, loader)
-    return meter
+    return meters
 
 
 def evaluate_alone(config: CfgNode, model: nn.Module, device: torch.device) -> Results:
     """`model` on the held-out data of `config`, outside of any run."""
     run = Run(config, open_task(config), World(0, 1, 0, device), logging.getLogger("vmamba"))
-    return evaluate(run, model.to(device), run.task.eval_loader(run.world)).results()
+    (meter,) = evaluate(run, [model.to(device)], run.task.eval_loader(run.world))
+    return meter.results()
 
 
 def evaluate_file(run: Run, model: nn.Module) -> Results:
@@ -99,9 +105,10 @@ def evaluate_file(run: Run, model: nn.Module) -> Results:
         prefix = "ema_" if kind == "ema" and len(wanted) > 1 else ""
         folder = run.folder / f"{prefix}predictions"
         with run.request.noting():
-            meter = evaluate(run, model, loader, folder)
-        if meter is None:
+            meters = evaluate(run, [model], loader, folder)
+        if meters is None:
             raise Stopped(run.request.agreed_signal())
+        (meter,) = meters
         results |= {f"{prefix}{name}": value for name, value in meter.results().items()}
         details |= {f"{prefix}{name}": value for name, value in meter.details().items()}
         on_main(partial(save_files, meter, folder))

@@ -5,13 +5,14 @@ import torch
 from ..registry import Call, unknown_routes
 
 try:
-    from .scan import KINDS, cross_selective_scan, selective_scan
+    from .scan import KINDS, cross_selective_scan, selective_scan, step_sizes
 except Exception as error:  # also those of a numba that is broken, or of other packages than it wants
     raise ImportError(f"{error}; pip install --upgrade numba") from error
 
 OPERATORS = {
     "cross_selective_scan": cross_selective_scan,
     "selective_scan": selective_scan,
+    "step_sizes": step_sizes,  # PyTorch's softplus has other last bits where its threads meet
 }
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -150,6 +150,39 @@ def in_blocks(t, routes, columns, scale):
     return blocked
 
 
+# ------------------------------------------------------------------------------------------------- steps by themselves
+
+
+@_kernel(EXACT)
+def steps_fwd(delta, bias, softplus, out, start, stop):
+    """delta (batch, channels, length) and bias (channels,) -> out, the steps of channels start..stop."""
+    _in_wide_vectors()
+    for channel in range(start, stop):
+        for sequence in range(delta.shape[0]):
+            for t in range(delta.shape[2]):
+                step = delta[sequence, channel, t] + bias[channel]
+                if softplus:
+                    step = LN2 * softplus2(LOG2E * step, exp2(-abs(LOG2E * step)))
+                out[sequence, channel, t] = step
+
+
+@_kernel(SUMS)
+def steps_bwd(delta, bias, softplus, d_out, d_delta, d_bias, start, stop):
+    """The gradients of steps_fwd; d_bias starts as zeros."""
+    _in_wide_vectors()
+    for channel in range(start, stop):
+        for sequence in range(delta.shape[0]):
+            total = ZERO
+            for t in range(delta.shape[2]):
+                step, slope = delta[sequence, channel, t] + bias[channel], ONE
+                if softplus:
+                    z = exp2(-abs(LOG2E * step))
+                    slope = (ONE if step >= ZERO else z) / (ONE + z)
+                d_delta[sequence, channel, t] = slope * d_out[sequence, channel, t]
+                total += d_delta[sequence, channel, t]
+            d_bias[channel] += total
+
+
 # ------------------------------------------------------------------------------------------------- a tile of one route
 
 

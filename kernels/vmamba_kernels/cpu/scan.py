@@ -41,6 +41,11 @@ def selective_scan(
     return SEQUENCE(*inputs, delta_softplus, out_dtype, wants_gradient(*inputs))[0]
 
 
+def step_sizes(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
+    """`reference.step_sizes` of float32, the same bits for any number of threads."""
+    return STEPS(delta, bias, softplus)
+
+
 class Scan:
     """A call as its loops take it: everything float32 and channels last, the weights in blocks of channels.
 
@@ -350,3 +355,48 @@ SEQUENCE = Operator(
     "selective_scan_cpu", _sequence_forward, _like_sequence_forward, _setup_sequence, _sequence_autograd
 )
 SEQUENCE_BACKWARD = Operator("selective_scan_bwd_cpu", _sequence_backward, _like_sequence_backward)
+
+
+# The steps of a scan with states, which it is given as they are.
+
+
+def _steps(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
+    delta, bias = delta.contiguous(), delta.new_zeros(delta.shape[1]) if bias is None else bias.contiguous()
+    out = torch.empty_like(delta)
+    arguments = _array(delta), _array(bias), softplus, _array(out)
+    share(delta.shape[1], lambda start, stop: loops.steps_fwd(*arguments, start, stop))
+    return out
+
+
+def _like_steps(delta, bias, softplus):
+    return delta.new_empty(delta.shape)
+
+
+def _steps_backward(dy: Tensor, delta: Tensor, bias: Tensor | None, softplus: bool) -> tuple[Tensor, Tensor]:
+    delta, bias = delta.contiguous(), delta.new_zeros(delta.shape[1]) if bias is None else bias.contiguous()
+    d_delta, d_bias = torch.empty_like(delta), torch.zeros_like(bias)
+    arguments = _array(delta), _array(bias), softplus, _array(dy.contiguous()), _array(d_delta), _array(d_bias)
+    share(delta.shape[1], lambda start, stop: loops.steps_bwd(*arguments, start, stop))
+    return d_delta, d_bias
+
+
+def _like_steps_backward(dy, delta, bias, softplus):
+    return delta.new_empty(delta.shape), delta.new_empty(delta.shape[1])
+
+
+def _setup_steps(ctx, inputs, output):
+    delta, bias, ctx.softplus = inputs
+    ctx.save_for_backward(delta, bias)
+
+
+def _steps_autograd(ctx, dy):
+    inputs = ctx.saved_tensors
+    if _is_differentiated():
+        gradients = _through(reference.step_sizes(*inputs, ctx.softplus), inputs, dy)
+    else:
+        gradients = _present(STEPS_BACKWARD(dy, *inputs, ctx.softplus), inputs)
+    return *gradients, None
+
+
+STEPS = Operator("step_sizes_cpu", _steps, _like_steps, _setup_steps, _steps_autograd)
+STEPS_BACKWARD = Operator("step_sizes_bwd_cpu", _steps_backward, _like_steps_backward)
