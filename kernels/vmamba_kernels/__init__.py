@@ -2,8 +2,8 @@
 
 `selective_scan` is the 1-D operator, `cross_selective_scan` and `cross_ssd` take an image, project it, scan it along
 several routes and merge the results; `layer_norm` norms the channels of each pixel, `add_layer_norm` those of a sum;
-`depthwise_conv` convolves each channel.  `reference.py` is their specification; `registry.py` says who can serve a
-call.
+`depthwise_conv` convolves each channel, `gelu_mlp` is two linear layers with GELU between them.  `reference.py` is their
+specification; `registry.py` says who can serve a call.
 """
 
 from .operators import (
@@ -14,6 +14,7 @@ from .operators import (
     cross_selective_scan,
     cross_ssd,
     depthwise_conv,
+    gelu_mlp,
     layer_norm,
     selective_scan,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "cross_selective_scan",
     "cross_ssd",
     "depthwise_conv",
+    "gelu_mlp",
     "explain",
     "is_plain",
     "is_seen_into",

@@ -45,9 +45,14 @@ def depthwise_conv(x: Shape, weight: Shape, *_: object, **__: object) -> int:
     return 2 * prod(x) * prod(weight[1:])
 
 
+def gelu_mlp(x: Shape, weight1: Shape, bias1: Shape, weight2: Shape, *_: object, **__: object) -> int:
+    """Operations for x (..., dim), weight1 (hidden, dim), weight2 (out, hidden)."""
+    return 2 * prod(x[:-1]) * (prod(weight1) + prod(weight2))
+
+
 def register(backend: str) -> None:
     """Tell FlopCounterMode the cost of the custom operators of `backend`."""
-    for formula in (selective_scan, cross_selective_scan, cross_ssd, depthwise_conv):
+    for formula in (selective_scan, cross_selective_scan, cross_ssd, depthwise_conv, gelu_mlp):
         operator = getattr(torch.ops.vmamba, f"{formula.__name__}_{backend}", None)
         if operator is not None:
             register_flop_formula(operator)(formula)

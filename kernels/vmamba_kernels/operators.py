@@ -403,6 +403,47 @@ def depthwise_conv(
     return convolution(x, weight, bias, silu, registry.wants_gradient(x, weight, bias))
 
 
+def gelu_mlp(
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, *, backend: str | None = None
+) -> Tensor:
+    """A linear layer, GELU (arXiv 1606.08415, the exact one), and another linear layer.
+
+    Args:
+        x: (..., dim).  Under autocast everything takes its dtype.
+        weight1, bias1: (hidden, dim) and (hidden,).
+        weight2, bias2: (out, hidden) and (out,).
+        backend: a name from `backends()`; None or "auto" takes the fastest that can serve the call.
+
+    Returns:
+        (..., out) in the dtype of x; GELU and the biases' gradients are computed in float32 or more.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, naming the argument.
+        BackendError: the backend asked for is unknown or cannot serve the call.
+    """
+    check_tensors(dict(x=x, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2))
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x has shape {_shape(x)}; its last dimension, the channels, is empty")
+    if weight1.dim() != 2 or weight2.dim() != 2 or not len(weight1) or not len(weight2):
+        shapes = f"{_shape(weight1)} and {_shape(weight2)}"
+        raise ValueError(f"weight1 and weight2 have shapes {shapes}; they must be (hidden, dim) and (out, hidden)")
+    _check_shape("weight1", weight1, (len(weight1), x.shape[-1]), "x", x)
+    _check_shape("bias1", bias1, (len(weight1),), "weight1", weight1)
+    _check_shape("weight2", weight2, (len(weight2), len(weight1)), "weight1", weight1)
+    _check_shape("bias2", bias2, (len(weight2),), "weight2", weight2)
+    dtype = _projection_dtype(x)
+    x, weight1, bias1, weight2, bias2 = inputs = _to(dtype, x, weight1, bias1, weight2, bias2)
+    mlp = registry.implementation(
+        _that_can_be_seen_into(backend),
+        operator="gelu_mlp",
+        device=x.device,
+        dtype=x.dtype,
+        out_dtype=x.dtype,
+        dim=index(x.shape[-1]),
+    )
+    return mlp(x, weight1, bias1, weight2, bias2, registry.wants_gradient(*inputs))
+
+
 def cross_scan(x: Tensor, routes: Sequence[str] = ROUTES) -> Tensor:
     """Lay an image out along routes: (batch, height, width, dim) -> (batch, routes, height*width, dim)."""
     _check_image(x)

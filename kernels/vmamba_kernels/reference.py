@@ -201,6 +201,12 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, k
         return (F.silu(out) if silu else out).permute(0, 2, 3, 1)
 
 
+def gelu_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, keep: bool) -> Tensor:
+    """`vmamba_kernels.gelu_mlp`, already checked; autograd keeps what it needs by itself."""
+    with no_autocast(x.device.type):
+        return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+
+
 def project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """x (batch, height, width, dim) by weight (routes, rows, dim) -> (batch, height, width, routes, rows)."""
     return F.linear(x, weight.flatten(0, 1)).to(dtype).unflatten(-1, (weight.shape[0], -1))
@@ -423,4 +429,5 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     "layer_norm": layer_norm,
     "add_layer_norm": add_layer_norm,
     "depthwise_conv": depthwise_conv,
+    "gelu_mlp": gelu_mlp,
 }

@@ -35,6 +35,7 @@ PREFERENCE = {
     "layer_norm": ("cuda", "reference"),
     "add_layer_norm": ("cuda", "reference"),
     "depthwise_conv": ("cuda", "reference"),
+    "gelu_mlp": ("cuda", "reference"),
 }
 
 LARGE = 96  # channels of a scan that takes long without the cpu backend

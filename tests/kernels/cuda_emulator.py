@@ -18,9 +18,9 @@ import torch
 from vmamba_kernels.cuda import compiler, scan
 
 # The package's attributes of these names are functions.
-operators, sequences, norms, convolutions, sums = (
+operators, sequences, norms, convolutions, mlps, sums = (
     sys.modules[f"vmamba_kernels.cuda.{name}"]
-    for name in ("cross_selective_scan", "selective_scan", "layer_norm", "depthwise_conv", "sum_rows")
+    for name in ("cross_selective_scan", "selective_scan", "layer_norm", "depthwise_conv", "mlp", "sum_rows")
 )
 
 HEADER = Path(__file__).with_name("cuda_emulator.h")
@@ -89,9 +89,9 @@ class _Module:
 def install(monkeypatch, folder: Path, processors: int = 1) -> None:
     """From here on the cuda backend's functions take CPU tensors.  More `processors` cut routes into segments."""
     emulator = Emulator(folder)
-    for module in (scan, sequences, norms, convolutions, sums):
+    for module in (scan, sequences, norms, convolutions, mlps, sums):
         monkeypatch.setattr(module, "load", emulator)
-    for module in (norms, convolutions):
+    for module in (norms, convolutions, mlps):
         monkeypatch.setattr(module, "_backward_blocks", lambda device: 3)
     monkeypatch.setattr(operators, "TYPED_PRODUCT", False)  # not on a CPU
     monkeypatch.setattr(scan, "_limits", lambda device: (processors, 227 * 1024))

@@ -69,7 +69,7 @@ class Block(nn.Module):
         if self.mlp is None:
             return x, branch
         x, normed = layers.add_and_norm(x, branch, self.drop_path, self.norm2)
-        return x, self.mlp(normed)
+        return x, layers.through_mlp(self.mlp, normed)
 
 
 class Blocks(nn.Sequential):

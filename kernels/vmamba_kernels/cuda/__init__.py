@@ -8,6 +8,7 @@ from .cross_selective_scan import KINDS, cross_selective_scan
 from .depthwise_conv import SIDE, depthwise_conv
 from .layer_norm import MAX_DIM, add_layer_norm, layer_norm
 from .layout import MAX_RANK, MAX_ROUTES, MAX_STATES, TYPES
+from .mlp import gelu_mlp
 from .selective_scan import selective_scan
 
 OPERATORS = {
@@ -16,6 +17,7 @@ OPERATORS = {
     "layer_norm": layer_norm,
     "add_layer_norm": add_layer_norm,
     "depthwise_conv": depthwise_conv,
+    "gelu_mlp": gelu_mlp,
 }
 
 
@@ -34,6 +36,8 @@ def why_not(call: Call) -> str | None:
     elif call.operator == "depthwise_conv":
         if call.side != SIDE:
             return f"it convolves windows of {SIDE} x {SIDE}, not {call.side} x {call.side}"
+    elif call.operator == "gelu_mlp":
+        pass
     elif not 1 <= call.states <= MAX_STATES:
         return f"it holds 1 to {MAX_STATES} states, not {call.states}"
     if call.operator == "cross_selective_scan" and not 1 <= call.rank <= MAX_RANK:
