@@ -1,6 +1,6 @@
 """`depthwise_conv` against PyTorch's, and its kernels: compiled for every architecture here, run on a GPU.
 
-`test_cuda.py` runs them on an emulated GPU.
+`test_emulated.py` runs them on an emulated GPU.
 """
 
 import pytest
