@@ -83,6 +83,7 @@ ROWS = [
     *_stages("pixels of", "layer_norm", 0, 96, 1, (None, None, None)),
     *_stages("sums of", "add_layer_norm", 0, 96, 1, (None, None, None)),
     *_stages("3x3 and SiLU of", "depthwise_conv", 0, 96, 1, (None, None, None)),
+    *_stages("MLP of", "gelu_mlp", 0, 96, 1, (None, None, None)),
 ]
 SMALL_ROWS = [
     Row("small", "cross_selective_scan", 2, 14, 32, 1, 2),
@@ -92,6 +93,7 @@ SMALL_ROWS = [
     Row("small", "layer_norm", 2, 14, 32, 0, 1),
     Row("small", "add_layer_norm", 2, 14, 32, 0, 1),
     Row("small", "depthwise_conv", 2, 14, 32, 0, 1),
+    Row("small", "gelu_mlp", 2, 14, 32, 0, 1),
 ]
 
 
@@ -207,6 +209,15 @@ class Case:
         elif row.operator == "depthwise_conv":
             self.inputs = dict(x=low(row.batch, row.side, row.side, dim), weight=full(dim, 1, 3, 3), bias=full(dim))
             self.batched = ("x",)
+        elif row.operator == "gelu_mlp":
+            self.inputs = dict(
+                x=low(row.batch, row.side, row.side, dim),
+                weight1=low(4 * dim, dim, scale=dim**-0.5),
+                bias1=low(4 * dim),
+                weight2=low(dim, 4 * dim, scale=(4 * dim) ** -0.5),
+                bias2=low(dim),
+            )
+            self.batched = ("x",)
         else:
             self.inputs = dict(
                 x=low(row.batch, row.side, row.side, dim),
@@ -243,7 +254,12 @@ class Case:
             side=3 if self.row.operator == "depthwise_conv" else 0,
         )  # fmt: skip
         able = [name for name in vk.backends(self.row.operator) if vk.registry.why_not(name, call) is None]
-        if self.row.operator in ("layer_norm", "add_layer_norm", "depthwise_conv"):  # whose reference is PyTorch's own
+        if self.row.operator in (
+            "layer_norm",
+            "add_layer_norm",
+            "depthwise_conv",
+            "gelu_mlp",
+        ):  # whose reference is PyTorch's own
             return able
         return [name for name in able if name != "reference"] or able
 

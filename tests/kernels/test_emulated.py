@@ -16,7 +16,7 @@ from vmamba_kernels.cuda.cross_selective_scan import KINDS
 from vmamba_kernels.ends import extended
 
 from . import cuda_emulator
-from .cuda_emulator import convolutions, norms, operators, sequences, sums
+from .cuda_emulator import convolutions, mlps, norms, operators, sequences, sums
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -38,7 +38,7 @@ def _install(monkeypatch, folder, processors=1):
         module._scan.cache_clear()  # of what another emulator has loaded
         for operator in (module.FORWARD, module.BACKWARD):
             _on_cpu_tensors(operator)
-    for module in (norms, convolutions):
+    for module in (norms, convolutions, mlps):
         module._kernels.cache_clear()
         for operator in (module.FORWARD, module.BACKWARD):
             _on_cpu_tensors(operator)
@@ -328,3 +328,39 @@ def test_opcheck_of_a_depthwise_convolution(on_a_cpu):
         results = torch.library.opcheck(torch.ops.vmamba.depthwise_conv_cuda, (x, weight, *arguments))
         assert set(results.values()) == {"SUCCESS"}
     assert convolutions.depthwise_conv(x[:0], weight, None, True, True).shape == (0, 3, 5, 4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape, hidden, out, dtype", [
+    ((2, 3, 5, 16), 64, 16, F32),
+    ((700, 12), 200, 10, BF16),
+    ((9, 8), 48, 24, F16),
+    ((3, 4), 7, 3, F32),
+])  # fmt: skip
+def test_mlps_on_an_emulated_gpu(on_a_cpu, shape, hidden, out, dtype):
+    """Output and every gradient against float64; without a backward pass the same output."""
+    dim = shape[-1]
+    leaves = [t.detach() for t in _leaves(shape, (hidden, dim), (hidden,), (out, hidden), (out,))]
+    leaves = [(t / t.shape[-1] ** 0.5 if t.dim() == 2 and t is not leaves[0] else 2 * t).to(dtype) for t in leaves]
+    (dy,) = _leaves((*shape[:-1], out))
+    exact, here = ([t.to(kind).requires_grad_() for t in leaves] for kind in (torch.float64, dtype))
+    want = reference.gelu_mlp(*exact, True)
+    got = mlps.gelu_mlp(*here, True)
+    assert got.shape == want.shape and torch.equal(got, mlps.gelu_mlp(*leaves, False))
+    want = [want, *torch.autograd.grad(want, exact, dy.detach().to(dtype).double())]
+    got = [got, *torch.autograd.grad(got, here, dy.detach().to(dtype))]
+    for one, other in zip(got, want, strict=True):
+        assert one.dtype == dtype and one.is_contiguous()
+        assert (one - other).norm() <= (1e-6 if dtype == F32 else 1e-2) * other.norm()
+
+
+@needs_compiler
+def test_opcheck_of_an_mlp(on_a_cpu):
+    leaves = _leaves((2, 3, 4), (8, 4), (8,), (4, 8), (4,))
+    for keep in (True, False):
+        inputs = leaves if keep else [t.detach() for t in leaves]
+        assert set(torch.library.opcheck(torch.ops.vmamba.gelu_mlp_cuda, (*inputs, keep)).values()) == {"SUCCESS"}
+    empty = [leaves[0][:0].detach().requires_grad_(), *leaves[1:]]
+    out = mlps.gelu_mlp(*empty, True)
+    gradients = torch.autograd.grad(out.sum(), leaves[1:])
+    assert out.shape == (0, 3, 4) and not any(g.count_nonzero() for g in gradients)

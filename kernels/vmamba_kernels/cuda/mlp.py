@@ -17,9 +17,7 @@ from .sum_rows import sum_rows
 _THREADS = 256  # of a block, at most
 
 
-def gelu_mlp(
-    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, keep: bool
-) -> Tensor:
+def gelu_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, keep: bool) -> Tensor:
     """`keep`: whether a backward pass will follow."""
     return FORWARD(x, weight1, bias1, weight2, bias2, keep)[0]
 
@@ -74,9 +72,7 @@ def _gelu_backward(d_out: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     kernels = _kernels(dim, h.dtype, h.device)
     blocks = kernels.row_blocks(rows, h.device)
     partial = h.new_empty(blocks, dim, dtype=torch.float32)
-    kernels.module.gelu_bwd_kernel(
-        blocks * kernels.tiles, kernels.threads, 0, d_out, h, out, partial, rows, blocks
-    )
+    kernels.module.gelu_bwd_kernel(blocks * kernels.tiles, kernels.threads, 0, d_out, h, out, partial, rows, blocks)
     return out, sum_rows(partial)
 
 
