@@ -150,7 +150,7 @@ def _train(rank: int, count: int, port: int, cases: Sequence[Sequence[str]], ste
     with processes(device) as world:
         for settings in cases:
             told.append(_measure(Training(settings, world), steps))
-            torch._dynamo.reset()  # which keeps graphs, and their memory
+            torch.compiler.reset()  # which keeps graphs, and their memory
             gc.collect()
             if world.main:
                 print(
