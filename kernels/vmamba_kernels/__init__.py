@@ -2,8 +2,8 @@
 
 `selective_scan` is the 1-D operator, `cross_selective_scan` and `cross_ssd` take an image, project it, scan it along
 several routes and merge the results; `layer_norm` norms the channels of each pixel, `add_layer_norm` those of a sum;
-`depthwise_conv` convolves each channel, `gelu_mlp` is two linear layers with GELU between them.  `reference.py` is their
-specification; `registry.py` says who can serve a call.
+`depthwise_conv` convolves each channel, `gelu_mlp` is two linear layers with GELU between them.  `reference.py` is
+their specification; `registry.py` says who can serve a call.
 """
 
 from .operators import (

@@ -257,14 +257,19 @@ def mlp(dim: int, ratio: float, act: str, drop: float, gated: bool) -> nn.Module
 
 def through_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
     """mlp(x): one operator where it is what `mlp` makes with GELU, drops nothing, and is unseen."""
-    if type(mlp) is not Mlp or type(mlp.act) is not nn.GELU or not is_unseen(x, *mlp.modules()):
+    if type(mlp) is not Mlp or not _is_gelu(mlp.act) or not is_unseen(x, *mlp.modules()):
         return mlp(x)
     layers = mlp.fc1, mlp.fc2
     plain = all(type(layer) is nn.Linear and layer.bias is not None for layer in layers)
     drops = mlp.training and any(drop.p for drop in (mlp.drop1, mlp.drop2))
-    if not plain or drops or mlp.act.approximate != "none" or type(mlp.norm) is not nn.Identity:
+    if not plain or drops or type(mlp.norm) is not nn.Identity:
         return mlp(x)
     return gelu_mlp(x, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
+
+
+def _is_gelu(act: nn.Module) -> bool:
+    """The exact one; timm's classes have no choice."""
+    return type(act) in (nn.GELU, activation("gelu")) and getattr(act, "approximate", "none") == "none"
 
 
 def patch_embed(version: str, in_chans: int, dim: int, patch_size: int, norm: Callable[..., nn.Module]) -> nn.Module:
