@@ -40,7 +40,8 @@ from vmamba.runtime.cli import exit_code  # noqa: E402
 from vmamba.runtime.shares import read_folder  # noqa: E402
 from vmamba.runtime.trainer import run  # noqa: E402
 
-EVERY = ("TRAIN.EPOCHS", 6, "TRAIN.SAVE_STEPS", 2, "MODEL.BACKEND", "reference", "TIMEOUT", 10)
+EPOCHS = 6
+EVERY = ("TRAIN.EPOCHS", EPOCHS, "TRAIN.SAVE_STEPS", 2, "MODEL.BACKEND", "reference", "TIMEOUT", 10)
 TWO = ("DATA.BATCH_SIZE", 4, "AUG.MIXUP", 0)  # of each of two processes
 IN_SHARES = (*TWO, "TRAIN.PARALLEL", "fsdp")
 LOADING = ("DATA.NUM_WORKERS", 2)
@@ -152,6 +153,17 @@ class Life:
         self.did(f"ended with {found}")
         return found
 
+    def stops(self, children: list[int]) -> None:
+        """Wait for the end of a run that goes on from what was damaged, and was asked to stop or not."""
+        codes = self.wait(children)
+        if not set(codes) <= {0, 128 + signal.SIGTERM, -signal.SIGTERM}:
+            raise Lost(f"it ended with {codes}")
+
+    def trains(self) -> bool:
+        """Whether something is left to do, as far as its records tell: a finished run is no place for faults."""
+        lines = self.folder / "metrics.jsonl"
+        return not lines.exists() or lines.read_bytes().count(b"\n") < EPOCHS
+
     def told(self) -> str:
         return self.said.read_text()
 
@@ -234,9 +246,9 @@ def stamp(path: Path) -> tuple[int, int] | None:
 def kill_at_random(bench: Bench, *opts: object, ranks: int = 1, whom: str = "all") -> None:
     """SIGKILL at moments from before the first step to after the last one."""
     life = bench.life(*opts, ranks=ranks)
-    while True:
+    while life.trains():
         children = life.start()
-        time.sleep(CHANCE.uniform(0.01, 0.7 * life.whole.seconds))
+        time.sleep(CHANCE.uniform(0.01, 1.2 * life.whole.seconds))
         victims = children if whom == "all" else [CHANCE.choice(children)]
         living = all(map(alive, children))
         for child in victims:
@@ -244,10 +256,9 @@ def kill_at_random(bench: Bench, *opts: object, ranks: int = 1, whom: str = "all
         if living:
             life.tried(f"SIGKILL to {victims}")
         codes = life.wait(children)
-        if not any(codes):
-            return life.compare()
         if not set(codes) <= {0, 1, -signal.SIGKILL}:
-            raise Lost(f"one of two killed, they ended with {codes}")
+            raise Lost(f"they ended with {codes}")
+    life.finish()
 
 
 def marking(owner: object, name: str, marker: Path) -> Prepare:
@@ -271,7 +282,7 @@ def marking(owner: object, name: str, marker: Path) -> Prepare:
 def kill_during(bench: Bench, owner: object, name: str, *opts: object, ranks: int = 1) -> None:
     marker = bench.folder / "marker"
     life = bench.life(*opts, ranks=ranks, prepare=marking(owner, name, marker))
-    while True:
+    while life.trains():
         marker.unlink(missing_ok=True)
         children = life.start()
         for _ in range(CHANCE.randrange(12)):  # an evaluation has four of them, and not always the first shall it be
@@ -284,17 +295,17 @@ def kill_during(bench: Bench, owner: object, name: str, *opts: object, ranks: in
             send(child, signal.SIGKILL)
         if living:
             life.tried(f"SIGKILL in {name}")
-        if not any(life.wait(children)):
-            return life.compare()
+        life.wait(children)
+    life.finish()
 
 
 def signals(bench: Bench, *opts: object, ranks: int = 1, group: bool = False) -> None:
     """TERM, USR1, USR2 and HUP at random moments; the run says how it ended and goes on."""
     life = bench.life(*opts, ranks=ranks)
-    while True:
+    while life.trains():
         children = life.start()
-        until(lambda: all(os.getpgid(child) == child for child in children), children)
-        time.sleep(CHANCE.uniform(0.01, 0.7 * life.whole.seconds))
+        until(lambda those=children: all(os.getpgid(child) == child for child in those), children)
+        time.sleep(CHANCE.uniform(0.01, 1.2 * life.whole.seconds))
         signum, living = CHANCE.choice(SIGNALS), all(map(alive, children))
         for child in children:
             send(child, signum, group)
@@ -303,23 +314,22 @@ def signals(bench: Bench, *opts: object, ranks: int = 1, group: bool = False) ->
         codes = life.wait(children)
         if not set(codes) <= {0, 128 + signum, -signum}:  # the last: before the run takes signals
             raise Lost(f"{signum.name} ended it with {codes}")
-        if not any(codes):
-            return life.compare()
+    life.finish()
 
 
 def damage(bench: Bench, how: Callable[[Path], object]) -> None:
     """Of a run that was stopped the last file is damaged; it goes on from the one before."""
     life = bench.life()
-    while True:
+    while life.trains():
         (child,) = children = life.start()
         saved_anew = until_saved(life, children)
         if saved_anew:
             send(child, signal.SIGTERM)
-        if not any(life.wait(children)):
-            return life.compare()
+        life.stops(children)
         if saved_anew:
             how(life.folder / "last.pth")
             life.tried(f"{how.__name__} of last.pth")
+    life.finish()
 
 
 def truncate(path: Path) -> None:
@@ -347,18 +357,18 @@ def touch(path: Path) -> None:
 def damage_shares(bench: Bench, how: Callable[[Path], object]) -> None:
     """The same of a state in shares: one of its files."""
     life = bench.life(*IN_SHARES, ranks=2)
-    while True:
+    while life.trains():
         children = life.start()
         saved_anew = until_saved(life, children, "last.sharded")
         if saved_anew:
             for child in children:
                 send(child, signal.SIGTERM)
-        if not any(life.wait(children)):
-            return life.compare()
+        life.stops(children)
         if saved_anew:
             victim = CHANCE.choice(sorted((life.folder / "last.sharded").iterdir()))
             how(victim)
             life.tried(f"{how.__name__} of {victim.name}")
+    life.finish()
 
 
 def wrong_clock(bench: Bench) -> None:
@@ -369,14 +379,14 @@ def wrong_clock(bench: Bench) -> None:
         time.time = lambda: now() + off
 
     life = bench.life(prepare=prepare)
-    while True:
+    while life.trains():
         (child,) = children = life.start()
-        time.sleep(CHANCE.uniform(0.01, 0.7 * life.whole.seconds))
+        time.sleep(CHANCE.uniform(0.01, 1.2 * life.whole.seconds))
         if alive(child):
             life.tried("SIGTERM or SIGKILL, and another time")
         send(child, CHANCE.choice((signal.SIGTERM, signal.SIGKILL)))
-        if not any(life.wait(children)):
-            return life.compare()
+        life.wait(children)
+    life.finish()
 
 
 def folder_in_its_place(bench: Bench) -> None:
@@ -497,18 +507,17 @@ def second_run(bench: Bench) -> None:
 
 def worker_killed(bench: Bench) -> None:
     life = bench.life(*LOADING)
-    while True:
+    while life.trains():
         (child,) = children = life.start()
-        time.sleep(CHANCE.uniform(0.1, 0.7 * life.whole.seconds))
+        time.sleep(CHANCE.uniform(0.1, 0.8 * life.whole.seconds))
         workers = Path(f"/proc/{child}/task/{child}/children").read_text().split() if alive(child) else []
         if workers:
             life.tried(f"SIGKILL to {workers[0]} of {workers}")
             send(int(CHANCE.choice(workers)), signal.SIGKILL)
         code = life.wait(children)
-        if code == [0]:
-            return life.compare()
-        if code != [1] or "a loading process was killed at " not in life.told():
+        if code != [0] and (code != [1] or "a loading process was killed at " not in life.told()):
             raise Lost(f"ended with {code}")
+    life.finish()
 
 
 FAULTS: dict[str, Callable[[Bench], None]] = {

@@ -22,9 +22,8 @@ from torch.distributed.tensor import DTensor
 
 from vmamba.errors import UserError
 from vmamba.files import cannot_read, cannot_write, check_writable, make_folder
-from vmamba.models.pretrained import read_file
-from vmamba.runtime.checkpoint import PLAIN, nth, save_checkpoint
-from vmamba.runtime.distributed import on_main
+from vmamba.runtime.checkpoint import PLAIN, SUMS, checksum, nth, read_plain, save_checkpoint
+from vmamba.runtime.distributed import gather, on_main
 from vmamba.runtime.sharding import as_share
 from vmamba.text import counted
 
@@ -59,7 +58,15 @@ def save_folder(state: Mapping[str, Any], path: Path, keep: int) -> None:
                 if isinstance(each, OSError):
                     raise cannot_write(path, each) from error
         raise
-    on_main(lambda: _publish(plain, beside, path, keep))
+    sums = {name: sum_ for mine in gather(_sums_of_mine(beside)) for name, sum_ in mine.items()}
+    on_main(lambda: _publish({**plain, SUMS: sums}, beside, path, keep))
+
+
+def _sums_of_mine(folder: Path) -> dict[str, int]:
+    """Of the files there that this process has written: it surely sees them, and the system has them in memory yet."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    mine = [*folder.glob(f"__{rank}_*"), *([folder / ".metadata"] if rank == 0 else [])]
+    return {path.name: checksum(path) for path in mine}
 
 
 def _publish(plain: Mapping[str, Any], beside: Path, path: Path, keep: int) -> None:
@@ -88,7 +95,7 @@ def read_folder(path: Path, like: Mapping[str, Any] | None = None) -> dict[str, 
     `like`: a state whose tensors are in shares, as this process shall have those that it reads; all processes call it.
     Else they are whole.  Raises UserError where the folder is no such state, or damaged.
     """
-    plain = read_file(path / PLAIN)
+    plain = on_main(lambda: read_plain(path))
     reader = _Reader(path)
     try:
         described = reader.read_metadata().state_dict_metadata
@@ -97,8 +104,15 @@ def read_folder(path: Path, like: Mapping[str, Any] | None = None) -> dict[str, 
     except OSError as error:
         raise cannot_read(path, error) from error
     except (CheckpointException, Exception) as error:  # damaged files fail in many ways; the first is no Exception
-        raise UserError(f"'{path}' is damaged, or no state that a run has written: {str(error)[:200]}") from error
+        raise UserError(f"'{path}' is damaged, or no state that a run has written: {_reason(error)}") from error
     return _joined(tensors, plain)
+
+
+def _reason(error: BaseException) -> str:
+    """In a line, without the traceback that a CheckpointException makes of the processes' errors."""
+    if isinstance(error, CheckpointException):
+        error = next((reason for reason, _ in error.failures.values()), error)
+    return (str(error).strip() or type(error).__name__).partition("\n")[0][:200]
 
 
 def distributed_as(state: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,7 +164,8 @@ def _joined(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[str
         else:
             optimizer.setdefault(int(inside), {})[more[0]] = tensor
     found = {kind: named or None for kind, named in weights.items()}
-    return {**plain, **found, "optimizer": {**plain["optimizer"], "state": optimizer}}
+    kept = {name: value for name, value in plain.items() if name != SUMS}
+    return {**kept, **found, "optimizer": {**plain["optimizer"], "state": optimizer}}
 
 
 def one_file(folder: str, output: str = "all.pth") -> None:
