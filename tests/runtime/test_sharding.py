@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import warnings
 
 import pytest
 import timm
@@ -17,7 +18,7 @@ from vmamba.runtime.distributed import World
 from vmamba.runtime.sharding import blocks
 from vmamba.runtime.shares import one_file, read_folder, save_folder
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled.*intent is to save")
 
 
 @pytest.mark.parametrize(("make", "name", "number"), [
@@ -44,12 +45,21 @@ def saved(tiny, tmp_path):
 
 def test_a_folder_becomes_the_file_that_would_have_been(saved, same, tmp_path):
     case, folder = saved
-    one_file(str(folder), str(tmp_path / "all.pth"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PyTorch's, of what is meant
+        one_file(str(folder), str(tmp_path / "all.pth"))
     assert same(read_checkpoint(tmp_path / "all.pth"), read_folder(folder))
     torch.save(case.state.state_dict(), tmp_path / "then.pth")
     assert same(read_checkpoint(tmp_path / "all.pth"), read_checkpoint(tmp_path / "then.pth"))
-    with pytest.raises(UserError, match="there is no checkpoint"):
-        one_file(str(tmp_path), str(tmp_path / "none.pth"))
+    for other in (tmp_path, tmp_path / "all.pth", tmp_path / "none"):
+        with pytest.raises(UserError, match="is no state in shares; name a folder such as last.sharded of a run"):
+            one_file(str(other), str(tmp_path / "none.pth"))
+    sentence = "last.sharded' is a state in shares; make it a file first: python analyze/one_file.py"
+    for read in (read_checkpoint, vmamba.load_model):
+        with pytest.raises(UserError, match=sentence):
+            read(folder)
+    with pytest.raises(UserError, match=sentence):
+        vmamba.load_model(tmp_path)
 
 
 def test_the_one_before_is_kept_and_what_broke_off_is_no_state(saved, tmp_path):

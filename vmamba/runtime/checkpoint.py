@@ -11,13 +11,13 @@ import torch
 
 from vmamba.errors import UserError
 from vmamba.files import cannot_read, link_atomically, write_atomically
+from vmamba.models.formats import PLAIN
 from vmamba.models.pretrained import local_file
 from vmamba.models.pretrained import read_file as read_checkpoint
 
 LAST, BEST = "last.pth", "best.pth"  # what a run writes; the states before, and the second best, as last.2.pth, ...
 SHARDED = ".sharded"  # in the place of .pth: a folder, written by all processes (`shares`)
-PLAIN = "plain.pth"  # in it: all but the tensors
-SUMS = "sums"  # in that: of the folder's other files
+SUMS = "sums"  # in PLAIN: of the folder's other files
 _WRITTEN = re.compile(r"(last|best)(\.[2-9]|\.[1-9]\d+)?(\.pth|\.sharded)")
 
 

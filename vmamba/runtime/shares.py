@@ -8,6 +8,7 @@ import os
 import pickle
 import secrets
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from torch.distributed.tensor import DTensor
 
 from vmamba.errors import UserError
 from vmamba.files import cannot_read, cannot_write, check_writable, make_folder
-from vmamba.runtime.checkpoint import PLAIN, SUMS, checksum, nth, read_plain, save_checkpoint
+from vmamba.models.formats import PLAIN
+from vmamba.runtime.checkpoint import SUMS, checksum, nth, read_plain, save_checkpoint
 from vmamba.runtime.distributed import gather, on_main
 from vmamba.runtime.sharding import as_share
-from vmamba.text import counted
+from vmamba.text import counted, printable
 
 _KINDS = ("model", "model_ema")
 _BETWEEN = "|"  # the parts of a tensor's name in a folder, which no parameter's name has
@@ -100,7 +102,9 @@ def read_folder(path: Path, like: Mapping[str, Any] | None = None) -> dict[str, 
     try:
         described = reader.read_metadata().state_dict_metadata
         tensors = {name: _place_for(name, found, like) for name, found in described.items()}
-        dcp.load(tensors, storage_reader=_Reader(path), no_dist=like is None or not dist.is_initialized())
+        with warnings.catch_warnings():  # PyTorch would tell whoever asks for it that no_dist is what it is
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(tensors, storage_reader=_Reader(path), no_dist=like is None or not dist.is_initialized())
     except OSError as error:
         raise cannot_read(path, error) from error
     except (CheckpointException, Exception) as error:  # damaged files fail in many ways; the first is no Exception
@@ -174,6 +178,8 @@ def one_file(folder: str, output: str = "all.pth") -> None:
     Raises UserError where `folder` is none, and where `output` cannot be written.
     """
     check_writable(output)
+    if not (Path(folder) / PLAIN).is_file():
+        raise UserError(f"'{printable(folder)}' is no state in shares; name a folder such as last.sharded of a run")
     state = read_folder(Path(folder))
     save_checkpoint(state, output)
     print(f"the state in {folder}, after {counted(state['step'], 'step')}, is in {output}")
