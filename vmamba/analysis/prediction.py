@@ -30,10 +30,11 @@ from vmamba.detection.transforms import Collate, Transform
 from vmamba.errors import UserError
 from vmamba.files import check_keeps, make_folder, read_text, write_atomically
 from vmamba.models.download import is_url
+from vmamba.models.formats import PLAIN, as_one_file
 from vmamba.models.pretrained import Checkpoint, open_checkpoint
 from vmamba.models.vssm import VSSM
 from vmamba.models.whole import shape_of, variant_of
-from vmamba.runtime.checkpoint import BEST, LAST
+from vmamba.runtime.checkpoint import BEST, LAST, SHARDED
 from vmamba.runtime.task import open_task
 from vmamba.segmentation import models as segmentation_models
 from vmamba.segmentation.datasets import Sample
@@ -160,12 +161,15 @@ def load_model(
 
 
 def file_of(checkpoint: str | Path) -> str | Path:
-    """`checkpoint`, or in a run's folder its best.  Raises UserError for a folder without one."""
+    """`checkpoint`, or in a run's folder its best.  Raises UserError for a folder without one, or in shares."""
     named = isinstance(checkpoint, (str, os.PathLike))
     if not named or is_url(str(checkpoint)) or what_is(checkpoint) != "folder":
         return checkpoint
     kept = [Path(checkpoint, name) for name in (BEST, LAST) if what_is(Path(checkpoint, name)) == "file"]
     if not kept:
+        for shares in (Path(checkpoint), *(Path(checkpoint, name).with_suffix(SHARDED) for name in (BEST, LAST))):
+            if what_is(shares / PLAIN) == "file":
+                raise UserError(as_one_file(shares))
         raise UserError(f"'{printable(checkpoint)}' has neither {BEST} nor {LAST}; name the folder of a run, or a file")
     return kept[0]
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from vmamba.analysis.dataloading import cores
 from vmamba.data.folders import image_files, what_is
-from vmamba.data.images import UnreadableImage, decode, reading
+from vmamba.data.images import UnreadableImage, decode, open_image, reading
 from vmamba.errors import UserError
 from vmamba.files import check_writable, make_folder, write_atomically, write_text
 from vmamba.text import counted, printable, some
@@ -109,7 +109,7 @@ def _shrink_one(path: str, source: Path, target: Path, side: int, quality: int) 
     try:
         with reading(path):
             data = Path(path).read_bytes()
-            with Image.open(io.BytesIO(data)) as image:
+            with open_image(data) as image:
                 (width, height), kind = image.size, image.format
         small = min(width, height) <= side
         scale = side / min(width, height)
@@ -145,7 +145,7 @@ def _is_jpeg_of(data: bytes, size: tuple[int, int]) -> bool:
     if not (data.startswith(b"\xff\xd8") and data.endswith(b"\xff\xd9")):
         return False
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             return image.size == size
     except Exception:  # whatever a damaged header makes Pillow raise
         return False

@@ -77,6 +77,7 @@ def path_in(*parts: str) -> str:
 
 # What is pickled in such files beside tensors and plain values: the config of the released ones and the arguments of
 # timm's and DeiT's, read as mappings, and what trainers log, not read at all.
+PLAIN = "plain.pth"  # in the folder of a state in shares: all but the tensors
 PICKLED = [
     (OrderedDict, "yacs.config.CfgNode"),
     (Fields, "argparse.Namespace"),
@@ -101,6 +102,14 @@ PICKLED = [
 ]
 
 
+def as_one_file(folder: str | Path) -> str:
+    """What to do with a state in shares (`vmamba.runtime.shares`) where a file is needed."""
+    return (
+        f"'{printable(folder)}' is a state in shares; make it a file first: python analyze/one_file.py "
+        f"{printable(folder)} --output all.pth"
+    )
+
+
 def read_file(path: str | Path) -> Any:
     """What the file holds, tensors on the CPU: a file of torch.save, or safetensors, whatever its name.
 
@@ -110,6 +119,8 @@ def read_file(path: str | Path) -> Any:
     path = Path(path)
     try:
         if path.is_dir():
+            if (path / PLAIN).is_file():
+                raise UserError(as_one_file(path))
             raise UserError(f"checkpoint '{path}' is a folder; give the path of a file")
         if not path.is_file():
             raise UserError(f"there is no checkpoint '{printable(path)}'; check the path")

@@ -7,12 +7,13 @@ import yaml
 from torch import nn
 
 from vmamba.errors import UserError
+from vmamba.models.formats import PLAIN
 from vmamba.models.freezing import freeze
 from vmamba.models.pretrained import open_checkpoint
 from vmamba.models.ss2d import Mixer2D
 from vmamba.runtime import report
 from vmamba.runtime.average import build_average
-from vmamba.runtime.checkpoint import BEST, PLAIN, SHARDED, is_there, newest_checkpoint, read_training_state
+from vmamba.runtime.checkpoint import BEST, SHARDED, is_there, newest_checkpoint, read_training_state
 from vmamba.runtime.distributed import on_main
 from vmamba.runtime.optim import Schedule, build_optimizer
 from vmamba.runtime.plan import Plan
