@@ -76,7 +76,7 @@ def test_values_take_the_type_of_their_key(tmp_path):
         ("TRAIN: {EPOCHS: true}", r"TRAIN.EPOCHS is True \(bool\); expected an integer"),
         ("TRAIN: {EPOCHS: null}", "expected an integer"),
         ("TRAIN: {BASE_LR: fast}", "expected a number"),
-        ("TRAIN: {BASE_LR: .nan}", "expected a number"),
+        ("TRAIN: {BASE_LR: .nan}", "expected a finite number"),
         ("TRAIN: {EMA: {ENABLE: 3}}", "expected true or false"),
         ("TRAIN: 5", "TRAIN is 5; expected a section"),
         ("TAG: 12", "expected a string"),
