@@ -151,6 +151,8 @@ def classes_of_split(root: Path, split: str, left_out: LeftOut) -> list[str]:
         hint = "; for archives set DATA.ZIP_MODE true (--zip)" if what_is(root / f"{split}.zip") == "file" else ""
         if split == "val" and what_is(root / "train") == "folder":
             hint = "; DATA.VAL_FRACTION 0.1 holds a tenth of train/ out"
+        if any(root.glob("*.tar")):
+            hint = f"; a tar archive is told by a word of its name: {split}.tar, NAME-{split}-0000.tar"
         raise UserError(f"data path '{printable(root)}' has no {split}/ folder: {contents(root)}{hint}")
     return _classes_in(folder, left_out)
 
