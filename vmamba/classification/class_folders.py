@@ -101,8 +101,8 @@ def _listed(config: CfgNode, training: bool, tell: bool) -> Source:
     if training:
         return Source(labelled(lines, classes))
     held_out = read_labels(root / data.VAL_LABELS, root)
-    trained_on = {os.path.normpath(line.image) for line in lines}
-    both = [line.image for line in held_out if os.path.normpath(line.image) in trained_on]
+    trained_on = {line.file for line in lines}
+    both = [line.image for line in held_out if line.file in trained_on]
     if both and tell:
         logger.warning(
             "%s of '%s' in '%s' too, so that the evaluation counts what was trained on (%s); take them out of one",
