@@ -137,9 +137,7 @@ def test_a_link_is_the_image_it_leads_to(tmp_path, caplog, link):
     assert opened(training=True) == 3 and opened(training=False) == 2
     assert "1 image stands of" in caplog.text and "again.png" in caplog.text
     (tmp_path / "train.csv").write_text("a.png,x\nb.png,y\nagain.png,y\n")
-    words = (
-        "line 3: 'again.png' is the file of '.*train.csv', line 1 by a link, and its label there is 'x', not 'y'"
-    )
+    words = "line 3: 'again.png' is the file of '.*train.csv', line 1 by a link, and its label there is 'x', not 'y'"
     with pytest.raises(UserError, match=words):
         opened(training=True)
 
