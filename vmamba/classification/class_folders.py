@@ -60,12 +60,12 @@ def _divided(config: CfgNode, training: bool, tell: bool) -> Source:
     folder, left_out = root / "train" if what_is(root / "train") == "folder" else root, LeftOut()
     classes = _classes_in(folder, left_out)
     samples = _samples(config, folder, classes, True, tell and training, left_out)
-    return Source(_one_side(samples, classes, config.DATA.VAL_FRACTION, training, folder))
+    return _one_side(samples, classes, config.DATA.VAL_FRACTION, training, folder)
 
 
 def _one_side(
     samples: Sequence[tuple[str, int]], classes: Sequence[str], fraction: float, training: bool, place: Path
-) -> list[tuple[str, int]]:
+) -> Source:
     """Of each class the images that are trained on, or those that are held out."""
     by_class: dict[int, list[str]] = {}
     for path, label in samples:
@@ -81,7 +81,7 @@ def _one_side(
         held_out = min(max(round(len(paths) * fraction), 1), len(paths) - 1)
         chosen = {*random.Random(label).sample(range(len(paths)), held_out)}
         kept += [(path, label) for number, path in enumerate(paths) if (number in chosen) is not training]
-    return kept
+    return Source(kept, drawn_by="DATA.VAL_FRACTION")
 
 
 def _listed(config: CfgNode, training: bool, tell: bool) -> Source:
@@ -97,7 +97,7 @@ def _listed(config: CfgNode, training: bool, tell: bool) -> Source:
     classes = classes_of(lines)
     check_class_count(f"'{printable(file)}'", len(classes), config, training, classes)
     if data.VAL_FRACTION:
-        return Source(_one_side(labelled(lines, classes), classes, data.VAL_FRACTION, training, file))
+        return _one_side(labelled(lines, classes), classes, data.VAL_FRACTION, training, file)
     if training:
         return Source(labelled(lines, classes))
     held_out = read_labels(root / data.VAL_LABELS, root)

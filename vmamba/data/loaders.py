@@ -48,6 +48,8 @@ class Source(Protocol):
 
     # And may have `name(index)`, for a sentence.
     # And may have `groups`, a number for each sample: those of a micro-batch for training are of one group.
+    # And may have `contents()`, a dict of what `Loader.contents` tells beside their number: `checksum`, which other
+    # samples would change, and `drawn_by`, the key by which those held out are drawn from those that are there.
 
     def load(self, index: int) -> Any:
         """Raises UnreadableImage where the run may go on without it, UserError where not."""
@@ -176,6 +178,11 @@ class Loader:
     @property
     def skipped(self) -> int:
         return len(self._skipped)
+
+    def contents(self) -> dict[str, Any]:
+        """Which samples these are, for the state of a run: their number, and what the source tells."""
+        source = self.examples.source
+        return {"images": len(source), **(source.contents() if hasattr(source, "contents") else {})}
 
     @property
     def seconds_an_image(self) -> Seconds:
