@@ -23,7 +23,7 @@ def exit_code(main: Callable[[], object]) -> int:
             _say(str(stop))
             return 128 + stop.signum
         except KeyboardInterrupt:
-            _say("interrupted; the same command goes on from the last checkpoint, where there is one")
+            _say("interrupted; the same command goes on from what it has saved, where it saves anything on its way")
             return 130
         return 0
 
