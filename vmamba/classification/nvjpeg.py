@@ -146,7 +146,9 @@ class CutLong:
         self.most = 32 * max(size) / min(size)
 
     def __call__(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
-        return crop(image, *self.middle(*get_dimensions(image)[1:]))
+        _, height, width = get_dimensions(image)
+        middle = self.middle(height, width)
+        return image if middle == (0, 0, height, width) else crop(image, *middle)  # Pillow would copy it
 
     def middle(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Its top, left, height and width."""
