@@ -37,9 +37,9 @@ def nothing(sample):
     return sample
 
 
-def loader(workers=2, source=None, *opts):
+def loader(workers=2, source=None, *opts, transform=nothing):
     config = get_config(None, ["DATA.NUM_WORKERS", str(workers), "DATA.BATCH_SIZE", "2", "DEVICE", "cpu", *opts])
-    return EvalLoader(config, Examples(config, source or Slow(), nothing, training=False), 0, 1)
+    return EvalLoader(config, Examples(config, source or Slow(), transform, training=False), 0, 1)
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
@@ -92,6 +92,25 @@ class Named(Slow):
         if index == 31:
             self.happens()
         return 0
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_memory_is_too_small_for_is_named_and_may_be_skipped(error, workers, caplog):
+    def transform(sample):
+        if sample == 31:
+            raise error
+        return sample
+
+    class Plain(Named):
+        def load(self, index):
+            return index
+
+    with pytest.raises(UserError, match="cannot augment 'images/31.png': there is too little memory for it; mend or"):
+        list(loader(workers, Plain(), transform=transform))
+    skipping = loader(workers, Plain(), "DATA.SKIP_BAD_IMAGES", True, transform=transform)
+    assert sum(len(batch) for batch in skipping) == 59 and skipping.skipped == 1
+    assert "too little memory to put a batch together; lower DATA.BATCH_SIZE" in _lacking(error)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

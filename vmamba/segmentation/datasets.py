@@ -12,6 +12,7 @@ from yacs.config import CfgNode
 from vmamba.config import sides
 from vmamba.data.folders import LeftOut, contents, data_path, image_files, what_is
 from vmamba.data.images import decode, open_image, reading
+from vmamba.data.names import checksum
 from vmamba.data.scenes import scene
 from vmamba.errors import UserError
 from vmamba.text import printable, some
@@ -67,6 +68,10 @@ class Folders:
 
     def name(self, index: int) -> str:
         return printable(self.examples[index][1])
+
+    def contents(self) -> dict[str, str]:
+        """For `Loader.contents`."""
+        return {"checksum": checksum([name for name, *_ in self.examples])}
 
     def load(self, index: int) -> Sample:
         name, path, map_path = self.examples[index]
