@@ -304,6 +304,20 @@ def test_without_numba_the_reference_serves_and_a_large_model_is_told_once(monke
         cached.cache_clear()
 
 
+def test_what_is_beyond_the_channels_of_a_block_counts_for_nothing():
+    """Of long sequences, whose given steps went through the softplus over and over there until they were infinite; and
+    where one route's numbers are not finite."""
+    case = sequence(batch=1, groups=1, dim=3, states=1, length=6000)
+    got, want = (run(vk.selective_scan, case, backend) for backend in ("cpu", "reference"))
+    for name in want:
+        assert (got[name] - want[name]).norm() <= 1e-5 * want[name].norm(), name
+    case = image(batch=1, height=6, width=6, dim=8, states=2, rank=3)
+    case["x_proj_weight"].view(-1)[5] = float("nan")  # of the first route
+    got, want = (run(vk.cross_selective_scan, case, backend) for backend in ("cpu", "reference"))
+    for name in want:
+        assert torch.equal(got[name].isfinite(), want[name].isfinite()), name
+
+
 # ------------------------------------------------------------------------------------------------ threads, processes
 
 
