@@ -1,8 +1,8 @@
 """Loops shared among threads: PyTorch's own where its OpenMP is GNU's, else a pool of ours.
 
 PyTorch's threads wait for work by spinning a while, so that others that are woken meanwhile find no core free: with two
-threads on two cores the pool took 22 ms of a model's scans where one thread took 27 (docs/log.md).  numba's own layers do not
-serve: they do not survive a fork (GNU OpenMP) or two callers at once (its work queue).
+threads on two cores the pool took 22 ms of a model's scans where one thread took 27 (docs/log.md).  numba's own layers
+do not serve: they do not survive a fork (GNU OpenMP) or two callers at once (its work queue).
 """
 
 import ctypes
