@@ -67,7 +67,7 @@ class Source:
 
     def labels(self) -> Sequence[int] | None:
         """Of all samples; None where only reading every image would tell."""
-        if isinstance(self.samples, list):
+        if type(self.samples) is list:  # one of another class may give other samples than it holds
             return [sample[1] for sample in self.samples]
         return getattr(self.samples, "targets", None)
 
