@@ -270,6 +270,22 @@ def test_a_program_is_run_here_too(program):
     assert vmamba.predict(model, Image.new("RGB", (50, 60), (200, 30, 90)))[0]["top"][0]["name"] == top[0]["name"]
 
 
+def test_what_the_caller_has_set_changes_no_programs_numbers(program):
+    from PIL import Image
+
+    found, x, image = vmamba.load_program(program[1]), images(2, 3, 32, 36), Image.new("RGB", (50, 60), (200, 30, 90))
+    expected, top = found(x), vmamba.predict(found, image)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            again = found(x)
+            assert again.dtype == torch.float32 and torch.equal(again, expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        assert torch.equal(found(x), expected) and vmamba.predict(found, image) == top
+
+
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [

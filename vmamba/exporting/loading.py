@@ -17,6 +17,7 @@ from vmamba.exporting.weights import ABOUT
 from vmamba.files import cannot_read
 from vmamba.models.formats import program_format
 from vmamba.text import printable
+from vmamba_kernels import no_autocast
 from vmamba_kernels.private import aoti_load_package
 
 Run = Callable[[Tensor], Any]
@@ -71,7 +72,8 @@ class Program(nn.Module):
                 f"the images are {str(images.dtype).removeprefix('torch.')} on {images.device}, and "
                 f"'{printable(self.path)}' takes float32 on the CPU; give it images.float().cpu()"
             )
-        return self._run(images.contiguous())
+        with no_autocast("cpu"):  # whose casts a recorded program does not expect
+            return self._run(images.contiguous())
 
     def extra_repr(self) -> str:
         return f"'{self.path}', images {self.takes}"
