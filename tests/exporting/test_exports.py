@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import vmamba
@@ -366,6 +367,56 @@ def test_what_is_no_program_is_one_sentence(tmp_path, program):
     ):
         with pytest.raises(UserError, match=f"is {what}.*no file of weights; vmamba.load_program.path. runs it"):
             vmamba.load_model(path)
+
+
+FOUR = [[1, 1], [3, 3], [32, 32], [36, 36]]
+
+
+def named(count):
+    return {"images": FOUR, "config": {"MODEL": {"NUM_CLASSES": 5}}, "classes": ["a"] * count}
+
+
+DAMAGED = [
+    ("{", "it is '{', no mapping in JSON"),
+    ("[" * 10**5, "it is '.*, no mapping in JSON"),
+    ("3", "it is '3', no mapping"),
+    ("null", "it is 'null', no mapping"),
+    (dict(config=[], images=FOUR), "config is .., no mapping"),
+    (dict(config={"TASK": "cooking", "MODEL": {"NUM_CLASSES": 5}}, images=FOUR), "unknown TASK 'cooking'"),
+    (dict(config={"MODEL": {"NUM_CLASSES": "a"}}, images=FOUR), "MODEL.NUM_CLASSES is 'a' .str.; expected an integer"),
+    (dict(classes=7, images=FOUR), "classes is 7, no list of names"),
+    (dict(classes=["a", 7], images=FOUR), "classes is .'a', 7., no list of names"),
+]
+
+
+@pytest.mark.parametrize(
+    ("told", "what"),
+    [
+        *DAMAGED,
+        (named(4), "4 names for 5 classes"),
+        *(
+            (dict(images=each), "images is .*, no list of four .least, most.")
+            for each in (3, None, FOUR[:3], [1, 3, 32, 36], [*FOUR[:3], [1, 2, 3]], [*FOUR[:3], [None, 3]])
+        ),
+    ],
+)
+def test_a_programs_damaged_description_is_one_sentence(tmp_path, monkeypatch, told, what):
+    path = tmp_path / "a.onnx"
+    path.write_bytes(b"\x08\x0a\x12\x07pytorch")
+    text = told if isinstance(told, str) else json.dumps(told)
+    monkeypatch.setattr(loading, "check_installed", lambda *_: None)
+    monkeypatch.setitem(loading._OPENERS, "onnx", lambda path: (lambda images: images, text))
+    with pytest.raises(UserError, match=f"what '.*a.onnx' tells of its model is damaged .*{what}.*; export the model"):
+        vmamba.load_program(path)
+
+
+@pytest.mark.parametrize(("told", "what"), DAMAGED)
+def test_a_damaged_description_of_weights_is_one_sentence(tmp_path, told, what):
+    text = told if isinstance(told, str) else json.dumps(told)
+    save_file({"weight": torch.zeros(1)}, tmp_path / "a.safetensors", {"vmamba": text})
+    with pytest.raises(UserError, match=f"'.*a.safetensors'.*{what}") as raised:
+        vmamba.load_model(tmp_path / "a.safetensors")
+    assert "\n" not in str(raised.value) and "truncated" not in str(raised.value)
 
 
 class Measured(torch.fx.Interpreter):

@@ -284,7 +284,7 @@ def config_of(checkpoint: Checkpoint, cfg: str | None) -> CfgNode:
     if cfg is not None:
         return get_config(cfg)
     if checkpoint.config.get("MODEL"):
-        return restored(checkpoint.config)
+        return restored(checkpoint.config, f"the config in '{checkpoint.path}'")
     for models in (detection_models, segmentation_models):
         if models.HEAD in checkpoint.whole:
             return models.config_of(checkpoint)
