@@ -306,6 +306,33 @@ def test_what_a_program_was_not_made_for_is_one_sentence(program, given, sentenc
         vmamba.load_program(program[1])(given)
 
 
+@pytest.mark.parametrize("mode", ["whole", "slide"])
+def test_a_segmenters_program_of_one_size_predicts_images_of_any(tmp_path, mode):
+    """A model whose classes are whether a pixel is brighter than black, in a program of 64 x 96 pixels."""
+    from PIL import Image
+
+    asked = []
+
+    def run(x):
+        asked.append(x)
+        return torch.cat((0 * x[:, :1], x[:, :1]), 1)
+
+    data, test = dict(SCALE=[64, 999], MEAN=[0.5], STD=[0.5], CROP_SIZE=48), dict(MODE=mode, STRIDE=40)
+    told = {"TASK": "segmentation", "MODEL": {"NUM_CLASSES": 2}, "DATA": data, "TEST": test}
+    about = {"config": told, "classes": ["dark", "light"], "images": [[1, None], [3, 3], [64, 64], [96, 96]]}
+    program = loading.Program(tmp_path / "a.onnx", run, about)
+    assert program.size == (64, 96)
+    for width, height in ((96, 64), (30, 20), (40, 400), (400, 40)):
+        image = Image.new("RGB", (width, height))
+        image.paste((255, 255, 255), (0, 0, width // 2, height))
+        told = vmamba.predict(program, image)[0]["classes"]
+        assert {each["name"] for each in told} == {"dark", "light"}
+        assert all(each["share"] == pytest.approx(0.5, abs=0.05) for each in told)
+    assert all(x.shape == (1, 3, 64, 96) for x in asked)
+    if mode == "whole":  # 640 x 64 pixels of the last image are 96 x 10 of the program's, and zeros below
+        assert not asked[-1][:, :, 10:].any() and (asked[-1][:, :, :10, :47] > 0.99).all()
+
+
 def test_what_is_open_is_told(tmp_path):
     model, x = small("vmamba_digits", depths=(1,)), torch.zeros(2, 3, 32, 36)
     for dynamic, sizes in (

@@ -55,6 +55,12 @@ class Program(nn.Module):
         ]
         return f"({', '.join(words)})"
 
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of its images where it takes no others; None where they are open."""
+        (height, tallest), (width, widest) = self._sizes[2:]
+        return (height, width) if (height, width) == (tallest, widest) else None
+
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor | list[Tensor]:
         """(B, channels, H, W) float32 on the CPU -> what the model gave: logits, or a map of each stage.
