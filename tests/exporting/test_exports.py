@@ -222,6 +222,35 @@ def test_the_file_of_a_classifier_tells_its_dropped_paths_and_images(tmp_path):
     assert pytest.approx([0.449]) == again.config.DATA.MEAN and pytest.approx([0.226]) == again.config.DATA.STD
 
 
+def test_weights_of_timms_classifiers_load_again(tmp_path):
+    """As those of Vim and of any other baseline in our loop; the model's size, mean and deviation come along."""
+    torch.manual_seed(0)
+    for name, options, size in (
+        ("vim_tiny_patch16_224", dict(img_size=(32, 48), drop_path_rate=0.2), (32, 48)),
+        ("resnet18", {}, (64, 64)),
+    ):
+        model = timm.create_model(name, num_classes=2, in_chans=1, **options).eval()
+        path = vmamba.export(model, tmp_path / f"{name}.safetensors", size=size, classes=["a", "b"])
+        state = torch.get_rng_state()
+        again, x = vmamba.load_model(path), images(1, 1, *size)
+        assert torch.equal(again(x), model(x)) and again.class_names == ["a", "b"]
+        assert tuple(again.config.DATA.IMG_SIZE) == size and len(again.config.DATA.MEAN) == 1
+        assert again.config.MODEL.DROP_PATH_RATE == options.get("drop_path_rate")
+        torch.set_rng_state(state)
+        vmamba.export(again, path)
+        assert torch.equal(torch.get_rng_state(), state)
+    for odd in (
+        timm.create_model("resnet18", act_layer="gelu"),
+        timm.create_model("vim_tiny_patch16_224", num_classes=2, depth=1, divide=False),
+    ):
+        with pytest.raises(
+            UserError, match="no file could tell what this model is: its layers are not those of timm's"
+        ):
+            vmamba.export(odd, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match="spelling is 'released', .* of a ResNet leave it out"):
+        vmamba.export(model, tmp_path / "odd.pth", spelling="released")
+
+
 # ------------------------------------------------------------------------------------------------ programs
 
 ELSEWHERE = """
@@ -331,6 +360,35 @@ def test_a_segmenters_program_of_one_size_predicts_images_of_any(tmp_path, mode)
     assert all(x.shape == (1, 3, 64, 96) for x in asked)
     if mode == "whole":  # 640 x 64 pixels of the last image are 96 x 10 of the program's, and zeros below
         assert not asked[-1][:, :, 10:].any() and (asked[-1][:, :, :10, :47] > 0.99).all()
+
+
+def vim(**options):
+    """With weights so large that every scan shows in the result."""
+    torch.manual_seed(0)
+    options = dict(img_size=(32, 48), depth=2, embed_dim=16, num_classes=5, d_state=4) | options
+    model = timm.create_model("vim_tiny_patch16_224", **options).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+def test_a_program_of_vim_has_pytorchs_operators_alone(tmp_path):
+    model, path = vim(), tmp_path / "vim.pt2"
+    for layer in model.layers:
+        layer.mixer.set_backend("triton")  # which no CPU serves
+    vmamba.export(model, path)
+    for layer in model.layers:
+        layer.mixer.set_backend("auto")
+    program = vmamba.load_program(path)
+    nodes = torch.export.load(path).graph.nodes
+    assert not [node for node in nodes if node.op == "call_function" and "vmamba" in str(node.target)]
+    for count in (1, 3):
+        same(program(images(count, 3, 32, 48)), model(images(count, 3, 32, 48)))
+    with pytest.raises(UserError, match="a Vim can be recorded for one size of images alone .*; leave 'size' out of"):
+        vmamba.export(model, path, dynamic="size")
+    with pytest.raises(UserError, match="vim_tiny_patch16_224 does not take images of 32 x 32 pixels"):
+        vmamba.export(model, path, size=32)
 
 
 def test_what_is_open_is_told(tmp_path):
@@ -624,6 +682,18 @@ def test_onnx_of_a_segmenter_and_of_its_other_options(tmp_path):
         same(outputs(tmp_path / "a.onnx", x)[0], segmenter(x))
 
 
+@needs_onnx
+def test_onnx_of_vim(tmp_path):
+    pytest.importorskip("onnxscript")
+    onnx, model = pytest.importorskip("onnx"), vim(depth=1)
+    vmamba.export(model, tmp_path / "a.onnx", dynamic=() if BY_NAME else ("batch",))
+    nodes = list(graphs._nodes(onnx.load(tmp_path / "a.onnx").graph))
+    assert {node.domain for node in nodes} == {""} and [node.op_type for node in nodes].count("Scan") == 2
+    for count in (1,) if BY_NAME else (1, 3):
+        x = images(count, 3, 32, 48)
+        same(outputs(tmp_path / "a.onnx", x)[0], model(x))
+
+
 def test_the_maps_of_a_backbone_are_called_after_their_stages():
     assert graphs.output_names(vmamba.Backbone(small("vmamba_tiny"), (1, 0))) == ["stage1", "stage0"]
     assert graphs.output_names(small("vmamba_tiny")) == ["logits"]
@@ -728,7 +798,7 @@ def quantised():
             lambda: vmamba.create_segmenter("upernet", "vmamba_nano", 2, channels=8),
             "a.pth",
             dict(spelling="released"),
-            "spelling is 'released', which classifiers and backbones have alone",
+            "spelling is 'released', which classifiers and backbones of ours have alone",
         ),
     ],
 )
@@ -759,6 +829,10 @@ def test_the_command_names_what_is_missing(tmp_path):
         export_file(model="vmamba_digits")
     with pytest.raises(UserError, match="give one of --model, for random weights, and --checkpoint"):
         export_file(output="a.onnx")
+    with pytest.raises(UserError, match="unknown model 'vim_tinny_patch16_224'; did you mean 'vim_tiny_patch16_224'"):
+        export_file(model="vim_tinny_patch16_224", output=str(tmp_path / "a.pth"))
+    path = export_file(model="timm/resnet18", output=str(tmp_path / "a.pth"))
+    assert vmamba.load_checkpoint(path).config["MODEL"]["NAME"] == "timm/resnet18"
     with pytest.raises(UserError, match="--part backbone is of detectors and segmenters"):
         export_file(model="vmamba_digits", part="backbone", output=str(tmp_path / "a.onnx"))
     with pytest.raises(UserError, match="--cfg, --names and --weights are of a --checkpoint; leave them out"):

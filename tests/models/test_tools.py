@@ -96,7 +96,10 @@ def test_traces_of_what_stands_on_a_backbone():
     ],
 )
 def test_what_torchscript_does_not_compile_is_one_sentence(make, kind):
-    with pytest.raises(UserError, match=f"torch.jit.script cannot compile a {kind}; use torch.jit.trace.model, images"):
+    with pytest.raises(
+        UserError,
+        match=f"torch.jit.script cannot compile a {kind}; use torch.jit.trace or torch.export, or vmamba.export for a",
+    ):
         torch.jit.script(make())
 
 

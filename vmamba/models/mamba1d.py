@@ -114,6 +114,9 @@ class Mamba1D(Unscripted, nn.Module):
         """Of the scan.  Raises UserError for no backend."""
         self.scan_backend = TAKES["scan_backend"].check("backend", backend)
 
+    def extra_repr(self) -> str:
+        return f"bidirectional={self.bidirectional}, divide={self.divide}"
+
     def forward(self, x: Tensor) -> Tensor:
         """(batch, length, d_model) -> (batch, length, d_model).  Raises UserError for another shape, and for a sequence
         of no positions."""

@@ -31,8 +31,10 @@ def check_inference(config: CfgNode) -> None:
 
 
 class OfOneSize:
-    """A model of images of one `size` alone, such as a recorded program, for images (1, 3, h, w) of any: they are fitted
-    into it, with zeros at the right and bottom as in training, and the logits of these are cut off."""
+    """A model of images of one `size` alone, such as a recorded program, for images (1, 3, h, w) of any.
+
+    They are fitted into it, with zeros at the right and bottom as in training, and the logits of these are cut off.
+    """
 
     def __init__(self, model: Callable[[Tensor], Tensor], size: tuple[int, int]):
         self.model, self.size = model, size
