@@ -208,15 +208,16 @@ def _mamba_ssm_scan(
     out_dtype: torch.dtype,
 ) -> Tensor:
     try:
-        interface = import_module("mamba_ssm.ops.selective_scan_interface")
-    except ImportError as error:
-        raise BackendError(f"mamba_ssm is installed but cannot be imported: {error}") from error
+        scan = import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+    except Exception as error:  # of a build for another PyTorch or CUDA, in many ways
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BackendError(f"mamba_ssm is installed but cannot be imported: {reason}") from error
     # It wants one dtype for what varies along the sequence and returns that dtype; no step size may lose digits.
     dtype = out_dtype
     for t in (u, delta, B, C):
         dtype = wider(dtype, t.dtype)
     u, delta, B, C = (t.to(dtype).contiguous() for t in (u, delta, B, C))
-    y = interface.selective_scan_fn(u, delta, A, B, C, D, None, delta_bias, delta_softplus)
+    y = scan(u, delta, A, B, C, D, None, delta_bias, delta_softplus)
     return y.to(out_dtype)
 
 

@@ -235,7 +235,7 @@ def test_weights_of_timms_classifiers_load_again(tmp_path):
         again, x = vmamba.load_model(path), images(1, 1, *size)
         assert torch.equal(again(x), model(x)) and again.class_names == ["a", "b"]
         assert tuple(again.config.DATA.IMG_SIZE) == size and len(again.config.DATA.MEAN) == 1
-        assert again.config.MODEL.DROP_PATH_RATE == options.get("drop_path_rate")
+        assert options.get("drop_path_rate") == again.config.MODEL.DROP_PATH_RATE
         torch.set_rng_state(state)
         vmamba.export(again, path)
         assert torch.equal(torch.get_rng_state(), state)

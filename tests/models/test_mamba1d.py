@@ -2,6 +2,7 @@
 
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -89,9 +90,30 @@ def test_the_packages_serve_where_they_are(monkeypatch):
     package.causal_conv1d_fn = causal_conv1d_fn
     monkeypatch.setitem(sys.modules, "causal_conv1d", package)
     monkeypatch.setattr(mamba1d, "find_spec", lambda name: object())
+    monkeypatch.setattr(mamba1d, "why_no_causal_conv1d", mamba1d.why_no_causal_conv1d.__wrapped__)  # not what it found
     torch.testing.assert_close(layer(conv_backend="causal_conv1d")(x), expected)
     torch.testing.assert_close(layer()(x), expected)
     assert calls == ["silu"]  # on a CPU not by itself
+
+
+@pytest.mark.parametrize(
+    "text", ["raise ImportError('undefined symbol: _ZN3c104cuda\\nand more')", "", "import no_such"]
+)
+def test_a_broken_causal_conv1d_is_one_sentence_and_by_itself_pytorchs(tmp_path, monkeypatch, caplog, text):
+    (tmp_path / "causal_conv1d").mkdir()
+    (tmp_path / "causal_conv1d" / "__init__.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "causal_conv1d", raising=False)
+    monkeypatch.setattr(mamba1d, "why_no_causal_conv1d", cache(mamba1d.why_no_causal_conv1d.__wrapped__))
+    with pytest.raises(
+        UserError, match=r"^conv_backend is causal_conv1d, which is installed but cannot be imported \("
+    ):
+        layer(conv_backend="causal_conv1d")
+    assert layer().conv_backend == "torch" and layer(conv_backend="torch")
+    (record,) = caplog.records
+    assert "the convolutions are PyTorch's; install it anew, or remove it" in record.getMessage()
+    assert "\n" not in record.getMessage()
+    sys.modules.pop("causal_conv1d", None)
 
 
 @pytest.mark.parametrize(

@@ -50,8 +50,8 @@ def export(
 
     Args:
         model: what `create_model` or `load_model` gives, a classifier of timm's create_model (`Vim` is one), a
-            `Backbone` (its file gives the maps of its stages) or a segmenter, wrapped or not; its weights on any device.  It is left as it is; what is written is in eval mode,
-            on the CPU.
+            `Backbone` (its file gives the maps of its stages) or a segmenter, wrapped or not; its weights on any
+            device.  It is left as it is; what is written is in eval mode, on the CPU.
         path: of the file.
         format: None takes it from the suffix.  "safetensors" and "pth" hold the weights, and a classifier's config;
             "torch" (.pt2) is a program of torch.export, "aoti" one compiled by AOTInductor, also .pt2, so asked for by
@@ -62,8 +62,8 @@ def export(
         dynamic: what of the images a program leaves open, of "batch" and "size"; see `programs.open_sides`.
         spelling: of weights: "ours", "released" or "january", see `to_released`.
         classes: their names, which the file keeps, in weights and ONNX; None: those that a loaded model has.
-        mean, std: of a channel of the images, values in 0..1, likewise; None: of a loaded model's run, timm's of
-            its models, or ImageNet's (one number, the mean of its three, where the images have others than three channels).
+        mean, std: of a channel of the images, values in 0..1, likewise; None: of a loaded model's run, timm's of its
+            models, or ImageNet's (one number, the mean of its three, where the images have others than three channels).
 
     Returns the path.  Raises UserError, before any work, for what cannot be exported, and why, and where the state of a
     run would be written over.

@@ -4,7 +4,9 @@ The names of parameters are those of `mamba_ssm.modules.mamba_simple.Mamba`, and
 weights load.
 """
 
+import logging
 import math
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -16,10 +18,12 @@ from torch import Tensor, nn
 from vmamba.errors import UserError
 from vmamba.models.layers import Unscripted
 from vmamba.models.ss2d import step_biases
+from vmamba.text import printable
 from vmamba.values import Takes
 from vmamba_kernels import backends, wider
 from vmamba_kernels.mamba import selective_scan_fn, selective_state_update
 
+logger = logging.getLogger("vmamba")
 _COUNT = Takes((int,), at_least=1, at_most=2**16)
 _SWITCH = Takes((bool,))
 TAKES = {
@@ -30,6 +34,21 @@ TAKES = {
     "scan_backend": Takes((str,), choices=lambda: ("auto", *backends())),
     "conv_backend": Takes((str,), choices=("auto", "torch", "causal_conv1d")),
 }
+
+
+@cache
+def why_no_causal_conv1d() -> str | None:
+    """What keeps that package from being used, or None; in the log where it is there and cannot be imported."""
+    if find_spec("causal_conv1d") is None:
+        return "is not installed (pip install causal-conv1d)"
+    try:
+        _ = import_module("causal_conv1d").causal_conv1d_fn
+    except Exception as error:  # of a build for another PyTorch or CUDA, in many ways
+        reason = printable((str(error).strip() or type(error).__name__).splitlines()[0])
+        missing = f"is installed but cannot be imported ({reason})"
+        logger.warning(f"causal_conv1d {missing}: the convolutions are PyTorch's; install it anew, or remove it")
+        return missing
+    return None
 
 
 class MambaState(NamedTuple):
@@ -53,9 +72,9 @@ class Mamba1D(Unscripted, nn.Module):
             of both (Vim's "v2"; `divide` False: the sum).
         scan_backend: of `vmamba_kernels.backends()`, such as "mamba_ssm"; "auto" takes the fastest that can serve.
         conv_backend: "torch"; "causal_conv1d", that package's kernel for a GPU; "auto": that where it is installed and
-            the input is on a GPU.
+            the input is on a GPU.  Where it is installed but cannot be imported, the log says so.
 
-    Raises UserError for a value that cannot be, and for an unknown or absent backend.
+    Raises UserError for a value that cannot be, and for an unknown, absent or broken backend.
     """
 
     def __init__(
@@ -82,14 +101,12 @@ class Mamba1D(Unscripted, nn.Module):
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
         if self.d_inner < 1:
             raise UserError(f"expand is {expand}, which of {d_model} channels leaves none; choose a larger one")
-        has_causal_conv1d = find_spec("causal_conv1d") is not None
-        if conv_backend == "causal_conv1d" and not has_causal_conv1d:
-            raise UserError(
-                "conv_backend is causal_conv1d, which is not installed (pip install causal-conv1d); choose torch"
-            )
+        missing = None if conv_backend == "torch" else why_no_causal_conv1d()
+        if conv_backend == "causal_conv1d" and missing:
+            raise UserError(f"conv_backend is causal_conv1d, which {missing}; choose torch")
         self.bidirectional, self.divide = bidirectional, divide
         self.scan_backend = scan_backend
-        self.conv_backend = "torch" if conv_backend == "auto" and not has_causal_conv1d else conv_backend
+        self.conv_backend = "torch" if missing else conv_backend
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias)
         for end in ("", "_b") if bidirectional else ("",):
             self._make_direction(end, conv_bias)
