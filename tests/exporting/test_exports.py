@@ -809,6 +809,22 @@ def test_what_cannot_be_exported_is_one_sentence_before_any_work(tmp_path, monke
     assert "\n" not in str(raised.value) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(classes=[1] * 1000),
+        dict(std=[-1.0] * 1000),
+        dict(dynamic=["x" * 1000]),
+        dict(spelling="x" * 1000),
+        dict(format="x" * 1000),
+    ],
+)
+def test_a_sentence_tells_the_beginning_of_what_is_long(tmp_path, options):
+    with pytest.raises(UserError) as raised:
+        vmamba.export(small("vmamba_digits"), tmp_path / "a.pth", **options)
+    assert len(str(raised.value)) < 400
+
+
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
     model = small("vmamba_digits")
     monkeypatch.setattr("vmamba.exporting.graphs.find_spec", lambda name: None)
