@@ -241,6 +241,7 @@ def test_weights_of_timms_classifiers_load_again(tmp_path):
         assert torch.equal(torch.get_rng_state(), state)
     for odd in (
         timm.create_model("resnet18", act_layer="gelu"),
+        timm.create_model("vit_tiny_patch16_224", global_pool=""),
         timm.create_model("vim_tiny_patch16_224", num_classes=2, depth=1, divide=False),
     ):
         with pytest.raises(

@@ -104,8 +104,9 @@ def _timm_classifier(model: nn.Module, size: Sequence[int]) -> dict[str, Any]:
 
 
 def _layers(model: nn.Module) -> list[str]:
-    """What PyTorch prints of them, but for those of training alone."""
-    return [line for line in str(model).splitlines() if not re.search(r"\): (DropPath|Dropout|Identity)\(", line)]
+    """What PyTorch prints of them, but for those of training alone, and how the model pools."""
+    printed = [line for line in str(model).splitlines() if not re.search(r"\): (DropPath|Dropout|Identity)\(", line)]
+    return [*printed, str(getattr(model, "global_pool", ""))]
 
 
 def _segmenter(model: UperNet) -> dict[str, Any]:
