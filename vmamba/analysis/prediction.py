@@ -38,7 +38,7 @@ from vmamba.runtime.checkpoint import BEST, LAST, SHARDED
 from vmamba.runtime.task import open_task
 from vmamba.segmentation import models as segmentation_models
 from vmamba.segmentation.datasets import Sample
-from vmamba.segmentation.evaluation import Inference
+from vmamba.segmentation.evaluation import Inference, OfOneSize
 from vmamba.segmentation.transforms import EvalTransform
 from vmamba.text import counted, printable
 
@@ -284,7 +284,7 @@ def config_of(checkpoint: Checkpoint, cfg: str | None) -> CfgNode:
     if cfg is not None:
         return get_config(cfg)
     if checkpoint.config.get("MODEL"):
-        return restored(checkpoint.config)
+        return restored(checkpoint.config, f"the config in '{checkpoint.path}'")
     for models in (detection_models, segmentation_models):
         if models.HEAD in checkpoint.whole:
             return models.config_of(checkpoint)
@@ -395,12 +395,14 @@ def detector(config: CfgNode, model: nn.Module, device: torch.device, names: Seq
 
 def segmenter(config: CfgNode, model: nn.Module, device: torch.device, names: Sequence[str], score: float) -> Predictor:
     transform, inference = EvalTransform(config), Inference(config)
+    size = getattr(model, "size", None)  # of a program, which takes images of one alone
+    run = OfOneSize(model, size) if size else model
 
     @torch.no_grad()
     def answer(image: Image.Image) -> Answer:
         empty = np.zeros((image.height, image.width), np.uint8)
         images, *_ = transform(Sample(image, empty, ""))
-        classes = inference(model, [each.to(device) for each in images], empty.shape).cpu()
+        classes = inference(run, [each.to(device) for each in images], empty.shape).cpu()
         counts = torch.bincount(classes.flatten().long(), minlength=len(names))
         order = [label for label in counts.argsort(descending=True).tolist() if counts[label]]
         shares = [
