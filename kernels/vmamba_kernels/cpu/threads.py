@@ -7,6 +7,7 @@ do not serve: they do not survive a fork (GNU OpenMP) or two callers at once (it
 
 import ctypes
 import os
+import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,8 +17,9 @@ from pathlib import Path
 
 import torch
 
-PIECES = 2  # for each thread, so that one that is held up does less
+PIECES = 2  # for each thread at least, so that one that is held up does less
 _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_of_thread = threading.local()
 
 
 def share(tasks: int, work: Callable[[int, int], None]) -> None:
@@ -26,7 +28,7 @@ def share(tasks: int, work: Callable[[int, int], None]) -> None:
     threads = min(torch.get_num_threads(), tasks)
     if threads < 2:
         return work(0, tasks)
-    size = -(-tasks // (PIECES * threads))
+    size = max(1, tasks // (PIECES * threads))  # rounded down: six tasks for two threads are no three pieces of two
     starts = deque(range(0, tasks, size))
     errors: list[BaseException] = []
 
@@ -45,7 +47,7 @@ def share(tasks: int, work: Callable[[int, int], None]) -> None:
     if team is None:
         _by_pool(threads, take_pieces)
     else:
-        team(_CALLBACK(lambda _: take_pieces()), None, threads, 0)
+        team(_CALLBACK(lambda _: _as_a_thread_of_python(take_pieces)), None, threads, 0)
     if errors:
         raise errors[0]
 
@@ -61,6 +63,14 @@ def _team() -> Callable[..., None] | None:
     function = ctypes.CDLL(str(path)).GOMP_parallel
     function.argtypes, function.restype = (_CALLBACK, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
     return function
+
+
+def _as_a_thread_of_python(take_pieces: Callable[[], None]) -> None:
+    """In a thread of OpenMP, which stays one of Python's: else Python makes what it keeps of a thread for each call and
+    ends it behind, 65 microseconds for which all wait."""
+    if not hasattr(_of_thread, "state"):
+        _of_thread.state = ctypes.pythonapi.PyGILState_Ensure()  # and no PyGILState_Release
+    take_pieces()
 
 
 def _by_pool(threads: int, take_pieces: Callable[[], None]) -> None:
