@@ -1,12 +1,14 @@
 """Loading processes: signals that are not for them, and what the system lacks."""
 
 import errno
+import gc
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +42,20 @@ def nothing(sample):
 def loader(workers=2, source=None, *opts, transform=nothing):
     config = get_config(None, ["DATA.NUM_WORKERS", str(workers), "DATA.BATCH_SIZE", "2", "DEVICE", "cpu", *opts])
     return EvalLoader(config, Examples(config, source or Slow(), transform, training=False), 0, 1)
+
+
+def test_a_loader_ends_with_its_last_reference():
+    """Not in the garbage collector, which ends an iterator's queues before it: it would then wait five seconds for
+    each of its processes, which cannot hear of its end."""
+    loading = loader()
+    assert sum(len(batch) for batch in loading) == 60
+    iterator, processes = weakref.ref(loading._running), list(loading._running._workers)
+    gc.disable()
+    try:
+        del loading
+        assert iterator() is None and not any(process.is_alive() for process in processes)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])

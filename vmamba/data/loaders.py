@@ -220,7 +220,7 @@ class Loader:
             process.terminate = process.kill  # how PyTorch ends one that hangs: they are deaf to SIGTERM
             _loading.add(process)
         if getattr(iterator, "_workers", ()) and not isinstance(iterator._try_get_data, _Patience):
-            iterator._try_get_data = _Patience(iterator._try_get_data, self.timeout)
+            iterator._try_get_data = _Patience(iterator, self.timeout)
         self._running = iterator
         return iterator
 
@@ -429,14 +429,19 @@ def _without_a_word_of_children() -> Iterator[None]:
 
 class _Patience:
     """Asks PyTorch's iterator for a batch, which looks every second whether a loading process has died, and gives up
-    after `limit` seconds (0: never).  PyTorch's own limit would put off that look to its end."""
+    after `limit` seconds (0: never).  PyTorch's own limit would put off that look to its end.
 
-    def __init__(self, get: Callable[..., tuple[bool, Any]], limit: float):
-        self.get, self.limit, self.since = get, limit, None
+    It holds the iterator weakly: in a cycle with it, the queues would be ended before it, which then waits five seconds
+    for each of its processes.
+    """
+
+    def __init__(self, iterator: Any, limit: float):
+        self.iterator, self.limit, self.since = weakref.ref(iterator), limit, None
 
     def __call__(self, *args: Any) -> tuple[bool, Any]:
         since = time.monotonic() if self.since is None else self.since
-        found = self.get(*args or (1.0,))
+        iterator = self.iterator()
+        found = type(iterator)._try_get_data(iterator, *args or (1.0,))
         self.since = None if found[0] else since
         if self.since is not None and 0 < self.limit < time.monotonic() - since:
             raise RuntimeError("DataLoader timed out")
