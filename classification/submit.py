@@ -11,16 +11,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from vmamba.commands.parser import whole
 from vmamba.config import argument_parser, config_from_args, output_folder
+from vmamba.config.keys import LARGEST_SEED
 from vmamba.errors import UserError
 from vmamba.runtime.cli import exit_code
 from vmamba.runtime.slurm import (
     Job,
     Resources,
-    at_least,
     check_local,
+    each_once,
     gpus_of_a_node,
     minutes,
+    one_line,
     pair,
     sbatch_file,
     seeded,
@@ -32,22 +35,22 @@ from vmamba.runtime.trainer import run
 def main() -> None:
     parser = argument_parser(__doc__)
     job = parser.add_argument_group("the job")
-    job.add_argument("--nodes", type=at_least(1), default=1)
+    job.add_argument("--nodes", type=whole(1), default=1)
     job.add_argument(
         "--gpus-per-node",
-        type=at_least(0),
+        type=whole(0),
         help="one process each; 0: one process on the CPU (default: 8; with --local those of this machine)",
     )
-    job.add_argument("--cpus-per-gpu", type=at_least(1), default=8)
+    job.add_argument("--cpus-per-gpu", type=whole(1), default=8)
     job.add_argument(
         "--time", default="3-0", help="limit of one submission: minutes, H:M:S or D-H:M:S (default: %(default)s)"
     )
-    job.add_argument("--partition")
-    job.add_argument("--account")
-    job.add_argument("--qos")
-    job.add_argument("--constraint")
-    job.add_argument("--comment")
-    job.add_argument("--exclude", metavar="NODES")
+    job.add_argument("--partition", type=one_line)
+    job.add_argument("--account", type=one_line)
+    job.add_argument("--qos", type=one_line)
+    job.add_argument("--constraint", type=one_line)
+    job.add_argument("--comment", type=one_line)
+    job.add_argument("--exclude", type=one_line, metavar="NODES")
     job.add_argument(
         "--slurm-additional",
         dest="additional",
@@ -55,10 +58,12 @@ def main() -> None:
         nargs="+",
         action="extend",
         default=[],
-        metavar="KEY=VALUE",
+        metavar="KEY[=VALUE]",
         help="any other option of sbatch",
     )
-    job.add_argument("--seeds", type=at_least(0), nargs="+", help="a job for each, as an array; folders TAG-seed")
+    job.add_argument(
+        "--seeds", type=whole(0, LARGEST_SEED), nargs="+", help="a job for each, as an array; folders TAG-seed"
+    )
     job.add_argument("--local", action="store_true", help="run on this machine instead, and wait for the end")
     job.add_argument("--dry-run", action="store_true", help="print what would be submitted")
     args = parser.parse_args()
@@ -68,8 +73,9 @@ def main() -> None:
     own = ("minutes", "grace", "additional")
     asked = {name: getattr(args, name) for name in Resources.__dataclass_fields__ if name not in own}
     asked["gpus_per_node"] = gpus_of_a_node(args.gpus_per_node, args.local)
+    each_once([name for name, _ in args.additional], "--slurm-additional")
     resources = Resources(minutes(args.time), grace=config.GRACE, additional=dict(args.additional), **asked)
-    configs = [seeded(config, seed) for seed in args.seeds] if args.seeds else [config]
+    configs = [seeded(config, seed) for seed in each_once(args.seeds, "--seeds")] if args.seeds else [config]
     if args.local:
         check_local(resources)
     if args.dry_run:

@@ -1,22 +1,30 @@
-"""Faults, counted: python tests/faults.py --tries 100 [--only NAME ...] > faults.md
+"""Faults, counted: python tests/faults.py --tries 100 [--only NAME ...] [--keep FOLDER] > faults.md
 
 Runs of a second each are killed, signalled, and robbed of their files at random moments, and started again until they
-are done; then they must have left, bit for bit, what a run that nothing happened to leaves.  A try is lost where they
-have not, where a fault ends in a traceback instead of a sentence, and where something waits for ever.  The processes
+are done; then they must have left, bit for bit, what a run that nothing happened to leaves.  A run that is killed and
+started again five times is five tries; a kill that found the run done is none.  A try is lost where numbers differ,
+where a fault ends in a traceback instead of a sentence, and where something waits for ever; what is lost is kept: the
+run's folder, what its processes said (of one that hangs, where it stood), and what was done to it when.  The processes
 are forked from this one, which has imported everything: what is tried is the run, not the import.
 """
 
 import argparse
+import faulthandler
+import gc
 import os
 import random
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
@@ -27,15 +35,22 @@ import torch  # noqa: E402
 from tests.classification.tiny import differences, metrics, saved, tiny_config  # noqa: E402
 from vmamba.classification.task import Accuracy  # noqa: E402
 from vmamba.config import output_folder  # noqa: E402
-from vmamba.runtime import saving  # noqa: E402
+from vmamba.runtime import records, saving  # noqa: E402
 from vmamba.runtime.cli import exit_code  # noqa: E402
+from vmamba.runtime.shares import read_folder  # noqa: E402
 from vmamba.runtime.trainer import run  # noqa: E402
 
 EPOCHS = 6
-LIMIT = 60  # seconds after which a process hangs
+EVERY = ("TRAIN.EPOCHS", EPOCHS, "TRAIN.SAVE_STEPS", 2, "MODEL.BACKEND", "reference", "TIMEOUT", 10)
 TWO = ("DATA.BATCH_SIZE", 4, "AUG.MIXUP", 0)  # of each of two processes
+IN_SHARES = (*TWO, "TRAIN.PARALLEL", "fsdp")
+LOADING = ("DATA.NUM_WORKERS", 2)
+LIMIT = 60  # seconds after which a process hangs; one whose peer was killed before they met waits 40
 SLOW = 0.05
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 CHANCE = random.Random()  # of its own: a run's random numbers are the run's
+
+Prepare = Callable[[], object]
 
 
 class Lost(Exception):
@@ -46,127 +61,207 @@ class Bench:
     """A folder of runs, each beside the one that nothing happened to."""
 
     def __init__(self, folder: Path):
-        self.folder, self.port, self.number = folder, 30000 + os.getpid() % 10000, 0
-        self.whole: dict[tuple, object] = {}
+        self.folder, self.number, self.tries = folder, 0, 0
+        self.undisturbed: dict[tuple, Life] = {}
 
-    def config(self, tag: str, *opts: object):
-        every = ("TRAIN.EPOCHS", EPOCHS, "TRAIN.SAVE_STEPS", 2, "TAG", tag)
-        return tiny_config(self.folder, *every, *opts)
-
-    def fresh(self, *opts: object):
+    def life(self, *opts: object, ranks: int = 1, prepare: Prepare = lambda: None) -> "Life":
+        """A new run; `prepare` is called in each of its processes."""
+        key = ranks, *opts
+        if key not in self.undisturbed:
+            life = Life(self, f"whole{len(self.undisturbed)}", opts, ranks)
+            start = time.monotonic()
+            if any(life.wait(life.start())):
+                raise Lost(f"the run that nothing happens to did not end well: {life.told()[-1000:]}")
+            life.seconds = time.monotonic() - start
+            self.undisturbed[key] = life
         self.number += 1
-        return self.config(f"try{self.number}", *opts)
+        life = Life(self, f"try{self.number}", opts, ranks, prepare)
+        life.whole = self.undisturbed[key]
+        self.now = life
+        return life
 
-    def start(self, config, ranks: int = 1, prepare: Callable[[], object] = lambda: None) -> list[int]:
-        """Fork the processes of a run; `prepare` is called in each."""
-        self.port += 1
+
+class Life:
+    """A run, from its first start to its end, and what was done to it."""
+
+    def __init__(self, bench: Bench, tag: str, opts: Sequence[object], ranks: int, prepare: Prepare = lambda: None):
+        self.bench, self.ranks, self.prepare = bench, ranks, prepare
+        self.config = tiny_config(bench.folder, *EVERY, "TAG", tag, *opts)
+        self.folder, self.said = output_folder(self.config), bench.folder / f"{tag}.txt"
+        self.begin, self.seconds, self.done = time.monotonic(), 0.0, []
+        self.whole: Life
+
+    def did(self, what: str) -> None:
+        self.done.append(f"{time.monotonic() - self.begin:8.3f} s  {what}")
+
+    def tried(self, what: str) -> None:
+        self.did(what)
+        self.bench.tries += 1
+
+    def start(self) -> list[int]:
+        """Fork its processes."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
         children = []
-        for rank in range(ranks):
+        for rank in range(self.ranks):
+            seed = CHANCE.random()
             child = os.fork()
             if not child:
-                self._be(config, rank, ranks, prepare)
+                CHANCE.seed(seed)
+                self._be(rank, port)
             children.append(child)
+        self.did(f"started as {children}")
         return children
 
-    def _be(self, config, rank: int, ranks: int, prepare: Callable[[], object]) -> None:
+    def _be(self, rank: int, port: int) -> None:
         code = 70
         try:
             os.setsid()
-            said = os.open(self.said(config), os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+            said = os.open(self.said, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
             os.dup2(said, 1), os.dup2(said, 2)
-            if ranks > 1:
-                os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port)}
-            prepare()
-            code = exit_code(lambda: run(config))
+            faulthandler.enable()
+            records.draw_curves = lambda *_: None  # a third of such a run's time, and nothing that goes on from it
+            if self.ranks > 1:
+                os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(self.ranks), "LOCAL_RANK": str(rank)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            self.prepare()
+            code = exit_code(lambda: run(self.config))
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(code)
 
-    def said(self, config) -> Path:
-        return self.folder / f"{config.TAG}.txt"
+    def wait(self, children: list[int]) -> list[int]:
+        """Their exit codes; negative: the signal.  Raises Lost where one hangs, which then says where it stands."""
+        end, codes = time.monotonic() + LIMIT, {}
+        while len(codes) < len(children):
+            for child in set(children) - codes.keys():
+                pid, status = os.waitpid(child, os.WNOHANG)
+                if pid:
+                    codes[child] = os.waitstatus_to_exitcode(status)
+            if time.monotonic() > end:
+                hanging = sorted(set(children) - codes.keys())
+                for signum in (signal.SIGABRT, signal.SIGKILL):
+                    for child in hanging:
+                        send(child, signum, group=True)
+                    time.sleep(1)
+                for child in hanging:
+                    os.waitpid(child, 0)
+                raise Lost(f"{hanging} hung for {LIMIT:g} s")
+            time.sleep(0.002)
+        found = [codes[child] for child in children]
+        self.did(f"ended with {found}")
+        return found
 
-    def finish(self, config, *opts: object, ranks: int = 1) -> None:
-        """Start the run again until it is done, and compare what it left with the run that nothing happened to."""
-        codes = wait(self.start(config, ranks))
+    def stops(self, children: list[int]) -> None:
+        """Wait for the end of a run that goes on from what was damaged, and was asked to stop or not."""
+        codes = self.wait(children)
+        if not set(codes) <= {0, 128 + signal.SIGTERM, -signal.SIGTERM}:
+            raise Lost(f"it ended with {codes}")
+
+    def trains(self) -> bool:
+        """Whether something is left to do, as far as its records tell: a finished run is no place for faults."""
+        lines = self.folder / "metrics.jsonl"
+        return not lines.exists() or lines.read_bytes().count(b"\n") < EPOCHS
+
+    def told(self) -> str:
+        return self.said.read_text()
+
+    def finish(self) -> None:
+        """Start it again until it is done, and compare."""
+        codes = self.wait(self.start())
         if any(codes):
             raise Lost(f"the run that goes on ended with {codes}")
-        key = (ranks, *opts)
-        if key not in self.whole:
-            whole = self.config(f"whole{len(self.whole)}", *opts)
-            if any(wait(self.start(whole, ranks))):
-                raise Lost("the run that nothing happens to did not end well")
-            self.whole[key] = whole
-        self.compare(config, self.whole[key])
+        self.compare()
 
-    def compare(self, config, whole) -> None:
-        one, other = saved(config), saved(whole)
-        places = differences({**one, "config": None}, {**other, "config": None})
-        if places or metrics(config) != metrics(whole):
+    def compare(self) -> None:
+        """What it left with what the run left that nothing happened to."""
+        places = differences(self._state("last"), self.whole._state("last"))
+        if places or metrics(self.config) != metrics(self.whole.config):
             raise Lost(f"other numbers at {places[:3]}")
-        if saved(config, "best.pth")["step"] != saved(whole, "best.pth")["step"]:
+        if self._state("best")["step"] != self.whole._state("best")["step"]:
             raise Lost("another best")
-        if "Traceback" in self.said(config).read_text():
-            raise Lost(f"a traceback: {self.said(config).read_text()[-1500:]}")
-        for each in (output_folder(config), self.said(config)):
-            shutil.rmtree(each, ignore_errors=True) if each.is_dir() else each.unlink()
+        if "Traceback" in self.told():
+            raise Lost("a traceback")
+        shutil.rmtree(self.folder)
+        self.said.unlink()
+
+    def _state(self, name: str) -> dict[str, Any]:
+        shares = self.folder / f"{name}.sharded"
+        state = read_folder(shares) if shares.exists() else saved(self.config, f"{name}.pth")
+        return {**state, "config": None}
+
+    def keep(self, folder: Path, error: Lost) -> None:
+        """What is needed to find out why it was lost."""
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True, symlinks=True)
+        if self.said.exists():
+            shutil.copy(self.said, folder / "said.txt")
+        what = [str(error), f"{self.ranks} process(es) of the config beside this; done to them:", *self.done]
+        (folder / "lost.txt").write_text("\n".join(what) + "\n")
 
 
-def wait(children: list[int], limit: float = LIMIT) -> list[int]:
-    """The exit codes; negative: the signal."""
-    end, codes = time.monotonic() + limit, {}
-    while len(codes) < len(children):
-        for child in set(children) - codes.keys():
-            pid, status = os.waitpid(child, os.WNOHANG)
-            if pid:
-                codes[child] = os.waitstatus_to_exitcode(status)
-        if time.monotonic() > end:
-            for child in set(children) - codes.keys():
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-            raise Lost(f"a process hung for {limit:g} s")
-        time.sleep(0.002)
-    return [codes[child] for child in children]
+def send(child: int, signum: int, group: bool = False) -> None:
+    with suppress(ProcessLookupError):
+        try:
+            os.killpg(child, signum) if group else os.kill(child, signum)
+        except ProcessLookupError:  # it has not called setsid yet
+            os.kill(child, signum)
 
 
-def once_done(path: Path, children: list[int]) -> bool:
-    """Until `path` is there; False where the processes ended before."""
+def alive(child: int) -> bool:
+    """A child that was not waited for."""
+    return Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def until(condition: Callable[[], object], children: list[int]) -> bool:
+    """Wait for `condition`; False where one of the processes ended before."""
     end = time.monotonic() + LIMIT
-    while not path.exists():
-        if time.monotonic() > end or any(state(child) == "Z" for child in children):
+    while not condition():
+        if time.monotonic() > end or not all(map(alive, children)):
             return False
         time.sleep(0.001)
     return True
 
 
-def state(child: int) -> str:
+def until_saved(life: Life, children: list[int], name: str = "last.pth") -> bool:
+    """Wait until this start has saved, not for the first time, and a random while more; False where it has ended."""
+    last = life.folder / name
+    before = stamp(last)
+    saw = until(lambda: stamp(last) != before and last.with_stem("last.2").exists(), children)
+    time.sleep(CHANCE.uniform(0, 0.3))
+    return saw and all(map(alive, children))
+
+
+def stamp(path: Path) -> tuple[int, int] | None:
     try:
-        return Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "Z"
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
-def kill_at_random(bench: Bench, tries: int, *opts: object, ranks: int = 1, whom: str = "all") -> None:
-    """SIGKILL at moments from before the first step to after the last one, over as many runs as it takes."""
-    left = tries
-    while left:
-        config = bench.fresh(*opts)
-        for _ in range(min(left, 5)):
-            children = bench.start(config, ranks)
-            time.sleep(CHANCE.uniform(0.05, 1.2) * (1.5 if ranks > 1 else 1))
-            victims = children if whom == "all" else [CHANCE.choice(children)]
-            for child in victims:
-                try:
-                    os.killpg(child, signal.SIGKILL)
-                except ProcessLookupError:  # it has not called setsid yet, or is gone
-                    os.kill(child, signal.SIGKILL)
-            wait(children)
-            left -= 1
-        bench.finish(config, *opts, ranks=ranks)
+# ---- each function is one life of a run, with as many tries as it takes the run to end ----
 
 
-def marking(owner: object, name: str, marker: Path) -> Callable[[], None]:
+def kill_at_random(bench: Bench, *opts: object, ranks: int = 1, whom: str = "all") -> None:
+    """SIGKILL at moments from before the first step to after the last one."""
+    life = bench.life(*opts, ranks=ranks)
+    while life.trains():
+        children = life.start()
+        time.sleep(CHANCE.uniform(0.01, 1.2 * life.whole.seconds))
+        victims = children if whom == "all" else [CHANCE.choice(children)]
+        living = all(map(alive, children))
+        for child in victims:
+            send(child, signal.SIGKILL, group=True)
+        if living:
+            life.tried(f"SIGKILL to {victims}")
+        codes = life.wait(children)
+        if not set(codes) <= {0, 1, -signal.SIGKILL}:
+            raise Lost(f"they ended with {codes}")
+    life.finish()
+
+
+def marking(owner: object, name: str, marker: Path) -> Prepare:
     """Lets a function tell that it has begun, by a file, and take a while."""
 
     def prepare() -> None:
@@ -184,66 +279,57 @@ def marking(owner: object, name: str, marker: Path) -> Callable[[], None]:
     return prepare
 
 
-def kill_during(bench: Bench, tries: int, owner: object, name: str, ranks: int = 1) -> None:
-    left = tries
-    opts = TWO if ranks > 1 else ()
-    while left:
-        config = bench.fresh(*opts)
-        for _ in range(min(left, 4)):
-            marker = bench.folder / "marker"
+def kill_during(bench: Bench, owner: object, name: str, *opts: object, ranks: int = 1) -> None:
+    marker = bench.folder / "marker"
+    life = bench.life(*opts, ranks=ranks, prepare=marking(owner, name, marker))
+    while life.trains():
+        marker.unlink(missing_ok=True)
+        children = life.start()
+        for _ in range(CHANCE.randrange(12)):  # an evaluation has four of them, and not always the first shall it be
+            until(marker.exists, children)
             marker.unlink(missing_ok=True)
-            children = bench.start(config, ranks, marking(owner, name, marker))
-            for _ in range(CHANCE.randrange(4)):  # not always the first time
-                once_done(marker, children)
-                marker.unlink(missing_ok=True)
-            once_done(marker, children)
-            time.sleep(CHANCE.uniform(0, 2 * SLOW))
-            for child in children:
-                os.kill(child, signal.SIGKILL)
-            wait(children)
-            left -= 1
-        bench.finish(config, *opts, ranks=ranks)
+        until(marker.exists, children)
+        time.sleep(CHANCE.uniform(0, 2 * SLOW))
+        living = all(map(alive, children))
+        for child in children:
+            send(child, signal.SIGKILL)
+        if living:
+            life.tried(f"SIGKILL in {name}")
+        life.wait(children)
+    life.finish()
 
 
-def signals(bench: Bench, tries: int, *opts: object, ranks: int = 1, group: bool = False) -> None:
+def signals(bench: Bench, *opts: object, ranks: int = 1, group: bool = False) -> None:
     """TERM, USR1, USR2 and HUP at random moments; the run says how it ended and goes on."""
-    left, known = tries, (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-    while left:
-        config = bench.fresh(*opts)
-        for _ in range(min(left, 5)):
-            children = bench.start(config, ranks)
-            wait_for_session(children)
-            time.sleep(CHANCE.uniform(0.02, 1.2))
-            signum = CHANCE.choice(known)
-            for child in children:
-                if state(child) != "Z":
-                    os.killpg(child, signum) if group else os.kill(child, signum)
-            codes = wait(children)
-            if not set(codes) <= {0, 128 + signum, -signum}:  # the last: before the run takes signals
-                raise Lost(f"{signum.name} ended it with {codes}")
-            left -= 1
-        bench.finish(config, *opts, ranks=ranks)
+    life = bench.life(*opts, ranks=ranks)
+    while life.trains():
+        children = life.start()
+        until(lambda those=children: all(os.getpgid(child) == child for child in those), children)
+        time.sleep(CHANCE.uniform(0.01, 1.2 * life.whole.seconds))
+        signum, living = CHANCE.choice(SIGNALS), all(map(alive, children))
+        for child in children:
+            send(child, signum, group)
+        if living:
+            life.tried(signum.name)
+        codes = life.wait(children)
+        if not set(codes) <= {0, 128 + signum, -signum}:  # the last: before the run takes signals
+            raise Lost(f"{signum.name} ended it with {codes}")
+    life.finish()
 
 
-def wait_for_session(children: list[int]) -> None:
-    for child in children:
-        while state(child) != "Z" and os.getpgid(child) != child:
-            time.sleep(0.001)
-
-
-def damage(bench: Bench, tries: int, how: Callable[[Path], object]) -> None:
+def damage(bench: Bench, how: Callable[[Path], object]) -> None:
     """Of a run that was stopped the last file is damaged; it goes on from the one before."""
-    for _ in range(tries):
-        config = bench.fresh()
-        (child,) = bench.start(config)
-        last = output_folder(config) / "last.2.pth"
-        once_done(last, [child])
-        time.sleep(CHANCE.uniform(0, 0.5))
-        if state(child) != "Z":
-            os.kill(child, signal.SIGTERM)
-        wait([child])
-        how(output_folder(config) / "last.pth")
-        bench.finish(config)
+    life = bench.life()
+    while life.trains():
+        (child,) = children = life.start()
+        saved_anew = until_saved(life, children)
+        if saved_anew:
+            send(child, signal.SIGTERM)
+        life.stops(children)
+        if saved_anew:
+            how(life.folder / "last.pth")
+            life.tried(f"{how.__name__} of last.pth")
+    life.finish()
 
 
 def truncate(path: Path) -> None:
@@ -261,54 +347,110 @@ def flip(path: Path) -> None:
 
 
 def touch(path: Path) -> None:
-    """The clock set back, and files touched and copied, as far as files tell of it."""
+    """Files with random times, and a copy of one."""
     for each in path.parent.glob("*.pth"):
         when = CHANCE.randrange(10**9)
         os.utime(each, (when, when))
     shutil.copy(path, path.with_name("copy_of_last.pth"))
 
 
-def folder_in_its_place(bench: Bench, tries: int) -> None:
-    for _ in range(tries):
-        config = bench.fresh()
-        (child,) = bench.start(config)
-        once_done(output_folder(config) / "last.2.pth", [child])
-        os.kill(child, signal.SIGKILL)
-        wait([child])
-        last = output_folder(config) / "last.pth"
-        last.unlink()
-        (last / "inside").mkdir(parents=True)
-        code = wait(bench.start(config))
-        told = bench.said(config).read_text()
-        if code != [1] or "Traceback" in told or "last.pth" not in told:
-            raise Lost(f"a folder called last.pth ended it with {code}")
-        shutil.rmtree(last)
-        bench.finish(config)
+def damage_shares(bench: Bench, how: Callable[[Path], object]) -> None:
+    """The same of a state in shares: one of its files."""
+    life = bench.life(*IN_SHARES, ranks=2)
+    while life.trains():
+        children = life.start()
+        saved_anew = until_saved(life, children, "last.sharded")
+        if saved_anew:
+            for child in children:
+                send(child, signal.SIGTERM)
+        life.stops(children)
+        if saved_anew:
+            victim = CHANCE.choice(sorted((life.folder / "last.sharded").iterdir()))
+            how(victim)
+            life.tried(f"{how.__name__} of {victim.name}")
+    life.finish()
 
 
-def full_disk(bench: Bench, tries: int) -> None:
-    """Files cannot grow as long as a checkpoint is, from a random save on."""
+def wrong_clock(bench: Bench) -> None:
+    """Each start is at another time, up to a year before or after."""
 
     def prepare() -> None:
-        import resource
+        now, off = time.time, CHANCE.uniform(-3e7, 3e7)
+        time.time = lambda: now() + off
 
-        after, write, count = CHANCE.randrange(6), saving.save_checkpoint, [0]
-
-        def limited(*args):
-            count[0] += 1
-            if count[0] > after:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (CHANCE.randrange(2**10, 2**16), resource.RLIM_INFINITY))
-            try:
-                write(*args)
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-
-        saving.save_checkpoint = limited
-
-    told_of(bench, tries, prepare, "cannot write")
+    life = bench.life(prepare=prepare)
+    while life.trains():
+        (child,) = children = life.start()
+        time.sleep(CHANCE.uniform(0.01, 1.2 * life.whole.seconds))
+        if alive(child):
+            life.tried("SIGTERM or SIGKILL, and another time")
+        send(child, CHANCE.choice((signal.SIGTERM, signal.SIGKILL)))
+        life.wait(children)
+    life.finish()
 
 
-def read_only(bench: Bench, tries: int) -> None:
+def folder_in_its_place(bench: Bench) -> None:
+    life = bench.life()
+    (child,) = children = life.start()
+    until_saved(life, children)
+    send(child, signal.SIGKILL)
+    life.wait(children)
+    last = life.folder / "last.pth"
+    last.unlink()
+    (last / "inside").mkdir(parents=True)
+    life.tried("a folder in the place of last.pth")
+    code = life.wait(life.start())
+    if code != [1] or "last.pth" not in life.told():
+        raise Lost(f"a folder called last.pth ended it with {code}")
+    shutil.rmtree(last)
+    life.finish()
+
+
+def full_disk(bench: Bench) -> None:
+    """Its folder is a disk of its own, too small for all that the run leaves (or, where this script may not mount one,
+    files cannot grow as long as a checkpoint is, from a random save on)."""
+    mounts = os.geteuid() == 0
+    life = bench.life(prepare=lambda: None if mounts else no_growth())
+    if mounts:
+        size = CHANCE.randrange(20, 400)  # KiB; a run leaves some 500
+        life.folder.mkdir(parents=True)
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", str(life.folder)]
+        mounts = subprocess.run(mount, capture_output=True).returncode == 0
+    try:
+        life.tried(f"a disk of {size} KiB" if mounts else "files that cannot grow")
+        told_of(life, "cannot write")
+        if mounts:
+            subprocess.run(["mount", "-o", "remount,size=64m", str(life.folder)], check=True)
+            kept = life.bench.folder / "kept"
+            shutil.copytree(life.folder, kept)
+    finally:
+        if mounts:
+            subprocess.run(["umount", str(life.folder)], check=True)
+    if mounts:
+        life.folder.rmdir()
+        kept.rename(life.folder)
+    life.prepare = lambda: None
+    life.finish()
+
+
+def no_growth() -> None:
+    import resource
+
+    after, write, count = CHANCE.randrange(6), saving.save_checkpoint, [0]
+
+    def limited(*args):
+        count[0] += 1
+        if count[0] > after:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (CHANCE.randrange(2**10, 2**16), resource.RLIM_INFINITY))
+        try:
+            write(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    saving.save_checkpoint = limited
+
+
+def read_only(bench: Bench) -> None:
     """The system refuses to write, from a random save on."""
 
     def prepare() -> None:
@@ -322,113 +464,118 @@ def read_only(bench: Bench, tries: int) -> None:
 
         saving.save_checkpoint = refused
 
-    told_of(bench, tries, prepare, "cannot write")
+    life = bench.life(prepare=prepare)
+    life.tried("a disk that takes nothing")
+    told_of(life, "cannot write")
+    life.prepare = lambda: None
+    life.finish()
 
 
-def told_of(bench: Bench, tries: int, prepare: Callable[[], object], sentence: str) -> None:
-    for _ in range(tries):
-        config = bench.fresh()
-        seed = CHANCE.random()
-        code = wait(bench.start(config, 1, lambda seed=seed: (CHANCE.seed(seed), prepare())))
-        if code != [1] or sentence not in bench.said(config).read_text():
-            raise Lost(f"ended with {code}: {bench.said(config).read_text()[-200:]}")
-        bench.finish(config)
+def told_of(life: Life, sentence: str) -> None:
+    code = life.wait(life.start())
+    if code != [1] or sentence not in life.told():
+        raise Lost(f"ended with {code}")
 
 
-def folder_removed(bench: Bench, tries: int) -> None:
-    for _ in range(tries):
-        config = bench.fresh()
-        (child,) = bench.start(config)
-        once_done(output_folder(config) / "last.pth", [child])
-        time.sleep(CHANCE.uniform(0, 0.3))
-        shutil.rmtree(output_folder(config), ignore_errors=True)
-        code, told = wait([child]), bench.said(config).read_text()
-        if code not in ([0], [1]) or "Traceback" in told or (code == [1] and "error: cannot" not in told):
-            raise Lost(f"ended with {code}: {told[-300:]}")
-        shutil.rmtree(output_folder(config), ignore_errors=True)
-        bench.finish(config)
+def folder_removed(bench: Bench) -> None:
+    life = bench.life()
+    children = life.start()
+    if until_saved(life, children):
+        life.tried("its folder removed")
+    shutil.rmtree(life.folder, ignore_errors=True)
+    code, told = life.wait(children), life.told()
+    if code not in ([0], [1]) or (code == [1] and "error: cannot" not in told):
+        raise Lost(f"ended with {code}")
+    shutil.rmtree(life.folder, ignore_errors=True)
+    life.finish()
 
 
-def second_run(bench: Bench, tries: int) -> None:
+def second_run(bench: Bench) -> None:
     """A second run is refused while the first lives; once that was killed it takes over."""
-    for _ in range(tries):
-        config = bench.fresh()
-        (first,) = bench.start(config)
-        once_done(output_folder(config) / "last.pth", [first])
-        code = wait(bench.start(config))
-        if state(first) != "Z" and code != [1]:
-            raise Lost(f"the second ended with {code}")
-        if state(first) != "Z":
-            os.kill(first, signal.SIGKILL)
-        wait([first])
-        bench.finish(config)
+    life = bench.life()
+    (first,) = children = life.start()
+    if until_saved(life, children):
+        code = life.wait(life.start())
+        if alive(first):
+            life.tried("a second run")
+            if code != [1] or "is being written by" not in life.told():
+                raise Lost(f"the second ended with {code}")
+    send(first, signal.SIGKILL)
+    life.wait(children)
+    life.finish()
 
 
-def worker_killed(bench: Bench, tries: int) -> None:
-    opts = ("DATA.NUM_WORKERS", 2)
-    for _ in range(tries):
-        config = bench.fresh(*opts)
-        (child,) = bench.start(config)
-        once_done(output_folder(config) / "last.pth", [child])
-        time.sleep(CHANCE.uniform(0, 0.3))
-        workers = Path(f"/proc/{child}/task/{child}/children").read_text().split() if state(child) != "Z" else []
+def worker_killed(bench: Bench) -> None:
+    life = bench.life(*LOADING)
+    while life.trains():
+        (child,) = children = life.start()
+        time.sleep(CHANCE.uniform(0.1, 0.8 * life.whole.seconds))
+        workers = Path(f"/proc/{child}/task/{child}/children").read_text().split() if alive(child) else []
         if workers:
-            os.kill(int(CHANCE.choice(workers)), signal.SIGKILL)
-        code, told = wait([child]), bench.said(config).read_text()
-        if "Traceback" in told or (code != [0] and "a loading process was killed at " not in told):
-            raise Lost(f"ended with {code}: {told[-300:]}")
-        bench.finish(config, *opts)
+            life.tried(f"SIGKILL to {workers[0]} of {workers}")
+            send(int(CHANCE.choice(workers)), signal.SIGKILL)
+        code = life.wait(children)
+        if code != [0] and (code != [1] or "a loading process was killed at " not in life.told()):
+            raise Lost(f"ended with {code}")
+    life.finish()
 
 
-FAULTS: dict[str, Callable[[Bench, int], None]] = {
+FAULTS: dict[str, Callable[[Bench], None]] = {
     "SIGKILL, one process": kill_at_random,
-    "SIGKILL, one process with two loading ones": lambda b, n: kill_at_random(b, n, "DATA.NUM_WORKERS", 2),
-    "SIGKILL, two processes at once": lambda b, n: kill_at_random(b, n, *TWO, ranks=2),
-    "SIGKILL, one of two processes": lambda b, n: kill_at_random(b, n, *TWO, ranks=2, whom="one"),
-    "SIGKILL while saving": lambda b, n: kill_during(b, n, saving, "save_checkpoint"),
-    "SIGKILL while saving, two processes": lambda b, n: kill_during(b, n, saving, "save_checkpoint", 2),
-    "SIGKILL while evaluating": lambda b, n: kill_during(b, n, Accuracy, "add"),
+    "SIGKILL, one process with two loading ones": lambda b: kill_at_random(b, *LOADING),
+    "SIGKILL, two processes at once": lambda b: kill_at_random(b, *TWO, ranks=2),
+    "SIGKILL, two processes at once, states in shares": lambda b: kill_at_random(b, *IN_SHARES, ranks=2),
+    "SIGKILL, one of two processes": lambda b: kill_at_random(b, *TWO, ranks=2, whom="one"),
+    "SIGKILL while saving": lambda b: kill_during(b, saving, "save_checkpoint"),
+    "SIGKILL while saving, two processes": lambda b: kill_during(b, saving, "save_checkpoint", *TWO, ranks=2),
+    "SIGKILL while evaluating": lambda b: kill_during(b, Accuracy, "add"),
+    "SIGKILL while evaluating, two processes": lambda b: kill_during(b, Accuracy, "add", *TWO, ranks=2),
     "a stop signal, one process": signals,
-    "a stop signal, to the group with loading processes": lambda b, n: signals(b, n, "DATA.NUM_WORKERS", 2, group=True),
-    "a stop signal, two processes": lambda b, n: signals(b, n, *TWO, ranks=2),
-    "the last checkpoint truncated": lambda b, n: damage(b, n, truncate),
-    "the last checkpoint with a flipped bit": lambda b, n: damage(b, n, flip),
-    "the last checkpoint emptied": lambda b, n: damage(b, n, empty),
+    "a stop signal, to the group with loading processes": lambda b: signals(b, *LOADING, group=True),
+    "a stop signal, two processes": lambda b: signals(b, *TWO, ranks=2),
+    "a loading process killed": worker_killed,
+    "the last checkpoint truncated": lambda b: damage(b, truncate),
+    "the last checkpoint with a flipped bit": lambda b: damage(b, flip),
+    "the last checkpoint emptied": lambda b: damage(b, empty),
+    "a file of the last shares truncated": lambda b: damage_shares(b, truncate),
+    "a file of the last shares with a flipped bit": lambda b: damage_shares(b, flip),
     "a folder in the checkpoint's place": folder_in_its_place,
-    "files touched and copied": lambda b, n: damage(b, n, touch),
-    "disk full while saving": full_disk,
+    "files touched and copied": lambda b: damage(b, touch),
+    "the clock set back and forward": wrong_clock,
+    "disk full": full_disk,
     "disk read-only while saving": read_only,
     "the run's folder removed": folder_removed,
     "a second run in the folder, and a lock whose holder was killed": second_run,
-    "a loading process killed": worker_killed,
 }
-SLOWER = dict.fromkeys(list(FAULTS)[10:], 0.2)  # share of the tries
+FEWER = dict.fromkeys(list(FAULTS)[13:], 0.2)  # share of the tries
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tries", type=int, default=100)
-    parser.add_argument("--only", nargs="+", default=list(FAULTS), metavar="NAME")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=list(FAULTS), default=list(FAULTS), metavar="NAME")
+    parser.add_argument("--keep", type=Path, default=Path("output/faults"), help="for what is lost (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn here; the moments are the machine's too")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    gc.freeze()  # else each process copies what it collects
     lost_any = False
     print("| fault | tries | lost | seconds |\n|---|--:|--:|--:|", flush=True)
     for name in args.only:
         CHANCE.seed(f"{args.seed} {name}")
-        tries, lost, start = max(1, round(args.tries * SLOWER.get(name, 1))), [], time.monotonic()
+        lost, start = 0, time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             bench = Bench(Path(folder))
-            done = 0
-            while done < tries:
-                part = min(5, tries - done)
+            tries = max(1, round(args.tries * FEWER.get(name, 1)))
+            while bench.tries < tries:
                 try:
-                    FAULTS[name](bench, part)
+                    FAULTS[name](bench)
                 except Lost as error:
-                    lost.append(str(error))
-                    print(f"{name}: {error}", file=sys.stderr, flush=True)
-                done += part
-        print(f"| {name} | {tries} | {len(lost)} | {time.monotonic() - start:.0f} |", flush=True)
+                    lost += 1
+                    kept = args.keep / f"{name.replace(' ', '_').replace(',', '')}-{args.seed}-{lost}"
+                    bench.now.keep(kept, error)
+                    print(f"{name}: {error}; see {kept}", file=sys.stderr, flush=True)
+        print(f"| {name} | {bench.tries} | {lost} | {time.monotonic() - start:.0f} |", flush=True)
         lost_any |= bool(lost)
     return lost_any
 

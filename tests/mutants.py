@@ -37,8 +37,8 @@ MUTANTS = (
     Mutant(
         "no autocast in evaluation",
         "vmamba/runtime/evaluation.py",
-        "with autocast(run.config, run.world.device):\n                meter",
-        "with torch.no_grad():\n                meter",
+        "with autocast(run.config, run.world.device):\n                    meter",
+        "with torch.no_grad():\n                    meter",
         RUNS,
     ),
     Mutant(

@@ -73,7 +73,7 @@ class Cluster:
         self.config = folder / "slurm.conf"
         self.config.write_text(CONFIG.format(folder=folder))
         os.environ |= {"SLURM_CONF": str(self.config), "PYTHONPATH": f"{folder}:{ROOT}:{ROOT / 'kernels'}"}
-        os.environ |= {"OMP_NUM_THREADS": "1"}
+        os.environ |= {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
     def __enter__(self) -> "Cluster":
         if subprocess.run(["munge", "-n"], capture_output=True).returncode:
@@ -123,21 +123,17 @@ class Case:
         self.cluster, self.name = cluster, name
         opts = ("TRAIN.EPOCHS", 12, "DATA.BATCH_SIZE", 4, "AUG.MIXUP", 0, "TRAIN.SAVE_STEPS", 2, "DATA.NUM_WORKERS", 1)
         self.config = tiny_config(cluster.folder, *opts, "TAG", name)
-        command = [sys.executable, str(ROOT / "classification/submit.py"), "--cfg", str(tiny_file(cluster.folder))]
-        command += ["--output", str(cluster.folder), "--tag", name, "--nodes", "2", "--gpus-per-node", "0"]
-        command += [
-            "--cpus-per-gpu",
-            "1",
-            "--import",
-            "slower" if "--time" in flags else "slow",
-            *flags,
-            "--opts",
-            *map(str, opts),
-            "GRACE",
-            "30",
-        ]
+        module = "slower" if "--time" in flags else "slow"
+        run_of = ["--cfg", str(tiny_file(cluster.folder)), "--output", str(cluster.folder), "--tag", name]
+        run_of += ["--import", module, "--opts", *map(str, opts), "GRACE", "30"]
+        submit = [sys.executable, str(ROOT / "classification/submit.py"), "--nodes", "2", "--gpus-per-node", "0"]
+        command = [*submit, "--cpus-per-gpu", "1", *flags, *run_of]
+        if "train.slurm" in flags:
+            job = ["sbatch", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", f"--chdir={ROOT}"]
+            job += [f"--output={cluster.folder}/%j.txt", str(ROOT / "classification/train.slurm")]
+            command = [*job, *run_of]
         done = subprocess.run(command, capture_output=True, text=True)
-        found = re.match(r"job (\d+);", done.stdout)
+        found = re.search(r"job (\d+)", done.stdout)
         if not found:
             raise SystemExit(f"{name}: {done.stdout}{done.stderr}")
         self.job = found[1]
@@ -191,6 +187,13 @@ def warned_of_the_limit(case: Case) -> None:
     case.cluster.until(lambda: case.restarts() >= 1, 200, "a requeue")
 
 
+def warned_by_hand(case: Case) -> None:
+    """What --signal does at the time limit; of train.slurm the script requeues, not submitit."""
+    case.trained(8)
+    subprocess.run(["scancel", "--signal=USR2", f"{case.job}.0"], check=True)
+    case.cluster.until(lambda: case.restarts() == 1, 90, "a requeue")
+
+
 def a_node_dies(case: Case) -> None:
     case.trained(8)
     case.cluster.daemons["n2"].kill()
@@ -236,6 +239,7 @@ CASES = {
     "scontrol requeue": (requeued_by_hand,),
     "a rank killed": (a_rank_is_killed,),
     "a node dies": (a_node_dies,),
+    "train.slurm, warned": (warned_by_hand, "train.slurm"),
     "the time limit's warning": (warned_of_the_limit, "--time", "2"),  # SLURM's may come a minute early
 }
 

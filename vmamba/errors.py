@@ -17,7 +17,7 @@ def unknown(kind: str, name: Any, known: Iterable[str]) -> UserError:
     near = nearest(name, known) if isinstance(name, str) else None
     listed = ", ".join(each or repr(each) for each in known[:_MOST_LISTED])
     more = f" and {len(known) - _MOST_LISTED} more" if len(known) > _MOST_LISTED else ""
-    shown = f"'{name}'" if isinstance(name, str) else f"{name!r:.60}"
+    shown = f"'{name:.200}'" if isinstance(name, str) else f"{name!r:.60}"
     return UserError(f"unknown {kind} {shown}; " + (f"did you mean '{near}'?" if near else f"known: {listed}{more}"))
 
 

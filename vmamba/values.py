@@ -35,14 +35,14 @@ class Takes:
             kind, expected = type(value).__name__, _describe(self.kinds)
             if any(map(_is_endless, value if isinstance(value, (list, tuple)) else [value])):
                 expected = expected.replace("number", "finite number")
-            raise UserError(f"{name} is {value!r} ({kind}); expected {expected}") from None
+            raise UserError(f"{name} is {value!r:.200} ({kind}); expected {expected}") from None
         items = value if isinstance(value, list) else [value]
         if self.length is not None and isinstance(value, list) and len(value) != self.length:
-            raise UserError(f"{name} is {value}; expected {self.length} values")
+            raise UserError(f"{name} is {value!s:.200}; expected {self.length} values")
         for item in items:
             self._check_item(name, value, item)
         if self.rising and items != sorted(items):
-            raise UserError(f"{name} is {value}; expected the smaller first")
+            raise UserError(f"{name} is {value!s:.200}; expected the smaller first")
         return value
 
     def _check_item(self, name: str, value: Any, item: Any) -> None:
@@ -53,7 +53,7 @@ class Takes:
             if item not in choices:
                 raise unknown(name, item, choices)
         if isinstance(item, (int, float)) and not isinstance(item, bool) and not self._in_bounds(item):
-            raise UserError(f"{name} is {value}; it must be {self.bounds()}")
+            raise UserError(f"{name} is {value!s:.200}; it must be {self.bounds()}")
 
     def _in_bounds(self, number: float) -> bool:
         return not (

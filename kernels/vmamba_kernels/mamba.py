@@ -104,7 +104,7 @@ def selective_state_update(
         (batch, dim) in x's dtype, without a gradient: the states before are gone.
 
     Raises ValueError for shapes, dtypes or devices that do not fit, naming the argument, and for a state whose memory
-    is that of several of its numbers, as an expanded one's is.
+    is that of several of its numbers, as an expanded one's is: `overlaps`.
     """
     check_tensors(dict(state=state, x=x, dt=dt, A=A, B=B, C=C), D=D, z=z, dt_bias=dt_bias)
     if state.dim() != 3:
@@ -122,8 +122,11 @@ def selective_state_update(
             raise ValueError(
                 f"{name} has shape {tuple(t.shape)}; beside a state of shape {tuple(state.shape)} it must be {shape}"
             )
-    if any(stride == 0 and size > 1 for stride, size in zip(state.stride(), state.shape, strict=True)):
-        raise ValueError("state is expanded, so several of its numbers share one place in memory; give state.clone()")
+    if overlaps(state):
+        raise ValueError(
+            f"state has strides {state.stride()}, so several of its numbers share one place in memory, as in an "
+            f"expanded tensor; give state.clone()"
+        )
     dtype = torch.float64 if state.dtype == torch.float64 else torch.float32
     with torch.no_grad():
         B, C = (_of_channels(name, t, batch, dim, states).to(dtype) for name, t in (("B", B), ("C", C)))
@@ -138,6 +141,17 @@ def selective_state_update(
         if D is not None:
             y = y + D.to(dtype) * x_
         return _gated(y, z, x.dtype)
+
+
+def overlaps(t: Tensor) -> bool:
+    """Whether several numbers of a tensor may lie in one place of memory: unless each dimension steps over all that the
+    shorter steps reach."""
+    reach = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def _of_channels(name: str, t: Tensor, batch: int, dim: int, states: int) -> Tensor:
@@ -208,15 +222,16 @@ def _mamba_ssm_scan(
     out_dtype: torch.dtype,
 ) -> Tensor:
     try:
-        interface = import_module("mamba_ssm.ops.selective_scan_interface")
-    except ImportError as error:
-        raise BackendError(f"mamba_ssm is installed but cannot be imported: {error}") from error
+        scan = import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+    except Exception as error:  # of a build for another PyTorch or CUDA, in many ways
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BackendError(f"mamba_ssm is installed but cannot be imported: {reason}") from error
     # It wants one dtype for what varies along the sequence and returns that dtype; no step size may lose digits.
     dtype = out_dtype
     for t in (u, delta, B, C):
         dtype = wider(dtype, t.dtype)
     u, delta, B, C = (t.to(dtype).contiguous() for t in (u, delta, B, C))
-    y = interface.selective_scan_fn(u, delta, A, B, C, D, None, delta_bias, delta_softplus)
+    y = scan(u, delta, A, B, C, D, None, delta_bias, delta_softplus)
     return y.to(out_dtype)
 
 

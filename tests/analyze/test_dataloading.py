@@ -69,9 +69,29 @@ def test_what_limits_and_the_cores_that_would_be_enough_by_hand():
     assert "is the device, 50 images/s" in summary("training", found | {"step": 50.0})
 
 
-def test_another_task_is_a_sentence(tmp_path):
+@pytest.mark.parametrize("given", [{}, {"data_path": "somewhere"}])
+def test_another_task_is_a_sentence(tmp_path, given):
     with pytest.raises(UserError, match="scenes_detection.yaml is of detection; this times the images of a classif"):
-        dataloading(cfg="configs/scenes_detection.yaml", data_path=str(tmp_path), output=str(tmp_path))
+        dataloading(cfg="configs/scenes_detection.yaml", output=str(tmp_path), **given)
+
+
+def test_no_jpegs_are_made_where_other_data_is_named(tmp_path):
+    opts = [*SMALL[2:6], "DATA.DATASET", "digits", "DATA.BATCH_SIZE", "20"]
+    cfg = "configs/vmamba_digits.yaml"
+    dataloading(cfg=cfg, workers=[0], modes=["evaluation"], seconds=0.1, device="cpu", opts=opts, output=str(tmp_path))
+    assert not (tmp_path / "jpegs").exists() and "images of digits." in (tmp_path / "dataloading.md").read_text()
+
+
+def test_an_image_that_cannot_be_read_is_a_sentence_or_left_out(tmp_path):
+    make_jpegs(tmp_path / "jpegs", 20)
+    broken = tmp_path / "jpegs/val/class3/3.jpg"
+    broken.write_bytes(broken.read_bytes()[:3000])
+    told = dict(data_path=str(tmp_path / "jpegs"), workers=[0], modes=["evaluation"], seconds=0.1, device="cpu")
+    told |= {"output": str(tmp_path)}
+    opts = [*SMALL, "MODEL.NUM_CLASSES", "10"]
+    with pytest.raises(UserError, match="cannot read '.*val/class3/3.jpg': .*; mend or remove it, or set DATA.SKIP"):
+        dataloading(**told, opts=opts)
+    assert dataloading(**told, opts=[*opts, "DATA.SKIP_BAD_IMAGES", "true"])["evaluation"]["core"] > 0
 
 
 def test_timms_loader_beside_it_gives_the_same_images(folder):

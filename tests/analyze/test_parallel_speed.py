@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from torch.multiprocessing import ProcessRaisedException
 
 from vmamba.analysis import parallel_speed as module
 from vmamba.analysis.parallel_speed import WAYS, parallel_speed
@@ -33,11 +34,15 @@ def test_efficiency_by_hand(monkeypatch, tmp_path):
     assert "| vmamba_digits | fsdp | 2 | 1500.0 | 11 | 0.667 |" in (tmp_path / "gpus.md").read_text()
 
 
-def test_what_a_user_can_do_wrong_is_a_sentence(tmp_path):
-    settings = {"device": "cpu", "output": str(tmp_path)}
+def test_what_a_user_can_do_wrong_is_a_sentence(tmp_path, monkeypatch):
+    settings = {"device": "cpu", "output": str(tmp_path), "models": ["vmamba_digits"]}
     with pytest.raises(UserError, match="--ways ddp:cudagraphs needs a GPU, and this runs on cpu; leave it out"):
-        parallel_speed(models=["vmamba_digits"], ways=["ddp:cudagraphs"], **settings)
-    settings |= {"models": ["vmamba_digits"], "ways": ["fsdp"], "counts": [2], "size": 16, "batch": 2}
-    with pytest.raises(UserError, match="a process of 2 failed: .*TRAIN.PARALLEL is fsdp and MODEL.BACKEND auto"):
-        parallel_speed(**settings)
+        parallel_speed(ways=["ddp:cudagraphs"], **settings)
+
+    def fails(*_, **__):
+        raise ProcessRaisedException("Traceback ...\nvmamba.errors.UserError: MODEL.BACKEND is auto", 0, 1)
+
+    monkeypatch.setattr(module.multiprocessing, "start_processes", fails)
+    with pytest.raises(UserError, match="a process of 2 failed: vmamba.errors.UserError: MODEL.BACKEND is auto"):
+        parallel_speed(ways=["fsdp"], counts=[2], **settings)
     assert "fsdp:cudagraphs" not in WAYS and "fsdp:default" in WAYS

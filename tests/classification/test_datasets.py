@@ -372,6 +372,11 @@ def test_a_data_path_is_needed_and_is_a_folder(tmp_path):
             "n0/a 0.png\t0\nn1/no.png\t1\n",
             r"train.zip' lacks 1 of the 2 files .* 'n1/no.png'; it holds",
         ),
+        (
+            "train_map.txt",
+            "n0/a 0.png\t0\nn1/a 1.png\t1\n\n/n0/a 0.png\t1\n",
+            r"line 4: 'n0/a 0.png' stands in line 1 al",
+        ),
         ("train_map.txt", "", "names no image"),
         ("train_map.txt", None, "has no train_map.txt: it holds train.zip, val.zip, val_map.txt"),
         ("train.zip", None, "has no train.zip"),

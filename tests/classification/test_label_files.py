@@ -1,5 +1,6 @@
 """CSV files of labels give what folders of the same images give; what is wrong in one is named by its line."""
 
+import os
 import random
 import shutil
 
@@ -118,6 +119,27 @@ def test_an_image_that_is_trained_on_and_held_out_is_told(tmp_path, caplog):
         lines = [record.getMessage() for record in caplog.records]
         assert len(lines) == told
     assert "1 image stands of" in lines[0] and "in 'train.csv' too" in lines[0] and "c.png" in lines[0]
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_a_link_is_the_image_it_leads_to(tmp_path, caplog, link):
+    for name in "abc":
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
+    link(tmp_path / "a.png", tmp_path / "again.png")
+    (tmp_path / "val.csv").write_text("again.png,x\nc.png,y\n")
+    opts = ["DATA.DATA_PATH", str(tmp_path), "MODEL.NUM_CLASSES", 2]
+    config = get_config(None, [*opts, "DATA.TRAIN_LABELS", "train.csv", "DATA.VAL_LABELS", "val.csv"])
+
+    def opened(training):
+        return len(open_dataset(config, training=training, rank=0, on_machine=(0, 1)))
+
+    (tmp_path / "train.csv").write_text("a.png,x\nb.png,y\nagain.png,x\n")  # to be drawn more often
+    assert opened(training=True) == 3 and opened(training=False) == 2
+    assert "1 image stands of" in caplog.text and "again.png" in caplog.text
+    (tmp_path / "train.csv").write_text("a.png,x\nb.png,y\nagain.png,y\n")
+    words = "line 3: 'again.png' is the file of '.*train.csv', line 1 by a link, and its label there is 'x', not 'y'"
+    with pytest.raises(UserError, match=words):
+        opened(training=True)
 
 
 def test_a_class_in_two_unicode_forms_is_one(tmp_path):

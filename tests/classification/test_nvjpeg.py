@@ -123,15 +123,32 @@ def test_an_image_is_what_it_is_by_torchvision(opts, training, caplog):
 @pytest.mark.parametrize("opts", ["", "TEST.CROP false", "DATA.IMG_SIZE [64,96]", "TEST.CROP_PCT 0.91"])
 def test_crops_are_as_large_and_lie_where_timms_do(opts):
     config = get_config(None, ["DATA.IMG_SIZE", "63", *opts.split(), "DATA.DECODE", "nvjpeg"])
-    steps = build_pixels(config, training=False).crop.steps
-    for height, width in [(64, 64), (63, 500), (500, 63), (333, 500), (501, 375), (97, 101), (20, 3000)]:
-        crop = nvjpeg.draw_crop(steps, Encoded(b"", height, width, "it"), 3).crop
+    *cut, resize, middle = build_pixels(config, training=False).crop.steps
+    for height, width in [(64, 64), (63, 500), (500, 63), (333, 500), (501, 375), (97, 101), (20, 640)]:
+        crop = nvjpeg.draw_crop([*cut, resize, middle], Encoded(b"", height, width, "it"), 3).crop
         seen = torch.arange(height * width).view(1, height, width).expand(3, -1, -1)
-        resized = steps[0](seen.to("meta", torch.uint8))
+        resized = resize(seen.to("meta", torch.uint8))
         assert crop.scaled == resized.shape[1:]
         rows, columns = torch.meshgrid(*map(torch.arange, crop.scaled), indexing="ij")
-        top, left = steps[1](torch.stack([rows, columns]))[:, 0, 0].tolist()
-        assert crop.shift == (top, left) and crop.size == steps[1].size
+        top, left = middle(torch.stack([rows, columns]))[:, 0, 0].tolist()
+        assert crop.shift == (top, left) and crop.size == middle.size
+
+
+def test_an_image_that_is_very_long_or_tiny_is_what_it_is_by_torchvision():
+    config = get_config(None, ["DATA.IMG_SIZE", "64", "DATA.DECODE", "nvjpeg"])
+    for size in ((4000, 50), (50, 4001)):
+        file, made = photo(*size), []
+        for decoder in (decode_pixels, decode_later):
+            batch = collate([(build_pixels(config, training=False)(decoder(file, 3, "it")), 0)])
+            made.append(batch["images"] if decoder is decode_pixels else Decoder(config)(batch))
+        assert (made[0].int() - made[1].int()).abs().max() <= 1
+    with preserved_generators():
+        for index in range(40):
+            seed_generators(0, IMAGE, 0, index)
+            values = build_pixels(config, training=True)(decode_later(photo(1, 1), 3, "it")).values
+            if isinstance(values, torch.Tensor):
+                break
+    assert values.shape == (3, 64, 64) and not values.any()
 
 
 @pytest.mark.parametrize("file", [

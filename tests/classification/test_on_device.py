@@ -8,9 +8,11 @@ import timm.data.auto_augment as timms
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
+from torchvision.transforms.functional import pil_to_tensor
 
 from vmamba.classification import on_device
 from vmamba.classification.data import build_eval_loader, build_train_loader
+from vmamba.classification.nvjpeg import CutLong
 from vmamba.classification.on_device import Augment, Operation, in_passes
 from vmamba.classification.transforms import Normalise, build_pixels, collate
 from vmamba.config import get_config
@@ -121,6 +123,55 @@ def test_an_image_to_be_evaluated_is_what_it_is_by_pillow(opts):
         made.append(build_pixels(config, training=False)(decoder(jpeg(), 3, "it")).values.int())
     difference = (made[0] - made[1]).abs().float()
     assert made[0].shape == (3, 96, 96) and difference.max() <= 2 and difference.mean() < 0.05
+
+
+@pytest.mark.parametrize("size, parts", [(64, 64), (48, 100), (100, 7)])
+def test_the_nearest_pixels_are_pillows(size, parts):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (parts, parts + 9, 3), dtype=np.uint8))
+    made = []
+    for way, given in (("pillow", image), ("torchvision", pil_to_tensor(image))):
+        opts = ["DATA.IMG_SIZE", size, "DATA.DECODE", way, "DATA.INTERPOLATION", "nearest"]
+        made.append(build_pixels(get_config(None, opts), training=False)(given).values)
+    assert torch.equal(*made)
+
+
+def draws(image, way, opts="AUG.AUTO_AUGMENT None AUG.COLOR_JITTER 0", images=40):
+    transform = build_pixels(get_config(None, ["DATA.IMG_SIZE", 64, "DATA.DECODE", way, *opts.split()]), training=True)
+    for index in range(images):
+        with preserved_generators():
+            seed_generators(0, IMAGE, 0, index)
+            yield transform(image).values
+
+
+def test_a_crop_without_pixels_is_black_as_by_pillow():
+    for size in ((1, 1), (1, 3), (2, 1)):
+        image = Image.new("RGB", size, (200, 150, 250))
+        ways = [draws(each, way) for way, each in (("pillow", image), ("torchvision", pil_to_tensor(image)))]
+        made = [torch.stack([*each]) for each in ways]
+        assert torch.equal(*made) and not made[0].flatten(1).any(1).all()
+    bands = "MODEL.IN_CHANS 5 DATA.MEAN 0.5 DATA.STD 0.25 AUG.AUTO_AUGMENT None AUG.COLOR_JITTER 0 AUG.REPROB 0"
+    made = torch.stack([*draws(torch.full((5, 1, 1), 200, dtype=torch.uint8), "pillow", bands)])
+    assert {*made.flatten(1).float().mean(1).tolist()} == {0, 200}
+
+
+@pytest.mark.parametrize("size", [(4000, 50), (50, 4001), (3333, 101)])
+@pytest.mark.parametrize("way", ["pillow", "torchvision"])
+def test_of_a_very_long_image_the_middle_alone_is_resized(size, way, monkeypatch):
+    """It shows what it showed, but for half a pixel where the middles of both do not fall together; others are not cut.
+    Smooth, so that half a pixel is a few levels."""
+    noise = np.random.default_rng(0).integers(0, 256, (1 + size[1] // 40, 1 + size[0] // 40, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+    image = image if way == "pillow" else pil_to_tensor(image)
+    config = get_config(None, ["DATA.IMG_SIZE", 64, "DATA.DECODE", way])
+    made = build_pixels(config, training=False)(image).values.int()
+    monkeypatch.setattr(CutLong, "__call__", lambda self, image: image)
+    whole = build_pixels(config, training=False)(image).values.int()
+    assert (made - whole).abs().float().mean() < 3 and (made - whole).abs().max() <= 12
+    monkeypatch.undo()
+    assert CutLong((64, 64)).middle(50, 1600) == (0, 0, 50, 1600)
+    assert CutLong((64, 64)).middle(4, 30000) == (0, 14936, 4, 128)
+    assert CutLong((64, 64)).middle(30001, 4) == (14936, 0, 129, 4)
+    assert CutLong((64, 128)).middle(4, 30000)[3] == 256
 
 
 def test_loaders_give_the_same_images_either_way():

@@ -305,6 +305,42 @@ def test_processes_ended_by_sigterm_to_their_group_and_by_sigkill(tmp_path):
     assert_same_run(config, uninterrupted)
 
 
+def test_other_images_than_those_of_the_state_are_told(tmp_path):
+    config = tiny_config(tmp_path, "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0)
+    run(config)
+    state = saved(config)
+    assert state["data"]["train"]["images"] == 30 and state["data"]["held_out"]["images"] == 12
+    train, held_out = tmp_path / "images/train/class0", tmp_path / "images/val/class0"
+    shutil.copy(train / "0.png", train / "more.png")
+    (held_out / "0.png").rename(held_out / "other.png")
+    run(config)
+    words = f"others than those of {output_folder(config) / 'last.pth'}: "
+    assert f"the images to train on are {words}31, then 30" in log(config)
+    assert f"the images held out are {words}12 as then, of other names or labels" in log(config)
+    del state["data"]  # as an earlier version wrote it
+    torch.save(state, tmp_path / "old.pth")
+    config = tiny_config(tmp_path, "TRAIN.EPOCHS", 2, "MODEL.RESUME", tmp_path / "old.pth", "TAG", "old")
+    run(config)
+    assert "others than" not in log(config)
+
+
+def test_a_part_that_is_drawn_anew_from_other_images_is_refused(tmp_path):
+    opts = ["DATA.VAL_FRACTION", 0.4, "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0, "DATA.BATCH_SIZE", 6]
+    config = tiny_config(tmp_path, *opts)
+    shutil.rmtree(tmp_path / "images/val")
+    run(config)
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "images").rename(tmp_path / "moved/images")
+    run(tiny_config(tmp_path, *opts, "DATA.DATA_PATH", tmp_path / "moved/images"))
+    assert "others than" not in log(config)
+    shutil.copy(tmp_path / "moved/images/train/class0/0.png", tmp_path / "moved/images/train/class0/00.png")
+    words = (
+        "the images held out by DATA.VAL_FRACTION are others than those of '.*last.pth' .12 as then.*, and among them"
+    )
+    with pytest.raises(UserError, match=words):
+        run(tiny_config(tmp_path, *opts, "DATA.DATA_PATH", tmp_path / "moved/images"))
+
+
 def test_early_stopping_is_exact_on_resume(tmp_path, monkeypatch):
     """A run whose results get worse ends after PATIENCE evaluations; so it does when it was stopped in between, and
     with more patience it goes on as if it had never ended."""

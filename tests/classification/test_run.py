@@ -5,6 +5,7 @@ import re
 import socket
 import struct
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,10 +21,10 @@ from vmamba.classification.task import Accuracy
 from vmamba.config import get_config, output_folder
 from vmamba.data.loaders import Examples
 from vmamba.errors import UserError
-from vmamba.runtime import records
+from vmamba.runtime import records, report
 from vmamba.runtime.distributed import World
 from vmamba.runtime.state import TrainState
-from vmamba.runtime.step import parallelise
+from vmamba.runtime.step import OptimizerStep, parallelise
 from vmamba.runtime.trainer import run
 from vmamba_kernels import BackendError
 
@@ -127,6 +128,24 @@ def test_events_hold_every_logged_step_and_evaluation(trained):
     names = {"train/grad_norm", "train/lr", "speed/images_per_second", "speed/memory_mb", "eval/ema_acc1"}
     assert names <= events.keys()
     assert events["eval/val_loss"][-1] == (6, pytest.approx(results["val_loss"]))
+
+
+def test_the_first_step_in_which_kernels_compile_tells_nothing_of_the_cores(tmp_path, monkeypatch):
+    def slow(self, state, *args, **options):
+        if state.step == 0:
+            clock[0] += 1000
+        return whole_step(self, state, *args, **options)
+
+    def told(seconds_an_image, images, seconds, waited):
+        return f"{images} images in {seconds < 1000}, waited {waited < 1000}"
+
+    clock, whole_step, counter = [0.0], OptimizerStep.__call__, time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", lambda: counter() + clock[0])
+    monkeypatch.setattr(OptimizerStep, "__call__", slow)
+    monkeypatch.setattr(report, "describe_loading", told)
+    config = tiny_config(tmp_path)
+    run(config)
+    assert "50.0 images in True, waited True" in log(config)
 
 
 def test_best_is_the_epoch_with_the_highest_accuracy(trained):

@@ -86,14 +86,18 @@ def tar(files):
 
 def test_an_archive_in_an_archive_is_a_class_as_in_imagenets_own(tmp_path):
     dog = tar({"dog_1.png": png(10), "dog_2.png": png(11)}).rstrip(b"\0")
-    dog += bytes(-len(dog) % tarfile.BLOCKSIZE)  # without the zeros at an archive's end
+    dog += bytes(-len(dog) % tarfile.BLOCKSIZE)
+    end = bytes(tarfile.BLOCKSIZE)  # the least that an archive ends by
     pack(tmp_path / "ILSVRC2012_img_train.tar", {
-        "ant.tar": tar({"ant_1.png": png(20)}), "._ant.tar": b"of another system", "dog.tar": dog,
+        "ant.tar": tar({"ant_1.png": png(20)}), "._ant.tar": b"of another system", "dog.tar": dog + end,
         "cat.tar": tar({"./cat_1.png": png(30), "notes.txt": b"no image"}),
     })  # fmt: skip
     source = opened(tmp_path, classes=3)
     assert values(source) == [(20, 0), (30, 1), (10, 2), (11, 2)]
     assert source.name(3) == str(tmp_path / "ILSVRC2012_img_train.tar" / "dog" / "dog_2.png")
+    pack(tmp_path / "ILSVRC2012_img_train.tar", {"dog.tar": dog, "ant.tar": tar({"ant_1.png": png(20)})})
+    with pytest.raises(UserError, match=r"img_train.tar' stops at byte [0-9,]+ without the zeros of an archive's end"):
+        opened(tmp_path)
     pack(tmp_path / "ILSVRC2012_img_train.tar", {"dog.tar": dog[:-600], "ant.tar": tar({"ant_1.png": png(20)})})
     with pytest.raises(UserError, match=r"img_train.tar' is not a tar archive, .*'dog/dog_2.png' is cut off"):
         opened(tmp_path)
@@ -132,6 +136,77 @@ def test_where_the_index_cannot_be_kept_it_is_said(tmp_path, monkeypatch, caplog
     with caplog.at_level(logging.INFO, "vmamba"):
         assert len(opened(tmp_path)) == 6
     assert "where each file begins is not kept, and found anew at each start: cannot write" in caplog.text
+
+
+def test_links_are_what_they_lead_to(tmp_path):
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        for name, data in {"ant/a.png": png(10), "dog/b.png": png(20)}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+        for name, kind, target in (
+            ("./ant/hard.png", tarfile.LNKTYPE, "./dog/b.png"),
+            ("ant/soft.png", tarfile.SYMTYPE, "../dog/./soft.png"),  # to a link that comes later
+            ("dog/soft.png", tarfile.SYMTYPE, "b.png"),
+            ("dog/b.png", tarfile.LNKTYPE, "dog/b.png"),  # as GNU tar stores what it is given twice
+            ("dog/nowhere.png", tarfile.SYMTYPE, "/data/c.png"),
+            ("dog/round.png", tarfile.SYMTYPE, "round.png"),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            archive.addfile(member)
+    source = opened(tmp_path)
+    assert [name for name, _ in source.samples] == [
+        "ant/a.png", "ant/hard.png", "ant/soft.png", "dog/b.png", "dog/soft.png", "dog/nowhere.png"
+    ]  # fmt: skip
+    read = [source.load(index, 3) for index in range(5)]
+    assert [(np.asarray(image)[0, 0, 0], label) for image, label in read] == [
+        (10, 0), (20, 0), (20, 0), (20, 1), (20, 1)
+    ]  # fmt: skip
+    with pytest.raises(UnreadableImage, match="dog/nowhere.png': it is a link, and its archive does not hold the file"):
+        source.load(5, 3)
+
+
+def test_an_older_index_is_made_anew(tmp_path, monkeypatch):
+    folders(tmp_path)
+    monkeypatch.setattr("vmamba.data.archives._FORM", 1)
+    monkeypatch.setattr("vmamba.data.archives._followed", lambda *_: None)
+    opened(tmp_path)
+    monkeypatch.undo()
+    assert [value for value, _ in values(opened(tmp_path))] == [20, 30, 21, 31, 10, 11]
+
+
+@pytest.mark.parametrize("name, train, val", [
+    ("retrieval-train.tar", True, False), ("constrained-val.tar", False, True), ("train2017.tar", True, False),
+    ("ILSVRC2012_img_val.tar", False, True), ("imagenet1k-validation-00.tar", False, True),
+    ("Training_1.tar", True, False), ("valid.tar", False, True), ("strain.tar", False, False),
+    (".train.tar", False, False),
+])  # fmt: skip
+def test_an_archive_is_of_the_split_that_a_word_of_its_name_says(tmp_path, name, train, val):
+    pack(tmp_path / name, {"ant/a.png": png(1), "dog/a.png": png(2)})
+    for training, expected in ((True, train), (False, val)):
+        if expected:
+            assert values(opened(tmp_path, training=training)) == [(1, 0), (2, 1)]
+        else:
+            with pytest.raises(UserError, match="folder: it holds .*a tar archive is told by a word of its name"):
+                opened(tmp_path, training=training)
+
+
+@pytest.mark.parametrize("name", ["trainval.tar", "train-val.tar", "VOC_train_validation.tar"])
+def test_an_archive_of_both_splits_is_refused(tmp_path, name):
+    folders(tmp_path)
+    pack(tmp_path / name, {"ant/a.png": png(1), "dog/a.png": png(2)})
+    for training in (True, False):
+        with pytest.raises(UserError, match=f"{name}' is by its name of images to train on and of those held out"):
+            opened(tmp_path, training=training)
+
+
+def test_of_a_key_the_plain_image_counts_and_what_lies_beside_it_is_told(tmp_path, caplog):
+    pack(tmp_path / "train.tar", {
+        "1.cls": b"1", "1.mask.png": png(9), "1.png": png(10), "2.png": png(20), "2.mask.png": png(9), "2.cls": b"0",
+    })  # fmt: skip
+    assert values(opened(tmp_path)) == [(10, 1), (20, 0)]
+    assert "2 beside the image of their key" in caplog.text and "train.tar/1.mask.png', ...)" in caplog.text
 
 
 @pytest.mark.parametrize("mode", ["no", "part", "full"])
@@ -173,6 +248,13 @@ def also(**files):
     return lambda root: pack(root / "train-2.tar", {name.replace("_", "."): data for name, data in files.items()})
 
 
+def twice(root):
+    pack(root / "train-2.tar", {"ant/a.png": png(1)})
+    with tarfile.open(root / "train-2.tar", "a") as archive:
+        member = tarfile.TarInfo("ant/a.png")
+        archive.addfile(member)
+
+
 @pytest.mark.parametrize("form, change, sentence", [
     (folders, broken(TRAIN, lambda data: data[:2000]), DAMAGED),
     (folders, broken(TRAIN, lambda data: data[:700]), DAMAGED),
@@ -183,6 +265,14 @@ def also(**files):
     (folders, lambda root: pack(root / "train-2.tar", {"eel/a.png": png(1)}), "has 3 classes .ant, dog, eel., but"),
     (shards, also(a_png=png(1)), "holds 'a.png' and no .cls file of the same key; add one"),
     (shards, also(a_png=png(1), a_cls=b"2"), "'a.png', whose label 2 is out of range; MODEL.NUM_CLASSES is 2"),
+    (shards, also(a_png=png(1), a_bmp=png(2), a_cls=b"1"), "holds 'a.png' and 'a.bmp', two images of one key; leave"),
+    (shards, also(a_x_png=png(1), a_y_png=png(2), a_cls=b"1"), "'a.x.png' and 'a.y.png', two images of one key"),
+    (shards, also(a_png=png(1), a_cls=b"1", a_b_cls=b"0"), "'a.cls' and 'a.b.cls', two labels of one key; leave one"),
+    (folders, broken(TRAIN, lambda data: data.rstrip(b"\0").ljust(-len(data.rstrip(b"\0")) // -512 * 512, b"\0")),
+     "000001.tar' stops at byte [0-9,]+ without the zeros of an archive's end"),
+    (folders, broken(TRAIN, lambda data: data + data), "000001.tar' goes on behind its end, from byte .* one archive"),
+    (folders, broken(TRAIN, lambda data: data + b"!"), "000001.tar' goes on behind its end, from byte"),
+    (folders, twice, "train-2.tar' holds 'ant/a.png' twice; make it again with one of each name"),
     (shards, also(a_cls=b"one"), "'a.cls' holds 'one', not a label from 0 on"),
 ])  # fmt: skip
 def test_what_broken_archives_say(tmp_path, form, change, sentence):

@@ -1,15 +1,19 @@
 """The decoder: each kind of image comes out as it looks, in 8 bits, or is refused in a sentence."""
 
 import io
+import os
 import struct
 import zlib
+from functools import partial
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from vmamba.data import images
-from vmamba.data.images import UnreadableImage, decode, reading, suffixes
+from vmamba.data.images import UnreadableImage, decode, decode_pixels, reading, suffixes
 
 
 @pytest.fixture(autouse=True)
@@ -207,3 +211,20 @@ def test_other_numbers_of_channels_are_taken_as_they_are(tmp_path):
 def test_other_channels_that_do_not_fit_are_refused(image, why):
     with pytest.raises(UnreadableImage, match=why):
         decode(image, 13, "it")
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    """A name in annotations may lead anywhere."""
+    os.mkfifo(tmp_path / "pipe.png")
+    readers = (partial(decode, channels=3), partial(decode, channels=13), partial(decode_pixels, channels=3))
+    for path, read in product((tmp_path / "pipe.png", "/dev/zero", tmp_path), readers):
+        with pytest.raises(UnreadableImage, match="it is a device, a pipe or a folder, and no file"):
+            read(path, name=path)
+
+
+def test_no_image_is_opened_but_by_the_decoder_that_starts_no_program():
+    """Pillow hands an EPS, whatever its name ends in, to Ghostscript."""
+    sources = Path(images.__file__).parents[1].rglob("*.py")
+    assert [path.name for path in sources if "Image.open(" in path.read_text()] == ["images.py"]
+    with pytest.raises(UnreadableImage, match="it is not an image of a format that Pillow knows"):
+        decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", 3, "it")

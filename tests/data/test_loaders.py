@@ -1,12 +1,14 @@
 """Loading processes: signals that are not for them, and what the system lacks."""
 
 import errno
+import gc
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -37,9 +39,23 @@ def nothing(sample):
     return sample
 
 
-def loader(workers=2, source=None, *opts):
+def loader(workers=2, source=None, *opts, transform=nothing):
     config = get_config(None, ["DATA.NUM_WORKERS", str(workers), "DATA.BATCH_SIZE", "2", "DEVICE", "cpu", *opts])
-    return EvalLoader(config, Examples(config, source or Slow(), nothing, training=False), 0, 1)
+    return EvalLoader(config, Examples(config, source or Slow(), transform, training=False), 0, 1)
+
+
+def test_a_loader_ends_with_its_last_reference():
+    """Not in the garbage collector, which ends an iterator's queues before it: it would then wait five seconds for
+    each of its processes, which cannot hear of its end."""
+    loading = loader()
+    assert sum(len(batch) for batch in loading) == 60
+    iterator, processes = weakref.ref(loading._running), list(loading._running._workers)
+    gc.disable()
+    try:
+        del loading
+        assert iterator() is None and not any(process.is_alive() for process in processes)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
@@ -92,6 +108,25 @@ class Named(Slow):
         if index == 31:
             self.happens()
         return 0
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_memory_is_too_small_for_is_named_and_may_be_skipped(error, workers, caplog):
+    def transform(sample):
+        if sample == 31:
+            raise error
+        return sample
+
+    class Plain(Named):
+        def load(self, index):
+            return index
+
+    with pytest.raises(UserError, match="cannot augment 'images/31.png': there is too little memory for it; mend or"):
+        list(loader(workers, Plain(), transform=transform))
+    skipping = loader(workers, Plain(), "DATA.SKIP_BAD_IMAGES", True, transform=transform)
+    assert sum(len(batch) for batch in skipping) == 59 and skipping.skipped == 1
+    assert "too little memory to put a batch together; lower DATA.BATCH_SIZE" in _lacking(error)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import vmamba
@@ -221,6 +222,36 @@ def test_the_file_of_a_classifier_tells_its_dropped_paths_and_images(tmp_path):
     assert pytest.approx([0.449]) == again.config.DATA.MEAN and pytest.approx([0.226]) == again.config.DATA.STD
 
 
+def test_weights_of_timms_classifiers_load_again(tmp_path):
+    """As those of Vim and of any other baseline in our loop; the model's size, mean and deviation come along."""
+    torch.manual_seed(0)
+    for name, options, size in (
+        ("vim_tiny_patch16_224", dict(img_size=(32, 48), drop_path_rate=0.2), (32, 48)),
+        ("resnet18", {}, (64, 64)),
+    ):
+        model = timm.create_model(name, num_classes=2, in_chans=1, **options).eval()
+        path = vmamba.export(model, tmp_path / f"{name}.safetensors", size=size, classes=["a", "b"])
+        state = torch.get_rng_state()
+        again, x = vmamba.load_model(path), images(1, 1, *size)
+        assert torch.equal(again(x), model(x)) and again.class_names == ["a", "b"]
+        assert tuple(again.config.DATA.IMG_SIZE) == size and len(again.config.DATA.MEAN) == 1
+        assert options.get("drop_path_rate") == again.config.MODEL.DROP_PATH_RATE
+        torch.set_rng_state(state)
+        vmamba.export(again, path)
+        assert torch.equal(torch.get_rng_state(), state)
+    for odd in (
+        timm.create_model("resnet18", act_layer="gelu"),
+        timm.create_model("vit_tiny_patch16_224", global_pool=""),
+        timm.create_model("vim_tiny_patch16_224", num_classes=2, depth=1, divide=False),
+    ):
+        with pytest.raises(
+            UserError, match="no file could tell what this model is: its layers are not those of timm's"
+        ):
+            vmamba.export(odd, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match="spelling is 'released', .* of a ResNet leave it out"):
+        vmamba.export(model, tmp_path / "odd.pth", spelling="released")
+
+
 # ------------------------------------------------------------------------------------------------ programs
 
 ELSEWHERE = """
@@ -270,6 +301,22 @@ def test_a_program_is_run_here_too(program):
     assert vmamba.predict(model, Image.new("RGB", (50, 60), (200, 30, 90)))[0]["top"][0]["name"] == top[0]["name"]
 
 
+def test_what_the_caller_has_set_changes_no_programs_numbers(program):
+    from PIL import Image
+
+    found, x, image = vmamba.load_program(program[1]), images(2, 3, 32, 36), Image.new("RGB", (50, 60), (200, 30, 90))
+    expected, top = found(x), vmamba.predict(found, image)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            again = found(x)
+            assert again.dtype == torch.float32 and torch.equal(again, expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        assert torch.equal(found(x), expected) and vmamba.predict(found, image) == top
+
+
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
@@ -287,6 +334,62 @@ def test_a_program_is_run_here_too(program):
 def test_what_a_program_was_not_made_for_is_one_sentence(program, given, sentence):
     with pytest.raises(UserError, match=sentence):
         vmamba.load_program(program[1])(given)
+
+
+@pytest.mark.parametrize("mode", ["whole", "slide"])
+def test_a_segmenters_program_of_one_size_predicts_images_of_any(tmp_path, mode):
+    """A model whose classes are whether a pixel is brighter than black, in a program of 64 x 96 pixels."""
+    from PIL import Image
+
+    asked = []
+
+    def run(x):
+        asked.append(x)
+        return torch.cat((0 * x[:, :1], x[:, :1]), 1)
+
+    data, test = dict(SCALE=[64, 999], MEAN=[0.5], STD=[0.5], CROP_SIZE=48), dict(MODE=mode, STRIDE=40)
+    told = {"TASK": "segmentation", "MODEL": {"NUM_CLASSES": 2}, "DATA": data, "TEST": test}
+    about = {"config": told, "classes": ["dark", "light"], "images": [[1, None], [3, 3], [64, 64], [96, 96]]}
+    program = loading.Program(tmp_path / "a.onnx", run, about)
+    assert program.size == (64, 96)
+    for width, height in ((96, 64), (30, 20), (40, 400), (400, 40)):
+        image = Image.new("RGB", (width, height))
+        image.paste((255, 255, 255), (0, 0, width // 2, height))
+        told = vmamba.predict(program, image)[0]["classes"]
+        assert {each["name"] for each in told} == {"dark", "light"}
+        assert all(each["share"] == pytest.approx(0.5, abs=0.05) for each in told)
+    assert all(x.shape == (1, 3, 64, 96) for x in asked)
+    if mode == "whole":  # 640 x 64 pixels of the last image are 96 x 10 of the program's, and zeros below
+        assert not asked[-1][:, :, 10:].any() and (asked[-1][:, :, :10, :47] > 0.99).all()
+
+
+def vim(**options):
+    """With weights so large that every scan shows in the result."""
+    torch.manual_seed(0)
+    options = dict(img_size=(32, 48), depth=2, embed_dim=16, num_classes=5, d_state=4) | options
+    model = timm.create_model("vim_tiny_patch16_224", **options).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+def test_a_program_of_vim_has_pytorchs_operators_alone(tmp_path):
+    model, path = vim(), tmp_path / "vim.pt2"
+    for layer in model.layers:
+        layer.mixer.set_backend("triton")  # which no CPU serves
+    vmamba.export(model, path)
+    for layer in model.layers:
+        layer.mixer.set_backend("auto")
+    program = vmamba.load_program(path)
+    nodes = torch.export.load(path).graph.nodes
+    assert not [node for node in nodes if node.op == "call_function" and "vmamba" in str(node.target)]
+    for count in (1, 3):
+        same(program(images(count, 3, 32, 48)), model(images(count, 3, 32, 48)))
+    with pytest.raises(UserError, match="a Vim can be recorded for one size of images alone .*; leave 'size' out of"):
+        vmamba.export(model, path, dynamic="size")
+    with pytest.raises(UserError, match="vim_tiny_patch16_224 does not take images of 32 x 32 pixels"):
+        vmamba.export(model, path, size=32)
 
 
 def test_what_is_open_is_told(tmp_path):
@@ -350,6 +453,56 @@ def test_what_is_no_program_is_one_sentence(tmp_path, program):
     ):
         with pytest.raises(UserError, match=f"is {what}.*no file of weights; vmamba.load_program.path. runs it"):
             vmamba.load_model(path)
+
+
+FOUR = [[1, 1], [3, 3], [32, 32], [36, 36]]
+
+
+def named(count):
+    return {"images": FOUR, "config": {"MODEL": {"NUM_CLASSES": 5}}, "classes": ["a"] * count}
+
+
+DAMAGED = [
+    ("{", "it is '{', no mapping in JSON"),
+    ("[" * 10**5, "it is '.*, no mapping in JSON"),
+    ("3", "it is '3', no mapping"),
+    ("null", "it is 'null', no mapping"),
+    (dict(config=[], images=FOUR), "config is .., no mapping"),
+    (dict(config={"TASK": "cooking", "MODEL": {"NUM_CLASSES": 5}}, images=FOUR), "unknown TASK 'cooking'"),
+    (dict(config={"MODEL": {"NUM_CLASSES": "a"}}, images=FOUR), "MODEL.NUM_CLASSES is 'a' .str.; expected an integer"),
+    (dict(classes=7, images=FOUR), "classes is 7, no list of names"),
+    (dict(classes=["a", 7], images=FOUR), "classes is .'a', 7., no list of names"),
+]
+
+
+@pytest.mark.parametrize(
+    ("told", "what"),
+    [
+        *DAMAGED,
+        (named(4), "4 names for 5 classes"),
+        *(
+            (dict(images=each), "images is .*, no list of four .least, most.")
+            for each in (3, None, FOUR[:3], [1, 3, 32, 36], [*FOUR[:3], [1, 2, 3]], [*FOUR[:3], [None, 3]])
+        ),
+    ],
+)
+def test_a_programs_damaged_description_is_one_sentence(tmp_path, monkeypatch, told, what):
+    path = tmp_path / "a.onnx"
+    path.write_bytes(b"\x08\x0a\x12\x07pytorch")
+    text = told if isinstance(told, str) else json.dumps(told)
+    monkeypatch.setattr(loading, "check_installed", lambda *_: None)
+    monkeypatch.setitem(loading._OPENERS, "onnx", lambda path: (lambda images: images, text))
+    with pytest.raises(UserError, match=f"what '.*a.onnx' tells of its model is damaged .*{what}.*; export the model"):
+        vmamba.load_program(path)
+
+
+@pytest.mark.parametrize(("told", "what"), DAMAGED)
+def test_a_damaged_description_of_weights_is_one_sentence(tmp_path, told, what):
+    text = told if isinstance(told, str) else json.dumps(told)
+    save_file({"weight": torch.zeros(1)}, tmp_path / "a.safetensors", {"vmamba": text})
+    with pytest.raises(UserError, match=f"'.*a.safetensors'.*{what}") as raised:
+        vmamba.load_model(tmp_path / "a.safetensors")
+    assert "\n" not in str(raised.value) and "truncated" not in str(raised.value)
 
 
 class Measured(torch.fx.Interpreter):
@@ -530,6 +683,18 @@ def test_onnx_of_a_segmenter_and_of_its_other_options(tmp_path):
         same(outputs(tmp_path / "a.onnx", x)[0], segmenter(x))
 
 
+@needs_onnx
+def test_onnx_of_vim(tmp_path):
+    pytest.importorskip("onnxscript")
+    onnx, model = pytest.importorskip("onnx"), vim(depth=1)
+    vmamba.export(model, tmp_path / "a.onnx", dynamic=() if BY_NAME else ("batch",))
+    nodes = list(graphs._nodes(onnx.load(tmp_path / "a.onnx").graph))
+    assert {node.domain for node in nodes} == {""} and [node.op_type for node in nodes].count("Scan") == 2
+    for count in (1,) if BY_NAME else (1, 3):
+        x = images(count, 3, 32, 48)
+        same(outputs(tmp_path / "a.onnx", x)[0], model(x))
+
+
 def test_the_maps_of_a_backbone_are_called_after_their_stages():
     assert graphs.output_names(vmamba.Backbone(small("vmamba_tiny"), (1, 0))) == ["stage1", "stage0"]
     assert graphs.output_names(small("vmamba_tiny")) == ["logits"]
@@ -634,7 +799,7 @@ def quantised():
             lambda: vmamba.create_segmenter("upernet", "vmamba_nano", 2, channels=8),
             "a.pth",
             dict(spelling="released"),
-            "spelling is 'released', which classifiers and backbones have alone",
+            "spelling is 'released', which classifiers and backbones of ours have alone",
         ),
     ],
 )
@@ -643,6 +808,22 @@ def test_what_cannot_be_exported_is_one_sentence_before_any_work(tmp_path, monke
     with pytest.raises(UserError, match=sentence) as raised:
         vmamba.export(make(), tmp_path / name if isinstance(name, str) else name, **options)
     assert "\n" not in str(raised.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(classes=[1] * 1000),
+        dict(std=[-1.0] * 1000),
+        dict(dynamic=["x" * 1000]),
+        dict(spelling="x" * 1000),
+        dict(format="x" * 1000),
+    ],
+)
+def test_a_sentence_tells_the_beginning_of_what_is_long(tmp_path, options):
+    with pytest.raises(UserError) as raised:
+        vmamba.export(small("vmamba_digits"), tmp_path / "a.pth", **options)
+    assert len(str(raised.value)) < 400
 
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
@@ -665,6 +846,10 @@ def test_the_command_names_what_is_missing(tmp_path):
         export_file(model="vmamba_digits")
     with pytest.raises(UserError, match="give one of --model, for random weights, and --checkpoint"):
         export_file(output="a.onnx")
+    with pytest.raises(UserError, match="unknown model 'vim_tinny_patch16_224'; did you mean 'vim_tiny_patch16_224'"):
+        export_file(model="vim_tinny_patch16_224", output=str(tmp_path / "a.pth"))
+    path = export_file(model="timm/resnet18", output=str(tmp_path / "a.pth"))
+    assert vmamba.load_checkpoint(path).config["MODEL"]["NAME"] == "timm/resnet18"
     with pytest.raises(UserError, match="--part backbone is of detectors and segmenters"):
         export_file(model="vmamba_digits", part="backbone", output=str(tmp_path / "a.onnx"))
     with pytest.raises(UserError, match="--cfg, --names and --weights are of a --checkpoint; leave them out"):

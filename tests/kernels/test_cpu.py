@@ -304,6 +304,20 @@ def test_without_numba_the_reference_serves_and_a_large_model_is_told_once(monke
         cached.cache_clear()
 
 
+def test_what_is_beyond_the_channels_of_a_block_counts_for_nothing():
+    """Of long sequences, whose given steps went through the softplus over and over there until they were infinite; and
+    where one route's numbers are not finite."""
+    case = sequence(batch=1, groups=1, dim=3, states=1, length=6000)
+    got, want = (run(vk.selective_scan, case, backend) for backend in ("cpu", "reference"))
+    for name in want:
+        assert (got[name] - want[name]).norm() <= 1e-5 * want[name].norm(), name
+    case = image(batch=1, height=6, width=6, dim=8, states=2, rank=3)
+    case["x_proj_weight"].view(-1)[5] = float("nan")  # of the first route
+    got, want = (run(vk.cross_selective_scan, case, backend) for backend in ("cpu", "reference"))
+    for name in want:
+        assert torch.equal(got[name].isfinite(), want[name].isfinite()), name
+
+
 # ------------------------------------------------------------------------------------------------ threads, processes
 
 
@@ -314,10 +328,18 @@ def set_threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=["PyTorch's threads", "a pool of ours"])
+def helpers(request, monkeypatch):
+    if request.param == "a pool of ours":
+        monkeypatch.setattr(threads, "_team", lambda: None)
+    elif threads._team() is None:
+        pytest.skip("this PyTorch has no GNU OpenMP of its own")
+
+
 LARGE = dict(batch=3, height=37, width=33, dim=2 * BLOCK + 3, states=3, rank=5)
 
 
-def test_the_same_bits_on_every_run_and_for_any_number_of_threads(set_threads):
+def test_the_same_bits_on_every_run_and_for_any_number_of_threads(set_threads, helpers):
     image_of_one = LARGE | dict(batch=1, states=STATES + 1)
     found = []
     for number in (1, 1, 2, 3, 8, 40):  # with few threads the routes of an image are one task, with many several
@@ -333,7 +355,7 @@ def test_the_same_bits_on_every_run_and_for_any_number_of_threads(set_threads):
 
 
 @pytest.mark.parametrize("number", [1, 2, 5])
-def test_work_is_shared_among_as_many_threads_as_pytorch_has(set_threads, number):
+def test_work_is_shared_among_as_many_threads_as_pytorch_has(set_threads, helpers, number):
     set_threads(number)
     done, workers = [], set()
 
@@ -347,7 +369,7 @@ def test_work_is_shared_among_as_many_threads_as_pytorch_has(set_threads, number
     assert len(workers) <= number and (number == 1) == (workers == {threading.get_ident()})
 
 
-def test_an_error_in_a_helper_is_raised(set_threads):
+def test_an_error_in_a_helper_is_raised(set_threads, helpers):
     set_threads(2)
     caller = threading.get_ident()
 
@@ -360,7 +382,7 @@ def test_an_error_in_a_helper_is_raised(set_threads):
         threads.share(100, work)
 
 
-def test_several_threads_of_python_at_once(set_threads):
+def test_several_threads_of_python_at_once(set_threads, helpers):
     cases = [image(**{**LARGE, "dim": dim}) for dim in (5, 64, 65, 100)] * 2
     want = [run(vk.cross_selective_scan, case, "cpu") for case in cases]
 
@@ -481,6 +503,7 @@ def test_a_thread_that_outlives_the_main_one_works_alone(set_threads, monkeypatc
         def submit(self, work):
             raise RuntimeError("cannot schedule new futures after shutdown")
 
+    monkeypatch.setattr(threads, "_team", lambda: None)
     monkeypatch.setattr(threads, "_pool", Ended)
     set_threads(4)
     done = []
@@ -490,6 +513,7 @@ def test_a_thread_that_outlives_the_main_one_works_alone(set_threads, monkeypatc
 
 def test_help_that_came_before_the_end_is_waited_for(set_threads, monkeypatch):
     """The interpreter may end between two helpers."""
+    monkeypatch.setattr(threads, "_team", lambda: None)
     with ThreadPoolExecutor(1) as pool:
 
         class Ending:

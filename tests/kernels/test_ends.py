@@ -226,5 +226,14 @@ def test_errors_name_the_argument():
         with pytest.raises(ValueError, match=f"z is {dtype}; it must be one of"):
             u, delta, A, B, C, *_ = tensors.values()
             selective_scan_fn(u, delta, A, B, C, z=u.to(dtype))
-    with pytest.raises(ValueError, match=r"state is expanded, .* give state.clone\(\)"):
-        selective_state_update(state[:1].expand(2, 8, 3), x, x, tensors["A"], vector, vector)
+    held = torch.zeros(100)
+    for shared in (
+        state[:1].expand(2, 8, 3),
+        held.as_strided((2, 8, 3), (1, 1, 1)),
+        held.as_strided((2, 8, 3), (20, 2, 1)),
+        held.as_strided((2, 8, 3), (23, 3, 1)),
+    ):
+        with pytest.raises(ValueError, match=r"state has strides .* in an expanded tensor; give state.clone\(\)"):
+            selective_state_update(shared, x, x, tensors["A"], vector, vector)
+    for apart in (held.as_strided((2, 8, 3), (24, 3, 1)), held.as_strided((2, 8, 3), (1, 2, 20))):
+        selective_state_update(apart, x, x, tensors["A"], vector, vector)

@@ -155,6 +155,14 @@ def test_mamba_ssm_says_why_not(mamba_ssm, monkeypatch):
         vk.selective_scan(**case, backend="mamba_ssm")
 
 
+def test_a_broken_mamba_ssm_is_one_sentence(mamba_ssm):
+    del sys.modules["mamba_ssm.ops.selective_scan_interface"].selective_scan_fn
+    case = {name: t.detach().float() for name, t in inputs(4, 4).items() if name != "z"}
+    order = ("u", "delta", "A", "B", "C", "D", "delta_bias")
+    with pytest.raises(vk.BackendError, match="mamba_ssm is installed but cannot be imported: .* 'selective_scan_fn'"):
+        mamba.OPERATORS["selective_scan"](*(case[name] for name in order), True, torch.float32)
+
+
 def test_b_and_c_of_the_scans_groups_are_not_copied(monkeypatch):
     """torch.compile keeps views of such copies for the backward pass, and cannot lay them out for another length."""
     seen = []

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -89,9 +90,30 @@ def test_the_packages_serve_where_they_are(monkeypatch):
     package.causal_conv1d_fn = causal_conv1d_fn
     monkeypatch.setitem(sys.modules, "causal_conv1d", package)
     monkeypatch.setattr(mamba1d, "find_spec", lambda name: object())
+    monkeypatch.setattr(mamba1d, "why_no_causal_conv1d", mamba1d.why_no_causal_conv1d.__wrapped__)  # not what it found
     torch.testing.assert_close(layer(conv_backend="causal_conv1d")(x), expected)
     torch.testing.assert_close(layer()(x), expected)
     assert calls == ["silu"]  # on a CPU not by itself
+
+
+@pytest.mark.parametrize(
+    "text", ["raise ImportError('undefined symbol: _ZN3c104cuda\\nand more')", "", "import no_such"]
+)
+def test_a_broken_causal_conv1d_is_one_sentence_and_by_itself_pytorchs(tmp_path, monkeypatch, caplog, text):
+    (tmp_path / "causal_conv1d").mkdir()
+    (tmp_path / "causal_conv1d" / "__init__.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "causal_conv1d", raising=False)
+    monkeypatch.setattr(mamba1d, "why_no_causal_conv1d", cache(mamba1d.why_no_causal_conv1d.__wrapped__))
+    with pytest.raises(
+        UserError, match=r"^conv_backend is causal_conv1d, which is installed but cannot be imported \("
+    ):
+        layer(conv_backend="causal_conv1d")
+    assert layer().conv_backend == "torch" and layer(conv_backend="torch")
+    (record,) = caplog.records
+    assert "the convolutions are PyTorch's; install it anew, or remove it" in record.getMessage()
+    assert "\n" not in record.getMessage()
+    sys.modules.pop("causal_conv1d", None)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +133,49 @@ def test_the_packages_serve_where_they_are(monkeypatch):
 def test_mistakes_are_sentences(options, sentence):
     with pytest.raises(UserError, match=sentence):
         layer(**options)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (lambda x: None, "is a NoneType; it must be a tensor"),
+        (lambda x: x.numpy(), "is a ndarray; it must be a tensor"),
+        (lambda x: x.long(), "is of torch.int64, and the layer's weights of torch.float64; give it in theirs"),
+        (lambda x: x.float(), "is of torch.float32, and the layer's weights of torch.float64; give it in theirs"),
+        (lambda x: x.cfloat(), "is of torch.complex64, and"),
+    ],
+)
+def test_what_is_no_tensor_of_the_weights_numbers_is_named(given, sentence):
+    mamba, x = layer(), torch.zeros(2, 9, 6, dtype=torch.float64)
+    with pytest.raises(UserError, match=f"^the sequence {sentence}"):
+        mamba(given(x))
+    with pytest.raises(UserError, match=f"^the position {sentence}"):
+        mamba.step(given(x[:, 0]), mamba.make_state(2))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UserError, match=f"^the sequence {sentence}"):
+        mamba(given(x))
+    with pytest.raises(UserError, match="images are a NoneType; this model takes"):
+        timm.create_model("vim_tiny_patch16_224", img_size=16, depth=1, embed_dim=16)(None)
+
+
+def test_autocast_takes_what_it_casts():
+    mamba, x = layer().float(), torch.randn(2, 9, 6)
+    expected = mamba(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(mamba(x.bfloat16()).float(), expected, rtol=0.1, atol=0.05)
+
+
+def test_states_of_other_numbers_or_in_one_place_are_named():
+    mamba, x = layer(), torch.zeros(2, 6, dtype=torch.float64)
+    state = mamba.make_state(2)
+    for inputs, scan in (
+        (state.inputs[:1].expand_as(state.inputs), state.scan),
+        (state.inputs, state.scan.as_strided(state.scan.shape, (1, 1, 1))),
+        (state.inputs.long(), state.scan),
+        (state.inputs, state.scan.to("meta")),
+    ):
+        with pytest.raises(UserError, match=r"the state has a part of .*: take it from make_state\(2\)"):
+            mamba.step(x, mamba1d.MambaState(inputs, scan))
+    assert not any(part.any() for part in state)
 
 
 def test_sequences_and_states_that_do_not_fit_are_named():

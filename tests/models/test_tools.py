@@ -4,6 +4,7 @@ import copy
 import io
 
 import pytest
+import timm
 import torch
 from timm.layers import LayerNorm2d, convert_splitbn_model, freeze_batch_norm_2d
 from torch import nn
@@ -96,7 +97,10 @@ def test_traces_of_what_stands_on_a_backbone():
     ],
 )
 def test_what_torchscript_does_not_compile_is_one_sentence(make, kind):
-    with pytest.raises(UserError, match=f"torch.jit.script cannot compile a {kind}; use torch.jit.trace.model, images"):
+    with pytest.raises(
+        UserError,
+        match=f"torch.jit.script cannot compile a {kind}; use torch.jit.trace or torch.export, or vmamba.export for a",
+    ):
         torch.jit.script(make())
 
 
@@ -132,6 +136,37 @@ def symbolic(model):
 @kinds
 def test_torch_fx_without_its_users_help(name):
     symbolic(small(name, drop_path_rate=0.0))
+
+
+@pytest.mark.parametrize("options", [dict(), dict(bidirectional=True), dict(conv_backend="auto", dt_rank=2)])
+def test_torch_fx_of_mambas_layer(options, monkeypatch):
+    monkeypatch.setattr("vmamba.models.mamba1d.why_no_causal_conv1d", lambda: None)  # as where it is installed
+    layer = Mamba1D(8, **options)
+    traced = torch.fx.symbolic_trace(layer)
+    for length in (3, 20):
+        x = torch.randn(2, length, 8)
+        assert torch.equal(traced(x), layer(x))
+    with pytest.raises(UserError, match="the sequence has shape"):
+        traced(torch.randn(2, 8))
+
+
+def test_torch_fx_of_vim():
+    vim = timm.create_model("vim_tiny_patch16_224", img_size=32, depth=2, embed_dim=16, num_classes=3)
+    symbolic_of = torch.fx.symbolic_trace(vim.eval())
+    x = torch.randn(3, 3, 32, 32)
+    assert torch.equal(symbolic_of(x), vim(x))
+
+
+def test_torch_fx_of_what_stands_on_a_backbone_is_one_sentence():
+    options = dict(depths=(1, 0, 0, 0), dims=8)
+    segmenter = vmamba.create_segmenter("upernet", "vmamba_nano", 3, backbone_options=options, channels=8).eval()
+    detector = vmamba.create_detector("mask_rcnn", "vmamba_nano", 3, backbone_options=options, channels=8, hidden=8)
+    for model, kind in ((segmenter, "segmenter"), (detector.eval(), "detector")):
+        with pytest.raises(UserError, match=f"torch.fx cannot follow a whole {kind}, .*; trace its backbone"):
+            torch.fx.symbolic_trace(model)
+        x = images(1, 64)
+        for one, other in zip(torch.fx.symbolic_trace(model.backbone)(x), model.backbone(x), strict=True):
+            assert torch.equal(one, other)
 
 
 @more

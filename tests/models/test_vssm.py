@@ -294,6 +294,15 @@ def test_errors_name_the_option_and_the_nearest_right_one(options, words):
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "images, words", [(None, "images are a NoneType"), (torch.zeros(1, 3, 32, 32).byte(), "torch.uint8")]
+)
+def test_images_that_are_no_numbers_of_images_are_a_sentence(images, words):
+    model = vmamba.create_model("vmamba_digits", in_chans=3)
+    with pytest.raises(vmamba.UserError, match=f"{words}; this model takes a tensor of floating-point numbers"):
+        model(images)
+
+
 def test_unknown_model():
     with pytest.raises(vmamba.UserError, match="unknown model 'vmamba_tinny'; did you mean 'vmamba_tiny'?"):
         vmamba.create_model("vmamba_tinny")

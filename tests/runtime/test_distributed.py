@@ -5,6 +5,7 @@ import torch
 
 from vmamba.errors import UserError
 from vmamba.runtime import distributed
+from vmamba.runtime.lifeline import Lifeline, Loss, PeerLost
 
 LAUNCHERS = {
     "none": ({}, (0, 1, 0)),
@@ -39,6 +40,23 @@ def test_every_launcher_is_understood(environment, expected, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert distributed._launched_as() == expected
+
+
+def test_a_process_that_is_killed_before_the_run_begins_is_a_sentence_on_the_others(monkeypatch):
+    def connect(line, share):
+        line.loss = Loss(1, "n2")
+        line._news.set(), line._written.set()
+
+    def gather(value):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:8871.")
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *args, **options: None)
+    monkeypatch.setattr(Lifeline, "connect", connect)
+    monkeypatch.setattr(distributed, "gather", gather)
+    with pytest.raises(PeerLost, match="process 1 on n2 has ended without a word"), distributed.processes("cpu"):
+        pass
 
 
 def test_a_processs_place_on_its_machine():

@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import warnings
 
 import pytest
 import timm
@@ -17,7 +18,7 @@ from vmamba.runtime.distributed import World
 from vmamba.runtime.sharding import blocks
 from vmamba.runtime.shares import one_file, read_folder, save_folder
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled.*intent is to save")
 
 
 @pytest.mark.parametrize(("make", "name", "number"), [
@@ -44,12 +45,21 @@ def saved(tiny, tmp_path):
 
 def test_a_folder_becomes_the_file_that_would_have_been(saved, same, tmp_path):
     case, folder = saved
-    one_file(str(folder), str(tmp_path / "all.pth"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PyTorch's, of what is meant
+        one_file(str(folder), str(tmp_path / "all.pth"))
     assert same(read_checkpoint(tmp_path / "all.pth"), read_folder(folder))
     torch.save(case.state.state_dict(), tmp_path / "then.pth")
     assert same(read_checkpoint(tmp_path / "all.pth"), read_checkpoint(tmp_path / "then.pth"))
-    with pytest.raises(UserError, match="there is no checkpoint"):
-        one_file(str(tmp_path), str(tmp_path / "none.pth"))
+    for other in (tmp_path, tmp_path / "all.pth", tmp_path / "none"):
+        with pytest.raises(UserError, match="is no state in shares; name a folder such as last.sharded of a run"):
+            one_file(str(other), str(tmp_path / "none.pth"))
+    sentence = "last.sharded' is a state in shares; make it a file first: python analyze/one_file.py"
+    for read in (read_checkpoint, vmamba.load_model):
+        with pytest.raises(UserError, match=sentence):
+            read(folder)
+    with pytest.raises(UserError, match=sentence):
+        vmamba.load_model(tmp_path)
 
 
 def test_the_one_before_is_kept_and_what_broke_off_is_no_state(saved, tmp_path):
@@ -65,17 +75,37 @@ def test_the_one_before_is_kept_and_what_broke_off_is_no_state(saved, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["best.sharded", "last.2.sharded", "last.sharded"]
 
 
+@pytest.mark.parametrize("sums", [True, False])  # a folder of before 2026-11-27 has none
 @pytest.mark.parametrize("damage", ["no metadata", "truncated", "foreign"])
-def test_a_damaged_folder_is_a_sentence(saved, damage):
+def test_a_damaged_folder_is_a_sentence(saved, damage, sums):
     _, folder = saved
     (part,) = folder.glob("*.distcp")
+    if not sums:
+        plain = torch.load(folder / "plain.pth")
+        del plain["sums"]
+        torch.save(plain, folder / "plain.pth")
     if damage == "no metadata":
         (folder / ".metadata").unlink()
     elif damage == "truncated":
         os.truncate(part, 100)
     else:
         (folder / ".metadata").write_bytes(pickle.dumps({"a": 1}))
-    with pytest.raises(UserError, match=r"last\.sharded"):
+    with pytest.raises(UserError, match=r"last\.sharded") as told:
+        read_folder(folder)
+    assert "\n" not in str(told.value) and "Traceback" not in str(told.value)
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+def test_a_run_goes_on_from_the_folder_before_where_a_bit_has_flipped(saved, name, tmp_path):
+    case, folder = saved
+    case.train(1)
+    save_folder(case.state.state_dict(), folder, 2)
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    found, passed_over = newest_checkpoint(tmp_path)
+    assert found == tmp_path / "last.2.sharded" and name in passed_over[folder]
+    with pytest.raises(UserError, match=f"{name}' is damaged: its sum is another than when it was written"):
         read_folder(folder)
 
 
@@ -95,6 +125,9 @@ def test_pickled_code_in_a_folder_is_refused_and_does_not_run(saved, name, tmp_p
     assert (tmp_path / "attacked").exists()  # it is an attack
     (tmp_path / "attacked").rmdir()
     (folder / ".metadata").write_bytes(code)
+    plain = torch.load(folder / "plain.pth")
+    plain["sums"][".metadata"] = shares.checksum(folder / ".metadata")  # who changes one file can change another
+    torch.save(plain, folder / "plain.pth")
     with pytest.raises(UserError, match=r"and loading that could run code"):
         read_folder(folder)
     assert not (tmp_path / "attacked").exists()

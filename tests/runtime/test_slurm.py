@@ -12,7 +12,18 @@ import pytest
 from vmamba.config import get_config
 from vmamba.errors import UserError
 from vmamba.runtime import slurm
-from vmamba.runtime.slurm import Job, Resources, at_least, check_local, minutes, pair, sbatch_file, seeded, submit
+from vmamba.runtime.slurm import (
+    Job,
+    Resources,
+    check_local,
+    each_once,
+    minutes,
+    one_line,
+    pair,
+    sbatch_file,
+    seeded,
+    submit,
+)
 from vmamba.runtime.stop import Stopped
 
 MORE = dict(comment="table-2", exclude="gpu[3-4]", additional={"gres": "lustre:1", "licenses": "x@y"})
@@ -112,11 +123,50 @@ def test_a_job_that_slurm_refuses_is_a_sentence(tmp_path, monkeypatch, programs)
         submit([Job(len, get_config())], TWO_NODES, tmp_path / "jobs")
 
 
-@pytest.mark.parametrize("text", ["gres", "=1", "--gres=1", "GRES=1", "a b=1"])
+@pytest.mark.parametrize("text", ["=1", "--gres=1", "GRES=1", "a b=1", ""])
 def test_another_option_of_sbatch(text):
     with pytest.raises(argparse.ArgumentTypeError, match="is no option of sbatch and its value; write one as"):
         pair(text)
     assert pair("gres=gpu:8,x=2") == ("gres", "gpu:8,x=2")
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [("time", "--time"), ("ntasks-per-node", "--gpus-per-node"), ("signal", "GRACE"), ("array", "--seeds")],
+)
+def test_what_a_job_says_anyway_is_no_other_option(name, where):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"'{name}' is said by .*{where}"):
+        pair(f"{name}=1")
+
+
+@pytest.mark.parametrize("text", ["", " ", "two\nlines", "a\r"])
+def test_a_line_break_does_not_end_the_options_of_a_batch_file(text):
+    for refuse in (one_line, lambda value: pair(f"gres={value}")):
+        with pytest.raises(
+            argparse.ArgumentTypeError, match="is no value of an option of sbatch; write a line of text"
+        ):
+            refuse(text)
+
+
+def test_no_time_is_no_time_limit():
+    with pytest.raises(UserError, match="no time at all"):
+        minutes("0:0:0")
+
+
+def test_what_would_be_said_or_run_twice_is_refused():
+    with pytest.raises(UserError, match="--seeds has 3 twice; give each once"):
+        each_once([3, 4, 3], "--seeds")
+    assert each_once([3, 4], "--seeds") == [3, 4]
+
+
+def test_other_options_stand_in_the_batch_file_once_and_the_job_may_be_requeued(tmp_path):
+    """Also where the cluster's JobRequeue is 0; and SLURM takes the last of two."""
+    additional = dict(map(pair, ("job-name=mine", "exclusive", "mail-type=END")))
+    lines = sbatch_file(Resources(90, additional=additional), tmp_path).splitlines()
+    for line in ("--job-name=mine", "--exclusive", "--mail-type=END", "--requeue"):
+        assert f"#SBATCH {line}" in lines
+    names = [line.partition("=")[0] for line in lines if line.startswith("#SBATCH")]
+    assert len(names) == len({*names})
 
 
 def test_without_slurm_or_submitit_there_is_a_sentence(tmp_path, monkeypatch):
@@ -128,15 +178,6 @@ def test_without_slurm_or_submitit_there_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(slurm, "submitit", None)
     with pytest.raises(UserError, match="pip install"):
         submit([Job(len, get_config())], TWO_NODES, tmp_path)
-
-
-@pytest.mark.parametrize("text", ["-1", "x", "1.5", "", "0"])
-def test_numbers_of_a_job(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="no whole number from 1 on"):
-        at_least(1)(text)
-    assert at_least(0)("0") == 0 and at_least(1)("12") == 12
-    with pytest.raises(UserError, match="no time at all"):
-        minutes("0:0:0")
 
 
 def test_the_processes_of_a_local_job_find_each_other(inside_a_job):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from vmamba.config import get_config
 from vmamba.data import scenes
+from vmamba.data.images import UnreadableImage
 from vmamba.errors import UserError
 from vmamba.runtime.trainer import run
 from vmamba.segmentation.data import build_eval_loader, build_train_loader
@@ -66,7 +67,9 @@ def test_image_and_map_are_moved_together(folder):
 @pytest.mark.parametrize(("share", "expected"), [(0.75, 2), (1.0, 1)])
 def test_a_crop_of_almost_one_class_is_drawn_again(folder, share, expected, monkeypatch):
     """The first place drawn shows one class and the second two."""
-    config = tiny_config(folder, "AUG.MOST_OF_ONE_CLASS", share, "AUG.RESIZE_RATIO", [1.0, 1.0], "AUG.HFLIP", 0)
+    config = tiny_config(
+        folder, "AUG.MOST_OF_ONE_CLASS", share, "AUG.RESIZE_RATIO", [1.0, 1.0], "AUG.HFLIP", 0, "AUG.PHOTOMETRIC", False
+    )
     classes = np.zeros((32, 64), np.uint8)
     classes[:, 40:] = 1
     places = iter([0, 0, 0, 24])  # top, left; top, left
@@ -189,6 +192,14 @@ def test_maps_of_any_kind_of_indices(tmp_path):
 def test_what_a_wrong_map_says(tmp_path, classes, sentence):
     write(tmp_path, "validation", "a", PICTURE, classes)
     assert re.search(sentence, refusal(tmp_path))
+
+
+def test_a_map_that_is_a_program_is_not_started(tmp_path):
+    """An EPS, which Pillow would hand to Ghostscript."""
+    write(tmp_path, "validation", "a", PICTURE, MAP)
+    (tmp_path / "annotations/validation/a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
+    with pytest.raises(UnreadableImage, match="a.png': it is not an image of a format that Pillow knows"):
+        open_dataset(folders(tmp_path), training=False).load(0)
 
 
 def test_a_label_that_counts_from_one_is_named_as_it_stands_in_the_file(tmp_path):

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from vmamba.classification.source import Source
 from vmamba.classification.transforms import let_posterize_take_zero_bits
 from vmamba.config import get_config, image_size
 from vmamba.data.draws import IMAGE, permutation, preserved_generators, seed_generators
+from vmamba.data.images import UnreadableImage, reading
 from vmamba.data.loaders import Examples, Key, Loader
 from vmamba.errors import UserError
 from vmamba.files import check_writable, make_folder, write_atomically, write_text
@@ -39,6 +41,7 @@ from vmamba.runtime.run import Run
 from vmamba.runtime.start import build_state
 from vmamba.runtime.step import OptimizerStep, parallelise
 from vmamba.runtime.task import open_task
+from vmamba.text import counted
 from vmamba.timing import elapsed
 
 CONFIG = "configs/vmamba_tiny_s1l8.yaml"
@@ -64,32 +67,36 @@ def dataloading(
 
     Args:
         cfg: config file of the run; `opts` are keys and values over it.
-        data_path: of its data set; empty: JPEGs of ImageNet's sizes, made in `output`/jpegs and kept there.
+        data_path: of its data set; empty, and where `opts` name none: JPEGs of ImageNet's sizes, made in
+            `output`/jpegs and kept there.
         images: so many of those to train on, and a fifth of it to evaluate on.
         workers: numbers of loading processes.
         modes: of `MODES`.
         seconds: that each rate is measured for.
 
-    Returns what is in the JSON file.  Raises UserError for another task, and where the data is not there.
+    Returns what is in the JSON file.  Raises UserError for another task, where the data is not there, and for an image
+    that cannot be read, unless DATA.SKIP_BAD_IMAGES says to leave it out.
     """
     check_writable(Path(output, "dataloading.json"), Path(output, "dataloading.md"))
     place = choose_device(device)
-    folder = data_path or str(Path(output, "jpegs"))
-    generated = [] if data_path else ["DATA.DATASET", "imagenet", "MODEL.NUM_CLASSES", str(_CLASSES)]
-    given = [*generated, "DATA.DATA_PATH", folder, "DEVICE", place.type, "DATA.NUM_WORKERS", "0", *opts]
-    config = get_config(cfg, given)
-    if config.TASK != "classification":
-        raise UserError(f"{cfg} is of {config.TASK}; this times the images of a classification")
-    if not data_path:
-        make_jpegs(Path(folder), max(images, 2 * config.DATA.BATCH_SIZE))
+    if (task := get_config(cfg, opts).TASK) != "classification":
+        raise UserError(f"{cfg} is of {task}; this times the images of a classification")
+    given = ["DATA.DATA_PATH", data_path] if data_path else []
+    jpegs = Path(output, "jpegs") if not (data_path or {"DATA.DATASET", "DATA.DATA_PATH"} & {*opts[::2]}) else None
+    if jpegs:
+        given = ["DATA.DATASET", "imagenet", "DATA.DATA_PATH", str(jpegs), "MODEL.NUM_CLASSES", str(_CLASSES)]
+    config = get_config(cfg, [*given, "DEVICE", place.type, "DATA.NUM_WORKERS", "0", *opts])
+    if jpegs:
+        make_jpegs(jpegs, max(images, 2 * config.DATA.BATCH_SIZE))
     set_up_precision(config, place)
     found = {mode: measure(config, mode == "training", place, workers, seconds) for mode in modes}
     machine = f"{describe(place)}, {cores()} cores"
     told = {"machine": machine, "torch": torch.__version__, "batch": config.DATA.BATCH_SIZE, "config": cfg, **found}
+    where = config.DATA.DATA_PATH or config.DATA.DATASET
     page = (
         f"# What feeds training\n\n{machine}, PyTorch {torch.__version__}, {date.today()}; written by "
         f"`analyze/dataloading.py`.\n\n{cfg}{' with ' + ' '.join(opts) if opts else ''}, batch "
-        f"{config.DATA.BATCH_SIZE}, images of {folder}. Each part by itself: reading by the clock, up to collation on "
+        f"{config.DATA.BATCH_SIZE}, images of {where}. Each part by itself: reading by the clock, up to collation on "
         f"one core, then on the device.\n\n" + "\n".join(_page(mode, found[mode]) for mode in modes)
     )
     write_text(Path(output, "dataloading.md"), page)
@@ -142,18 +149,26 @@ def measure(
 def time_loading(config: CfgNode, loader: Loader, training: bool) -> dict[str, float]:
     """Seconds an image, of one core; of reading by the clock."""
     images, transform = loader.examples.source, loader.examples.transform
-    numbers = permutation(config.SEED, 0, len(images)).tolist()[:_TIMED]
+    asked = permutation(config.SEED, 0, len(images)).tolist()[:_TIMED]
     start = time.perf_counter()
-    files = [images.source.read(number) for number in numbers]
+    files = {number: file for number in asked if (file := _readable(config, partial(_read, images, number)))}
     read = time.perf_counter() - start
-    pairs = [*zip(numbers, files, strict=True)]
-    decoded, decoding = _on_a_core(
-        lambda: [(images.decode(file, images.channels, number), label) for number, (file, label) in pairs]
-    )
+
+    def decoded_files() -> dict[int, Any]:
+        found = {}
+        for number, (file, label) in files.items():
+            decode = partial(images.decode, file, images.channels, images.name(number))
+            if (image := _readable(config, decode)) is not None:
+                found[number] = image, label
+        return found
+
+    decoded, decoding = _on_a_core(decoded_files)
+    if not decoded:
+        raise UserError(f"none of {counted(len(asked), 'image')} can be read; check the data path")
 
     def augmented() -> list[Any]:
         samples = []
-        for number, sample in zip(numbers, decoded, strict=True):
+        for number, sample in decoded.items():
             seed_generators(config.SEED, IMAGE, 0, number)
             samples.append(transform(sample))
         return samples
@@ -165,7 +180,22 @@ def time_loading(config: CfgNode, loader: Loader, training: bool) -> dict[str, f
         lambda: [loader.collate(samples[start : start + size]) for start in range(0, len(samples), size)]
     )
     total = {"reading": read, "decoding": decoding, "augmentation": augmentation, "collation": collation}
-    return {name: value / len(numbers) for name, value in total.items()}
+    return {name: value / len(decoded) for name, value in total.items()}
+
+
+def _read(images: Any, number: int) -> tuple[Any, int]:
+    with reading(images.name(number)):
+        return images.source.read(number)
+
+
+def _readable(config: CfgNode, read: Callable[[], Any]) -> Any:
+    """What `read` gives; None of an image that cannot be read and may be left out.  Raises UserError where not."""
+    try:
+        return read()
+    except UnreadableImage as error:
+        if config.DATA.SKIP_BAD_IMAGES:
+            return None
+        raise UserError(f"{error}; mend or remove it, or set DATA.SKIP_BAD_IMAGES true") from error
 
 
 def _on_a_core(work: Callable[[], Any]) -> tuple[Any, float]:
@@ -264,7 +294,10 @@ class _ForTimm(Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, label = self.source.load(index, self.channels)
+        try:
+            image, label = self.source.load(index, self.channels)
+        except UnreadableImage:  # timm's data sets give the next one too
+            return self[(index + 1) % len(self)]
         return self.transform(image), label
 
 

@@ -30,14 +30,15 @@ from vmamba.detection.transforms import Collate, Transform
 from vmamba.errors import UserError
 from vmamba.files import check_keeps, make_folder, read_text, write_atomically
 from vmamba.models.download import is_url
+from vmamba.models.formats import PLAIN, as_one_file
 from vmamba.models.pretrained import Checkpoint, open_checkpoint
 from vmamba.models.vssm import VSSM
 from vmamba.models.whole import shape_of, variant_of
-from vmamba.runtime.checkpoint import BEST, LAST
+from vmamba.runtime.checkpoint import BEST, LAST, SHARDED
 from vmamba.runtime.task import open_task
 from vmamba.segmentation import models as segmentation_models
 from vmamba.segmentation.datasets import Sample
-from vmamba.segmentation.evaluation import Inference
+from vmamba.segmentation.evaluation import Inference, OfOneSize
 from vmamba.segmentation.transforms import EvalTransform
 from vmamba.text import counted, printable
 
@@ -160,12 +161,15 @@ def load_model(
 
 
 def file_of(checkpoint: str | Path) -> str | Path:
-    """`checkpoint`, or in a run's folder its best.  Raises UserError for a folder without one."""
+    """`checkpoint`, or in a run's folder its best.  Raises UserError for a folder without one, or in shares."""
     named = isinstance(checkpoint, (str, os.PathLike))
     if not named or is_url(str(checkpoint)) or what_is(checkpoint) != "folder":
         return checkpoint
     kept = [Path(checkpoint, name) for name in (BEST, LAST) if what_is(Path(checkpoint, name)) == "file"]
     if not kept:
+        for shares in (Path(checkpoint), *(Path(checkpoint, name).with_suffix(SHARDED) for name in (BEST, LAST))):
+            if what_is(shares / PLAIN) == "file":
+                raise UserError(as_one_file(shares))
         raise UserError(f"'{printable(checkpoint)}' has neither {BEST} nor {LAST}; name the folder of a run, or a file")
     return kept[0]
 
@@ -280,7 +284,7 @@ def config_of(checkpoint: Checkpoint, cfg: str | None) -> CfgNode:
     if cfg is not None:
         return get_config(cfg)
     if checkpoint.config.get("MODEL"):
-        return restored(checkpoint.config)
+        return restored(checkpoint.config, f"the config in '{checkpoint.path}'")
     for models in (detection_models, segmentation_models):
         if models.HEAD in checkpoint.whole:
             return models.config_of(checkpoint)
@@ -391,12 +395,14 @@ def detector(config: CfgNode, model: nn.Module, device: torch.device, names: Seq
 
 def segmenter(config: CfgNode, model: nn.Module, device: torch.device, names: Sequence[str], score: float) -> Predictor:
     transform, inference = EvalTransform(config), Inference(config)
+    size = getattr(model, "size", None)  # of a program, which takes images of one alone
+    run = OfOneSize(model, size) if size else model
 
     @torch.no_grad()
     def answer(image: Image.Image) -> Answer:
         empty = np.zeros((image.height, image.width), np.uint8)
         images, *_ = transform(Sample(image, empty, ""))
-        classes = inference(model, [each.to(device) for each in images], empty.shape).cpu()
+        classes = inference(run, [each.to(device) for each in images], empty.shape).cpu()
         counts = torch.bincount(classes.flatten().long(), minlength=len(names))
         order = [label for label in counts.argsort(descending=True).tolist() if counts[label]]
         shares = [

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from pathlib import Path
 
 from yacs.config import CfgNode
@@ -45,7 +46,7 @@ def _cache(config: CfgNode, archive: Archive | Tars, on_machine: tuple[int, int]
 
 def _read_map(path: Path, classes: int) -> list[tuple[str, int]]:
     """The lines "member <tab or blanks> label" of a map file."""
-    samples = []
+    samples: dict[str, tuple[int, int]] = {}  # label and line by name
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
@@ -55,10 +56,13 @@ def _read_map(path: Path, classes: int) -> list[tuple[str, int]]:
             raise UserError(f"{place}: '{printable(line)}' is not a file's name and a label from 0 on")
         if int(label[0]) >= classes:
             raise UserError(f"{place}: label {label[0]} is out of range; MODEL.NUM_CLASSES is {classes}")
-        samples.append((member.strip().lstrip("/"), int(label[0])))
+        name = member.strip().lstrip("/")
+        if name in samples:
+            raise UserError(f"{place}: '{printable(name)}' stands in line {samples[name][1]} already; remove one")
+        samples[name] = int(label[0]), number
     if not samples:
         raise UserError(f"'{printable(path)}' names no image")
-    return samples
+    return [(name, label) for name, (label, _) in samples.items()]
 
 
 # ------------------------------------------------------------------------------------------------ tar archives
@@ -73,8 +77,24 @@ def tar_files(config: CfgNode, training: bool) -> list[Path]:
     return [] if what_is(root / split) == "folder" else _tars_in(root, split)
 
 
+# Of an archive's name, by which it is of a split; what is of both is of none.
+_WORDS = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}}
+_OF_BOTH = {"trainval", "trainvalidation"}
+
+
 def _tars_in(root: Path, split: str) -> list[Path]:
-    return sorted(path for path in root.glob(f"*{split}*.tar") if not path.name.startswith("."))
+    """Raises UserError for an archive whose name is of both splits."""
+    found = []
+    for path in sorted(root.glob("[!.]*.tar")):
+        words = {*re.findall("[a-z]+", path.stem.lower())}
+        if words & _OF_BOTH or all(words & names for names in _WORDS.values()):
+            raise UserError(
+                f"'{printable(path)}' is by its name of images to train on and of those held out; make an archive of "
+                "each, train.tar and val.tar, or move it away"
+            )
+        if words & _WORDS[split]:
+            found.append(path)
+    return found
 
 
 def open_tars(config: CfgNode, training: bool, tell: bool, on_machine: tuple[int, int]) -> Source:
@@ -82,7 +102,7 @@ def open_tars(config: CfgNode, training: bool, tell: bool, on_machine: tuple[int
     root, split = data_path(config), "train" if training else "val"
     archive = Tars(tar_files(config, training), root / f"{split}.index.npz")
     if (archive.numbers >= 0).any():
-        samples, chosen = _by_key(config, archive, training)
+        samples, chosen = _by_key(config, archive, training, tell)
     else:
         samples, chosen = _by_class(config, archive, split, training, tell)
     archive.take(chosen)
@@ -90,22 +110,26 @@ def open_tars(config: CfgNode, training: bool, tell: bool, on_machine: tuple[int
     return Source(samples, archive=archive)
 
 
-def _by_key(config: CfgNode, archive: Tars, training: bool) -> tuple[list[tuple[str, int]], list[int]]:
-    """The images of WebDataset's archives, and their numbers."""
-    known, classes = suffixes(config.MODEL.IN_CHANS), config.MODEL.NUM_CLASSES
-    names, numbers = [*archive.names], archive.numbers.tolist()
-    labels = {_key(archive, place, name): numbers[place] for place, name in enumerate(names) if numbers[place] >= 0}
+def _by_key(config: CfgNode, archive: Tars, training: bool, tell: bool) -> tuple[list[tuple[str, int]], list[int]]:
+    """The images of WebDataset's archives, and their numbers: of each key one, KEY.jpg rather than KEY.mask.png."""
+    classes, names = config.MODEL.NUM_CLASSES, [*archive.names]
+    labels, left_out = _labels_by_key(archive, names), LeftOut()
     samples, chosen = [], []
-    for place, name in enumerate(names):
-        if os.path.splitext(name)[1].lower() not in known or os.path.basename(name).startswith("."):
-            continue
-        label = labels.get(_key(archive, place, name))
-        inside = f"'{printable(archive.place(place))}' holds '{printable(name)}'"
+    for key, places in _images_by_key(config, archive, names).items():
+        plain = [place for place in places if os.path.splitext(names[place])[0] == key[1]]
+        place = (plain or places)[0]
+        inside = f"'{printable(archive.place(place))}' holds '{printable(names[place])}'"
+        if len(plain or places) > 1:
+            second = printable(names[(plain or places)[1]])
+            raise UserError(f"{inside} and '{second}', two images of one key; leave one out")
+        for other in {*places} - {place}:
+            left_out.add("beside the image of their key", os.path.join(archive.place(other), names[other]))
+        label = labels.get(key)
         if label is None:
             raise UserError(f"{inside} and no .cls file of the same key; add one, or leave the image out")
         if label >= classes:
             raise UserError(f"{inside}, whose label {label} is out of range; MODEL.NUM_CLASSES is {classes}")
-        samples.append((name, label))
+        samples.append((names[place], label))
         chosen.append(place)
     if not samples:
         raise UserError(f"{archive} holds no image; it holds {some(names)}")
@@ -113,11 +137,38 @@ def _by_key(config: CfgNode, archive: Tars, training: bool) -> tuple[list[tuple[
     if missing and training:
         raise UserError(f"{archive} holds no image of class {some(missing)}; MODEL.NUM_CLASSES is {classes}")
     check_class_count(str(archive), classes, config, training)
+    if left_out and tell:
+        logger.warning("left out of %s: %s", archive, left_out)
     return samples, chosen
 
 
-def _key(archive: Tars, place: int, name: str) -> tuple[Path, str]:
-    """Up to the first dot behind the folders, in its archive."""
+_Key = tuple[Path, str]  # an archive, and a name up to the first dot behind the folders
+
+
+def _labels_by_key(archive: Tars, names: list[str]) -> dict[_Key, int]:
+    """Raises UserError where a key has two files of labels."""
+    labels: dict[_Key, tuple[int, str]] = {}
+    for place in (archive.numbers >= 0).nonzero()[0].tolist():
+        key, name = _key(archive, place, names[place]), names[place]
+        if key in labels:
+            raise UserError(
+                f"'{printable(key[0])}' holds '{printable(labels[key][1])}' and '{printable(name)}', two labels of one "
+                "key; leave one out"
+            )
+        labels[key] = int(archive.numbers[place]), name
+    return {key: label for key, (label, _) in labels.items()}
+
+
+def _images_by_key(config: CfgNode, archive: Tars, names: list[str]) -> dict[_Key, list[int]]:
+    known = suffixes(config.MODEL.IN_CHANS)
+    found: dict[_Key, list[int]] = {}
+    for place, name in enumerate(names):
+        if os.path.splitext(name)[1].lower() in known and not os.path.basename(name).startswith("."):
+            found.setdefault(_key(archive, place, name), []).append(place)
+    return found
+
+
+def _key(archive: Tars, place: int, name: str) -> _Key:
     folder, file = os.path.split(name)
     return archive.place(place), os.path.join(folder, file.split(".")[0])
 

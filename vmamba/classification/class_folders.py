@@ -60,12 +60,12 @@ def _divided(config: CfgNode, training: bool, tell: bool) -> Source:
     folder, left_out = root / "train" if what_is(root / "train") == "folder" else root, LeftOut()
     classes = _classes_in(folder, left_out)
     samples = _samples(config, folder, classes, True, tell and training, left_out)
-    return Source(_one_side(samples, classes, config.DATA.VAL_FRACTION, training, folder))
+    return _one_side(samples, classes, config.DATA.VAL_FRACTION, training, folder)
 
 
 def _one_side(
     samples: Sequence[tuple[str, int]], classes: Sequence[str], fraction: float, training: bool, place: Path
-) -> list[tuple[str, int]]:
+) -> Source:
     """Of each class the images that are trained on, or those that are held out."""
     by_class: dict[int, list[str]] = {}
     for path, label in samples:
@@ -81,7 +81,7 @@ def _one_side(
         held_out = min(max(round(len(paths) * fraction), 1), len(paths) - 1)
         chosen = {*random.Random(label).sample(range(len(paths)), held_out)}
         kept += [(path, label) for number, path in enumerate(paths) if (number in chosen) is not training]
-    return kept
+    return Source(kept, drawn_by="DATA.VAL_FRACTION")
 
 
 def _listed(config: CfgNode, training: bool, tell: bool) -> Source:
@@ -97,12 +97,12 @@ def _listed(config: CfgNode, training: bool, tell: bool) -> Source:
     classes = classes_of(lines)
     check_class_count(f"'{printable(file)}'", len(classes), config, training, classes)
     if data.VAL_FRACTION:
-        return Source(_one_side(labelled(lines, classes), classes, data.VAL_FRACTION, training, file))
+        return _one_side(labelled(lines, classes), classes, data.VAL_FRACTION, training, file)
     if training:
         return Source(labelled(lines, classes))
     held_out = read_labels(root / data.VAL_LABELS, root)
-    trained_on = {os.path.normpath(line.image) for line in lines}
-    both = [line.image for line in held_out if os.path.normpath(line.image) in trained_on]
+    trained_on = {line.file for line in lines}
+    both = [line.image for line in held_out if line.file in trained_on]
     if both and tell:
         logger.warning(
             "%s of '%s' in '%s' too, so that the evaluation counts what was trained on (%s); take them out of one",
@@ -151,6 +151,8 @@ def classes_of_split(root: Path, split: str, left_out: LeftOut) -> list[str]:
         hint = "; for archives set DATA.ZIP_MODE true (--zip)" if what_is(root / f"{split}.zip") == "file" else ""
         if split == "val" and what_is(root / "train") == "folder":
             hint = "; DATA.VAL_FRACTION 0.1 holds a tenth of train/ out"
+        if any(root.glob("*.tar")):
+            hint = f"; a tar archive is told by a word of its name: {split}.tar, NAME-{split}-0000.tar"
         raise UserError(f"data path '{printable(root)}' has no {split}/ folder: {contents(root)}{hint}")
     return _classes_in(folder, left_out)
 

@@ -53,7 +53,7 @@ def warn_of_other_names(checkpoint: Checkpoint, config: CfgNode) -> None:
 def _names_of_run(checkpoint: Checkpoint) -> list[str]:
     """What the data of the run that wrote a checkpoint calls them, where it lies there still."""
     try:
-        its = restored(checkpoint.config) if checkpoint.config else None
+        its = restored(checkpoint.config, f"the config in '{checkpoint.path}'") if checkpoint.config else None
         return names_of(its) if its and its.TASK == "classification" else []
     except UserError:  # of another program's config, or of data that has gone: nothing is told
         return []

@@ -79,6 +79,7 @@ class LabelledImages:
 
     def __init__(self, config: CfgNode, source: Source):
         self.source, self.channels, self.classes = source, config.MODEL.IN_CHANS, config.MODEL.NUM_CLASSES
+        self.root = config.DATA.DATA_PATH
         self.decode = {"pillow": decode, "torchvision": decode_pixels, "nvjpeg": decode_later}[config.DATA.DECODE]
         if config.DATA.DECODE != "pillow":
             check_decoder()
@@ -96,6 +97,9 @@ class LabelledImages:
             name = self.source.name(index)
             raise UserError(f"label {label} of '{name}' is out of range; MODEL.NUM_CLASSES is {self.classes}")
         return image, label
+
+    def contents(self) -> dict[str, str]:
+        return self.source.contents(self.root)
 
     def class_counts(self) -> list[int] | None:
         """Of each class its images; None where only reading every image would tell."""

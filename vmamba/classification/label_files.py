@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmamba.data.folders import what_is
+from vmamba.data.folders import file_at
 from vmamba.errors import UserError
 from vmamba.files import read_text
 from vmamba.text import printable, some
@@ -22,6 +22,7 @@ class Line:
     image: str  # a file's path
     label: str
     place: str  # "'labels.csv', line 3"
+    file: tuple[int, int] | None  # see `file_at`
 
 
 def read_labels(path: Path, root: Path, check: bool = True) -> list[Line]:
@@ -30,10 +31,11 @@ def read_labels(path: Path, root: Path, check: bool = True) -> list[Line]:
     A label in another Unicode form is the same one.
 
     Raises UserError, naming the line, for what is none, an image that is listed twice, and, with `check`, one that is
-    not there.
+    not there, or that has another label by another name (a link).
     """
     rows = csv.reader(io.StringIO(read_text(path), newline=""), skipinitialspace=True, strict=True)
     lines: dict[str, Line] = {}  # by the image's path, however it is spelled
+    by_file: dict[tuple[int, int], Line] = {}
     first = True
     try:
         for row in rows:
@@ -52,10 +54,18 @@ def read_labels(path: Path, root: Path, check: bool = True) -> list[Line]:
             known = lines.get(os.path.normpath(image))
             if known:
                 raise UserError(f"{place}: '{printable(fields[0])}' stands in {known.place} already; remove one")
-            if check and what_is(image) != "file":
+            file = file_at(image) if check else None
+            if check and file is None:
                 header = f"; a line of names is {','.join(HEADER)}" if is_first else ""
                 raise UserError(f"{place}: there is no file '{printable(image)}'; mend or remove the line{header}")
-            lines[os.path.normpath(image)] = Line(image, unicodedata.normalize("NFC", fields[1]), place)
+            line = Line(image, unicodedata.normalize("NFC", fields[1]), place, file)
+            same = by_file.setdefault(file, line) if file else line
+            if same.label != line.label:
+                raise UserError(
+                    f"{place}: '{printable(fields[0])}' is the file of {same.place} by a link, and its label there is "
+                    f"'{printable(same.label)}', not '{printable(line.label)}'; remove one"
+                )
+            lines[os.path.normpath(image)] = line
     except csv.Error as error:
         raise UserError(f"'{printable(path)}', line {rows.line_num}: {error}; mend it") from error
     if not lines:

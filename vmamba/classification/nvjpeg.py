@@ -21,6 +21,7 @@ from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation, ResizeKeepRatio
 from torch import Tensor
 from torchvision import transforms
+from torchvision.transforms.functional import crop, get_dimensions
 from yacs.config import CfgNode
 
 from vmamba.data.images import UnreadableImage, check_decoder, decode_pixels, open_image, reading
@@ -111,23 +112,53 @@ def _is_plain(header: Image.Image, channels: int) -> bool:
     )
 
 
-def draw_crop(steps: Sequence[Callable], image: Encoded, channels: int) -> Later:
-    """What the first steps of timm's transform do to an image, drawn as they draw."""
-    whole = torch.empty(channels, image.height, image.width, dtype=torch.uint8, device="meta")
+def draw_crop(steps: Sequence[Callable], image: Encoded, channels: int) -> Later | Tensor:
+    """What the first steps of timm's transform do to an image, drawn as they draw; of a crop without a pixel black."""
     part, shift = (0, 0, image.height, image.width), (0, 0)
     scaled = size = part[2:]
     for step in steps:
-        if isinstance(step, RandomResizedCropAndInterpolation):
-            part = step.get_params(whole, step.scale, step.ratio)
+        seen = torch.empty(channels, *part[2:], dtype=torch.uint8, device="meta")
+        if isinstance(step, CutLong):
+            part = step.middle(*part[2:])
+        elif isinstance(step, RandomResizedCropAndInterpolation):
+            part = step.get_params(seen, step.scale, step.ratio)
             scaled = size = step.size
         elif isinstance(step, ResizeKeepRatio):
-            scaled = size = tuple(step.get_params(whole, step.size, step.longest))
+            scaled = size = tuple(step.get_params(seen, step.size, step.longest))
         elif isinstance(step, transforms.Resize):
-            scaled = size = resized_size(step.size, image.height, image.width)
+            scaled = size = resized_size(step.size, *part[2:])
         else:  # CenterCrop
             size = step.size
             shift = tuple(round((old - new) / 2) for old, new in zip(scaled, size, strict=True))
+    if 0 in part[2:]:
+        return torch.zeros(channels, *size, dtype=torch.uint8)
     return Later(image, Crop(*part, scaled, shift, size), channels)
+
+
+class CutLong:
+    """A step before an image is resized to a short side and its middle of `size` (h, w) cut out: of one more than 32
+    times as long as it is wide the middle is enough, and all of it would take gigabytes.
+
+    What is seen lies where it did, but for half a pixel.
+    """
+
+    def __init__(self, size: Sequence[int]):
+        self.most = 32 * max(size) / min(size)
+
+    def __call__(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
+        _, height, width = get_dimensions(image)
+        middle = self.middle(height, width)
+        return image if middle == (0, 0, height, width) else crop(image, *middle)  # Pillow would copy it
+
+    def middle(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Its top, left, height and width."""
+        tall, wide = self._kept(height, width), self._kept(width, height)
+        return (height - tall) // 2, (width - wide) // 2, tall, wide
+
+    def _kept(self, side: int, other: int) -> int:
+        """Of a side, with as much left out at both ends."""
+        kept = min(side, math.ceil(self.most * other))
+        return kept + (side - kept) % 2
 
 
 def resized_size(size: int | Sequence[int], height: int, width: int) -> tuple[int, int]:
@@ -141,7 +172,7 @@ def resized_size(size: int | Sequence[int], height: int, width: int) -> tuple[in
 
 def check_steps(steps: Sequence[Callable]) -> None:
     """Raises UserError for one that `draw_crop` does not know."""
-    known = (RandomResizedCropAndInterpolation, transforms.Resize, ResizeKeepRatio, transforms.CenterCrop)
+    known = (CutLong, RandomResizedCropAndInterpolation, transforms.Resize, ResizeKeepRatio, transforms.CenterCrop)
     for step in steps:
         if not isinstance(step, known):
             raise UserError(

@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 
 from vmamba.data.archives import Archive, Tars
 from vmamba.data.images import decode, reading
-from vmamba.data.names import Labelled
+from vmamba.data.names import Labelled, checksum
 from vmamba.errors import UserError
 from vmamba.text import counted, printable
 
@@ -29,9 +29,10 @@ class Source:
         archive: Archive | Tars | None = None,
         place: str | None = None,
         by_user: bool = False,  # samples are made by code of a user's module
+        drawn_by: str = "",  # the key by which some of the images that are there are held out
     ):
         self.samples = Labelled(samples) if place is None else samples
-        self.archive, self.place, self.by_user = archive, place, by_user
+        self.archive, self.place, self.by_user, self.drawn_by = archive, place, by_user, drawn_by
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -66,9 +67,15 @@ class Source:
 
     def labels(self) -> Sequence[int] | None:
         """Of all samples; None where only reading every image would tell."""
-        if isinstance(self.samples, list):
+        if type(self.samples) is list:  # one of another class may give other samples than it holds
             return [sample[1] for sample in self.samples]
         return getattr(self.samples, "targets", None)
+
+    def contents(self, root: str) -> dict[str, str]:
+        """For `Loader.contents`; files below `root` are told by their names there."""
+        labels = [] if (found := self.labels()) is None else found
+        names = () if self.place is not None else self.samples.names
+        return {"checksum": checksum(names, labels, root), "drawn_by": self.drawn_by}
 
 
 # What code raises that is wrong, unlike what a file that is damaged makes it raise.

@@ -110,7 +110,7 @@ def _of_run(path: str, config: CfgNode) -> tuple[nn.Module, list[float], list[fl
             f"DISTILL.TEACHER '{printable(path)}' does not say which model it is of; name a run's checkpoint, a model "
             f"of vmamba.list_models(), or timm/<name>"
         )
-    its = restored(checkpoint.config)
+    its = restored(checkpoint.config, f"the config in '{checkpoint.path}'")
     if its.TASK != "classification":
         raise UserError(f"DISTILL.TEACHER '{printable(path)}' is of a run of {its.TASK}; name a classifier")
     if channels != its.MODEL.IN_CHANS:

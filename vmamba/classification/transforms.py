@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from timm.data import Mixup, create_transform
@@ -18,11 +19,12 @@ from timm.data.transforms import RandomResizedCropAndInterpolation, ResizeKeepRa
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision import transforms
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor, resized_crop
 from yacs.config import CfgNode
 
 from vmamba.classification.nvjpeg import (
     FILTERS,
+    CutLong,
     Decoder,
     Encoded,
     Later,
@@ -92,6 +94,8 @@ def build_pixels(config: CfgNode, training: bool) -> Callable[[Any], Pixels]:
         crop_pct = 1.0 if whole else config.TEST.CROP_PCT
         crop_mode = "center" if config.TEST.CROP else "squash"
         transform = create_transform(**common, crop_pct=crop_pct, crop_mode=crop_mode)
+        if config.TEST.CROP:
+            transform.transforms.insert(0, CutLong(size))
         return _by_decoder(config, transform, crop_steps=len(transform.transforms) - 1)
     try:
         transform = create_transform(
@@ -133,7 +137,9 @@ def _by_decoder(
     config: CfgNode, transform: transforms.Compose, crop_steps: int, erasing: RandomErasing | None = None
 ) -> Callable[[Any], Pixels]:
     """timm's `transform`, of which the first `crop_steps` make an image of the right size and the last a tensor."""
-    way = config.DATA.DECODE
+    way, first = config.DATA.DECODE, transform.transforms[0]
+    if config.MODEL.IN_CHANS not in COLOURS and isinstance(first, RandomResizedCropAndInterpolation):
+        transform.transforms[0] = _CropOfBands(first)
     if way == "pillow":
         return _ToPixels(transform, tuple, erasing)
     filters = FILTERS if way == "nvjpeg" else _OF_TENSORS
@@ -208,9 +214,34 @@ class _Crop:
 
 def _resize(image: Tensor, size: Sequence[int], mode: transforms.InterpolationMode) -> Tensor:
     """With a low pass, each direction rounded to bytes as Pillow does; torchvision 0.21 rounds bilinear's once, after
-    both, and takes four times as long."""
-    smooth = {} if mode == mode.NEAREST else {"antialias": True, "align_corners": False}
-    return interpolate(image[None], tuple(size), mode=mode.value, **smooth)[0]
+    both, and takes four times as long.  Of no pixels it is black, as Pillow's: a crop of a tiny image may have none."""
+    if 0 in image.shape:
+        return image.new_zeros(len(image), *size)
+    if mode == mode.NEAREST:
+        rows, columns = map(_nearest, image.shape[1:], size)
+        return image[:, rows[:, None], columns]
+    return interpolate(image[None], tuple(size), mode=mode.value, antialias=True, align_corners=False)[0]
+
+
+def _nearest(old: int, new: int) -> Tensor:
+    """Of `new` pixels the nearest of `old`, added up as Pillow does it, which decides where two are as near."""
+    step = old / new
+    middles = np.cumsum([step / 2] + [step] * (new - 1))
+    return torch.from_numpy(middles.astype(np.int64)).clamp(max=old - 1)
+
+
+class _CropOfBands:
+    """timm's random crop of a tensor, which may have no pixels, as in `_resize`."""
+
+    def __init__(self, step: RandomResizedCropAndInterpolation):
+        self.step = step
+
+    def __call__(self, image: Tensor) -> Tensor:
+        step = self.step
+        place = step.get_params(image, step.scale, step.ratio)
+        if 0 in place[2:]:
+            return image.new_zeros(len(image), *step.size)
+        return resized_crop(image, *place, step.size, step.interpolation)
 
 
 class _Erased:

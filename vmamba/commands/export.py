@@ -10,7 +10,7 @@ from vmamba.exporting.command import PARTS, export_file
 
 def parser() -> Parser:
     parser = Parser(export_file, __doc__)
-    parser.flag("--model", help="of vmamba.list_models(), with random weights (default: that of --checkpoint)")
+    parser.flag("--model", help="of ours or timm's, with random weights (default: that of --checkpoint)")
     parser.flag("--checkpoint", metavar="FILE", help="of a run, or its folder, or a released file or its address")
     parser.flag("--cfg", metavar="FILE", help="config of a checkpoint that does not hold its own")
     parser.flag("--names", metavar="FILE", help="the classes' names, one a line")

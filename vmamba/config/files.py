@@ -1,6 +1,7 @@
 """YAML files with inheritance, and text of the command line: the only place that reads YAML."""
 
 import ast
+import math
 import re
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -14,6 +15,7 @@ from vmamba.files import read_text
 
 Setting = tuple[str, Any, str]  # key, value, where it stands; a value may be a section of keys as a dict
 _ROOT = Path(__file__).resolve().parents[2]  # the repository, where configs/ lies
+_MOST = 1_000_000  # values of a file
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
@@ -60,9 +62,9 @@ def from_text(text: str, kinds: tuple) -> Any:
         return _BOOLEANS.get(text.lower(), text)
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last two: deeply nested
         try:
-            return yaml.load(text, _Loader)
+            return _parse(text)
         except yaml.YAMLError:
             return text
 
@@ -93,9 +95,33 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _parse(text: str) -> Any:
+    """Raises yaml.YAMLError, also for what only Python cannot hold."""
+    try:
+        tree = yaml.load(text, _Loader)
+        if _size(tree, {}) > _MOST:
+            raise yaml.YAMLError(f"by its aliases it stands for more than {_MOST:,} values")
+        return tree
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
+    except ValueError as error:  # of a number with thousands of digits
+        raise yaml.YAMLError(str(error)) from error
+
+
+def _size(value: Any, known: dict[int, float]) -> float:
+    """How many values `value` stands for, which by a few aliases of aliases may be more than fit into memory."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf  # where it holds itself
+        items = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(item, known) for item in items)
+    return known[id(value)]
+
+
 def _read(path: Path) -> dict:
     try:
-        tree = yaml.load(read_text(path), _Loader)
+        tree = _parse(read_text(path))
     except yaml.MarkedYAMLError as error:
         raise UserError(f"{path}, line {error.problem_mark.line + 1}: {error.problem}") from error
     except yaml.YAMLError as error:

@@ -63,12 +63,16 @@ def changed(config: CfgNode, opts: Sequence[Any]) -> CfgNode:
     return copy
 
 
-def restored(saved: Mapping[str, Any]) -> CfgNode:
+def restored(saved: Mapping[str, Any], source: str = "the checkpoint's config") -> CfgNode:
     """The frozen config of a checkpoint, given as plain values, of this version or an earlier one: a key that it lacks
-    has its default, and one that there is no more is left out."""
-    schema = Schema(saved.get("TASK", "classification"))
+    has its default, and one that there is no more is left out.
+
+    Raises UserError, naming `source`, for an unknown TASK and for what a key does not take.
+    """
+    given = [(name, value, source) for name, value in saved.items()]
+    schema = Schema(_task(given))
     config = schema.defaults()
-    for key, value, source in schema.flat([(name, value, "the checkpoint's config") for name, value in saved.items()]):
+    for key, value, source in schema.flat(given):
         if key in schema.keys or key.rpartition(".")[0] == OPTIONS:
             schema.set(config, key, value, source)
     config.freeze()
@@ -106,7 +110,7 @@ def _task(given: Sequence[Setting]) -> str:
     for key, value, where in given:
         if key == "TASK":
             task, source = value, where
-    if task not in TASKS:
+    if task not in list(TASKS):  # of a file's TASK, which may be of any kind
         raise UserError(f"{source}: {unknown('TASK', str(task), TASKS)}")
     return task
 

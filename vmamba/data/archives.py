@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import posixpath
 import struct
 import tarfile
 import zipfile
@@ -197,14 +198,17 @@ class Archive(_Files):
 
 
 class Tars(_Files):
-    """The regular files in the tar archives `paths`, by number, in their order: `names`, as they are called there.
+    """The files in the tar archives `paths`, by number, in their order: `names`, as they are called there.
+
+    A link, hard or symbolic, is the file of its archive that it leads to; one that leads to none cannot be read.
 
     Where each begins is found by going through the archives once; it is kept beside them in `index`, a file of 32 bytes
     and a name for each, for whoever opens them next while they have the same sizes and times of change.  Where it
     cannot be written, each process goes through them at its start.
     `numbers`: what a file NAME.cls says, -1 for other files (as WebDataset stores labels).
 
-    Raises UserError for what is no tar archive, compressed, truncated or damaged.
+    Raises UserError for what is no tar archive, compressed, truncated or damaged, for several archives in one file, and
+    for a name that comes twice in one.
     """
 
     def __init__(self, paths: Sequence[str | Path], index: str | Path):
@@ -228,13 +232,16 @@ class Tars(_Files):
     def read(self, index: int) -> bytes:
         """The bytes of a file."""
         archive, start, size, _ = self._table[index].item()
+        if size < 0:
+            raise tarfile.ReadError("it is a link, and its archive does not hold the file that it leads to")
         data = self.files[archive].read(start, size)
         if len(data) != size:
             raise tarfile.ReadError("the archive ends before it does")
         return data
 
     def _load(self, index: Path) -> tuple[Names, np.ndarray]:
-        of = json.dumps([[file.path.name, file.size, file.path.stat().st_mtime_ns] for file in self.files]).encode()
+        archives = [[file.path.name, file.size, file.path.stat().st_mtime_ns] for file in self.files]
+        of = json.dumps([_FORM, *archives]).encode()
         try:
             with np.load(index, allow_pickle=False) as kept:
                 if kept["of"].tobytes() == of:
@@ -254,16 +261,22 @@ class Tars(_Files):
 
 
 _TAR_ENTRY = np.dtype([("archive", "i8"), ("start", "i8"), ("size", "i8"), ("number", "i8")])
+_FORM = 2  # of what is kept: an older one knows no links
+
+_Line = tuple[int, int, int, int]  # of the table
 
 
-_Entry = tuple[str, tuple[int, int, int, int]]  # a file's name, and its line in the table
-
-
-def _entries(number: int, path: Path) -> list[_Entry]:
-    """The regular files of a tar archive."""
+def _entries(number: int, path: Path) -> list[tuple[str, _Line]]:
+    """The files of a tar archive."""
+    found: dict[str, _Line | str] = {}
     try:
         with path.open("rb") as file:
-            return [*_members(number, file, 0, path.stat().st_size)]
+            for name, place in _members(number, file, 0, path.stat().st_size):
+                if name in found:
+                    raise UserError(
+                        f"'{printable(path)}' holds '{printable(name)}' twice; make it again with one of each name"
+                    )
+                found[name] = place
     except UserError:
         raise
     except OSError as error:
@@ -272,27 +285,67 @@ def _entries(number: int, path: Path) -> list[_Entry]:
         raise UserError(
             f"'{printable(path)}' is not a tar archive, or is compressed, truncated or damaged: {printable(error)}"
         ) from error
+    nowhere = (number, 0, -1, -1)
+    return [(name, _followed(place, found) or nowhere) for name, place in found.items()]
 
 
-def _members(number: int, file: BinaryIO, start: int, end: int, folder: str = "") -> Iterator[_Entry]:
-    """Of the archive at these bytes.  An archive in it is a folder of its name, as in ImageNet's own archive."""
+def _followed(place: _Line | str, found: dict[str, _Line | str]) -> _Line | None:
+    """Where the file lies that is there or that a link there leads to; None where it leads to none."""
+    passed = set()
+    while isinstance(place, str) and place not in passed:
+        passed.add(place)
+        place = found.get(place, "")
+    return None if isinstance(place, str) else place
+
+
+def _members(number: int, file: BinaryIO, start: int, end: int, folder: str = "") -> Iterator[tuple[str, _Line | str]]:
+    """Of the archive at these bytes each file's name and place, or the name that a link leads to.
+
+    An archive in it is a folder of its name, as in ImageNet's own archive.
+    """
     file.seek(start)
     with tarfile.open(fileobj=file, mode="r:") as archive:
-        while (member := archive.next()) is not None and member.offset < end:
+        while archive.offset < end and (member := archive.next()) is not None:
             archive.members = []  # which it would keep
             name, first = folder + member.name.removeprefix("./"), member.offset_data
-            if first + member.size > end or member.issparse():
+            if member.islnk() or member.issym():
+                beside = os.path.dirname(member.name) if member.issym() else ""
+                target = folder + posixpath.normpath(posixpath.join(beside, member.linkname))
+                if target != name:  # else a file that was given to tar twice
+                    yield name, target
+            elif not member.isreg():
+                continue
+            elif first + member.size > end or member.issparse():
                 raise tarfile.ReadError(f"'{name}' " + ("is sparse" if member.issparse() else "is cut off"))
-            if member.isreg() and name.endswith(".tar") and not os.path.basename(name).startswith("."):
+            elif name.endswith(".tar") and not os.path.basename(name).startswith("."):
                 yield from _members(number, file, first, first + member.size, name.removesuffix(".tar") + "/")
-            elif member.isreg():
+            else:
                 label = -1
                 if name.endswith(".cls"):
                     label = _label(archive.extractfile(member).read(), name)
                 yield name, (number, first, member.size, label)
-        file.seek(archive.offset)
-        if archive.offset < end and any(file.read(tarfile.BLOCKSIZE)):
-            raise tarfile.ReadError(f"what lies at byte {archive.offset:,} is no file's header")
+        _check_end(file, archive.offset, end)
+
+
+def _check_end(file: BinaryIO, start: int, end: int) -> None:
+    """That an archive ends, behind its last file, by zeros and nothing else."""
+    file.seek(start)
+    mark = file.read(min(tarfile.BLOCKSIZE, max(0, end - start)))
+    if any(mark):
+        raise tarfile.ReadError(f"what lies at byte {start:,} is no file's header")
+    if len(mark) < tarfile.BLOCKSIZE:
+        raise UserError(
+            f"'{printable(file.name)}' stops at byte {end:,} without the zeros of an archive's end, as a download that "
+            "was cut off does; get it or make it again"
+        )
+    while file.tell() < end:
+        place, data = file.tell(), file.read(min(_PIECE, end - file.tell()))
+        if data.strip(b"\0"):
+            raise UserError(
+                f"'{printable(file.name)}' goes on behind its end, from byte {place:,}, as archives do that were put "
+                "one behind the other; keep them in files of their own (NAME-train-0.tar, NAME-train-1.tar), or make "
+                "one archive of what they hold"
+            )
 
 
 def _label(data: bytes, name: str) -> int:

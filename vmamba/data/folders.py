@@ -61,8 +61,22 @@ def what_is(path: str | Path) -> str | None:
 
     Raises UserError where the system does not let us look.
     """
+    found = _status(path)
+    return None if found is None else "folder" if stat.S_ISDIR(found.st_mode) else "file"
+
+
+def file_at(path: str | Path) -> tuple[int, int] | None:
+    """Which file lies there, the same one for all links to it; None where there is none.
+
+    Raises UserError as `what_is`.
+    """
+    found = _status(path)
+    return None if found is None or stat.S_ISDIR(found.st_mode) else (found.st_dev, found.st_ino)
+
+
+def _status(path: str | Path) -> os.stat_result | None:
     try:
-        return "folder" if stat.S_ISDIR(os.stat(path).st_mode) else "file"
+        return os.stat(path)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # Python's ValueError is of a zero byte in the name
         return None
     except OSError as error:

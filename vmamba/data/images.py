@@ -14,6 +14,7 @@ Of values with more than 8 bits the file must say which one is white:
 import io
 import logging
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -73,7 +74,7 @@ def decode_pixels(image: Image.Image | bytes | str | Path | BinaryIO, channels: 
     """
     with reading(name):
         if isinstance(image, (str, Path)):
-            image = Path(image).read_bytes()
+            image = _content(image)
         if isinstance(image, bytes):
             data, image = image, open_image(image)
             if image.format == "JPEG" and image.mode in ("L", _mode(channels)):
@@ -120,7 +121,7 @@ def suffixes(channels: int = 3) -> set[str]:
 def _bands(image: Image.Image | bytes | str | Path | BinaryIO, channels: int) -> Tensor:
     """(channels, H, W), uint8, of an array with the channels in front or behind, in front where both could be."""
     if isinstance(image, (str, Path)):
-        image = Path(image).read_bytes()
+        image = _content(image)
     elif not isinstance(image, (bytes, Image.Image)):
         image = image.read()
     if isinstance(image, bytes) and image.startswith(b"\x93NUMPY"):
@@ -138,10 +139,17 @@ def _bands(image: Image.Image | bytes | str | Path | BinaryIO, channels: int) ->
     return torch.from_numpy(array.copy())
 
 
+def _content(path: str | Path) -> bytes:
+    """Of a file: what a device or a pipe gives, which a name in annotations may lead to, need not end."""
+    if not stat.S_ISREG(Path(path).stat().st_mode):
+        raise ValueError("it is a device, a pipe or a folder, and no file")
+    return Path(path).read_bytes()
+
+
 def open_image(file: bytes | str | Path | BinaryIO) -> Image.Image:
     """Of its header: pixels are read when they are asked for."""
     if isinstance(file, (str, Path)):
-        file = Path(file).read_bytes()
+        file = _content(file)
     if isinstance(file, bytes):
         file = io.BytesIO(file)
     Image.init()

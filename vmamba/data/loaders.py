@@ -48,6 +48,8 @@ class Source(Protocol):
 
     # And may have `name(index)`, for a sentence.
     # And may have `groups`, a number for each sample: those of a micro-batch for training are of one group.
+    # And may have `contents()`, a dict of what `Loader.contents` tells beside their number: `checksum`, which other
+    # samples would change, and `drawn_by`, the key by which those held out are drawn from those that are there.
 
     def load(self, index: int) -> Any:
         """Raises UnreadableImage where the run may go on without it, UserError where not."""
@@ -74,7 +76,7 @@ class Examples(Dataset):
         unreadable = []
         for index in self._candidates(key[1]):
             try:
-                return self.transform(self._load(index)), unreadable
+                return self._transformed(self._load(index), index), unreadable
             except UnreadableImage as error:
                 if _may_pass(error):
                     return f"{error}, for {self.patience:g} s (DATA.RETRY_SECONDS); look after that disk, and go on"
@@ -104,11 +106,20 @@ class Examples(Dataset):
                 time.sleep(min(pause, left))
                 pause = min(2 * pause, 5.0)
 
+    def _transformed(self, sample: Any, index: int) -> Any:
+        try:
+            return self.transform(sample)
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            raise UnreadableImage(f"cannot augment {self._name(index)}: there is too little memory for it") from error
+
     def loading(self, worker: int) -> str:
         """The name of what the `worker`-th loading process is at, or was last."""
         index = int(self._at[worker])
-        if index < 0:
-            return "its start"
+        return self._name(index) if index >= 0 else "its start"
+
+    def _name(self, index: int) -> str:
         return f"'{self.source.name(index)}'" if hasattr(self.source, "name") else f"sample {index}"
 
     def _candidates(self, index: int) -> Iterator[int]:
@@ -168,6 +179,11 @@ class Loader:
     def skipped(self) -> int:
         return len(self._skipped)
 
+    def contents(self) -> dict[str, Any]:
+        """Which samples these are, for the state of a run: their number, and what the source tells."""
+        source = self.examples.source
+        return {"images": len(source), **(source.contents() if hasattr(source, "contents") else {})}
+
     @property
     def seconds_an_image(self) -> Seconds:
         """Reading, decoding, augmenting and collating, waiting for files left out; NaN before the first batch."""
@@ -186,7 +202,7 @@ class Loader:
                 self._note(kept)
                 if batch is not None:
                     yield batch.unpack() if isinstance(batch, Packed) else batch
-        except (RuntimeError, OSError, EOFError) as error:
+        except (RuntimeError, OSError, EOFError, MemoryError) as error:
             dead = self._dead(error)
             self._end()
             sentence = _lacking(error) or self._lost_worker(str(error), dead)
@@ -204,7 +220,7 @@ class Loader:
             process.terminate = process.kill  # how PyTorch ends one that hangs: they are deaf to SIGTERM
             _loading.add(process)
         if getattr(iterator, "_workers", ()) and not isinstance(iterator._try_get_data, _Patience):
-            iterator._try_get_data = _Patience(iterator._try_get_data, self.timeout)
+            iterator._try_get_data = _Patience(iterator, self.timeout)
         self._running = iterator
         return iterator
 
@@ -413,14 +429,19 @@ def _without_a_word_of_children() -> Iterator[None]:
 
 class _Patience:
     """Asks PyTorch's iterator for a batch, which looks every second whether a loading process has died, and gives up
-    after `limit` seconds (0: never).  PyTorch's own limit would put off that look to its end."""
+    after `limit` seconds (0: never).  PyTorch's own limit would put off that look to its end.
 
-    def __init__(self, get: Callable[..., tuple[bool, Any]], limit: float):
-        self.get, self.limit, self.since = get, limit, None
+    It holds the iterator weakly: in a cycle with it, the queues would be ended before it, which then waits five seconds
+    for each of its processes.
+    """
+
+    def __init__(self, iterator: Any, limit: float):
+        self.iterator, self.limit, self.since = weakref.ref(iterator), limit, None
 
     def __call__(self, *args: Any) -> tuple[bool, Any]:
         since = time.monotonic() if self.since is None else self.since
-        found = self.get(*args or (1.0,))
+        iterator = self.iterator()
+        found = type(iterator)._try_get_data(iterator, *args or (1.0,))
         self.since = None if found[0] else since
         if self.since is not None and 0 < self.limit < time.monotonic() - since:
             raise RuntimeError("DataLoader timed out")
@@ -432,9 +453,16 @@ def _start_worker(worker: int) -> None:
     sys.setswitchinterval(_SWITCH)
 
 
+def _out_of_memory(error: Exception) -> bool:
+    """Python's, Pillow's or NumPy's MemoryError, or what PyTorch raises for want of a CPU's memory."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def _lacking(error: Exception) -> str | None:
     """What the system lacks where loading failed for it; None for another error."""
     text = str(error)
+    if _out_of_memory(error):
+        return "there is too little memory to put a batch together; lower DATA.BATCH_SIZE or DATA.NUM_WORKERS"
     if getattr(error, "errno", None) == errno.EMFILE or re.search("Too many open files|ancdata", text):
         return (
             "the loading processes have too many files open; raise the limit (ulimit -n 65536), or set "

@@ -1,7 +1,11 @@
 """Many names in one array, which processes share: a list of strings is copied into each process that reads it, bit by
 bit, since reading counts references."""
 
+import hashlib
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,3 +45,13 @@ class Labelled(Sequence[tuple[str, int]]):
 
     def __getitem__(self, index: int) -> tuple[str, int]:
         return self.names[index], int(self.targets[index])
+
+
+def checksum(names: Sequence[str], labels: Iterable[Any] = (), root: str | Path = "") -> str:
+    """Of names, those of files below the folder `root` as they are called there, and of their labels, in their order:
+    16 letters that others would change."""
+    names = names if isinstance(names, Names) else Names(names)
+    folder = os.path.join(root, "").encode("utf-8", "surrogatepass") if str(root) else b""
+    found = hashlib.sha256(names.text.tobytes().replace(folder, b"") if folder else names.text)
+    found.update(",".join(map(str, labels)).encode())
+    return found.hexdigest()[:16]

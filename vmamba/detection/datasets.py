@@ -15,6 +15,7 @@ from yacs.config import CfgNode
 from vmamba.data import scenes
 from vmamba.data.folders import contents, data_path, what_is
 from vmamba.data.images import decode
+from vmamba.data.names import checksum
 from vmamba.detection.annotations import ImageEntry, as_run_lengths, read_annotations
 from vmamba.errors import UserError
 from vmamba.text import counted, printable
@@ -95,6 +96,10 @@ class Coco:
 
     def name(self, index: int) -> str:
         return printable(self.folder / pickle.loads(self.images[index]).file)
+
+    def contents(self) -> dict[str, str]:
+        """For `Loader.contents`."""
+        return {"checksum": checksum([pickle.loads(each).file for each in self.images])}
 
     def load(self, index: int) -> Sample:
         entry: ImageEntry = pickle.loads(self.images[index])

@@ -89,7 +89,7 @@ def config_of(checkpoint: Checkpoint) -> CfgNode:
     """
     held = checkpoint.whole
     if checkpoint.config.get("TASK") == "detection":
-        return restored(checkpoint.config)
+        return restored(checkpoint.config, f"the config in '{checkpoint.path}'")
     if HEAD not in held:
         raise UserError(f"'{checkpoint.path}' holds no detector: it has no {HEAD}")
     rows, hidden = shape_of(held, HEAD, 2, checkpoint.path, rows=(2, 10**6))  # a class and the background

@@ -14,9 +14,11 @@ from vmamba.config import image_size
 from vmamba.detection.mask_rcnn import MaskRCNN
 from vmamba.errors import UserError, unknown
 from vmamba.exporting import graphs, programs, weights
+from vmamba.exporting.descriptions import channels_of, size_of, timm_name
 from vmamba.files import check_writable
 from vmamba.models.backbone import Backbone
 from vmamba.models.backbones import TimmBackbone
+from vmamba.models.variants import check_size, timm_settings
 from vmamba.models.vssm import VSSM
 from vmamba.models.weights import unwrapped
 from vmamba.runtime.checkpoint import is_there
@@ -47,20 +49,21 @@ def export(
     """Write `model` to a file for other programs.
 
     Args:
-        model: what `create_model` or `load_model` gives, a `Backbone` (its file gives the maps of its stages) or a
-            segmenter, wrapped or not; its weights on any device.  It is left as it is; what is written is in eval mode,
-            on the CPU.
+        model: what `create_model` or `load_model` gives, a classifier of timm's create_model (`Vim` is one), a
+            `Backbone` (its file gives the maps of its stages) or a segmenter, wrapped or not; its weights on any
+            device.  It is left as it is; what is written is in eval mode, on the CPU.
         path: of the file.
         format: None takes it from the suffix.  "safetensors" and "pth" hold the weights, and a classifier's config;
             "torch" (.pt2) is a program of torch.export, "aoti" one compiled by AOTInductor, also .pt2, so asked for by
             name; "onnx" an ONNX model of opset 18.  These three are not recorded for training; `load_program` runs
             them.
-        size: a side of the images in pixels, or (height, width); None: that of a loaded classifier's run, or 224.
+        size: a side of the images in pixels, or (height, width); None: that of a loaded classifier's run or of timm's
+            model, or 224.
         dynamic: what of the images a program leaves open, of "batch" and "size"; see `programs.open_sides`.
         spelling: of weights: "ours", "released" or "january", see `to_released`.
         classes: their names, which the file keeps, in weights and ONNX; None: those that a loaded model has.
-        mean, std: of a channel of the images, values in 0..1, likewise; None: of a loaded model's run, or ImageNet's
-            (one number, the mean of its three, where the images have others than three channels).
+        mean, std: of a channel of the images, values in 0..1, likewise; None: of a loaded model's run, timm's of its
+            models, or ImageNet's (one number, the mean of its three, where the images have others than three channels).
 
     Returns the path.  Raises UserError, before any work, for what cannot be exported, and why, and where the state of a
     run would be written over.
@@ -108,9 +111,11 @@ def _check_place(path: Path) -> None:
 
 def _known(model: object) -> nn.Module:
     inside = unwrapped(model) if isinstance(model, nn.Module) else model
-    if not isinstance(inside, (VSSM, Backbone, TimmBackbone, UperNet, MaskRCNN)):
+    ours = isinstance(inside, (VSSM, Backbone, TimmBackbone, UperNet, MaskRCNN))
+    if not ours and not (isinstance(inside, nn.Module) and timm_name(inside)):
         raise UserError(
-            f"this is a {type(inside).__name__}; export takes what create_model, create_segmenter and Backbone give"
+            f"this is a {type(inside).__name__}; export takes what create_model, create_segmenter and Backbone give, "
+            f"and classifiers of timm.create_model"
         )
     for name, value in inside.state_dict().items():
         if not isinstance(value, Tensor) or value.is_quantized:
@@ -123,16 +128,19 @@ def _known(model: object) -> nn.Module:
 
 def _facts(model: nn.Module) -> dict[str, Sequence[Any]]:
     """Size, mean and deviation of the images, and the classes' names, as far as `load_model` has left them."""
-    mean, std = IMAGENET
-    if isinstance(model, VSSM) and model.in_chans != len(mean):
-        mean, std = ([sum(values) / len(values)] for values in IMAGENET)
-    facts: dict[str, Sequence[Any]] = dict(size=(224, 224), mean=mean, std=std, classes=())
+    (mean, std), size, classifies = IMAGENET, (224, 224), isinstance(model, VSSM) or bool(timm_name(model))
+    if timm_name(model):
+        settings = timm_settings(timm_name(model))
+        mean, std, size = settings.mean, settings.std, size_of(model) or settings.input_size[1:]
+    if classifies and channels_of(model) != len(mean):
+        mean, std = ([sum(values) / len(values)] for values in (mean, std))
+    facts: dict[str, Sequence[Any]] = dict(size=size, mean=mean, std=std, classes=())
     config, classes = getattr(model, "config", None), getattr(model, "class_names", ())
     if len(classes) == getattr(model, "num_classes", None):  # another head may have come since
         facts["classes"] = classes
     if isinstance(config, CfgNode):
         facts |= dict(mean=config.DATA.MEAN, std=config.DATA.STD)
-        facts |= dict(size=image_size(config)) if isinstance(model, VSSM) else {}
+        facts |= dict(size=image_size(config)) if classifies else {}
     return facts
 
 
@@ -174,10 +182,10 @@ def _check_program(model: nn.Module, format: str, dynamic: Sequence[str]) -> Non
             "a detector gives as many boxes as it finds, which no recorded program does; export its maps: "
             "vmamba.export(model.backbone, ...), or --part backbone"
         )
-    if "size" in dynamic and isinstance(model, (UperNet, TimmBackbone)):
+    if "size" in dynamic and (isinstance(model, (UperNet, TimmBackbone)) or timm_name(model)):
         raise UserError(
-            f"a {type(model).__name__} can be recorded for one size of images alone (its pooling or padding depends on "
-            f"it); leave 'size' out of dynamic"
+            f"a {type(model).__name__} can be recorded for one size of images alone (its pooling, padding or positions "
+            f"may depend on it); leave 'size' out of dynamic"
         )
     if "size" in dynamic and any(isinstance(each, VSSM) and each.pos_embed is not None for each in model.modules()):
         raise UserError(
@@ -203,7 +211,9 @@ def _images(model: nn.Module, height: int, width: int) -> Tensor:
     """Two images to record a program with.  Raises UserError where the model does not take them."""
     whole = model.backbone if isinstance(model, UperNet) else model
     whole = whole.model if isinstance(whole, Backbone) else whole
-    channels = whole.in_chans if isinstance(whole, VSSM) else whole.options.get("in_chans", 3)
+    channels = whole.options.get("in_chans", 3) if isinstance(whole, TimmBackbone) else channels_of(whole)
+    if timm_name(model):
+        check_size(timm_name(model), model, channels, (height, width))
     images = torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0), device="cpu")
     model(images[:1])
     return images

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from vmamba.analysis import zoo
 from vmamba.analysis.prediction import file_of, load_model
 from vmamba.errors import UserError
 from vmamba.exporting import export
 from vmamba.exporting.publishing import card_text, write_card
 from vmamba.files import check_keeps, check_writable
-from vmamba.models.variants import create_model
+from vmamba.models.variants import TIMM
 
 PARTS = ("whole", "backbone")
 
@@ -32,7 +33,7 @@ def export_file(
     """Write a model to the file `output`, see `vmamba.export`.
 
     Args:
-        model: a name of `vmamba.list_models()`: random weights.
+        model: a name of `vmamba.list_models()` or `timm.list_models()`: random weights.
         checkpoint: in its place, what `vmamba.load_model` takes, with `cfg`, `names` and `weights`.
         part: "backbone" of a detector or segmenter alone.
         format, size, dynamic, spelling: as of `vmamba.export`.
@@ -50,7 +51,7 @@ def export_file(
     if model is not None:
         if cfg or names or weights != "auto":
             raise UserError("--cfg, --names and --weights are of a --checkpoint; leave them out beside --model")
-        whole = create_model(model)
+        whole = zoo.create(model.removeprefix(TIMM), size or 224).model
     else:
         file = file_of(checkpoint)
         check_keeps(filter(None, [file, cfg, names]), output)

@@ -4,10 +4,13 @@ What training alone reads, such as a threshold of a detector's proposals then, i
 """
 
 import inspect
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import timm
 import torch
+from timm.layers import DropPath
 from torch import nn
 from yacs.config import CfgNode
 
@@ -19,7 +22,8 @@ from vmamba.errors import UserError
 from vmamba.models.backbone import Backbone
 from vmamba.models.backbones import TimmBackbone
 from vmamba.models.options import CONFIGURABLE
-from vmamba.models.variants import TIMM, VARIANTS
+from vmamba.models.pretrained import told_by_timm
+from vmamba.models.variants import TIMM, VARIANTS, build_model, timm_settings
 from vmamba.models.vssm import VSSM
 from vmamba.segmentation.upernet import UperNet
 
@@ -27,13 +31,44 @@ from vmamba.segmentation.upernet import UperNet
 _ASKED = {"DATA": ("SCALE", "DIVISOR", "CROP_SIZE"), "TEST": ("MODE", "STRIDE", "SCALES", "FLIP")}
 
 
-def described(model: nn.Module) -> dict[str, Any] | None:
+def timm_name(model: nn.Module) -> str:
+    """What timm calls a classifier that its create_model made; "" of another model."""
+    told = getattr(model, "pretrained_cfg", None)
+    name = told.get("architecture") if isinstance(told, Mapping) else None
+    classifies = not isinstance(model, VSSM) and hasattr(model, "get_classifier") and hasattr(model, "num_classes")
+    return name if classifies and name and timm.is_model(name) else ""
+
+
+def channels_of(model: nn.Module) -> int:
+    """Of the images of a classifier, ours or timm's."""
+    if isinstance(model, VSSM):
+        return model.in_chans
+    first = told_by_timm(model, "first_conv")
+    return model.get_submodule(first[0]).weight.shape[1] if first else 3
+
+
+def size_of(model: nn.Module) -> tuple[int, int] | None:
+    """Height and width of the images of a classifier that takes no others; None of one that takes several."""
+    if isinstance(model, VSSM):
+        sides = None if model.pos_embed is None else [side * model.patch_size for side in model.pos_embed.shape[2:]]
+    else:
+        fixed = timm_settings(timm_name(model)).fixed_input_size
+        sides = getattr(getattr(model, "patch_embed", None), "img_size", None) if fixed else None
+    return sides and tuple(sides)
+
+
+def described(model: nn.Module, size: Sequence[int] = (224, 224)) -> dict[str, Any] | None:
     """The config that builds `model`: TASK, MODEL and what belongs to it of DATA and TEST; None for a backbone.
+
+    Args:
+        size: of the images, which some of timm's models are built for.
 
     Raises UserError for a classifier, detector or segmenter that no config builds, and what of it.
     """
     if isinstance(model, VSSM):
         return _classifier(model)
+    if timm_name(model):
+        return _timm_classifier(model, size)
     if not isinstance(model, (UperNet, MaskRCNN)):
         return None
     told = _segmenter(model) if isinstance(model, UperNet) else _detector(model)
@@ -53,6 +88,25 @@ def _classifier(model: VSSM) -> dict[str, Any]:
     if model.global_pool != "avg":
         raise _beyond("global_pool is '', and the model of a config pools")
     return {"TASK": "classification", "MODEL": _variant(model) | {"NUM_CLASSES": model.num_classes}}
+
+
+def _timm_classifier(model: nn.Module, size: Sequence[int]) -> dict[str, Any]:
+    """Raises UserError where timm's model of that name is another one."""
+    rates = [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
+    told = {"NAME": f"{TIMM}{timm_name(model)}", "NUM_CLASSES": model.num_classes, "IN_CHANS": channels_of(model)}
+    told |= {"DROP_PATH_RATE": max(rates)} if rates else {}
+    config = {"TASK": "classification", "MODEL": told, "DATA": {"IMG_SIZE": list(size_of(model) or size)}}
+    with torch.random.fork_rng(devices=[]):
+        anew = build_model(restored(config))
+    if _shapes(anew) != _shapes(model) or _layers(anew) != _layers(model):
+        raise _beyond(f"its layers are not those of timm's {timm_name(model)}, and a config has no options of these")
+    return config
+
+
+def _layers(model: nn.Module) -> list[str]:
+    """What PyTorch prints of them, but for those of training alone, and how the model pools."""
+    printed = [line for line in str(model).splitlines() if not re.search(r"\): (DropPath|Dropout|Identity)\(", line)]
+    return [*printed, str(getattr(model, "global_pool", ""))]
 
 
 def _segmenter(model: UperNet) -> dict[str, Any]:

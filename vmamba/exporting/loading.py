@@ -1,6 +1,5 @@
 """What `vmamba.export` wrote for other programs, run here; what it was not made for is said before it runs."""
 
-import json
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -15,8 +14,9 @@ from vmamba.errors import UserError
 from vmamba.exporting.graphs import check_installed
 from vmamba.exporting.weights import ABOUT
 from vmamba.files import cannot_read
-from vmamba.models.formats import program_format
+from vmamba.models.formats import damaged_description, description, program_format
 from vmamba.text import printable
+from vmamba_kernels import no_autocast
 from vmamba_kernels.private import aoti_load_package
 
 Run = Callable[[Tensor], Any]
@@ -30,14 +30,20 @@ class Program(nn.Module):
         path: of its file, for what it says.
         run: from images to what the model gave.
         about: what the file tells: see `programs.told`.
+
+    Raises UserError where the config that it tells is none, or the names are not one for each of its classes.
     """
 
     def __init__(self, path: Path, run: Run, about: Mapping[str, Any]):
         super().__init__()
         self.path, self._run, self._sizes = path, run, about["images"]
-        told = about.get("config", {})
-        self.config = restored(told) if told.get("MODEL") else None
-        names = about.get("classes", ())
+        told, names = about.get("config", {}), about.get("classes", ())
+        try:
+            self.config = restored(told) if told.get("MODEL") else None
+        except UserError as error:
+            raise damaged_description(path, str(error)) from error
+        if self.config and names and len(names) != self.config.MODEL.NUM_CLASSES:
+            raise damaged_description(path, f"{len(names)} names for {self.config.MODEL.NUM_CLASSES} classes")
         self.class_names = names or (class_names(self.config) if self.config else ())
 
     @property
@@ -48,6 +54,12 @@ class Program(nn.Module):
             for least, most in self._sizes
         ]
         return f"({', '.join(words)})"
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of its images where it takes no others; None where they are open."""
+        (height, tallest), (width, widest) = self._sizes[2:]
+        return (height, width) if (height, width) == (tallest, widest) else None
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor | list[Tensor]:
@@ -71,7 +83,8 @@ class Program(nn.Module):
                 f"the images are {str(images.dtype).removeprefix('torch.')} on {images.device}, and "
                 f"'{printable(self.path)}' takes float32 on the CPU; give it images.float().cpu()"
             )
-        return self._run(images.contiguous())
+        with no_autocast("cpu"):  # whose casts a recorded program does not expect
+            return self._run(images.contiguous())
 
     def extra_repr(self) -> str:
         return f"'{self.path}', images {self.takes}"
@@ -104,7 +117,7 @@ def load_program(path: str | Path) -> Program:
         raise UserError(
             f"'{printable(path)}' cannot be run here ({reason}); export the model again on this machine"
         ) from error
-    about = json.loads(told) if told else {}
+    about = description(told, path) if told else {}
     if "images" not in about:
         raise UserError(
             f"'{printable(path)}' does not tell what images it takes: not vmamba.export wrote it, or an earlier one; "

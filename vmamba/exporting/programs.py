@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vmamba.errors import UserError
 from vmamba.exporting.weights import ABOUT
 from vmamba.files import write_atomically
+from vmamba.models.mamba1d import Mamba1D
 from vmamba.models.ss2d import Mixer2D
 from vmamba.models.vssm import VSSM
 from vmamba_kernels import no_autocast
@@ -24,10 +25,12 @@ from vmamba_kernels.private import aoti_compile_and_package, list_options
 
 
 def set_backend(model: nn.Module, backend: str) -> None:
-    """Of every scan inside a model of any kind."""
+    """Of every scan inside a model of any kind; convolutions are PyTorch's."""
     for module in model.modules():
         if isinstance(module, Mixer2D):
             module.backend = backend
+        if isinstance(module, Mamba1D):
+            module.scan_backend, module.conv_backend = backend, "torch"
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from vmamba.errors import UserError
-from vmamba.exporting.descriptions import described
+from vmamba.exporting.descriptions import channels_of, described, size_of, timm_name
 from vmamba.files import write_atomically
 from vmamba.models.backbone import Backbone
 from vmamba.models.backbones import TimmBackbone
@@ -48,23 +48,22 @@ def about(
     told: dict[str, Any] = {"classes": list(classes)} if classes else {}
     if isinstance(model, (Backbone, TimmBackbone)):
         return told
-    whole = isinstance(model, VSSM)
-    channels = model.in_chans if whole else 3
+    whole = isinstance(model, VSSM) or bool(timm_name(model))
+    channels = channels_of(model) if whole else 3
     for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, channels):
             raise UserError(
                 f"{name} has {len(values)} numbers; give one, or one for each of {counted(channels, 'channel')}"
             )
     try:
-        config = described(model) or {}
+        config = described(model, size) or {}
     except UserError:
         if needed:
             raise
         config = {"TASK": "classification"} if whole else {}
     data = {"MEAN": list(mean), "STD": list(std)}
     if whole:
-        fixed = None if model.pos_embed is None else [side * model.patch_size for side in model.pos_embed.shape[2:]]
-        data["IMG_SIZE"] = fixed or list(size)
+        data["IMG_SIZE"] = list(size_of(model) or size)
     if config:
         config["DATA"] = config.get("DATA", {}) | data
     return told | ({"config": config} if config else {})
@@ -80,9 +79,10 @@ def spelt(model: nn.Module, spelling: str) -> dict[str, Tensor]:
     elif isinstance(model, (VSSM, Backbone)):
         held = to_released(model, january=spelling == "january")
     else:
+        remedy = "export the backbone so, or leave the spelling out" if hasattr(model, "backbone") else "leave it out"
         raise UserError(
-            f"spelling is '{spelling}', which classifiers and backbones have alone; of a {type(model).__name__} export "
-            f"the backbone so, or leave the spelling out"
+            f"spelling is '{spelling}', which classifiers and backbones of ours have alone; of a "
+            f"{type(model).__name__} {remedy}"
         )
     for name, weight in held.items():
         if not is_plain(weight):

@@ -77,6 +77,7 @@ def path_in(*parts: str) -> str:
 
 # What is pickled in such files beside tensors and plain values: the config of the released ones and the arguments of
 # timm's and DeiT's, read as mappings, and what trainers log, not read at all.
+PLAIN = "plain.pth"  # in the folder of a state in shares: all but the tensors
 PICKLED = [
     (OrderedDict, "yacs.config.CfgNode"),
     (Fields, "argparse.Namespace"),
@@ -101,6 +102,14 @@ PICKLED = [
 ]
 
 
+def as_one_file(folder: str | Path) -> str:
+    """What to do with a state in shares (`vmamba.runtime.shares`) where a file is needed."""
+    return (
+        f"'{printable(folder)}' is a state in shares; make it a file first: python analyze/one_file.py "
+        f"{printable(folder)} --output all.pth"
+    )
+
+
 def read_file(path: str | Path) -> Any:
     """What the file holds, tensors on the CPU: a file of torch.save, or safetensors, whatever its name.
 
@@ -110,6 +119,8 @@ def read_file(path: str | Path) -> Any:
     path = Path(path)
     try:
         if path.is_dir():
+            if (path / PLAIN).is_file():
+                raise UserError(as_one_file(path))
             raise UserError(f"checkpoint '{path}' is a folder; give the path of a file")
         if not path.is_file():
             raise UserError(f"there is no checkpoint '{printable(path)}'; check the path")
@@ -125,6 +136,8 @@ def read_file(path: str | Path) -> Any:
             return _safetensors(path)
         with path.open("rb") as file, torch.serialization.safe_globals(PICKLED):  # by a name torch.load would guess
             return torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         raise UserError(f"'{path}' {_why_not_unpickled(path, start, error)}") from error
     except Exception as error:  # bytes that are not a checkpoint fail in as many ways as there are bytes
@@ -135,8 +148,50 @@ def _safetensors(path: Path) -> dict[str, Any]:
     """Its tensors by name; where it tells of their model (`vmamba.export`), they under "model" beside that."""
     with safe_open(path, "pt") as file:
         tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    told = json.loads(about["vmamba"]) if "vmamba" in about else {}
-    return {"model": tensors, **told} if told else tensors
+    told = description(about["vmamba"], path) if "vmamba" in about else {}
+    return {**told, "model": tensors} if told else tensors
+
+
+def description(text: str, path: Path) -> dict[str, Any]:
+    """What a file of `vmamba.export` tells of its model, as JSON: of `config`, `classes` and `images` those there are.
+
+    Raises UserError, naming the file, where they are not of the form that `vmamba.export` writes.
+    """
+    try:
+        told = json.loads(text)
+    except (ValueError, RecursionError):
+        told = None
+    if not isinstance(told, dict):
+        raise damaged_description(path, f"it is {text!r:.60}, no mapping in JSON")
+    for name, (fits, expected) in _DESCRIPTION.items():
+        if name in told and not fits(told[name]):
+            raise damaged_description(path, f"{name} is {told[name]!r:.60}, no {expected}")
+    return told
+
+
+def damaged_description(path: Path, what: str) -> UserError:
+    return UserError(f"what '{printable(path)}' tells of its model is damaged ({what}); export the model again")
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _are_sizes(value: Any) -> bool:
+    """Of four sizes the least and the most, None where there is no most."""
+    return (
+        isinstance(value, list)
+        and len(value) == 4
+        and all(isinstance(bounds, list) and len(bounds) == 2 for bounds in value)
+        and all(type(least) is int and (most is None or type(most) is int) for least, most in value)
+    )
+
+
+_DESCRIPTION = {
+    "config": (lambda value: isinstance(value, dict), "mapping"),
+    "classes": (_are_names, "list of names"),
+    "images": (_are_sizes, "list of four [least, most]"),
+}
 
 
 def _is_safetensors(start: bytes) -> bool:

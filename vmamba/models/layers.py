@@ -43,8 +43,8 @@ class Unscripted:
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise UserError(
-            f"torch.jit.script cannot compile a {type(self).__name__}; use torch.jit.trace(model, images), "
-            f"torch.export or vmamba.export"
+            f"torch.jit.script cannot compile a {type(self).__name__}; use torch.jit.trace or torch.export, or "
+            f"vmamba.export for a whole model"
         )
 
 

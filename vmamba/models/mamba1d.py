@@ -4,7 +4,9 @@ The names of parameters are those of `mamba_ssm.modules.mamba_simple.Mamba`, and
 weights load.
 """
 
+import logging
 import math
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -16,10 +18,12 @@ from torch import Tensor, nn
 from vmamba.errors import UserError
 from vmamba.models.layers import Unscripted
 from vmamba.models.ss2d import step_biases
+from vmamba.text import printable
 from vmamba.values import Takes
 from vmamba_kernels import backends, wider
-from vmamba_kernels.mamba import selective_scan_fn, selective_state_update
+from vmamba_kernels.mamba import overlaps, selective_scan_fn, selective_state_update
 
+logger = logging.getLogger("vmamba")
 _COUNT = Takes((int,), at_least=1, at_most=2**16)
 _SWITCH = Takes((bool,))
 TAKES = {
@@ -30,6 +34,21 @@ TAKES = {
     "scan_backend": Takes((str,), choices=lambda: ("auto", *backends())),
     "conv_backend": Takes((str,), choices=("auto", "torch", "causal_conv1d")),
 }
+
+
+@cache
+def why_no_causal_conv1d() -> str | None:
+    """What keeps that package from being used, or None; in the log where it is there and cannot be imported."""
+    if find_spec("causal_conv1d") is None:
+        return "is not installed (pip install causal-conv1d)"
+    try:
+        _ = import_module("causal_conv1d").causal_conv1d_fn
+    except Exception as error:  # of a build for another PyTorch or CUDA, in many ways
+        reason = printable((str(error).strip() or type(error).__name__).splitlines()[0])
+        missing = f"is installed but cannot be imported ({reason})"
+        logger.warning(f"causal_conv1d {missing}: the convolutions are PyTorch's; install it anew, or remove it")
+        return missing
+    return None
 
 
 class MambaState(NamedTuple):
@@ -53,9 +72,9 @@ class Mamba1D(Unscripted, nn.Module):
             of both (Vim's "v2"; `divide` False: the sum).
         scan_backend: of `vmamba_kernels.backends()`, such as "mamba_ssm"; "auto" takes the fastest that can serve.
         conv_backend: "torch"; "causal_conv1d", that package's kernel for a GPU; "auto": that where it is installed and
-            the input is on a GPU.
+            the input is on a GPU.  Where it is installed but cannot be imported, the log says so.
 
-    Raises UserError for a value that cannot be, and for an unknown or absent backend.
+    Raises UserError for a value that cannot be, and for an unknown, absent or broken backend.
     """
 
     def __init__(
@@ -82,14 +101,12 @@ class Mamba1D(Unscripted, nn.Module):
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
         if self.d_inner < 1:
             raise UserError(f"expand is {expand}, which of {d_model} channels leaves none; choose a larger one")
-        has_causal_conv1d = find_spec("causal_conv1d") is not None
-        if conv_backend == "causal_conv1d" and not has_causal_conv1d:
-            raise UserError(
-                "conv_backend is causal_conv1d, which is not installed (pip install causal-conv1d); choose torch"
-            )
+        missing = None if conv_backend == "torch" else why_no_causal_conv1d()
+        if conv_backend == "causal_conv1d" and missing:
+            raise UserError(f"conv_backend is causal_conv1d, which {missing}; choose torch")
         self.bidirectional, self.divide = bidirectional, divide
         self.scan_backend = scan_backend
-        self.conv_backend = "torch" if conv_backend == "auto" and not has_causal_conv1d else conv_backend
+        self.conv_backend = "torch" if missing else conv_backend
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias)
         for end in ("", "_b") if bidirectional else ("",):
             self._make_direction(end, conv_bias)
@@ -114,13 +131,13 @@ class Mamba1D(Unscripted, nn.Module):
         """Of the scan.  Raises UserError for no backend."""
         self.scan_backend = TAKES["scan_backend"].check("backend", backend)
 
+    def extra_repr(self) -> str:
+        return f"bidirectional={self.bidirectional}, divide={self.divide}"
+
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, length, d_model) -> (batch, length, d_model).  Raises UserError for another shape, and for a sequence
-        of no positions."""
-        if x.dim() != 3 or x.shape[2] != self.d_model:
-            raise UserError(f"the sequence has shape {tuple(x.shape)}; it must be (batch, length, {self.d_model})")
-        if not x.shape[1]:
-            raise UserError(f"the sequence has shape {tuple(x.shape)}, which has no position; give one or more")
+        """(batch, length, d_model) -> (batch, length, d_model).  Raises UserError for another shape or kind of numbers,
+        and for a sequence of no positions."""
+        x = _checked("sequence", x, getattr(self.in_proj, "weight", None), ("batch", "length", self.d_model))
         x, z = self.in_proj(x).transpose(1, 2).chunk(2, dim=1)  # (batch, d_inner, length)
         y = self._scan(x, z, "")
         if self.bidirectional:
@@ -143,15 +160,13 @@ class Mamba1D(Unscripted, nn.Module):
         return getattr(self, f"x_proj{end}")(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
 
     def _A(self, end: str) -> Tensor:
-        A_log = self.A_b_log if end else self.A_log
-        return -A_log.to(wider(A_log.dtype, torch.float32)).exp()
+        return _decay(self.A_b_log if end else self.A_log)
 
     def _convolve(self, x: Tensor, conv: nn.Conv1d) -> Tensor:
         """SiLU of the convolution of what came before and is, (batch, d_inner, length)."""
-        if self.conv_backend == "causal_conv1d" or (self.conv_backend == "auto" and x.is_cuda):
-            convolve = import_module("causal_conv1d").causal_conv1d_fn
-            bias = None if conv.bias is None else conv.bias.to(x.dtype)
-            return convolve(x, conv.weight.squeeze(1).to(x.dtype), bias, activation="silu")
+        seen = isinstance(x, torch.fx.Proxy)  # which is on no device yet
+        if self.conv_backend == "causal_conv1d" or (self.conv_backend == "auto" and not seen and x.is_cuda):
+            return _causal_conv1d(x, conv.weight, conv.bias)
         return F.silu(conv(x)[..., : x.shape[2]])
 
     def make_state(self, batch: int) -> MambaState:
@@ -165,12 +180,12 @@ class Mamba1D(Unscripted, nn.Module):
     def step(self, x: Tensor, state: MambaState) -> Tensor:
         """The next position alone, (batch, d_model) -> (batch, d_model): what `forward` gives there, with no gradient.
 
-        Raises UserError for a layer that also walks from the end, and for another shape of x or of the state.
+        Raises UserError for a layer that also walks from the end, for another shape or kind of numbers of x or of the
+        state, and for a state with several numbers in one place of memory.
         """
         if self.bidirectional:
             raise UserError("a bidirectional layer needs the whole sequence; there is no step of it")
-        if x.dim() != 2 or x.shape[1] != self.d_model:
-            raise UserError(f"the position has shape {tuple(x.shape)}; it must be (batch, {self.d_model})")
+        x = _checked("position", x, getattr(self.in_proj, "weight", None), ("batch", self.d_model))
         if not (isinstance(state, tuple) and len(state) == 2 and all(isinstance(part, Tensor) for part in state)):
             raise UserError(
                 f"the state is a {type(state).__name__} and no MambaState; take it from make_state({len(x)})"
@@ -182,6 +197,12 @@ class Mamba1D(Unscripted, nn.Module):
                 f"it from make_state({len(x)})"
             )
         state = MambaState(*state)
+        for part in state:
+            if not part.is_floating_point() or part.device != x.device or overlaps(part):
+                raise UserError(
+                    f"the state has a part of {part.dtype} on {part.device}, strides {part.stride()}; it must be of "
+                    f"floats on {x.device}, each in a place of its own: take it from make_state({len(x)})"
+                )
         x, z = self.in_proj(x).chunk(2, dim=1)
         state.inputs.copy_(torch.cat((state.inputs[..., 1:], x[..., None].to(state.inputs.dtype)), -1))
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
@@ -193,3 +214,38 @@ class Mamba1D(Unscripted, nn.Module):
             state.scan, x, dt, self._A(""), B, C, self.D, z, dt_bias=self.dt_proj.bias, dt_softplus=True
         )
         return self.out_proj(y)
+
+
+# torch.fx takes what is wrapped so whole: what it does depends on shapes and dtypes.
+@torch.fx.wrap
+def _checked(what: str, x: Tensor, weight: object, shape: tuple[str | int, ...]) -> Tensor:
+    """`x`.  Raises UserError unless it is a tensor of that shape, with one position or more, and of the numbers that
+    the `weight` it meets has, or that autocast makes so; what is quantised takes what it takes."""
+    words = f"({', '.join(map(str, shape))})"
+    if not isinstance(x, Tensor):
+        raise UserError(f"the {what} is a {type(x).__name__}; it must be a tensor {words}")
+    if x.dim() != len(shape) or x.shape[-1] != shape[-1]:
+        raise UserError(f"the {what} has shape {tuple(x.shape)}; it must be {words}")
+    if not x.shape[1]:
+        raise UserError(f"the {what} has shape {tuple(x.shape)}, which has no position; give one or more")
+    if isinstance(weight, Tensor) and weight.is_floating_point() and x.dtype != weight.dtype:
+        casts = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+        if not (casts and x.is_floating_point()):
+            raise UserError(f"the {what} is of {x.dtype}, and the layer's weights of {weight.dtype}; give it in theirs")
+    return x
+
+
+@torch.fx.wrap
+def _decay(A_log: Tensor) -> Tensor:
+    return -A_log.to(wider(A_log.dtype, torch.float32)).exp()
+
+
+@torch.fx.wrap
+def _causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """That package's convolution with SiLU, x (batch, channels, length), weight (channels, 1, width)."""
+    convolve = import_module("causal_conv1d").causal_conv1d_fn
+    bias = None if bias is None else bias.to(x.dtype)
+    return convolve(x, weight.squeeze(1).to(x.dtype), bias, activation="silu")
+
+
+torch.fx.wrap("selective_scan_fn")

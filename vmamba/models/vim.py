@@ -101,15 +101,7 @@ class Vim(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, patches + 1, embed_dim), the class token at (patches) // 2."""
-        channels = self.patch_embed.proj.in_channels
-        if x.dim() != 4 or x.shape[1] != channels:
-            raise UserError(f"images have shape {tuple(x.shape)}; this model takes (batch, {channels}, height, width)")
-        if tuple(x.shape[2:]) != tuple(self.patch_embed.img_size):
-            height, width = self.patch_embed.img_size
-            raise UserError(
-                f"images of {x.shape[2]} x {x.shape[3]} pixels; this model has positions for {height} x {width}, give "
-                "img_size when it is made"
-            )
+        x = _checked(x, self.patch_embed.proj.in_channels, tuple(self.patch_embed.img_size))
         x = self.patch_embed(x)
         before, behind = x.tensor_split([x.shape[1] // 2], dim=1)
         x = torch.cat((before, self.cls_token.expand(x.shape[0], -1, -1), behind), dim=1) + self.pos_embed
@@ -150,6 +142,22 @@ class Vim(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         self.num_classes = TAKES["num_classes"].check("num_classes", num_classes)
         self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+
+
+@torch.fx.wrap  # torch.fx takes what is wrapped so whole: it depends on shapes
+def _checked(images: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
+    """`images`.  Raises UserError for what is no batch of images of these channels and this size."""
+    words = f"this model takes (batch, {channels}, height, width)"
+    if not isinstance(images, Tensor):
+        raise UserError(f"images are a {type(images).__name__}; {words}")
+    if images.dim() != 4 or images.shape[1] != channels:
+        raise UserError(f"images have shape {tuple(images.shape)}; {words}")
+    if tuple(images.shape[2:]) != size:
+        raise UserError(
+            f"images of {images.shape[2]} x {images.shape[3]} pixels; this model has positions for {size[0]} x "
+            f"{size[1]}, give img_size when it is made"
+        )
+    return images
 
 
 def _to_size(state_dict: dict[str, Tensor], model: Vim) -> dict[str, Tensor]:

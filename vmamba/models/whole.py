@@ -46,7 +46,10 @@ def build_whole(
 
 
 def check_images(images: Tensor, weight: Tensor, kind: str) -> None:
-    """Raises UserError for what is no batch of one image or more, of numbers like those of a `kind`'s `weight`."""
+    """Raises UserError for what is no batch of one image or more, of numbers like those of a `kind`'s `weight`, and
+    under torch.fx."""
+    if isinstance(images, torch.fx.Proxy):
+        raise UserError(f"torch.fx cannot follow a whole {kind}, whose way depends on its inputs; trace its backbone")
     if not isinstance(images, Tensor):
         raise UserError(f"images are a {type(images).__name__}; a {kind} takes a tensor (batch, channels, H, W)")
     shape = tuple(images.shape)

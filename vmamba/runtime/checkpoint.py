@@ -2,6 +2,7 @@
 
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import torch
 
 from vmamba.errors import UserError
-from vmamba.files import link_atomically, write_atomically
+from vmamba.files import cannot_read, link_atomically, write_atomically
+from vmamba.models.formats import PLAIN
 from vmamba.models.pretrained import local_file
 from vmamba.models.pretrained import read_file as read_checkpoint
 
 LAST, BEST = "last.pth", "best.pth"  # what a run writes; the states before, and the second best, as last.2.pth, ...
 SHARDED = ".sharded"  # in the place of .pth: a folder, written by all processes (`shares`)
-PLAIN = "plain.pth"  # in it: all but the tensors
+SUMS = "sums"  # in PLAIN: of the folder's other files
 _WRITTEN = re.compile(r"(last|best)(\.[2-9]|\.[1-9]\d+)?(\.pth|\.sharded)")
 
 
@@ -72,9 +74,7 @@ def newest_checkpoint(folder: str | Path) -> tuple[Path | None, dict[Path, str]]
         states.append((_position(content), path.stem == "last", path))
     for *_, path in sorted(states, reverse=True):
         try:
-            read_checkpoint(
-                path / PLAIN if path.is_dir() else path
-            )  # to its end, with its sums: a bit may have flipped
+            (read_plain if path.is_dir() else read_checkpoint)(path)  # to its end: a bit may have flipped
             return path, passed_over
         except UserError as error:
             passed_over[path] = str(error)
@@ -83,6 +83,29 @@ def newest_checkpoint(folder: str | Path) -> tuple[Path | None, dict[Path, str]]
             f"no checkpoint in '{folder}' can be read ({'; '.join(passed_over.values())}); move them away to start over"
         )
     return None, passed_over
+
+
+def read_plain(folder: Path) -> dict[str, Any]:
+    """All but the tensors of a state in shares.  Raises UserError where a file of it is not as it was written."""
+    content = read_checkpoint(folder / PLAIN)
+    for name, written in content.get(SUMS, {}).items():
+        path = folder / Path(name).name
+        try:
+            found = checksum(path)
+        except OSError as error:
+            raise cannot_read(path, error) from error
+        if found != written:
+            raise UserError(f"'{path}' is damaged: its sum is another than when it was written")
+    return content
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    found = 0
+    with path.open("rb") as file:
+        while part := file.read(2**22):
+            found = zlib.crc32(part, found)
+    return found
 
 
 def _written_in(folder: str | Path) -> Iterator[Path]:

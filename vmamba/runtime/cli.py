@@ -27,7 +27,7 @@ def exit_code(main: Callable[[], object], resumes: bool = False) -> int:
             _say(str(stop))
             return 128 + stop.signum
         except KeyboardInterrupt:
-            goes_on = "goes on from the last checkpoint, where there is one" if resumes else "begins anew"
+            goes_on = "goes on from what is saved" if resumes else "begins anew"
             _say(f"interrupted; the same command {goes_on}")
             return 130
         return 0

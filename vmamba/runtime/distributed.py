@@ -62,7 +62,9 @@ def processes(device: str = "auto", timeout: float = 1800) -> Iterator[World]:
         except (RuntimeError, ValueError, OSError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise UserError(f"process {rank} of {size} cannot join the others at {where}: {error}") from error
-        world = replace(world, lifeline=lifeline, on_machine=_place_on_machine(rank, gather(socket.gethostname())))
+        with lifeline.explaining():
+            hosts = gather(socket.gethostname())
+        world = replace(world, lifeline=lifeline, on_machine=_place_on_machine(rank, hosts))
     yield world
     # After an exception the group is left to the end of the process: closing it would wait for the others.
     if size > 1:

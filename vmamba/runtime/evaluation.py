@@ -18,6 +18,7 @@ from vmamba.config import get_config
 from vmamba.data.loaders import Loader
 from vmamba.errors import UserError
 from vmamba.files import make_folder, write_atomically, write_text
+from vmamba.models.formats import as_one_file
 from vmamba.models.pretrained import open_checkpoint, read_weights
 from vmamba.runtime import report
 from vmamba.runtime.distributed import World, on_main, share_buffers, sum_over_processes
@@ -91,9 +92,7 @@ def evaluate_file(run: Run, model: nn.Module) -> Results:
     """The weights, plain and EMA, of the file that `to_evaluate` finds."""
     path = to_evaluate(run)
     if Path(path).is_dir():
-        raise UserError(
-            f"'{path}' is a state in shares; make it a file first: python analyze/one_file.py {path} --output all.pth"
-        )
+        raise UserError(as_one_file(path))
     loader = run.task.eval_loader(run.world)
     chosen = run.config.MODEL.WEIGHTS
     wanted = read_weights(path) if chosen == "auto" else {chosen: open_checkpoint(path, chosen)}

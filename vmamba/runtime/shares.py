@@ -8,6 +8,7 @@ import os
 import pickle
 import secrets
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,11 @@ from torch.distributed.tensor import DTensor
 
 from vmamba.errors import UserError
 from vmamba.files import cannot_read, cannot_write, check_writable, make_folder
-from vmamba.models.pretrained import read_file
-from vmamba.runtime.checkpoint import PLAIN, nth, save_checkpoint
-from vmamba.runtime.distributed import on_main
+from vmamba.models.formats import PLAIN
+from vmamba.runtime.checkpoint import SUMS, checksum, nth, read_plain, save_checkpoint
+from vmamba.runtime.distributed import gather, on_main
 from vmamba.runtime.sharding import as_share
-from vmamba.text import counted
+from vmamba.text import counted, printable
 
 _KINDS = ("model", "model_ema")
 _BETWEEN = "|"  # the parts of a tensor's name in a folder, which no parameter's name has
@@ -59,7 +60,15 @@ def save_folder(state: Mapping[str, Any], path: Path, keep: int) -> None:
                 if isinstance(each, OSError):
                     raise cannot_write(path, each) from error
         raise
-    on_main(lambda: _publish(plain, beside, path, keep))
+    sums = {name: sum_ for mine in gather(_sums_of_mine(beside)) for name, sum_ in mine.items()}
+    on_main(lambda: _publish({**plain, SUMS: sums}, beside, path, keep))
+
+
+def _sums_of_mine(folder: Path) -> dict[str, int]:
+    """Of the files there that this process has written: it surely sees them, and the system has them in memory yet."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    mine = [*folder.glob(f"__{rank}_*"), *([folder / ".metadata"] if rank == 0 else [])]
+    return {path.name: checksum(path) for path in mine}
 
 
 def _publish(plain: Mapping[str, Any], beside: Path, path: Path, keep: int) -> None:
@@ -88,17 +97,26 @@ def read_folder(path: Path, like: Mapping[str, Any] | None = None) -> dict[str, 
     `like`: a state whose tensors are in shares, as this process shall have those that it reads; all processes call it.
     Else they are whole.  Raises UserError where the folder is no such state, or damaged.
     """
-    plain = read_file(path / PLAIN)
+    plain = on_main(lambda: read_plain(path))
     reader = _Reader(path)
     try:
         described = reader.read_metadata().state_dict_metadata
         tensors = {name: _place_for(name, found, like) for name, found in described.items()}
-        dcp.load(tensors, storage_reader=_Reader(path), no_dist=like is None or not dist.is_initialized())
+        with warnings.catch_warnings():  # PyTorch would tell whoever asks for it that no_dist is what it is
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(tensors, storage_reader=_Reader(path), no_dist=like is None or not dist.is_initialized())
     except OSError as error:
         raise cannot_read(path, error) from error
     except (CheckpointException, Exception) as error:  # damaged files fail in many ways; the first is no Exception
-        raise UserError(f"'{path}' is damaged, or no state that a run has written: {str(error)[:200]}") from error
+        raise UserError(f"'{path}' is damaged, or no state that a run has written: {_reason(error)}") from error
     return _joined(tensors, plain)
+
+
+def _reason(error: BaseException) -> str:
+    """In a line, without the traceback that a CheckpointException makes of the processes' errors."""
+    if isinstance(error, CheckpointException):
+        error = next((reason for reason, _ in error.failures.values()), error)
+    return (str(error).strip() or type(error).__name__).partition("\n")[0][:200]
 
 
 def distributed_as(state: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,7 +168,8 @@ def _joined(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[str
         else:
             optimizer.setdefault(int(inside), {})[more[0]] = tensor
     found = {kind: named or None for kind, named in weights.items()}
-    return {**plain, **found, "optimizer": {**plain["optimizer"], "state": optimizer}}
+    kept = {name: value for name, value in plain.items() if name != SUMS}
+    return {**kept, **found, "optimizer": {**plain["optimizer"], "state": optimizer}}
 
 
 def one_file(folder: str, output: str = "all.pth") -> None:
@@ -159,6 +178,8 @@ def one_file(folder: str, output: str = "all.pth") -> None:
     Raises UserError where `folder` is none, and where `output` cannot be written.
     """
     check_writable(output)
+    if not (Path(folder) / PLAIN).is_file():
+        raise UserError(f"'{printable(folder)}' is no state in shares; name a folder such as last.sharded of a run")
     state = read_folder(Path(folder))
     save_checkpoint(state, output)
     print(f"the state in {folder}, after {counted(state['step'], 'step')}, is in {output}")

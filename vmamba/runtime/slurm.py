@@ -18,6 +18,7 @@ from yacs.config import CfgNode
 
 from vmamba.errors import UserError
 from vmamba.runtime.stop import Stopped
+from vmamba.text import printable
 from vmamba_kernels.private import batch_file
 
 try:
@@ -40,7 +41,7 @@ class Resources:
     constraint: str | None = None
     comment: str | None = None
     exclude: str | None = None
-    additional: dict[str, str] = field(default_factory=dict)  # any other option of sbatch: its value
+    additional: dict[str, str | bool] = field(default_factory=dict)  # any other option of sbatch: its value, or True
     grace: int = 120  # seconds between the scheduler's warning and the end of the job
 
 
@@ -115,12 +116,42 @@ def sbatch_file(resources: Resources, folder: Path) -> str:
     return batch_file(executor)
 
 
-def pair(text: str) -> tuple[str, str]:
-    """What --slurm-additional takes: an option of sbatch, without its dashes, and its value."""
+_OURS = {  # options of sbatch that a job has anyway, and what says them
+    **{name: f"--{name}" for name in ("time", "nodes", "gpus-per-node", "partition", "account", "qos", "constraint")},
+    **{name: f"--{name}" for name in ("comment", "exclude")},
+    **{"ntasks": "--gpus-per-node", "ntasks-per-node": "--gpus-per-node", "cpus-per-task": "--cpus-per-gpu"},
+    **{"array": "--seeds", "signal": "the key GRACE", "output": "--output", "error": "--output"},
+    **dict.fromkeys(("open-mode", "requeue", "no-requeue"), "no flag: a job is requeued, and its logs go on"),
+}
+
+
+def one_line(text: str) -> str:
+    """What an option of sbatch takes: a line break would end the options of a batch file."""
+    if not text.isprintable() or not text.strip():
+        raise argparse.ArgumentTypeError(
+            f"'{printable(text)}' is no value of an option of sbatch; write a line of text"
+        )
+    return text
+
+
+def pair(text: str) -> tuple[str, str | bool]:
+    """What --slurm-additional takes: an option of sbatch, without its dashes, and its value where it has one."""
     name, equals, value = text.partition("=")
-    if not equals or not re.fullmatch(r"[a-z][a-z-]*", name):
-        raise argparse.ArgumentTypeError(f"'{text}' is no option of sbatch and its value; write one as gres=gpu:8")
-    return name, value
+    if not re.fullmatch(r"[a-z][a-z-]*", name):
+        raise argparse.ArgumentTypeError(
+            f"'{printable(text)}' is no option of sbatch and its value; write one as gres=gpu:8, or as exclusive alone"
+        )
+    if name in _OURS:
+        raise argparse.ArgumentTypeError(f"'{name}' is said by {_OURS[name]}")
+    return name, one_line(value) if equals else True
+
+
+def each_once(values: Sequence[Any], flag: str) -> Sequence[Any]:
+    """`values`.  Raises UserError where one comes twice."""
+    twice = [value for place, value in enumerate(values) if value in values[:place]]
+    if twice:
+        raise UserError(f"{flag} has {twice[0]} twice; give each once")
+    return values
 
 
 def seeded(config: CfgNode, seed: int) -> CfgNode:
@@ -130,17 +161,6 @@ def seeded(config: CfgNode, seed: int) -> CfgNode:
     config.SEED, config.TAG = seed, f"{config.TAG}-{seed}"
     config.freeze()
     return config
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """What a flag takes: whole numbers from `least` on."""
-
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"'{text}' is no whole number from {least} on")
-        return int(text)
-
-    return number
 
 
 def check_local(resources: Resources) -> None:
@@ -205,7 +225,8 @@ def _executor(resources: Resources, folder: Path, local: bool, anywhere: bool = 
             "cpus_per_task": resources.cpus_per_gpu,
             "job_name": "vmamba",
             "srun_args": ["--kill-on-bad-exit=1"],
-            "additional_parameters": dict(resources.additional),
+            "additional_parameters": {"requeue": True}
+            | {name.replace("-", "_"): value for name, value in resources.additional.items()},
         }
     executor.update_parameters(**parameters)
     return executor

@@ -7,12 +7,13 @@ import yaml
 from torch import nn
 
 from vmamba.errors import UserError
+from vmamba.models.formats import PLAIN
 from vmamba.models.freezing import freeze
 from vmamba.models.pretrained import open_checkpoint
 from vmamba.models.ss2d import Mixer2D
 from vmamba.runtime import report
 from vmamba.runtime.average import build_average
-from vmamba.runtime.checkpoint import BEST, PLAIN, SHARDED, is_there, newest_checkpoint, read_training_state
+from vmamba.runtime.checkpoint import BEST, SHARDED, is_there, newest_checkpoint, read_training_state
 from vmamba.runtime.distributed import on_main
 from vmamba.runtime.optim import Schedule, build_optimizer
 from vmamba.runtime.plan import Plan
@@ -81,6 +82,7 @@ def resume(run: Run, state: TrainState) -> Path | None:
     saved = read_state(path, state) if path else None
     if saved:
         saved = of_today(saved, state.config)
+        compare_data(run, saved["data"], state.data, path)
         state.load_state_dict(saved, path)
         state.restore_random_state(run.world.rank)
         epochs, steps = divmod(state.step, state.steps_per_epoch)
@@ -99,6 +101,26 @@ def resume(run: Run, state: TrainState) -> Path | None:
     elif config.MODEL.DROP_HEAD:
         raise UserError("--drop-head keeps the head of no weights, and none are given; name some with --pretrained")
     return None
+
+
+def compare_data(run: Run, saved: dict[str, dict], found: dict[str, dict], path: str | Path) -> None:
+    """Warn where the images are others than those of the state at `path`; an older one does not tell.
+
+    Raises UserError where that makes images that were trained on held-out ones: those held out are drawn anew.
+    """
+    for part, what in (("train", "images to train on"), ("held_out", "images held out")):
+        before, now = saved.get(part, {}), found.get(part, {})
+        if any(key in now and before[key] != now[key] for key in ("images", "checksum") if key in before):
+            how = f"{now['images']:,}, then {before['images']:,}"
+            if now["images"] == before["images"]:
+                how = f"{now['images']:,} as then, of other names or labels"
+            if part == "held_out" and now.get("drawn_by"):
+                raise UserError(
+                    f"the {what} by {now['drawn_by']} are others than those of '{path}' ({how}), and among them may be "
+                    "what was trained on; bring the images back as they were, hold out the same ones by a folder or a "
+                    "file of labels, or start from the weights with --pretrained and another --tag"
+                )
+            run.logger.warning(f"the {what} are others than those of {path}: {how}")
 
 
 def read_state(path: str | Path, state: TrainState) -> dict[str, Any] | None:

@@ -40,6 +40,7 @@ class TrainState:
     best_weights: str | None = None  # "model" or "ema": the better in the evaluation of just these weights
     headline: float | None = None  # what that evaluation found
     random_states: list[dict] = field(default_factory=list)  # of every process, by rank
+    data: dict[str, dict] = field(default_factory=dict)  # `Loader.contents` of "train" and "held_out"
 
     @property
     def epoch(self) -> int:
@@ -136,7 +137,7 @@ class TrainState:
         self._load_optimizer(state, source)
         self.scaler.load_state_dict(state["scaler"] or self.scaler.state_dict())
         for name in _PLAIN:
-            if name != "config":
+            if name not in ("config", "data"):
                 setattr(self, name, state[name])
 
     def _load_optimizer(self, state: dict[str, Any], source: str) -> None:
@@ -176,6 +177,7 @@ _PLAIN = (
     "best_weights",
     "headline",
     "random_states",
+    "data",
 )
 
 
@@ -185,7 +187,7 @@ def of_today(state: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]
 
     `config`: of this run; where it leaves the betas to the optimiser, those of the state were that version's default.
     """
-    state = {"unimproved": 0, "headline": None} | state
+    state = {"unimproved": 0, "headline": None, "data": {}} | state
     if "epoch_loss" not in state:
         return state
     saved = copy.deepcopy(dict(state["config"]))

@@ -157,6 +157,7 @@ def train(run: Run, model: nn.Module) -> Results:
     train_loader, eval_loader = task.train_loader(world), task.eval_loader(world)
     plan = build_plan(config, train_loader.steps_per_epoch)
     state = build_state(run, model, plan)
+    state.data = {"train": train_loader.contents(), "held_out": eval_loader.contents()}
     task.average = state.ema.module if state.ema else None
     run.logger.info(report.describe_data(config, train_loader.images, eval_loader.images))
     run.logger.info(report.describe_training(config, world, plan, state))
@@ -228,15 +229,15 @@ class Rounds:
         self.train_loader, self.eval_loader = train_loader, eval_loader
         self.results: Results = {}  # of the last evaluation, while the weights are the same
         self.seconds_to_evaluate = 0.0
-        self.steps, self.seconds, self.waited = 0, 0.0, 0.0  # trained here; how long that took, and waited for data
+        # Trained here without the first, in which kernels compile; how long that took, and waited for data.
+        self.steps, self.seconds, self.waited = 0, 0.0, 0.0
+        self.compiled = False
 
     def one(self) -> None:
         """What remains of the round in progress."""
         start, first, end = time.time(), self.state.step, self.plan.round_end(self.state.recorded)
         self._train_to(end)
         trained = time.time()
-        self.steps += self.state.step - first
-        self.seconds += trained - start
         self.results = {}
         if self.plan.evaluates(end):
             if self._saves():
@@ -260,6 +261,7 @@ class Rounds:
         ready = Feed(batches, run.world.device, self.train_loader.finish, self.train_loader.ahead)
         title = f"epoch {state.step // self.plan.steps_per_epoch + 1}/{self.plan.epochs}"
         laps: Laps = {}
+        first, start, waited = state.step, time.perf_counter(), 0.0
         with progress(range(state.step, end), run.world, title) as bar:
             for _ in bar:
                 outcomes = self.step(state, islice(ready, config.TRAIN.ACCUMULATION_STEPS), stop=run.request.noted)
@@ -267,6 +269,9 @@ class Rounds:
                     laps[state.step] = batches.lap(state.step)
                 self._tell(outcomes, laps, bar)
                 self.profile.step()
+                if not self.compiled:
+                    self.compiled = True
+                    first, start, waited = state.step, time.perf_counter(), ready.waited()
                 saves = config.TRAIN.SAVE_STEPS and state.step % config.TRAIN.SAVE_STEPS == 0
                 saves = saves and not (state.step == end and self._saves())  # which comes next
                 if saves or state.step == end or any(outcome.stop for outcome in outcomes):
@@ -277,7 +282,9 @@ class Rounds:
                     run.stop(state)
                 if saves:
                     run.save(state, LAST)
-        self.waited += ready.waited()
+        self.waited += ready.waited() - waited
+        self.seconds += time.perf_counter() - start
+        self.steps += state.step - first
         tell_skipped(run, self.train_loader)
 
     def _batches(self, end: int) -> Iterator[Any]:

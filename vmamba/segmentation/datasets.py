@@ -11,7 +11,8 @@ from yacs.config import CfgNode
 
 from vmamba.config import sides
 from vmamba.data.folders import LeftOut, contents, data_path, image_files, what_is
-from vmamba.data.images import decode, reading
+from vmamba.data.images import decode, open_image, reading
+from vmamba.data.names import checksum
 from vmamba.data.scenes import scene
 from vmamba.errors import UserError
 from vmamba.text import printable, some
@@ -68,6 +69,10 @@ class Folders:
     def name(self, index: int) -> str:
         return printable(self.examples[index][1])
 
+    def contents(self) -> dict[str, str]:
+        """For `Loader.contents`."""
+        return {"checksum": checksum([name for name, *_ in self.examples])}
+
     def load(self, index: int) -> Sample:
         name, path, map_path = self.examples[index]
         image, classes = decode(path, 3, path), self._read_map(map_path)
@@ -80,7 +85,7 @@ class Folders:
         return Sample(image, classes, name)
 
     def _read_map(self, path: str) -> np.ndarray:
-        with reading(path), Image.open(path) as file:
+        with reading(path), open_image(path) as file:
             file.load()
             mode, values = file.mode, np.array(file)
         if mode not in (*_INDICES, *_WIDE):

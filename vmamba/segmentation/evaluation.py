@@ -1,13 +1,14 @@
 """What a segmenter makes of whole images, and how good that is: intersection over union by class."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 from yacs.config import CfgNode
 
 from vmamba.config import sides
@@ -29,13 +30,32 @@ def check_inference(config: CfgNode) -> None:
         )
 
 
+class OfOneSize:
+    """A model of images of one `size` alone, such as a recorded program, for images (1, 3, h, w) of any.
+
+    They are fitted into it, with zeros at the right and bottom as in training, and the logits of these are cut off.
+    """
+
+    def __init__(self, model: Callable[[Tensor], Tensor], size: tuple[int, int]):
+        self.model, self.size = model, size
+
+    def __call__(self, images: Tensor) -> Tensor:
+        (height, width), given = self.size, images.shape[2:]
+        if given[0] > height or given[1] > width:
+            scale = min(height / given[0], width / given[1])
+            images = resize(images, [max(1, round(side * scale)) for side in given])
+        below, right = height - images.shape[2], width - images.shape[3]
+        logits = self.model(F.pad(images, (0, right, 0, below)))
+        return resize(logits[..., : height - below, : width - right], given)
+
+
 class Inference:
     """Class probabilities of images of any size, as TEST says: whole or by windows, at several scales, mirrored too."""
 
     def __init__(self, config: CfgNode):
         self.test, self.window, self.stride = config.TEST, sides(config.DATA.CROP_SIZE), sides(config.TEST.STRIDE)
 
-    def __call__(self, model: nn.Module, images: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+    def __call__(self, model: Callable[[Tensor], Tensor], images: Sequence[Tensor], size: Sequence[int]) -> Tensor:
         """`images`, (3, h, w) each, are one at several scales -> classes (H, W) uint8 of `size`."""
         flips = (False, True) if self.test.FLIP else (False,)
         total: Tensor | float = 0.0
@@ -47,7 +67,7 @@ class Inference:
                 total = total + (logits if len(images) * len(flips) == 1 else logits.softmax(0))
         return total.argmax(0).to(torch.uint8)
 
-    def _logits(self, model: nn.Module, image: Tensor) -> Tensor:
+    def _logits(self, model: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
         """(3, h, w) -> (1, classes, h, w)."""
         if self.test.MODE == "whole":
             return model(image[None]).float()

@@ -96,7 +96,7 @@ def config_of(checkpoint: Checkpoint) -> CfgNode:
     """
     held = checkpoint.whole
     if checkpoint.config.get("TASK") == "segmentation":
-        return restored(checkpoint.config)
+        return restored(checkpoint.config, f"the config in '{checkpoint.path}'")
     if HEAD not in held:
         raise UserError(f"'{checkpoint.path}' holds no segmenter: it has no {HEAD}")
     most = keys_of("segmentation")["MODEL.NUM_CLASSES"].takes.at_most

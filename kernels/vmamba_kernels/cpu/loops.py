@@ -201,7 +201,7 @@ def find_pixels(pixels, first, count, kind, height, width):
 
 @_part
 def read_tile(source, image, pixels, count, channel, channels, tile):
-    """source (images, pixels, channels) -> tile; beyond `channels` the tile keeps what it has."""
+    """source (images, pixels, channels) -> tile; zeros beyond `channels`, which sums over a block take too."""
     for t in range(count):
         pixel = pixels[t]
         if channels == BLOCK:
@@ -210,6 +210,8 @@ def read_tile(source, image, pixels, count, channel, channels, tile):
         else:
             for c in range(channels):
                 tile[t, c] = source[image, pixel, channel + c]
+            for c in range(channels, BLOCK):
+                tile[t, c] = ZERO
 
 
 @_part
@@ -362,8 +364,6 @@ def scan_fwd(
     for task in range(start, stop):
         image, part, block = task // (parts * blocks), task // blocks % parts, task % blocks
         channels = min(BLOCK, dim - block * BLOCK)
-        u[:] = ZERO
-        s[:] = ZERO
         for route in range(part * routes // parts, (part + 1) * routes // parts):
             kind, channel, slot = table[route, 0], table[route, 1] + block * BLOCK, table[route, 2]
             weight_here, bias_here = weight[route, block], bias[route, block]
@@ -439,9 +439,6 @@ def scan_bwd(
                     channel, channels = table[route, 1] + block * BLOCK, min(BLOCK, dim - block * BLOCK)
                     d_weight_here, d_bias_here = d_weight[image, route, block], d_bias[image, route, block]
                     weight_here, bias_here = weight[route, block], bias[route, block]
-                    u[:] = ZERO
-                    s[:] = ZERO
-                    g[:] = ZERO
                     for n in range(of_pass):
                         for c in range(BLOCK):
                             carry[n, c] = ZERO
