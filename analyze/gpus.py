@@ -18,9 +18,7 @@ def parser() -> Parser:
     parser.flag("--steps", type=whole(1), help="of a round; the median of three rounds counts")
     parser.flag("--device")
     parser.flag("--output")
-    parser.flag(
-        "--page", metavar="FILE", help="put the table between its <!-- table --> and <!-- end --> (default: none)"
-    )
+    parser.flag("--page")
     return parser
 
 

@@ -21,9 +21,7 @@ def parser() -> Parser:
     parser.flag("--repeats", type=whole(1), metavar="STEPS", help="timed steps, of which the median counts")
     parser.flag("--device")
     parser.flag("--output")
-    parser.flag(
-        "--page", metavar="FILE", help="put the table between its <!-- table --> and <!-- end --> (default: none)"
-    )
+    parser.flag("--page")
     return parser
 
 

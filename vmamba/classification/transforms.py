@@ -121,7 +121,7 @@ def build_pixels(config: CfgNode, training: bool) -> Callable[[Any], Pixels]:
 
 class RandomCrop(transforms.RandomCrop):
     """torchvision's, with the same draws and pixels, of a padded image that is not made where it is Pillow's: what lies
-    outside of one is zero in its own crop."""
+    outside of one is zero in its own crop.  8.5 microseconds of a digit in place of 18.4 (docs/log.md)."""
 
     def forward(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
         if not isinstance(image, Image.Image):

@@ -17,7 +17,5 @@ def parser() -> Parser:
     parser.flag("--columns", nargs="+", metavar="NUMBER", help="of what --eval finds, such as macro_f1 (default: all)")
     parser.flag("--timed", action="store_true", help="time the models too, alone, in turns, after the runs")
     parser.flag("--output")
-    parser.flag(
-        "--page", metavar="FILE", help="put the table between its <!-- table --> and <!-- end --> (default: none)"
-    )
+    parser.flag("--page")
     return parser

@@ -76,6 +76,7 @@ _SHARED: dict[str, dict[str, Any]] = {  # flags of several commands
     "--sizes": dict(type=side, nargs="+", metavar="PIXELS", help="sides of the images"),
     "--device": dict(help="cpu, cuda, cuda:1, ...; auto: the GPU where there is one"),
     "--output": dict(metavar="DIR", help="folder for what is written"),
+    "--page": dict(metavar="FILE", help="put the table between its <!-- table --> and <!-- end --> (default: none)"),
 }
 
 

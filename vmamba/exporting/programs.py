@@ -116,9 +116,8 @@ def write(path: Path, model: nn.Module, images: Tensor, dynamic: Sequence[str], 
     """For `torch.export.load(path).module()(images)`, and `load_program`."""
     program, content = recorded(model, images, dynamic), BytesIO()
     extra = {ABOUT: told(model, images, dynamic, about)}
-    torch.export.save(
-        program, content, extra_files=extra
-    )  # to memory: where a file fails it, as on a full disk, the process ends
+    # To memory: where a file fails it, as on a full disk, the process ends.
+    torch.export.save(program, content, extra_files=extra)
     write_atomically(path, lambda file: file.write(content.getbuffer()))
 
 

@@ -48,6 +48,18 @@ class Unscripted:
         )
 
 
+@torch.fx.wrap
+def check_images(images: Tensor, channels: int) -> None:
+    """Raises UserError for what is no batch of images of these channels, in floating-point numbers."""
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        what = f"of {images.dtype}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
+        raise UserError(
+            f"images are {what}; this model takes a tensor of floating-point numbers, normalised as its own"
+        )
+    if images.dim() != 4 or images.shape[1] != channels:
+        raise UserError(f"images have shape {tuple(images.shape)}; this model takes (batch, {channels}, height, width)")
+
+
 class ToChannelsFirst(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vmamba.errors import UserError, unknown
+from vmamba.models.layers import check_images
 from vmamba.models.mamba1d import Mamba1D
 from vmamba.values import Takes
 
@@ -147,11 +148,7 @@ class Vim(nn.Module):
 @torch.fx.wrap  # torch.fx takes what is wrapped so whole: it depends on shapes
 def _checked(images: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
     """`images`.  Raises UserError for what is no batch of images of these channels and this size."""
-    words = f"this model takes (batch, {channels}, height, width)"
-    if not isinstance(images, Tensor):
-        raise UserError(f"images are a {type(images).__name__}; {words}")
-    if images.dim() != 4 or images.shape[1] != channels:
-        raise UserError(f"images have shape {tuple(images.shape)}; {words}")
+    check_images(images, channels)
     if tuple(images.shape[2:]) != size:
         raise UserError(
             f"images of {images.shape[2]} x {images.shape[3]} pixels; this model has positions for {size[0]} x "

@@ -377,13 +377,7 @@ def _position_map(img_size: int | tuple[int, int], patch_size: int, dim: int) ->
 @torch.fx.wrap
 def _check_images(x: Tensor, in_chans: int, side: int, padding: int) -> None:
     """Raises UserError unless the images have `in_chans` channels and room for one patch of `side` pixels."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        what = f"of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-        raise UserError(
-            f"images are {what}; this model takes a tensor of floating-point numbers, normalised as its own"
-        )
-    if x.dim() != 4 or x.shape[1] != in_chans:
-        raise UserError(f"images have shape {tuple(x.shape)}; this model takes (batch, {in_chans}, height, width)")
+    layers.check_images(x, in_chans)
     if min(x.shape[2:]) + 2 * padding < side:
         raise UserError(
             f"images are {x.shape[2]} x {x.shape[3]} pixels; this model's patches need at least {side} x {side}"

@@ -360,8 +360,12 @@ SEQUENCE_BACKWARD = Operator("selective_scan_bwd_cpu", _sequence_backward, _like
 # The steps of a scan with states, which it is given as they are.
 
 
+def _steps_inputs(delta: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return delta.contiguous(), delta.new_zeros(delta.shape[1]) if bias is None else bias.contiguous()
+
+
 def _steps(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
-    delta, bias = delta.contiguous(), delta.new_zeros(delta.shape[1]) if bias is None else bias.contiguous()
+    delta, bias = _steps_inputs(delta, bias)
     out = torch.empty_like(delta)
     arguments = _array(delta), _array(bias), softplus, _array(out)
     share(delta.shape[1], lambda start, stop: loops.steps_fwd(*arguments, start, stop))
@@ -373,7 +377,7 @@ def _like_steps(delta, bias, softplus):
 
 
 def _steps_backward(dy: Tensor, delta: Tensor, bias: Tensor | None, softplus: bool) -> tuple[Tensor, Tensor]:
-    delta, bias = delta.contiguous(), delta.new_zeros(delta.shape[1]) if bias is None else bias.contiguous()
+    delta, bias = _steps_inputs(delta, bias)
     d_delta, d_bias = torch.empty_like(delta), torch.zeros_like(bias)
     arguments = _array(delta), _array(bias), softplus, _array(dy.contiguous()), _array(d_delta), _array(d_bias)
     share(delta.shape[1], lambda start, stop: loops.steps_bwd(*arguments, start, stop))
