@@ -153,13 +153,22 @@ class Kernel:
         values = [v if type(v) is int else 0 if v is None else v.data_ptr() for v in arguments]
         self._launch(stream, config, self._kernel, *values)
 
+    @cache  # noqa: B019 - kernels are few and live as long as the process
+    def blocks_at_once(self, threads: int) -> int:
+        """How many blocks of so many threads the device holds at a time: more would begin when others end."""
+        from cuda.bindings import driver
+
+        status, blocks = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, threads, 0)
+        assert int(status) == 0, status
+        return blocks * torch.cuda.get_device_properties(self._device).multi_processor_count
+
     def _load(self) -> None:
         """Now and not when first launched, which the driver would otherwise wait for."""
         from cuda.bindings import driver
 
         kernel = self._kernel
         self._handle = driver.CUkernel(int(kernel.handle if hasattr(kernel, "handle") else kernel._handle))
-        status, _ = driver.cuKernelGetFunction(self._handle)
+        status, self._function = driver.cuKernelGetFunction(self._handle)
         if int(status):
             raise RuntimeError(status.name)
 

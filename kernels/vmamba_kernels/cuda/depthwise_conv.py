@@ -61,11 +61,6 @@ class _Kernels:
 _kernels = cache(_Kernels)
 
 
-@cache
-def _backward_blocks(device: torch.device) -> int:
-    return 16 * torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _columns(x: Tensor) -> int:
     """Of a strip: long ones read fewer pixels twice, short ones give a small image more threads."""
     return 14 if x.numel() > 2**22 else 4
@@ -94,10 +89,11 @@ def _backward(dy: Tensor, x: Tensor, before: Tensor | None, weight: Tensor) -> t
     _, height, width, dim = x.shape
     kernels, columns = _kernels(dim, x.dtype, before is not None, True, x.device), _columns(x)
     strips, blocks = kernels.strips(x, columns)
-    blocks = max(1, min(blocks, _backward_blocks(x.device) // kernels.tiles))
+    kernel = kernels.module.depthwise_conv_bwd_kernel
+    blocks = max(1, min(blocks, kernel.blocks_at_once(kernels.threads) // kernels.tiles))
     partial = weight.new_empty(blocks, 10 * dim)
     if x.numel():
-        kernels.module.depthwise_conv_bwd_kernel(
+        kernel(
             blocks * kernels.tiles, kernels.threads, 0,
             dy, x, before, weight, dx, partial, strips, height, width, columns,
         )  # fmt: skip

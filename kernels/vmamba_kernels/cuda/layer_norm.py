@@ -42,13 +42,13 @@ def macros(
     """What layer_norm.cu is compiled with; `branch`: of the image that is added, if one is."""
     vec = next(v for v in (4, 2, 1) if dim % v == 0)
     types = ("PixelT", TYPES[x]), ("OutT", TYPES[out]), ("BranchT", TYPES[branch or x])
-    sizes = ("DIM", dim), ("CHANNELS_A_READ", vec), ("WARPS_A_BLOCK", _WARPS), ("ROWS", _rows_a_warp(dim))
+    sizes = ("DIM", dim), ("CHANNELS_A_READ", vec), ("LANES", _lanes(dim)), ("WARPS_A_BLOCK", _WARPS)
     return *types, ("ADDS", int(branch is not None)), *sizes
 
 
-def _rows_a_warp(dim: int) -> int:
-    """Under way at once, so that there is enough to wait for."""
-    return 4 if dim <= 128 else 2 if dim <= 256 else 1
+def _lanes(dim: int) -> int:
+    """Lanes that share a row, twelve channels each: then rows of 96, 192 and 384 leave none idle."""
+    return next((lanes for lanes in (1, 2, 4, 8, 16) if dim <= 12 * lanes), 32)
 
 
 @cache
@@ -56,12 +56,7 @@ def _kernels(
     dim: int, x: torch.dtype, out: torch.dtype, branch: torch.dtype | None, device: torch.device
 ) -> tuple[Module, int]:
     """The kernels, and how many rows a block of them takes at a time."""
-    return load("layer_norm.cu", macros(dim, x, out, branch), device), _WARPS * _rows_a_warp(dim)
-
-
-@cache
-def _backward_blocks(device: torch.device) -> int:
-    return 8 * torch.cuda.get_device_properties(device).multi_processor_count
+    return load("layer_norm.cu", macros(dim, x, out, branch), device), _WARPS * 32 // _lanes(dim)
 
 
 @lru_cache(64)
@@ -110,10 +105,11 @@ def _norm_backward(
     dim = x.shape[-1]
     rows = x.numel() // dim
     module, rows_a_block = _kernels(dim, x.dtype, dy.dtype, branch, x.device)
-    blocks = min(_backward_blocks(x.device), -(-rows // rows_a_block))
+    kernel = module.layer_norm_bwd_kernel
+    blocks = min(kernel.blocks_at_once(_WARPS * 32), -(-rows // rows_a_block))
     partial = weight.new_empty(blocks, 2, dim)
     if rows:
-        module.layer_norm_bwd_kernel(
+        kernel(
             blocks, _WARPS * 32, 0,
             dy, x, d_sum, factor, weight, dx, d_branch, partial, rows, rows // x.shape[0], _bits(eps),
         )  # fmt: skip

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .compiler import Module, load
+from .compiler import Kernel, Module, load
 from .layout import TYPES
 from .operator import Operator
 from .scan import aligned
@@ -42,16 +42,11 @@ class _Kernels:
         self.threads = sizes["LANES"] * self.strips
         self.tiles = -(-dim // (self.vec * sizes["LANES"]))
 
-    def row_blocks(self, rows: int, device: torch.device) -> int:
-        return max(1, min(-(-rows // self.strips), _backward_blocks(device) // self.tiles))
+    def row_blocks(self, rows: int, kernel: Kernel) -> int:
+        return max(1, min(-(-rows // self.strips), kernel.blocks_at_once(self.threads) // self.tiles))
 
 
 _kernels = cache(_Kernels)
-
-
-@cache
-def _backward_blocks(device: torch.device) -> int:
-    return 8 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -70,17 +65,19 @@ def _gelu_backward(d_out: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """(what GELU gives of h, the sums over the rows of the gradient of h); that gradient takes the place of d_out."""
     (rows, dim), out = h.shape, torch.empty_like(h)
     kernels = _kernels(dim, h.dtype, h.device)
-    blocks = kernels.row_blocks(rows, h.device)
+    kernel = kernels.module.gelu_bwd_kernel
+    blocks = kernels.row_blocks(rows, kernel)
     partial = h.new_empty(blocks, dim, dtype=torch.float32)
-    kernels.module.gelu_bwd_kernel(blocks * kernels.tiles, kernels.threads, 0, d_out, h, out, partial, rows, blocks)
+    kernel(blocks * kernels.tiles, kernels.threads, 0, d_out, h, out, partial, rows, blocks)
     return out, sum_rows(partial)
 
 
 def _sum_columns(x: Tensor) -> Tensor:
     kernels = _kernels(x.shape[1], x.dtype, x.device)
-    blocks = kernels.row_blocks(len(x), x.device)
+    kernel = kernels.module.sum_columns_kernel
+    blocks = kernels.row_blocks(len(x), kernel)
     partial = x.new_empty(blocks, x.shape[1], dtype=torch.float32)
-    kernels.module.sum_columns_kernel(blocks * kernels.tiles, kernels.threads, 0, x, partial, len(x), blocks)
+    kernel(blocks * kernels.tiles, kernels.threads, 0, x, partial, len(x), blocks)
     return sum_rows(partial)
 
 
