@@ -83,6 +83,51 @@ def test_the_models_take_turns_and_the_median_counts(monkeypatch):
     assert (first.gmacs, second.gmacs) == (1, 2)
 
 
+def test_every_case_is_compiled_for_its_own_batch(monkeypatch):
+    class Model(nn.Linear):
+        def forward(self, images):
+            return super().forward(images.flatten(1))
+
+    variables = []
+
+    def backend(graph, inputs):
+        variables.append([value for value in inputs if isinstance(value, torch.SymInt)])
+        return graph.forward
+
+    monkeypatch.setattr(speed, "compile_options", lambda model, mode: {"backend": backend})
+    models = {"only": Model(12, 2)}
+    for batch in (2, 3):
+        speed.compare(
+            models,
+            speed.Case(2, "float32", "train", batch),
+            torch.device("cpu"),
+            warm_up=1,
+            repeats=1,
+            compile="default",
+            reference="only",
+            gmacs={"only": 1},
+        )
+    assert variables == [[], []]
+
+
+def test_a_turn_that_is_queued_is_waited_for_at_its_end(monkeypatch):
+    done, waited = [], []
+
+    def elapsed(work, device):
+        work()
+        waited.append(list(done))
+        return float(len(waited))
+
+    monkeypatch.setattr(speed, "elapsed", elapsed)
+    monkeypatch.setattr(speed, "IN_A_ROW", 2)
+    steps = {"a": lambda: done.append("a"), "b": lambda: done.append("b")}
+    seconds = speed.take_turns(steps, 3, torch.device("cpu"), queued=True)
+    assert waited == [["a"] * 2, ["a", "a", "b", "b"], ["a", "a", "b", "b", "a"], ["a", "a", "b", "b", "a", "b"]]
+    assert seconds == {"a": (1 / 2 + 3) / 2, "b": (2 / 2 + 4) / 2}
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [speed.waits_at_the_end(*case) for case in ((gpu, 128), (gpu, 1), (cpu, 128))] == [True, False, False]
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_channels_last_are_the_images_and_the_weights(channels_last, monkeypatch, tmp_path):
     seen = []

@@ -190,6 +190,8 @@ def compare(
     `reference` is the name of the one that the others are measured in, `gmacs` holds each one's multiply-adds.
     """
     batches, peaks, steps = {}, {}, {}
+    # What was compiled for another case would be looked through in every call, and the batch be a variable in this one.
+    torch.compiler.reset()
     for name, model in models.items():
         model.to(device).train(case.mode == "train")
         batches[name] = case.batch or largest_batch(model, case, device)
@@ -209,7 +211,7 @@ def compare(
                 f"{name} cannot {case.mode} with batches of {counted(batches[name], 'image')} of {case.size} pixels "
                 f"({error}); give other --batch-sizes, --sizes or --modes"
             ) from error
-    seconds = take_turns(steps, repeats, device)
+    seconds = take_turns(steps, repeats, device, queued=waits_at_the_end(device, max(batches.values())))
     for model in models.values():
         model.zero_grad()
         model.to("cpu")
@@ -243,16 +245,31 @@ def check_agreement(name: str, compile: str, found: Tensor, expected: Tensor, ca
         )
 
 
-def take_turns(steps: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
+def waits_at_the_end(device: torch.device, batch: int) -> bool:
+    """Whether a turn's steps are waited for at its end, `take_turns`' queued: not where a step is the latency."""
+    return device.type == "cuda" and batch > 1
+
+
+def take_turns(
+    steps: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, queued: bool = False
+) -> dict[str, float]:
     """The median seconds of `repeats` steps of each model, the models taking turns of a few steps.
 
     A step that follows another model's finds the host's caches full of that one's work, which a training never does:
     where the host limits, that is half as long again (docs/log.md).
+
+    Args:
+        queued: the steps of a turn are waited for at its end, as a training does not wait for each, and count as
+            their mean; otherwise each step is waited for.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for done in range(0, repeats, IN_A_ROW):
+        count = min(IN_A_ROW, repeats - done)
         for name, step in steps.items():
-            times[name] += [elapsed(step, device) for _ in range(min(IN_A_ROW, repeats - done))]
+            if queued:
+                times[name].append(elapsed(lambda: [step() for _ in range(count)], device) / count)  # noqa: B023
+            else:
+                times[name] += [elapsed(step, device) for _ in range(count)]
     return {name: statistics.median(several) for name, several in times.items()}
 
 
@@ -383,7 +400,8 @@ def _page(timings: Sequence[Timing], settings: dict[str, Any]) -> str:
         f"after {settings['warm_up']} of warm-up. "
         f"bfloat16 and float16 are autocast. Training is forward, cross-entropy, backward and "
         f"{settings['optimizer']}. At batch 1 the "
-        f"time of a step is the latency. Peak memory is the model's own: weights, activations, gradients, optimiser. "
+        f"time of a step is the latency; of larger ones a GPU's turn is waited for at its end, as in training. Peak "
+        f"memory is the model's own: weights, activations, gradients, optimiser. "
         f"Ratio is images a second over {settings['relative_to']}'s. Weights are random; they do not change the "
         f"speed.\n\n{markdown_table([_row(timing) for timing in timings])}"
     )
