@@ -204,7 +204,9 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, k
 def gelu_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, keep: bool) -> Tensor:
     """`vmamba_kernels.gelu_mlp`, already checked; autograd keeps what it needs by itself."""
     with no_autocast(x.device.type):
-        return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+        hidden = F.linear(x, weight1, bias1)
+        hidden = F.gelu(hidden) if keep else torch.ops.aten.gelu_(hidden)  # into memory that is there already
+        return F.linear(hidden, weight2, bias2)
 
 
 def project(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
