@@ -58,6 +58,18 @@ def test_a_loader_ends_with_its_last_reference():
         gc.enable()
 
 
+def test_a_loader_that_the_garbage_collector_ends_waits_for_nothing():
+    """As where an error is kept with its frames, which hold the loader, in a frame of them."""
+    gc.collect()
+    loading = loader()
+    next(iter(loading))
+    processes, start = list(loading._running._workers), time.monotonic()
+    loading.itself = loading
+    del loading
+    gc.collect()
+    assert time.monotonic() - start < 4 and not any(process.is_alive() for process in processes)
+
+
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_stop_signals_do_not_end_a_loading_process_and_its_parent_does(method, monkeypatch):
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)  # how long a hanging one is waited for
