@@ -32,11 +32,6 @@ NO_CHANCE = (
 )  # each process draws its own
 
 
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    monkeypatch.setattr("vmamba.runtime.records.Records.draw", lambda self: None)  # which takes half a second
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """(config, results) of two epochs."""
