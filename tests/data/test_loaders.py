@@ -23,6 +23,8 @@ from vmamba.errors import UserError
 from vmamba.runtime.feed import Ahead
 from vmamba.signals import STOP_SIGNALS
 
+from ..forked import start_server
+
 
 class Slow:
     """Sixty samples, each of them the process that loads it; a hundredth of a second each."""
@@ -72,6 +74,8 @@ def test_a_loader_that_the_garbage_collector_ends_waits_for_nothing():
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_stop_signals_do_not_end_a_loading_process_and_its_parent_does(method, monkeypatch):
+    if method == "forkserver":
+        start_server()  # with what its processes would import one by one
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)  # how long a hanging one is waited for
     loading = loader()
     loading._loader.multiprocessing_context = method
