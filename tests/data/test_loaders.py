@@ -160,8 +160,10 @@ def test_a_loading_process_that_hangs_is_a_sentence_with_its_file():
         def happens(self):
             time.sleep(1000)
 
+    start = time.monotonic()
     with pytest.raises(UserError, match=r"no batch came for 1 s \(DATA.TIMEOUT\), .* being at 'images/31.png'; look"):
         list(loader(1, Hangs(), "DATA.TIMEOUT", "1"))
+    assert time.monotonic() - start < 5  # which PyTorch would wait for it once more
 
 
 @pytest.mark.parametrize("workers", [0, 1])
