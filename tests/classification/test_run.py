@@ -305,10 +305,11 @@ def test_a_head_is_dropped_from_some_weights_only(tmp_path):
 
 def test_loading_processes_end_with_their_run(tmp_path):
     gc.collect()
+    before = {*multiprocessing.active_children()}
     gc.disable()
     try:
         run(tiny_config(tmp_path, "DATA.NUM_WORKERS", 1, "TRAIN.EPOCHS", 1))
-        assert not multiprocessing.active_children()
+        assert {*multiprocessing.active_children()} <= before
     finally:
         gc.enable()
 
