@@ -65,7 +65,7 @@ MUTANTS = (
     Mutant(
         "buffers not shared before evaluation",
         "vmamba/runtime/evaluation.py",
-        "    share_buffers(model)\n",
+        "            share_buffers(model)\n",
         "",
         "tests/classification/test_launch.py -k running_statistics",
     ),

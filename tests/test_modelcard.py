@@ -1,7 +1,11 @@
 """modelcard.sh: a training and an evaluation command for every model."""
 
+import contextlib
+import io
 import os
+import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +20,26 @@ from vmamba.runtime.task import open_task
 ROOT = Path(__file__).parents[1]
 
 
-def modelcard(*args: str) -> subprocess.CompletedProcess:
+def modelcard(*args: str, place: Path = ROOT) -> subprocess.CompletedProcess:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the script asks Python
     return subprocess.run(
-        [ROOT / "modelcard.sh", *args], capture_output=True, text=True, env=os.environ | {"PATH": path}
+        [place / "modelcard.sh", *args], capture_output=True, text=True, env=os.environ | {"PATH": path}
     )
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """A folder with the script, and for Python what prints the table at once: the import of torch takes seconds."""
+    place, table = tmp_path_factory.mktemp("modelcard"), io.StringIO()
+    with contextlib.redirect_stdout(table):
+        runpy.run_path(str(ROOT / "vmamba/models/published.py"), run_name="__main__")
+    (place / "table").write_text(table.getvalue())
+    python = place / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\n[ "$*" = "-m vmamba.models.published" ] && cat table\n')
+    python.chmod(0o755)
+    shutil.copy(ROOT / "modelcard.sh", place)
+    return place
 
 
 def test_it_lists_a_training_and_an_evaluation_of_every_row_and_the_published_numbers():
@@ -58,13 +77,13 @@ def test_a_row_is_the_model_of_its_config(row):
     assert all(f"{number:g}" in header for number in row.numbers.values())
 
 
-def test_a_dry_run_prints_one_command_with_its_further_arguments():
-    line = modelcard("--dry-run", "vmamba_tiny_s1l8", "eval", "--batch-size", "64").stdout
+def test_a_dry_run_prints_one_command_with_its_further_arguments(quick):
+    line = modelcard("--dry-run", "vmamba_tiny_s1l8", "eval", "--batch-size", "64", place=quick).stdout
     assert line.count("\n") == 1
     assert "--cfg configs/vmamba_tiny_s1l8.yaml" in line and "--eval" in line and line.endswith("--batch-size 64\n")
 
 
 @pytest.mark.parametrize("args", [("vmamba_tny", "eval"), ("vmamba_tiny", "evl"), ("vmamba_tiny",)])
-def test_a_mistake_is_one_sentence(args):
-    result = modelcard("--dry-run", *args)
+def test_a_mistake_is_one_sentence(quick, args):
+    result = modelcard("--dry-run", *args, place=quick)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and not result.stdout

@@ -7,5 +7,7 @@ from .mutants import MUTANTS, ROOT
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_mistake_has_its_place(mutant):
-    assert (ROOT / mutant.file).read_text().count(mutant.right) == 1
+    text = (ROOT / mutant.file).read_text()
+    assert text.count(mutant.right) == 1
     assert mutant.right != mutant.wrong
+    compile(text.replace(mutant.right, mutant.wrong), mutant.file, "exec")

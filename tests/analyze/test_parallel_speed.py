@@ -1,6 +1,7 @@
 """Several processes beside one: what is started, what is said of it.  No time itself is tested."""
 
 import json
+from functools import partial
 
 import pytest
 from torch.multiprocessing import ProcessRaisedException
@@ -9,8 +10,13 @@ from vmamba.analysis import parallel_speed as module
 from vmamba.analysis.parallel_speed import WAYS, parallel_speed
 from vmamba.errors import UserError
 
+from ..forked import start_server
 
-def test_processes_train_and_tell(tmp_path):
+
+def test_processes_train_and_tell(tmp_path, monkeypatch):
+    start_server()
+    start = partial(module.multiprocessing.start_processes, start_method="forkserver")  # quicker than spawn
+    monkeypatch.setattr(module.multiprocessing, "start_processes", start)
     settings = {"models": ["vmamba_digits"], "ways": ["ddp"], "size": 16, "batch": 2, "steps": 1, "device": "cpu"}
     (speed,) = parallel_speed(**settings, counts=[2], output=str(tmp_path))
     assert (speed.model, speed.way, speed.processes, speed.efficiency, speed.memory_mb) == (

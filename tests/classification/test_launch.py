@@ -18,6 +18,7 @@ from vmamba.runtime.checkpoint import read_checkpoint
 from vmamba.runtime.shares import one_file, read_folder
 from vmamba.runtime.trainer import run
 
+from ..forked import start, together
 from .tiny import ALONE, ROOT, command, differences, log, metrics, saved, tiny_config, tiny_file
 
 WITHOUT_CHANCE = ("MODEL.DROP_PATH_RATE", 0, "AUG.MIXUP", 0, "AUG.CUTMIX", 0)  # drawn by each process for itself
@@ -49,7 +50,7 @@ def two_processes(folder):
 def in_shares(folder):
     """The same under FSDP, every gradient being clipped."""
     options = [*map(str, WITHOUT_CHANCE), "TAG", "fsdp", "DATA.BATCH_SIZE", "5", *IN_SHARES]
-    launch("torchrun", command(folder, "--opts", *options)[1:], ROOT)
+    together(29621, *command(folder, "--opts", *options)[1:])
     return tiny_config(folder, *options)
 
 
@@ -100,7 +101,7 @@ def test_a_state_in_shares_goes_on_in_one_process_and_in_shares_again(folder, on
     assert run(alone) == pytest.approx(results, rel=1e-5)
     options = [*map(str, WITHOUT_CHANCE), "TAG", "again", "DATA.BATCH_SIZE", "5", *IN_SHARES]
     last = str(output_folder(config) / "last.2.pth")  # a file into shares
-    launch("torchrun", command(folder, "--resume", last, "--opts", *options)[1:], ROOT)
+    together(29622, *command(folder, "--resume", last, "--opts", *options)[1:])
     again = tiny_config(folder, *options)
     assert metrics(again)[-1] == pytest.approx(metrics(config)[-1], rel=1e-5)
     with pytest.raises(UserError, match="is a state in shares; make it a file first: python analyze/one_file.py"):
@@ -161,7 +162,7 @@ def test_a_local_job_warned_in_time_is_requeued_and_resumes(folder, one_process)
 def test_running_statistics_are_those_of_the_checkpoint_on_every_process(folder):
     """Each process's differ in training; evaluation and checkpoint have rank 0's."""
     options = ("TAG", "bn", "MODEL.OPTIONS.norm_layer", "bn", "TRAIN.EPOCHS", 1, "DATA.BATCH_SIZE", 4)
-    launch("torchrun", command(folder, "--opts", *map(str, options))[1:], ROOT)
+    together(29623, *command(folder, "--opts", *map(str, options))[1:])
     config = tiny_config(folder, *options)
     results = run(tiny_config(folder, *options, "EVAL_MODE", True))
     assert results == pytest.approx({key: metrics(config)[-1][key] for key in results}, rel=1e-5)
@@ -193,14 +194,12 @@ def test_a_process_that_dies_takes_the_run_with_it_and_is_named(folder, tmp_path
     """Where nobody watches the processes, too, and with loading processes, which outlive theirs."""
     (tmp_path / "ending.py").write_text(ENDING.replace("HOW", how))
     arguments = command(folder, "--tag", launcher, "--batch-size", "4", "--workers", "2", "--import", "ending")
-    env = {**ALONE["env"], "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    alone = {**ALONE, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "env": env}
+    path = {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     if launcher == "none":
-        env |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29619"}
-        ranks = [{**alone, "env": env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}} for rank in range(2)]
-        started = [subprocess.Popen(arguments, **rank) for rank in ranks]
+        started = start(29619, *arguments[1:], **path)
     else:
         two = ("-m", "torch.distributed.launch", "--nproc_per_node", "2", "--master_port", "29620")
+        alone = {**ALONE, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "env": {**ALONE["env"], **path}}
         started = [subprocess.Popen([sys.executable, *two, *arguments[1:]], **alone)]
     errors = [process.communicate(timeout=120)[1] for process in started]
     assert [process.returncode for process in started] == ([1, -signal.SIGKILL] if launcher == "none" else [1])

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
 import time
 
 import pytest
@@ -19,7 +18,8 @@ from vmamba.runtime.step import OptimizerStep
 from vmamba.runtime.stop import Stopped
 from vmamba.runtime.trainer import Rounds, run
 
-from .tiny import ALONE, command, differences, log, metrics, saved, tiny_config
+from ..forked import Program
+from .tiny import command, differences, log, metrics, saved, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +286,7 @@ def test_processes_ended_by_sigterm_to_their_group_and_by_sigkill(tmp_path):
 
     def start():
         arguments = ("--opts", "TRAIN.EPOCHS", str(epochs), "TRAIN.SAVE_STEPS", "1", "DATA.NUM_WORKERS", "2")
-        return subprocess.Popen(command(tmp_path, *arguments), stderr=subprocess.PIPE, start_new_session=True, **ALONE)
+        return Program(*command(tmp_path, *arguments)[1:])
 
     with start() as process:
         wait_for(lambda: written.exists() and "][1/3]" in written.read_text(), process)
@@ -298,7 +298,7 @@ def test_processes_ended_by_sigterm_to_their_group_and_by_sigkill(tmp_path):
     assert 1 <= stopped_at < 3 * epochs
 
     with start() as process:
-        wait_for(lambda: "train [" in written.read_text().rpartition("resumed")[2], process)
+        wait_for(lambda: "train [" in written.read_text().partition("resumed")[2], process)
         os.killpg(process.pid, signal.SIGKILL)
     assert stopped_at <= saved(config)["step"] < 3 * epochs
     run(config)

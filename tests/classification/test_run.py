@@ -1,6 +1,8 @@
 """One run after another: what training leaves, what evaluation counts, what is refused."""
 
+import gc
 import math
+import multiprocessing
 import re
 import socket
 import struct
@@ -299,6 +301,17 @@ def test_a_warm_up_that_never_ends_is_said(tmp_path):
 def test_a_head_is_dropped_from_some_weights_only(tmp_path):
     with pytest.raises(UserError, match="--drop-head keeps the head of no weights, and none are given"):
         run(tiny_config(tmp_path, "MODEL.DROP_HEAD", True))
+
+
+def test_loading_processes_end_with_their_run(tmp_path):
+    gc.collect()
+    before = {*multiprocessing.active_children()}
+    gc.disable()
+    try:
+        run(tiny_config(tmp_path, "DATA.NUM_WORKERS", 1, "TRAIN.EPOCHS", 1))
+        assert {*multiprocessing.active_children()} <= before
+    finally:
+        gc.enable()
 
 
 def test_in_a_thread_and_never_two_at_a_time(tmp_path, trained, monkeypatch):

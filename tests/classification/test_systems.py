@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 from vmamba.config import output_folder
+from vmamba.runtime.trainer import run
 
 from .tiny import ALONE, ROOT, command, log, metrics, saved, tiny_config
 
@@ -14,13 +15,13 @@ def test_a_reader_that_leaves_an_ascii_terminal_and_a_module_called_vmamba(tmp_p
     output = tmp_path / "oä"
     output.mkdir()
     environment = {**ALONE["env"], "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(tmp_path)}
-    for epochs in (1, 2):
-        arguments = command(output, "--opts", "TRAIN.EPOCHS", str(epochs), door="classification/main.py")
-        with subprocess.Popen(arguments, stdout=subprocess.PIPE, **ALONE | {"env": environment}) as process:
-            assert "main.py --cfg" in process.stdout.readline()
-            process.stdout.close()  # as `| head -1` does
-        assert process.returncode == 0
+    arguments = command(output, "--opts", "TRAIN.EPOCHS", "1", door="classification/main.py")
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, **ALONE | {"env": environment}) as process:
+        assert "main.py --cfg" in process.stdout.readline()
+        process.stdout.close()  # as `| head -1` does
+    assert process.returncode == 0
     config = tiny_config(output)
+    run(config)
     assert f"resumed {output_folder(config) / 'last.pth'}" in log(config)
     assert len(metrics(config)) == 2
 

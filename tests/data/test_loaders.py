@@ -23,6 +23,8 @@ from vmamba.errors import UserError
 from vmamba.runtime.feed import Ahead
 from vmamba.signals import STOP_SIGNALS
 
+from ..forked import start_server
+
 
 class Slow:
     """Sixty samples, each of them the process that loads it; a hundredth of a second each."""
@@ -58,8 +60,22 @@ def test_a_loader_ends_with_its_last_reference():
         gc.enable()
 
 
+def test_a_loader_that_the_garbage_collector_ends_waits_for_nothing():
+    """As where an error is kept with its frames, which hold the loader, in a frame of them."""
+    gc.collect()
+    loading = loader()
+    next(iter(loading))
+    processes, start = list(loading._running._workers), time.monotonic()
+    loading.itself = loading
+    del loading
+    gc.collect()
+    assert time.monotonic() - start < 4 and not any(process.is_alive() for process in processes)
+
+
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_stop_signals_do_not_end_a_loading_process_and_its_parent_does(method, monkeypatch):
+    if method == "forkserver":
+        start_server()  # with what its processes would import one by one
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)  # how long a hanging one is waited for
     loading = loader()
     loading._loader.multiprocessing_context = method
@@ -144,8 +160,10 @@ def test_a_loading_process_that_hangs_is_a_sentence_with_its_file():
         def happens(self):
             time.sleep(1000)
 
+    start = time.monotonic()
     with pytest.raises(UserError, match=r"no batch came for 1 s \(DATA.TIMEOUT\), .* being at 'images/31.png'; look"):
         list(loader(1, Hangs(), "DATA.TIMEOUT", "1"))
+    assert time.monotonic() - start < 5  # which PyTorch would wait for it once more
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,3 +1,3 @@
-"""One thread, as in classification's tests."""
+"""One thread, models counted once and curves undrawn, as in classification's tests."""
 
-from ..classification.conftest import one_thread  # noqa: F401  (a fixture of every module here)
+from ..classification.conftest import counted_once, curves_undrawn, one_thread  # noqa: F401  (fixtures of all here)

@@ -89,11 +89,6 @@ def before(folder):
     return look
 
 
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    monkeypatch.setattr("vmamba.runtime.records.Records.draw", lambda self: None)  # which takes half a second
-
-
 @pytest.mark.parametrize("key", CHANGED)
 def test_a_key_has_an_effect(key, folder, before):
     value, *both = CHANGED[key]

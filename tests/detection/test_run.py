@@ -2,7 +2,6 @@
 
 import re
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -19,7 +18,8 @@ from vmamba.runtime.step import OptimizerStep, parallelise
 from vmamba.runtime.stop import Stopped
 from vmamba.runtime.trainer import run
 
-from ..classification.tiny import ALONE, differences, log, metrics, saved
+from ..classification.tiny import differences, log, metrics, saved
+from ..forked import together
 from .tiny import command, tiny_config, train_loader
 
 NO_CHANCE = (
@@ -30,11 +30,6 @@ NO_CHANCE = (
     "MODEL.SAMPLES",
     10**6,
 )  # each process draws its own
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    monkeypatch.setattr("vmamba.runtime.records.Records.draw", lambda self: None)  # which takes half a second
 
 
 @pytest.fixture(scope="module")
@@ -87,22 +82,13 @@ def test_stopped_in_the_middle_of_an_epoch_and_resumed(tmp_path, trained, monkey
     assert metrics(config) == metrics(trained[0])
 
 
-def launch(folder, port, *arguments):
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    done = subprocess.run(
-        [sys.executable, *launcher, *command(folder, *arguments)[1:]], capture_output=True, timeout=300, **ALONE
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_two_processes_give_the_curve_of_one_and_count_every_image_once(tmp_path):
     """Also where a process has only images without an object, as after a crop."""
     opts = [*map(str, NO_CHANCE), "DATA.GROUP_BY_ASPECT", "false", "AUG.CROP", "1.0", "AUG.CROP_SHORT_SIDES", "[40]"]
     opts += ["AUG.CROP_SIDES", "[12, 12]"]
     one = tiny_config(tmp_path, *opts, "TAG", "one")
     run(one)
-    launch(tmp_path, 29627, "--opts", *opts, "TAG", "two", "DATA.BATCH_SIZE", "1")
+    together(29627, *command(tmp_path, "--opts", *opts, "TAG", "two", "DATA.BATCH_SIZE", "1")[1:])
     two = tiny_config(tmp_path, *opts, "TAG", "two")
     assert "2 processes on CPU" in log(two)
     # The mean of two processes' means is that of all boxes only where both have as many, so losses are near, not equal.

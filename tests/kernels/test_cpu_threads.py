@@ -2,8 +2,6 @@
 
 import multiprocessing
 import os
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +15,7 @@ from vmamba_kernels import folders
 from vmamba_kernels.cpu import loops, threads
 from vmamba_kernels.cpu.loops import BLOCK, STATES
 
+from ..forked import ROOT, Program
 from .test_cpu import image, run, sequence
 
 
@@ -140,33 +139,38 @@ def test_in_workers_of_a_loader():
     assert torch.equal(out, torch.stack([Scans()[0]] * 2))
 
 
-def _compile(queue):
-    case = image()
+COMPILE = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+import torch
+import vmamba_kernels as vk
+from tests.kernels.test_cpu import image
 
-    def scan_with_two(_):
-        torch.set_num_threads(2)
-        return vk.cross_selective_scan(**case)
+def scan_with_two(_):
+    torch.set_num_threads(2)
+    return vk.cross_selective_scan(**case)
 
-    with ThreadPoolExecutor(3) as pool:
-        outs = list(pool.map(scan_with_two, range(3)))
-    assert all(torch.equal(out, outs[0]) for out in outs)
-    queue.put((outs[0].numpy(), Path(loops.scan_fwd.stats.cache_path)))
+case = image()
+with ThreadPoolExecutor(3) as pool:
+    outs = list(pool.map(scan_with_two, range(3)))
+assert all(torch.equal(out, outs[0]) for out in outs)
+torch.save(outs[0], sys.argv[1])
+from vmamba_kernels.cpu import loops
+print(loops.scan_fwd.stats.cache_path)
+"""
 
 
-def test_two_processes_share_a_cache_that_is_empty_at_first(tmp_path, monkeypatch):
-    """Under spawn, each with three threads that scan for the first time at once."""
-    monkeypatch.setenv("VMAMBA_KERNELS_CACHE", str(tmp_path))
-    context = multiprocessing.get_context("spawn")
-    want, queue = vk.cross_selective_scan(**image(), backend="cpu").numpy(), context.Queue()
-    children = [context.Process(target=_compile, args=(queue,)) for _ in range(2)]
-    for child in children:
-        child.start()
-    for _ in children:
-        out, path = queue.get(timeout=60)
-        assert (out == want).all() and path.parent == tmp_path / "cpu"
-    for child in children:
-        child.join()
-        assert child.exitcode == 0
+def test_two_processes_share_a_cache_that_is_empty_at_first(tmp_path):
+    """Each with three threads that scan for the first time at once."""
+    (tmp_path / "compile.py").write_text(COMPILE)
+    places = {"VMAMBA_KERNELS_CACHE": tmp_path, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    programs = [Program(tmp_path / "compile.py", tmp_path / f"{number}.pt", **places) for number in range(2)]
+    want = vk.cross_selective_scan(**image(), backend="cpu")
+    for number, program in enumerate(programs):
+        said, errors = program.communicate(60)
+        assert program.returncode == 0, errors
+        path = Path(said.strip())
+        assert torch.equal(torch.load(tmp_path / f"{number}.pt"), want) and path.parent == tmp_path / "cpu"
     assert {file.suffix for file in path.iterdir()} == {".nbc", ".nbi"}  # nothing half written
     assert path.parent.stat().st_mode & 0o777 == 0o700
 
@@ -246,14 +250,17 @@ def test_a_damaged_cache_is_told_and_passed_over():
     assert loops.in_blocks._cache.load_overload.__name__ == "careful"
 
 
-def test_a_new_process_compiles_a_model_in_one_graph():
-    code = """
+FIRST = """
 import sys, torch, vmamba, vmamba_kernels
 vmamba_kernels.layer_norm(torch.ones(2, 3), torch.ones(3), torch.ones(3))
 assert "numba" not in sys.modules  # what is not asked to scan costs nothing
 model = vmamba.create_model("vmamba_digits", depths=(1,), dims=8).eval()
 assert torch.compile(model, fullgraph=True, backend="eager")(torch.randn(1, 3, 32, 32)).shape == (1, 1000)
 """
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(root), str(root / "kernels")])
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": path})
+
+
+def test_a_new_process_compiles_a_model_in_one_graph(tmp_path):
+    (tmp_path / "first.py").write_text(FIRST)
+    program = Program(tmp_path / "first.py")
+    _, errors = program.communicate()
+    assert program.returncode == 0, errors

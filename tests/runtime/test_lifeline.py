@@ -153,7 +153,8 @@ def test_an_end_of_its_own_is_shown_as_what_it_is(processes):
     assert processes(fails, fails)[0] == ["its own", "its own"]
 
 
-def test_an_error_of_no_other_process_stays_what_it_is():
+def test_an_error_of_no_other_process_stays_what_it_is(monkeypatch):
+    monkeypatch.setattr(lifeline, "SECONDS_TO_HEAR", 0.1)  # nothing will come
     alone, together = Lifeline(), Lifeline(0, 2, timeout=7)
     for line, error in [
         (alone, RuntimeError(GLOO)),

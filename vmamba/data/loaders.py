@@ -3,6 +3,7 @@
 import atexit
 import errno
 import logging
+import os
 import random
 import re
 import signal
@@ -11,6 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import islice
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
@@ -216,17 +218,21 @@ class Loader:
     def _iterator(self) -> Iterator[Any]:
         with _without_a_word_of_children():
             iterator = iter(self._loader)
-        for process in getattr(iterator, "_workers", ()):
+        workers = getattr(iterator, "_workers", ())
+        for process in workers:
             process.terminate = process.kill  # how PyTorch ends one that hangs: they are deaf to SIGTERM
             _loading.add(process)
-        if getattr(iterator, "_workers", ()) and not isinstance(iterator._try_get_data, _Patience):
+        if workers and not isinstance(iterator._try_get_data, _Patience):
             iterator._try_get_data = _Patience(iterator, self.timeout)
+            # The garbage collector calls this before the iterator's own end, everything else behind it.
+            weakref.finalize(iterator, _kill_at_the_end, os.getpid(), workers).atexit = False
         self._running = iterator
         return iterator
 
     def _end(self) -> None:
         """End the loading processes of an iteration that has failed, so that the next one begins with new ones."""
         if hasattr(self._running, "_workers"):
+            _kill_at_the_end(os.getpid(), self._running._workers)
             with suppress(RuntimeError):
                 self._running.__del__()
         self._running = self._loader._iterator = None
@@ -446,6 +452,19 @@ class _Patience:
         if self.since is not None and 0 < self.limit < time.monotonic() - since:
             raise RuntimeError("DataLoader timed out")
         return found
+
+
+def _kill_at_the_end(parent: int, workers: list[BaseProcess]) -> None:
+    """Let the end of an iterator not wait five seconds for each of its processes, which cannot hear of it: they hang,
+    or the garbage collector has ended their queues first.  They are not killed at once, for one may hold the lock of
+    what tells them all."""
+    for process in workers if os.getpid() == parent else ():
+        process.join = partial(_kill_and_join, process)
+
+
+def _kill_and_join(process: BaseProcess, timeout: float | None = None) -> None:
+    process.kill()
+    type(process).join(process, timeout)
 
 
 def _start_worker(worker: int) -> None:

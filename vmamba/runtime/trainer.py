@@ -3,6 +3,7 @@
 import math
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -77,7 +78,8 @@ def _run_alone(config: CfgNode) -> Results:
         logger = create_logger(world, folder)
         trains = world.main and not (config.EVAL_MODE or config.THROUGHPUT_MODE)
         run = Run(config, open_task(config), world, logger, history=History(folder if trains else None))
-        world.lifeline.on_loss = partial(_write_down_the_end, run)
+        # Weakly: in a cycle, of which the world is a part, the loading processes would outlive the run.
+        world.lifeline.on_loss = partial(_write_down_the_end, weakref.proxy(run))
         try:
             try:
                 with run.request, world.lifeline.explaining():
