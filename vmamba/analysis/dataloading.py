@@ -123,17 +123,21 @@ def measure(
     parts["step"] = 1 / repeated
     loading, from_files, waited, by_timm = {}, {}, {}, {}
     for number in workers:
+        first = config.DATA.PREFETCH_FACTOR * number  # batches that lie ready when the first is asked for
         feeding = endless(config, loader, number)
-        loading[number] = rate(iter(feeding), lambda batch: None, lambda: None, seconds) * config.DATA.BATCH_SIZE
+        batches = iter(feeding)
+        loading[number] = rate(batches, lambda batch: None, lambda: None, seconds, first) * config.DATA.BATCH_SIZE
         core = feeding.seconds_an_image
-        del feeding  # which ends its processes
+        del batches, feeding  # which ends its processes
         feeding = endless(config, loader, number)
-        start, batches = time.perf_counter(), Feed(feeding, device, feeding.finish, feeding.ahead)
+        batches = Feed(feeding, device, feeding.finish, feeding.ahead)
+        warm_up(batches, work, end, first)
+        before, start = batches.waited(), time.perf_counter()
         from_files[number] = rate(batches, work, end, seconds) * config.DATA.BATCH_SIZE
-        waited[number] = batches.waited() / (time.perf_counter() - start)
+        waited[number] = (batches.waited() - before) / (time.perf_counter() - start)
         del batches, feeding
         theirs = endless_timm(config, loader, training, device, number)
-        by_timm[number] = rate(theirs, work, end, seconds) * config.DATA.BATCH_SIZE
+        by_timm[number] = rate(theirs, work, end, seconds, first) * config.DATA.BATCH_SIZE
         del theirs
     return {
         "parts": parts,
@@ -315,11 +319,18 @@ class _Endless:
                     keys = []
 
 
-def rate(batches: Iterator[Any], work: Callable[[Any], Any], end: Callable[[], Any], seconds: float) -> float:
-    """Batches a second that are got and worked on, after three to warm up; `end` waits for the work's end."""
-    for _ in range(3):
+def warm_up(batches: Iterator[Any], work: Callable[[Any], Any], end: Callable[[], Any], first: int) -> None:
+    """Work on `first` batches, three at least."""
+    for _ in range(max(3, first)):
         work(next(batches))
     end()
+
+
+def rate(
+    batches: Iterator[Any], work: Callable[[Any], Any], end: Callable[[], Any], seconds: float, first: int = 0
+) -> float:
+    """Batches a second that are got and worked on, after a `warm_up`; `end` waits for the work's end."""
+    warm_up(batches, work, end, first)
     start, done = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         work(next(batches))
