@@ -145,6 +145,8 @@ def shares(tmp_path_factory):
 
 @fuzz
 @hypothesis.given(changes=CHANGES, name=st.sampled_from([".metadata", "plain.pth", "__0_0.distcp"]))
+@hypothesis.example(changes=[("overwrite", 0.09375, b"\0\0\0\0")], name=".metadata")  # another name of a tensor
+@hypothesis.example(changes=[("overwrite", 0.09375, b"\0")], name=".metadata")
 def test_shares(shares, changes, name):
     folder, contents = shares
     for each, content in contents.items():

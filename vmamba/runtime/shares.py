@@ -105,11 +105,11 @@ def read_folder(path: Path, like: Mapping[str, Any] | None = None) -> dict[str, 
         with warnings.catch_warnings():  # PyTorch would tell whoever asks for it that no_dist is what it is
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load(tensors, storage_reader=_Reader(path), no_dist=like is None or not dist.is_initialized())
+        return _joined(tensors, plain)
     except OSError as error:
         raise cannot_read(path, error) from error
     except (CheckpointException, Exception) as error:  # damaged files fail in many ways; the first is no Exception
         raise UserError(f"'{path}' is damaged, or no state that a run has written: {_reason(error)}") from error
-    return _joined(tensors, plain)
 
 
 def _reason(error: BaseException) -> str:
