@@ -109,6 +109,7 @@ def tasks_speed(
 
 
 def compare(names: Sequence[str], case: Case, device: torch.device, warm_up: int, repeats: int) -> list[dict[str, Any]]:
+    torch.compiler.reset()  # of other cases
     models = {name: build(name, case).to(device).train(case.mode == "train") for name in names}
     steps = {name: build_step(model, case, device, case.size) for name, model in models.items()}
     peaks = {
@@ -133,6 +134,7 @@ def compare(names: Sequence[str], case: Case, device: torch.device, warm_up: int
 def over_sizes(name: str, case: Case, device: torch.device, steps: int) -> dict[str, Any]:
     """Train on images whose sides are drawn anew in each step; of the first and the last tenth of the steps the median
     time, and memory after them."""
+    torch.compiler.reset()  # of other cases
     model = build(name, case).to(device).train()
     optimizer = build_optimizer(model)
     draw, times, memory = random.Random(0), [], []
