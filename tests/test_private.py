@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd import forward_ad
 
 from vmamba_kernels import private
@@ -59,3 +60,17 @@ def test_only_one_file_knows_them():
 def test_an_unknown_name_is_no_attribute():
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = private.nothing
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_of_one_module_and_of_all_are_seen(kind):
+    module = nn.Linear(1, 1)
+    assert not private.has_hooks(module)
+    for register in (
+        getattr(module, f"register_{kind}_hook"),
+        getattr(nn.modules.module, f"register_module_{kind}_hook"),
+    ):
+        handle = register(lambda *_: None)
+        assert private.has_hooks(module)
+        handle.remove()
+        assert not private.has_hooks(module)

@@ -24,6 +24,7 @@ WHERE = {
     "_foreach_mul": "torch",
 }
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(getattr(torch.nn.modules.module, f"_global{name}") for name in _HOOKS)  # filled in their places
 # Dispatch keys that a thread includes when nothing watches its calls.
 _UNWATCHED = (
     torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
@@ -68,12 +69,13 @@ def promise(holds: torch.SymBool) -> None:
 def has_hooks(module: torch.nn.Module) -> bool:
     """Whether calling a module does more than its class's `forward`: hooks, another function in its place, compiled."""
     own = module.__dict__  # vars() is beyond what PyTorch 2.6 compiles
-    return (
-        any(own[name] for name in _HOOKS)
-        or any(getattr(torch.nn.modules.module, f"_global{name}") for name in _HOOKS)
-        or "forward" in own
-        or module._compiled_call_impl is not None
-    )
+    for name in _HOOKS:  # any() takes four times as long, 200 times a training step
+        if own[name]:
+            return True
+    for hooks in _GLOBAL_HOOKS:
+        if hooks:
+            return True
+    return "forward" in own or module._compiled_call_impl is not None
 
 
 def takes_found_inf(optimizer: torch.optim.Optimizer) -> bool:
