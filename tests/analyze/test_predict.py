@@ -112,13 +112,16 @@ def test_objects_are_in_cocos_form_and_in_the_pixels_of_the_file(checkpoints, pi
 
 
 def test_categories_have_their_files_numbers_where_something_tells_them(tmp_path):
-    coco = ["TASK", "detection", "DATA.DATA_PATH", str(tmp_path), "DATA.VAL_ANNOTATIONS", "val.json"]
-    assert category_numbers(get_config(None, coco))[::11] == [1, 13, 24, 38, 50, 61, 76, 88]  # person to teddy bear
-    three = get_config(None, [*coco, "MODEL.NUM_CLASSES", 3])
-    assert category_numbers(three) == [0, 1, 2]
+    coco = get_config(None, ["TASK", "detection", "DATA.DATA_PATH", str(tmp_path)])
+    assert category_numbers(coco, class_names(coco))[::11] == [1, 13, 24, 38, 50, 61, 76, 88]  # person to teddy bear
+    own = ["TASK", "detection", "DATA.DATA_PATH", str(tmp_path), "DATA.VAL_ANNOTATIONS", "val.json"]
+    assert class_names(get_config(None, own))[:2] == ["class 0", "class 1"]  # 80 too, but not of COCO's file
+    three = get_config(None, [*own, "MODEL.NUM_CLASSES", 3])
+    assert category_numbers(three, class_names(three)) == [0, 1, 2]
     categories = [{"id": number, "name": "a thing"} for number in (90, 7, 13)]
     (tmp_path / "val.json").write_text(json.dumps({"images": [], "annotations": [], "categories": categories}))
-    assert category_numbers(three) == [7, 13, 90]
+    assert category_numbers(three, ["a thing"] * 3) == [7, 13, 90]
+    assert category_numbers(three, ["a thing", "another", "a thing"]) == [0, 1, 2]  # the file is another one now
 
 
 def test_masks_of_many_objects_do_not_lie_in_memory_together(checkpoints, pictures, tmp_path, monkeypatch):

@@ -40,7 +40,7 @@ from vmamba.segmentation import models as segmentation_models
 from vmamba.segmentation.datasets import Sample
 from vmamba.segmentation.evaluation import Inference, OfOneSize
 from vmamba.segmentation.transforms import EvalTransform
-from vmamba.text import counted, printable
+from vmamba.text import counted, printable, some
 
 logger = logging.getLogger("vmamba")
 _LEAST, _MOST = 256, 2048  # long sides that a picture is scaled to where its image is smaller or larger
@@ -156,7 +156,15 @@ def load_model(
     task = open_task(config)
     model = task.build_model()
     task.load(model, found)
-    model.config, model.class_names = config, _read_names(names, config) if names else _names(found, config)
+    told = list(found.classes) if len(found.classes) == config.MODEL.NUM_CLASSES else class_names(config)
+    if config.DATA.DATA_PATH and not (names or found.classes):  # of an earlier version, or of another program
+        logger.warning(
+            f"'{printable(found.path)}' does not tell what its classes are called, and they are taken as {some(told)}; "
+            f"a file with a name in each line says others (--names FILE, names=)"
+        )
+    model.config, model.class_names = config, _read_names(names, config) if names else told
+    if config.TASK == "detection":
+        model.category_numbers = category_numbers(config, told)  # which other names by --names change nothing of
     return model.eval()
 
 
@@ -296,12 +304,6 @@ def config_of(checkpoint: Checkpoint, cfg: str | None) -> CfgNode:
     return get_config(None, ["MODEL.NAME", name, "MODEL.NUM_CLASSES", classes])
 
 
-def _names(checkpoint: Checkpoint, config: CfgNode) -> list[str]:
-    """What the file calls its classes; where it does not, what its data does."""
-    told = list(checkpoint.classes)
-    return told if len(told) == config.MODEL.NUM_CLASSES else class_names(config)
-
-
 def _read_names(path: str, config: CfgNode) -> list[str]:
     names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if len(names) != config.MODEL.NUM_CLASSES:
@@ -363,7 +365,7 @@ def classifier(
 
 def detector(config: CfgNode, model: nn.Module, device: torch.device, names: Sequence[str], score: float) -> Predictor:
     transform, collate = Transform(config, training=False), Collate(config.DATA.DIVISOR)
-    numbers = category_numbers(config)
+    numbers = getattr(model, "category_numbers", None) or category_numbers(config, names)
 
     @torch.no_grad()
     def answer(image: Image.Image) -> Answer:

@@ -51,7 +51,7 @@ def open_dataset(config: CfgNode, *, training: bool, rank: int, on_machine: tupl
         return _digits(config, training)
     if name == "elpv":
         check_class_count("elpv", len(GRADES), config, training)
-        return Source(read_cells(training))
+        return Source(read_cells(training), classes=GRADES)
     if name in _CIFAR:
         return _cifar(config, training)
     if name == "imagenet" and config.DATA.ZIP_MODE:
@@ -77,7 +77,7 @@ def _digits(config: CfgNode, training: bool) -> Source:
     pixels = (digits.images * (255 / 16)).round().astype(np.uint8)  # (1797, 8, 8), 0..16 in the package
     samples = [(Image.fromarray(pixels[i]), int(digits.target[i])) for i in np.sort(split[0 if training else 1])]
     check_class_count("the digits", 10, config, training)
-    return Source(samples, place="the digits")
+    return Source(samples, place="the digits", classes=range(10))
 
 
 def _cifar(config: CfgNode, training: bool) -> Source:
@@ -89,7 +89,7 @@ def _cifar(config: CfgNode, training: bool) -> Source:
     except RuntimeError as error:
         raise _incomplete_cifar(root, name) from error
     check_class_count(name, len(dataset.classes), config, training)
-    return Source(dataset, place=f"{name} in {root}")
+    return Source(dataset, place=f"{name} in {root}", classes=dataset.classes)
 
 
 def _incomplete_cifar(root: Path, name: str) -> UserError:
@@ -114,10 +114,10 @@ def _registered(config: CfgNode, training: bool) -> Source:
         raise UserError(f"DATA.DATASET '{name}' gives a {kind}; register what gives a sequence of (image, label)")
     if not len(samples):
         raise UserError(f"DATA.DATASET '{name}' has no {part} image; check DATA.DATA_PATH '{config.DATA.DATA_PATH}'")
-    classes = getattr(samples, "classes", None)
+    classes = _classes_told(samples)
     if classes:
         check_class_count(name, len(classes), config, training)
-    return Source(samples, place=f"the {part} images of {name}", by_user=True)
+    return Source(samples, place=f"the {part} images of {name}", by_user=True, classes=classes)
 
 
 def _from_timm(config: CfgNode, training: bool) -> Source:
@@ -133,7 +133,15 @@ def _from_timm(config: CfgNode, training: bool) -> Source:
             f"DATA.DATASET '{name}' is a stream; resuming needs images by index, as torch/ and hfds/ give them"
         )
     samples = dataset.reader if isinstance(dataset, ImageDataset) else dataset  # its own loading hides bad images
-    classes = getattr(dataset, "classes", None) or getattr(samples, "class_to_idx", None)
+    numbers = getattr(samples, "class_to_idx", None) or {}
+    classes = _classes_told(dataset) or sorted(numbers, key=numbers.get)
     if classes:
         check_class_count(name, len(classes), config, training)
-    return Source(samples, place=name)
+    return Source(samples, place=name, classes=classes)
+
+
+def _classes_told(samples: object) -> list[str]:
+    """What a data set calls its classes, as torchvision's do: of several names of one the first; none where it does not
+    tell."""
+    told = getattr(samples, "classes", None)
+    return [str(name[0] if isinstance(name, tuple) else name) for name in (() if told is None else told)]

@@ -184,6 +184,10 @@ class Loader:
         source = self.examples.source
         return {"images": len(source), **(source.contents() if hasattr(source, "contents") else {})}
 
+    def class_names(self) -> list[str]:
+        """What the data calls each class, by its number; none where it does not tell."""
+        return list(getattr(self.examples.source, "class_names", ()))
+
     @property
     def seconds_an_image(self) -> Seconds:
         """Reading, decoding, augmenting and collating, waiting for files left out; NaN before the first batch."""

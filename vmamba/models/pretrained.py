@@ -23,7 +23,7 @@ from vmamba.models.formats import read_file
 from vmamba.models.released import backbone_weights, keys_from_released
 from vmamba.models.vssm import VSSM, resize_pos_embed
 from vmamba.models.weights import is_beyond, is_image, is_plain, load_weights, unwrapped, without_wrappers
-from vmamba.text import counted
+from vmamba.text import counted, printable
 
 logger = logging.getLogger("vmamba")
 _WHERE = {"ema": ("model_ema", "state_dict_ema", "ema"), "model": ("model", "state_dict")}  # in the order of "auto"
@@ -151,6 +151,18 @@ def weights_in(content: Any, source: object) -> dict[str, tuple[str, dict[str, T
     if more:
         logger.info(f"{source}: passing over the weights under {_listed(more)}")
     return {kind: (name, _unwrapped(found[name], source)) for kind, name in held.items()}
+
+
+def calls_otherwise(path: Path, theirs: Sequence[str], ours: Sequence[str]) -> str:
+    """The sentence for a file at `path` that calls its classes otherwise than `ours`, of as many, so that a class's
+    number would mean another one; "" where it does not."""
+    if len(ours) != len(theirs) or list(ours) == list(theirs):
+        return ""
+    number = next(number for number, name in enumerate(ours) if name != theirs[number])
+    return (
+        f"'{printable(path)}' calls class {number} '{printable(theirs[number])}', and here it is "
+        f"'{printable(ours[number])}': is it of the same classes in the same order?"
+    )
 
 
 def load_pretrained(model: nn.Module, checkpoint: Checkpoint, drop_head: bool = False) -> None:

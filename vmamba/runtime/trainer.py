@@ -158,6 +158,7 @@ def train(run: Run, model: nn.Module) -> Results:
     plan = build_plan(config, train_loader.steps_per_epoch)
     state = build_state(run, model, plan)
     state.data = {"train": train_loader.contents(), "held_out": eval_loader.contents()}
+    state.classes = train_loader.class_names()
     task.average = state.ema.module if state.ema else None
     run.logger.info(report.describe_data(config, train_loader.images, eval_loader.images))
     run.logger.info(report.describe_training(config, world, plan, state))
