@@ -9,7 +9,8 @@ from torch import Tensor
 
 from vmamba.analysis.tables import write_tensors
 from vmamba.errors import UserError
-from vmamba.files import check_keeps, check_writable
+from vmamba.files import check_keeps, check_replaces, check_writable
+from vmamba.models.formats import read_file
 from vmamba.models.pretrained import Checkpoint, calls_otherwise, open_checkpoint
 from vmamba.text import printable
 
@@ -27,13 +28,14 @@ def average(
         weights: as of `vmamba.load_checkpoint`.
 
     Returns the mean, computed in float64 and of the first one's dtypes; of whole numbers, such as batch norms' counts,
-    the last one's.  Raises UserError for fewer than two, for files of different models, and where a checkpoint would be
-    written over.
+    the last one's.  Raises UserError for fewer than two, for files of different models, and where what is no average
+    would be written over.
     """
     if len(checkpoints) < 2:
         raise UserError("an average needs two checkpoints at least; name more")
     check_keeps(checkpoints, output)
     check_writable(output)
+    check_replaces(output, lambda path: "averaged" in read_file(path), "average of checkpoints")
     found = [open_checkpoint(path, weights) for path in checkpoints]
     for other in found[1:]:
         _check_alike(found[0], other)
