@@ -79,6 +79,9 @@ COMMON = (
     key("WANDB", "", "project of Weights & Biases that the numbers go to as well; empty: none", also="wandb"),
     switch("EVAL_MODE", "evaluate only", flag="eval"),
     switch("THROUGHPUT_MODE", "measure throughput only", flag="throughput"),
+    switch(
+        "DRY_RUN", "try all of it: two steps, an evaluation of two batches, a save; nothing is kept", flag="dry-run"
+    ),
     #
     key("DATA.DATASET", "", "what a task reads, each its own", also="dataset_type"),
     key("DATA.DATA_PATH", "", "folder of the data set", flag="data-path", also="data_root data_dir"),

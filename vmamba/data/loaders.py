@@ -36,6 +36,7 @@ Seconds = float  # of a core: what was computed, without waiting for files
 _OF_A_DISK = "EIO ESTALE ETIMEDOUT EREMOTEIO"
 _OF_A_NETWORK = "EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ENOTCONN ECONNRESET ECONNABORTED ESHUTDOWN"
 _PASSING = {getattr(errno, name) for name in f"{_OF_A_DISK} {_OF_A_NETWORK}".split() if hasattr(errno, name)}
+_DRY = 2  # batches that a DRY_RUN evaluates
 _REPLACEMENTS = 10  # samples tried in the place of an unreadable one
 # Seconds after which the thread that decodes lets that go on by which the training process gets a batch.
 _SWITCH = 0.0005
@@ -299,7 +300,8 @@ class TrainLoader(Loader):
 
 
 class EvalLoader(Loader):
-    """This process's share of the samples: over all processes each comes exactly once, without padding.
+    """This process's share of the samples: over all processes each comes exactly once, without padding; of a DRY_RUN
+    the first batches alone.
 
     `given` are the indices of those that came so far in this iteration, in order.
     """
@@ -315,7 +317,8 @@ class EvalLoader(Loader):
     ):
         self.images = len(examples.source)
         mine, size = range(rank, self.images, world_size), config.DATA.BATCH_SIZE
-        self._batches = [[(0, index) for index in mine[start : start + size]] for start in range(0, len(mine), size)]
+        starts = range(0, len(mine), size)[: _DRY if config.DRY_RUN else None]
+        self._batches = [[(0, index) for index in mine[start : start + size]] for start in starts]
         self.given: list[int] = []
         super().__init__(config, examples, self._batches, collate, finish)
 

@@ -20,7 +20,7 @@ from vmamba.data.loaders import EvalLoader, TrainLoader
 from vmamba.errors import UserError
 from vmamba.extensions import import_modules
 from vmamba.models import freezing
-from vmamba.runtime import report
+from vmamba.runtime import dry, report
 from vmamba.runtime.checkpoint import BEST, LAST
 from vmamba.runtime.distributed import World, on_main, processes
 from vmamba.runtime.evaluation import evaluate_file, evaluate_state, tell_skipped, throughput
@@ -72,8 +72,12 @@ def run(config: CfgNode) -> Results:
 
 def _run_alone(config: CfgNode) -> Results:
     import_modules(config.IMPORT)  # again where the config comes from another process
-    folder = None if config.THROUGHPUT_MODE else output_folder(config)
-    with processes(config.DEVICE, config.TIMEOUT) as world, _telling_the_others(world), _only_writer(config, folder):
+    with (
+        processes(config.DEVICE, config.TIMEOUT) as world,
+        _telling_the_others(world),
+        dry.tried(config, world) as config,
+        _only_writer(config) as folder,
+    ):
         logger = create_logger(world, folder)
         trains = world.main and not (config.EVAL_MODE or config.THROUGHPUT_MODE)
         run = Run(config, open_task(config), world, logger, history=History(folder if trains else None))
@@ -120,15 +124,17 @@ def _telling_the_others(world: World) -> Iterator[None]:
 
 
 @contextmanager
-def _only_writer(config: CfgNode, folder: Path | None) -> Iterator[None]:
-    """The run's folder is held by one run that trains; others may evaluate from it."""
+def _only_writer(config: CfgNode) -> Iterator[Path | None]:
+    """The run's folder, which is held by one run that trains; others may evaluate from it.  None where only speed is
+    measured."""
+    folder = None if config.THROUGHPUT_MODE else output_folder(config)
     if folder is None or config.EVAL_MODE:
-        yield
+        yield folder
         return
     lock = FolderLock(folder)
     on_main(lock.acquire)
     try:
-        yield
+        yield folder
     finally:
         lock.release()
 
@@ -171,6 +177,8 @@ def train(run: Run, model: nn.Module) -> Results:
         run.saver.last_step = state.step
     if source and source.resolve().parent == run.folder.resolve() and source.stem == "best":
         run.save(state, LAST)  # killed between the two: what a run leaves does not depend on where
+    if config.DRY_RUN:
+        plan = dry.shortened(plan, state.recorded)
     if state.recorded >= plan.steps or state.out_of_patience:
         why = f", and {report.impatience(state)}" if state.out_of_patience else ""
         run.logger.info(f"nothing is left to train, {state.step} of {plan.steps} steps are done{why}")
@@ -198,6 +206,8 @@ def train(run: Run, model: nn.Module) -> Results:
     run.logger.info(f"{counted(state.step, 'step')} trained; {report.summary(task, results)}{best}")
     why = report.impatience(state) if state.out_of_patience else "finished"
     run.history.end(f"{why}, {state.step} of {plan.steps} steps")
+    if config.DRY_RUN:
+        run.logger.info(dry.describe(run.folder))
     return results
 
 
