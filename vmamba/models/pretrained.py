@@ -202,10 +202,18 @@ def _load_timm(model: nn.Module, checkpoint: Checkpoint, drop_head: bool) -> Non
     own = model.state_dict()
     weights = adapted(checkpoint.whole, own, told_by_timm(model, "first_conv"))
     heads = tuple(f"{name}." for name in told_by_timm(model, "classifier"))
+    if drop_head and not heads:
+        raise UserError(
+            f"this {type(model).__name__} has no head that is known, so --drop-head would drop nothing; leave it out, "
+            f"or let the model tell its classifier as timm's do (pretrained_cfg)"
+        )
     if drop_head:
         kept = {name: weight for name, weight in own.items() if name.startswith(heads)}
         weights = {name: weight for name, weight in weights.items() if not name.startswith(heads)} | kept
-        logger.info(f"{checkpoint.path}: dropped the head; the model's of {model.num_classes} classes starts at random")
+        logger.info(
+            f"{checkpoint.path}: dropped the head ({heads[0][:-1]}); the model's of {model.num_classes} classes "
+            "starts at random"
+        )
     try:
         load_weights(model, weights, checkpoint.path)
     except UserError as error:
