@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -43,6 +43,8 @@ from vmamba.segmentation.transforms import EvalTransform
 from vmamba.text import counted, printable, some
 
 logger = logging.getLogger("vmamba")
+Given = str | Path | Image.Image | np.ndarray
+_OF_FILES = (str, os.PathLike, bytes)
 _LEAST, _MOST = 256, 2048  # long sides that a picture is scaled to where its image is smaller or larger
 _SHORT = 128  # the least short side, which has place for some labels
 
@@ -184,14 +186,15 @@ def file_of(checkpoint: str | Path) -> str | Path:
 
 def predict_images(
     model: nn.Module | str | Path,
-    images: Sequence[str | Path | Image.Image] | str | Path | Image.Image,
+    images: Sequence[Given] | Given,
     score: float = 0.0,
 ) -> list[dict[str, Any]]:
     """What a model says of each image, as `predict` writes it.
 
     Args:
         model: as `load_model` gives it, on any device, or `load_program`; or what the first takes.
-        images: of Pillow, or files.
+        images: of Pillow, files, or NumPy's arrays (H, W, channels) of uint8, of RGB, RGBA or gray ones, or as many
+            channels as the model takes; one or several.
         score: least score of a detection.
 
     Raises UserError for a model that does not tell what its images are like, and an image that cannot be read.
@@ -202,23 +205,35 @@ def predict_images(
             f"this {type(model).__name__} does not tell what its images and classes are; take it from vmamba.load_model"
         )
     answer = _predictor(model.eval(), score)
-    given = [images] if isinstance(images, (str, Path, Image.Image)) else images
-    told = []
-    for number, image in enumerate(given, 1):
-        name = f"image {number} of {len(given)}" if isinstance(image, Image.Image) else image
-        try:
-            pixels = decode(image, _channels(model.config), name)
-        except UnreadableImage as error:
-            raise UserError(str(error)) from error
-        told.append(answer(pixels).told)
+    one = isinstance(images, (*_OF_FILES, Image.Image, Tensor)) or (isinstance(images, np.ndarray) and images.ndim < 4)
+    given = [images] if one or not isinstance(images, Iterable) else list(images)
+    channels = _channels(model.config)
+    told = [
+        answer(_read(image, channels, f"image {number} of {len(given)}")).told for number, image in enumerate(given, 1)
+    ]
     for each in told:
         if "objects" in each:
             each["objects"] = [found for found in each["objects"] if found["score"] >= score]
     return told
 
 
-def image_transform(model: nn.Module) -> Callable[[str | Path | Image.Image], Tensor]:
-    """What makes of an image, of Pillow or a file, what a classifier takes: (C, H, W) float32.
+def _read(image: Given, channels: int, name: str) -> Image.Image | Tensor:
+    """See `decode`; what is no file stands in sentences by its `name`.  Raises UserError."""
+    if not isinstance(image, (*_OF_FILES, Image.Image, np.ndarray)) and not hasattr(image, "read"):
+        kind = type(image).__name__
+        told = f"a {kind}" if isinstance(image, Tensor) else f"{printable(repr(image)):.40} ({kind})"
+        raise UserError(
+            f"{name} is {told}; give an image of Pillow, a file's path, or an array of NumPy (H, W, channels) of uint8"
+        )
+    path = isinstance(image, (str, os.PathLike))
+    try:
+        return decode(Path(image) if path else image, channels, image if path else name)
+    except UnreadableImage as error:
+        raise UserError(str(error)) from error
+
+
+def image_transform(model: nn.Module) -> Callable[[Given], Tensor]:
+    """What makes of an image, as `vmamba.predict` takes it, what a classifier takes: (C, H, W) float32.
 
     Args:
         model: of `load_model`, whose config says it; of timm, whose settings say it; or another of ours, which is taken
@@ -242,11 +257,8 @@ def image_transform(model: nn.Module) -> Callable[[str | Path | Image.Image], Te
         kind = type(model).__name__
         raise UserError(f"this {kind} does not tell how its images are normalised; take it from vmamba.load_model")
 
-    def apply(image: str | Path | Image.Image) -> Tensor:
-        try:
-            pixels = decode(image, channels, "the image" if isinstance(image, Image.Image) else image)
-        except UnreadableImage as error:
-            raise UserError(str(error)) from error
+    def apply(image: Given) -> Tensor:
+        pixels = _read(image, channels, "the image")
         return transform(pixels.convert("L") if gray else pixels)
 
     return apply
