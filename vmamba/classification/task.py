@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from vmamba.classification.class_names import warn_of_other_names
 from vmamba.classification.data import build_eval_loader, build_train_loader
 from vmamba.classification.sizes import Sizes
 from vmamba.classification.teachers import Teacher, soft_cross_entropy
-from vmamba.classification.transforms import Batch, build_mixup
+from vmamba.classification.transforms import Batch, build_mixup, without_effect
 from vmamba.config import image_size
 from vmamba.data.loaders import EvalLoader, TrainLoader
 from vmamba.errors import UserError, unknown
@@ -31,6 +32,8 @@ from vmamba.runtime.distributed import World, gather, sum_over_processes
 from vmamba.runtime.plan import build_plan
 from vmamba.runtime.task import Results
 from vmamba.text import counted
+
+logger = logging.getLogger("vmamba")
 
 
 class Task:
@@ -79,6 +82,7 @@ class Task:
                 "TRAIN.EMA.ENABLE true (--model-ema)"
             )
         _, weights = self.mixup, given_weights(self.config)  # refuse what cannot be before anything is opened
+        self._tell_what_does_nothing(world, training=True)
         loader = build_train_loader(self.config, rank=world.rank, world_size=world.size, on_machine=world.on_machine)
         if self.config.TRAIN.CLASS_WEIGHTS == "balanced":
             weights = balanced_weights(self.config, loader.examples.source.class_counts())
@@ -89,7 +93,12 @@ class Task:
         self.mesa_from = int(self.config.TRAIN.MESA_START * plan.steps)
         return loader
 
+    def _tell_what_does_nothing(self, world: World, training: bool) -> None:
+        for sentence in without_effect(self.config, training) if world.main else ():
+            logger.warning(sentence)
+
     def eval_loader(self, world: World) -> EvalLoader:
+        self._tell_what_does_nothing(world, training=False)
         self.held_out = build_eval_loader(
             self.config, rank=world.rank, world_size=world.size, on_machine=world.on_machine
         )
