@@ -48,7 +48,7 @@ def test_keys_of_a_crop_that_is_not_made_are_told(tmp_path):
     config = tiny_config(tmp_path, "AUG.SCALE", [0.5, 1.0], "TRAIN.EPOCHS", 0)
     run(config)
     assert log(config).count("WARNING AUG.SCALE [0.5, 1.0] does nothing at DATA.IMG_SIZE 16") == 1
-    with pytest.raises(UserError, match="AUG.SCALE is .0, 0.*; it must be above 0 and at most 1"):
+    with pytest.raises(UserError, match="AUG.SCALE is .0.0, 0.0.; it must be above 0 and at most 1"):
         get_config(None, ["AUG.SCALE", [0, 0]])
 
 
