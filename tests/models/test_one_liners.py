@@ -48,6 +48,9 @@ def test_a_part_that_is_given_what_it_does_not_take_says_so(kind):
             getattr(vmamba, kind)(dim)
     with pytest.raises(UserError, match="unknown model option 'dstate'; did you mean 'd_state'"):
         getattr(vmamba, kind)(6, dstate=1)
+    for name in ("depths", "dims", "patch_size", "num_classes", "drop_path_rate", "route_turns"):  # of a model
+        with pytest.raises(UserError, match=f"unknown model option '{name}'"):
+            getattr(vmamba, kind)(6, **{name: 1})
 
 
 def test_block_bounds_its_drop_path():
