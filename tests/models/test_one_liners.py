@@ -72,6 +72,11 @@ def test_frozen_stages():
         "classifier.head.weight",
         "classifier.head.bias",
     }
+    for stages, parts in ((1, wanted), (0, wanted[:2])):  # fewer than before
+        frozen = {name for name, weight in model.freeze(stages).named_parameters() if not weight.requires_grad}
+        assert frozen == {name for name, _ in model.named_parameters() if name.startswith(parts)}
+    assert model.layers[0].training and not model.patch_embed.training
+    assert not model.eval().freeze(1).layers[1].training
     backbone = vmamba.Backbone(vmamba.create_model("vmamba_digits", dims=8, depths=(1, 1)), (0, 1))
     backbone.model.freeze(2)  # its norms are left
     assert {name for name, weight in backbone.named_parameters() if weight.requires_grad} == {

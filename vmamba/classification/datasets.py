@@ -33,18 +33,8 @@ def open_dataset(config: CfgNode, *, training: bool, rank: int, on_machine: tupl
 
     Raises UserError when they are not there, or do not fit MODEL.NUM_CLASSES, or are of one class and for training.
     """
+    check_dataset(config)
     name = config.DATA.DATASET
-    if config.DATA.ZIP_MODE and name != "imagenet":
-        raise UserError(f"--zip reads archives of imagenet's form, but DATA.DATASET is '{name}'; leave it out")
-    if config.DATA.VAL_FRACTION and (name != "imagenet" or config.DATA.ZIP_MODE):
-        what = "an archive" if config.DATA.ZIP_MODE else f"DATA.DATASET '{name}'"
-        share = f"DATA.VAL_FRACTION is {config.DATA.VAL_FRACTION:g}"
-        raise UserError(f"{share}, and {what} comes with held-out images of its own; set it to 0")
-    if (config.DATA.TRAIN_LABELS or config.DATA.VAL_LABELS) and (name != "imagenet" or config.DATA.ZIP_MODE):
-        what = "an archive" if config.DATA.ZIP_MODE else f"DATA.DATASET '{name}'"
-        raise UserError(f"DATA.TRAIN_LABELS and VAL_LABELS are of images in folders, and {what} has labels; empty them")
-    if config.DATA.CLASS_MAP and (name != "imagenet" or config.DATA.ZIP_MODE or config.DATA.TRAIN_LABELS):
-        raise UserError("DATA.CLASS_MAP is of folders of images (DATA.DATASET imagenet); leave it out")
     if name in DATASETS:
         return _registered(config, training)
     if name == "digits":
@@ -60,10 +50,26 @@ def open_dataset(config: CfgNode, *, training: bool, rank: int, on_machine: tupl
         return open_tars(config, training, rank == 0, on_machine)
     if name == "imagenet":
         return open_folders(config, training, tell=rank == 0)
-    if "/" in name:
-        return _from_timm(config, training)
-    known = ["digits", "elpv", "imagenet", *_CIFAR, "torch/<name>", "hfds/<name>", *DATASETS]
-    raise unknown("DATA.DATASET", name, known)
+    return _from_timm(config, training)
+
+
+def check_dataset(config: CfgNode) -> None:
+    """Raises UserError for a DATA.DATASET that there is not, and for keys of DATA that do not go with it."""
+    name = config.DATA.DATASET
+    if config.DATA.ZIP_MODE and name != "imagenet":
+        raise UserError(f"--zip reads archives of imagenet's form, but DATA.DATASET is '{name}'; leave it out")
+    if config.DATA.VAL_FRACTION and (name != "imagenet" or config.DATA.ZIP_MODE):
+        what = "an archive" if config.DATA.ZIP_MODE else f"DATA.DATASET '{name}'"
+        share = f"DATA.VAL_FRACTION is {config.DATA.VAL_FRACTION:g}"
+        raise UserError(f"{share}, and {what} comes with held-out images of its own; set it to 0")
+    if (config.DATA.TRAIN_LABELS or config.DATA.VAL_LABELS) and (name != "imagenet" or config.DATA.ZIP_MODE):
+        what = "an archive" if config.DATA.ZIP_MODE else f"DATA.DATASET '{name}'"
+        raise UserError(f"DATA.TRAIN_LABELS and VAL_LABELS are of images in folders, and {what} has labels; empty them")
+    if config.DATA.CLASS_MAP and (name != "imagenet" or config.DATA.ZIP_MODE or config.DATA.TRAIN_LABELS):
+        raise UserError("DATA.CLASS_MAP is of folders of images (DATA.DATASET imagenet); leave it out")
+    known = ["digits", "elpv", "imagenet", *_CIFAR, *DATASETS]
+    if name not in known and "/" not in name:
+        raise unknown("DATA.DATASET", name, [*known, "torch/<name>", "hfds/<name>"])
 
 
 def _digits(config: CfgNode, training: bool) -> Source:

@@ -35,7 +35,7 @@ KEYS = (
         flag="cache-mode",
     ),
     share("DATA.VAL_FRACTION", 0.0, "of each class's images held out, where there is no val/; 0: there is"),
-    key("DATA.TRAIN_LABELS", "", "CSV file below DATA_PATH, of lines image,label, in the place of folders"),
+    key("DATA.TRAIN_LABELS", "", "CSV file in DATA_PATH, of lines image,label, in the place of folders"),
     key("DATA.VAL_LABELS", "", "likewise"),
     key(
         "DATA.CLASS_MAP",

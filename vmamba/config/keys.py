@@ -72,7 +72,12 @@ COMMON = (
     key("PRINT_FREQ", 10, "steps between log lines", at_least=1, also="log_interval"),
     key("EVAL_FREQ", 1, "rounds between evaluations; the last is evaluated", at_least=1),
     key("EVAL_STEPS", 0, "optimiser steps a round; 0: a round is an epoch", at_least=0),
-    key("EVAL_WEIGHTS", "both", "what training evaluates where there is an EMA", choices=("both", "model", "ema")),
+    key(
+        "EVAL_WEIGHTS",
+        "both",
+        "what training evaluates where there is an EMA; --eval: MODEL.WEIGHTS",
+        choices=("both", "model", "ema"),
+    ),
     key(
         "PROFILE", 0, "steps, behind the first ten, that PyTorch's profiler records; 0: none", at_least=0, at_most=1000
     ),

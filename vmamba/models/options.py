@@ -1,9 +1,9 @@
 """What can be chosen of a model, an option a line: its default, its meaning, what it takes, what the original calls it.
 
-`ss2d` reads `ScanOptions`, `vssm.Block` `BlockOptions` and `vssm.VSSM` `ModelOptions`, each adding to the one before.  A config sets them as
-MODEL.OPTIONS.<name>, but for the few that have a key of their own.  The original has most of them as options of its
-constructor (`released`), some as postfixes of its forward_type (`postfixes`); the defaults are those of its
-constructor.  Every value is checked here, wherever it comes from.
+`ss2d` reads `ScanOptions`, `vssm.Block` `BlockOptions` and `vssm.VSSM` `ModelOptions`, each adding to the one before.
+A config sets them as MODEL.OPTIONS.<name>, but for the few that have a key of their own.  The original has most of them
+as options of its constructor (`released`), some as postfixes of its forward_type (`postfixes`); the defaults are those
+of its constructor.  Every value is checked here, wherever it comes from.
 """
 
 import inspect

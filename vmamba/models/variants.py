@@ -274,6 +274,15 @@ def _tell_as_timm(name: str, model: nn.Module, classes: int) -> None:
     model.pretrained_cfg = {"architecture": name, "first_conv": tuple(first), "classifier": tuple(last)}
 
 
+def check_name(config: CfgNode, bare: bool = False) -> None:
+    """Raises UserError where MODEL.NAME is no model; `bare`: timm's need no timm/ in front."""
+    name = config.MODEL.NAME
+    if name.startswith(TIMM):
+        check_registered(config)
+    elif name not in VARIANTS and not (bare and timm.is_model(name)):
+        raise unknown("model", name, [*VARIANTS, *timm.list_models()] if bare else VARIANTS)
+
+
 def check_registered(config: CfgNode) -> None:
     """Raises UserError where timm knows no model MODEL.NAME, as where the module that registers it is not imported:
     what a file names is not, unasked."""

@@ -320,11 +320,13 @@ class VSSM(layers.Unscripted, nn.Module):
 
     def freeze(self, stages: int) -> "VSSM":
         """Let the stem and the first `stages` stages stay as they are, with all of them everything but the head: no
-        gradient, no statistics of batch norms, nothing dropped at random, also in training mode.
+        gradient, no statistics of batch norms, nothing dropped at random, also in training mode.  What an earlier call
+        froze beyond that is trained again.
 
         Returns the model.  Raises UserError for a number of stages that there are not.
         """
         stages = Takes((int,), at_least=0, at_most=len(self.layers)).check("stages", stages)
+        freezing.thaw(self)
         if stages == len(self.layers) and self.classifier is not None and [*self.classifier.head.parameters()]:
             freezing.freeze(self, [freezing.ALL_BUT_HEAD], "freeze")
             return self

@@ -38,6 +38,7 @@ from vmamba.runtime.logging import (
     story,
     take_over_the_log,
 )
+from vmamba.runtime.optim import check_optimizer
 from vmamba.runtime.plan import Plan, build_plan
 from vmamba.runtime.precision import set_up_precision
 from vmamba.runtime.profiling import Profile
@@ -72,6 +73,9 @@ def run(config: CfgNode) -> Results:
 
 def _run_alone(config: CfgNode) -> Results:
     import_modules(config.IMPORT)  # again where the config comes from another process
+    if not (config.EVAL_MODE or config.THROUGHPUT_MODE):
+        check_optimizer(config)
+        open_task(config).check()
     with (
         processes(config.DEVICE, config.TIMEOUT) as world,
         _telling_the_others(world),
