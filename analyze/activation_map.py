@@ -26,6 +26,7 @@ def parser() -> Parser:
     parser.flag("--matrix", action="store_true", help="also write the weights of all queries")
     parser.flag("--device")
     parser.flag("--output")
+    parser.imports()
     return parser
 
 

@@ -24,6 +24,7 @@ def parser() -> Parser:
     parser.flag("--num-images", type=whole(1), metavar="NUMBER", help="images averaged over")
     parser.flag("--device")
     parser.flag("--output")
+    parser.imports()
     return parser
 
 

@@ -14,6 +14,7 @@ def parser() -> Parser:
     parser.flag("--models")
     parser.flag("--sizes")
     parser.flag("--output")
+    parser.imports()
     return parser
 
 

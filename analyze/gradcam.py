@@ -18,6 +18,7 @@ def parser() -> Parser:
     parser.flag("--target", type=whole(0), metavar="CLASS", help="a class's number (default: the class predicted)")
     parser.flag("--device")
     parser.flag("--output")
+    parser.imports()
     return parser
 
 

@@ -19,6 +19,7 @@ def parser() -> Parser:
     parser.flag("--weights", choices=("auto", "ema", "model"), help="which of the checkpoint's")
     parser.flag("--device")
     parser.flag("--output")
+    parser.imports()
     return parser
 
 

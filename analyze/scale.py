@@ -19,6 +19,7 @@ def parser() -> Parser:
     parser.flag("--data-path", metavar="DIR", help="where that data set is (default: as the config says)")
     parser.flag("--device")
     parser.flag("--output")
+    parser.imports()
     return parser
 
 

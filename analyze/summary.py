@@ -15,6 +15,7 @@ def parser() -> Parser:
     parser.flag("--size")
     parser.flag("--depth", type=whole(1), metavar="NAMES", help="names in a module's path")
     parser.flag("--output", metavar="FILE", help="write it there too (default: only print it)")
+    parser.imports()
     return parser
 
 

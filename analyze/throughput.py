@@ -38,6 +38,7 @@ def parser() -> Parser:
     parser.flag("--device")
     parser.flag("--output")
     parser.flag("--markdown", metavar="FILE", help="write the table there too (default: only into the folder)")
+    parser.imports()
     return parser
 
 

@@ -33,7 +33,7 @@ from vmamba.runtime.trainer import run
 
 
 def main() -> None:
-    parser = argument_parser(__doc__)
+    parser = argument_parser(__doc__, without=("dry-run",))
     job = parser.add_argument_group("the job")
     job.add_argument("--nodes", type=whole(1), default=1)
     job.add_argument(
@@ -65,7 +65,12 @@ def main() -> None:
         "--seeds", type=whole(0, LARGEST_SEED), nargs="+", help="a job for each, as an array; folders TAG-seed"
     )
     job.add_argument("--local", action="store_true", help="run on this machine instead, and wait for the end")
-    job.add_argument("--dry-run", action="store_true", help="print what would be submitted")
+    job.add_argument(
+        "--dry-run",
+        dest="printed",
+        action="store_true",
+        help="print what would be submitted (a job that is one: --opts DRY_RUN true)",
+    )
     args = parser.parse_args()
 
     config = config_from_args(args)
@@ -78,7 +83,7 @@ def main() -> None:
     configs = [seeded(config, seed) for seed in each_once(args.seeds, "--seeds")] if args.seeds else [config]
     if args.local:
         check_local(resources)
-    if args.dry_run:
+    if args.printed:
         print(resources if args.local else sbatch_file(resources, folder), *configs, sep="\n")
         return
     for job in submit([Job(run, each) for each in configs], resources, folder, args.local):

@@ -26,6 +26,7 @@ import vmamba_kernels as vk
 from vmamba_kernels.private import keep_gpu_busy
 
 ROUTES = vk.ROUTES
+TITLE = "# Speed of the scans"
 COLUMNS = (
     "row", "backend", "fwd ms", "x exp floor", "x memory floor", "exp rate", "bandwidth",
     "fwd+bwd ms", "x exp floor", "x memory floor", "original fwd", "original fwd+bwd", "peak MiB", "saved / x",
@@ -118,6 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not rows:
         raise SystemExit(f"No row of {', '.join(args.operators)} has '{args.rows}' in its name.")
 
+    if args.markdown:
+        args.markdown.parent.mkdir(parents=True, exist_ok=True)
+        if args.markdown.exists() and not args.markdown.read_text().startswith(TITLE):
+            sys.exit(f"'{args.markdown}' is no page of this program and would be written over; choose another file")
     head = _heading(args, device, machine)
     print(head, flush=True)
     tables: dict[str, list[tuple[str, ...]]] = {}
@@ -143,7 +148,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             tables.setdefault(row.operator, []).append(line)
             print(f"{row.operator:21}", " | ".join(line), flush=True)
     if args.markdown:
-        args.markdown.parent.mkdir(parents=True, exist_ok=True)
         args.markdown.write_text(_markdown(head, tables))
     return 1 if wrong else 0
 
@@ -384,7 +388,7 @@ def _heading(args: argparse.Namespace, device: torch.device, machine: Machine | 
 
 def _markdown(head: str, tables: dict[str, list[tuple[str, ...]]]) -> str:
     command = "python " + " ".join(sys.argv)
-    parts = [f"# Speed of the scans\n\nWritten by `{command}`.  {head}\n\n{LEGEND}"]
+    parts = [f"{TITLE}\n\nWritten by `{command}`.  {head}\n\n{LEGEND}"]
     for operator, lines in tables.items():
         table = [COLUMNS, ("---",) * len(COLUMNS), *(line + ("",) * (len(COLUMNS) - len(line)) for line in lines)]
         parts.append(f"## {operator}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in table))

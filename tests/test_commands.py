@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import vmamba
 from tests.classification.tiny import ALONE, command
 from vmamba import commands
 
@@ -45,6 +46,7 @@ def test_the_list_and_a_slip(called):
     code, out, _ = called()
     assert code == 0 and all(f"  {name}" in out for name in commands.COMMANDS)
     assert called("--help")[1] == out
+    assert called("--version")[:2] == (0, f"vmamba {vmamba.__version__}\n")
     assert called("trian")[0] == "vmamba: error: unknown command 'trian'; did you mean 'train'?"
     code, _, err = called("train", "--cfg", "x.yaml", "--nothing")
     assert code == 2 and err.startswith("vmamba train: error: unknown flag '--nothing'")

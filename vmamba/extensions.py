@@ -46,6 +46,11 @@ def _register(known: dict, kind: str, name: str, ours: Sequence[str]) -> Callabl
     return register
 
 
+def not_imported(names: Sequence[str]) -> list[str]:
+    """Of the modules that a config names, those that nothing has imported."""
+    return [name for name in names if name not in sys.modules]
+
+
 def import_modules(names: Sequence[str]) -> None:
     """Import modules, which may lie in the working directory; what they raise themselves is theirs.
 

@@ -121,6 +121,20 @@ def check_keeps(inputs: Iterable[str | Path], *paths: str | Path) -> None:
             )
 
 
+def check_replaces(path: str | Path, is_ours: Callable[[Path], bool], what: str) -> None:
+    """That a file at `path` is one of those that are written there, a `what`, or has nothing in it.
+
+    `is_ours` says so of a file, and may raise anything of another one.  Raises UserError for that.
+    """
+    path = Path(path)
+    try:
+        if not path.exists() or not path.stat().st_size or is_ours(path):
+            return
+    except Exception:  # of what is another kind of file, by whoever reads it
+        pass
+    raise UserError(f"'{printable(path)}' is there already and is no {what}; remove it, or choose another file")
+
+
 def _identity(path: str | Path) -> tuple[int, int] | None:
     """Of the file that a path leads to; None where none is."""
     try:

@@ -100,9 +100,46 @@ def test_a_null_is_no_unknown_column_and_configs_may_find_other_numbers(configs,
         file.write_text(json.dumps(told | {"details": told["details"] | changes}))
     for columns in ((), ("acc1", "macro_f1", "ema_acc1")):
         one, two = ablate(configs, seeds=(0, 1), output=str(output), columns=columns)
-        assert (one["macro_f1"], one["ema_acc1"], two["ema_acc1"]) == ("5.50", None, "7.00")
+        assert (one["macro_f1"], one["ema_acc1"], two["ema_acc1"]) == ("5.50 (1 of 2)", None, "7.00 (1 of 2)")
     row, _ = ablate(configs, seeds=(0,), output=str(output), columns=("macro_f1",))
     assert row["macro_f1"] is None
+
+
+def test_a_seed_whose_evaluation_does_not_count_is_left_out_and_told(configs, tmp_path, monkeypatch, capsys):
+    pretend(monkeypatch)
+    output, file = tmp_path / "out", tmp_path / "out" / "one" / "seed0" / "result.json"
+    ablate(configs, seeds=(0, 1, 2), output=str(output))
+    told = json.loads(file.read_text())
+    file.write_text(json.dumps(told | {"results": {"val_loss": None, "acc1": 90.0, "acc5": 50}}))
+    one, two = ablate(configs, seeds=(0, 1, 2), output=str(output), columns=("acc1", "acc5", "macro_f1", "val_loss"))
+    assert one["seeds"] == 3 and one["acc1"] == "11.50 ± 0.71 (2 of 3)" and one["val_loss"] is None
+    assert one["macro_f1"] == "5.75 ± 0.35 (2 of 3)" and two["acc1"] == "21.00 ± 1.00"
+    text = (output / "ablation.md").read_text()
+    assert "Left out, since the evaluation does not count: a loss or a result was not finite: one, seed 0." in text
+    alone = ablate(configs[:1], seeds=(0,), output=str(output), columns=("macro_f1",))
+    assert alone[0]["macro_f1"] is None  # and no unknown column
+    file.write_text(json.dumps(told | {"results": {"acc1": 50}}))  # a whole number is one
+    assert ablate(configs[:1], seeds=(0,), output=str(output))[0]["acc1"] == "50.00"
+
+
+def test_a_damaged_result_is_a_sentence(configs, tmp_path, monkeypatch):
+    pretend(monkeypatch)
+    output, file = tmp_path / "out", tmp_path / "out" / "one" / "seed0" / "result.json"
+    (row,) = ablate(configs[:1], output=str(output))
+    told = json.loads(file.read_text())
+    for content, part in (
+        (None, "results"), ({}, "results"), (told | {"results": {"acc1": "50"}}, "results"),
+        (told | {"details": None}, "details"), (told | {"by": None}, "by"), (told | {"memory_mb": "3"}, "memory_mb"),
+        (told | {"by": told["by"] | {"devices": []}}, "by"),
+    ):  # fmt: skip
+        file.write_text(json.dumps(content))
+        with pytest.raises(
+            UserError, match=f"one/seed0/result.json' does not tell '{part}' as a finished run does; remove"
+        ):
+            ablate(configs[:1], output=str(output))
+    del told["memory_mb"]
+    file.write_text(json.dumps(told))
+    assert ablate(configs[:1], output=str(output)) == [row | {"memory (MB)": None}]
 
 
 def test_models_are_timed_alone(configs, tmp_path, monkeypatch):
@@ -149,6 +186,9 @@ def test_what_cannot_be_is_told_before_anything_is_run(configs, tmp_path, monkey
         ({"configs": [configs[0], configs[0]]}, "runs of one name and seed would be one: one, one"),
         ({"seeds": (1, 1)}, "runs of one name and seed would be one"),
         ({"options": ["TRAIN.EPOCS", "7"]}, "unknown config key"),
+        ({"options": ["TRAIN.EPOCHS", "2", "SEED", "4"]}, "--opts sets SEED, and seeds are given by --seeds; leave it"),
+        ({"options": ["TAG", "x"]}, "--opts sets TAG, and a run's is its seed's; leave it out"),
+        ({"options": ["OUTPUT", "x"]}, "--opts sets OUTPUT, and --output gives it; leave it out"),
         ({"page": "nowhere.md"}, "cannot read 'nowhere.md'"),
     ):
         with pytest.raises(UserError, match=sentence):

@@ -37,6 +37,20 @@ def test_the_mean_is_a_checkpoint(files, tmp_path):
     assert all(torch.equal(weight, mean[name]) for name, weight in model.state_dict().items())
 
 
+def test_nothing_but_an_average_is_written_over(files, tmp_path):
+    for name, content in (("last.pth", torch.load(files[0]) | {"step": 1}), ("none.pth", 3)):
+        torch.save(content, tmp_path / name)
+    (tmp_path / "config.yaml").write_text("TASK: classification")
+    for name in ("last.pth", "none.pth", "config.yaml"):
+        before = (tmp_path / name).read_bytes()
+        with pytest.raises(UserError, match=f"{name}' is there already and is no average of checkpoints; remove it"):
+            average(files, output=str(tmp_path / name))
+        assert (tmp_path / name).read_bytes() == before
+    (tmp_path / "mean.pth").touch()
+    for _ in range(2):
+        average(files, output=str(tmp_path / "mean.pth"))
+
+
 def test_what_cannot_be_averaged_is_a_sentence(files, tmp_path):
     with pytest.raises(UserError, match="an average needs two checkpoints at least; name more"):
         average(files[:1], output=str(tmp_path / "mean.pth"))

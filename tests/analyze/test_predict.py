@@ -112,13 +112,16 @@ def test_objects_are_in_cocos_form_and_in_the_pixels_of_the_file(checkpoints, pi
 
 
 def test_categories_have_their_files_numbers_where_something_tells_them(tmp_path):
-    coco = ["TASK", "detection", "DATA.DATA_PATH", str(tmp_path), "DATA.VAL_ANNOTATIONS", "val.json"]
-    assert category_numbers(get_config(None, coco))[::11] == [1, 13, 24, 38, 50, 61, 76, 88]  # person to teddy bear
-    three = get_config(None, [*coco, "MODEL.NUM_CLASSES", 3])
-    assert category_numbers(three) == [0, 1, 2]
+    coco = get_config(None, ["TASK", "detection", "DATA.DATA_PATH", str(tmp_path)])
+    assert category_numbers(coco, class_names(coco))[::11] == [1, 13, 24, 38, 50, 61, 76, 88]  # person to teddy bear
+    own = ["TASK", "detection", "DATA.DATA_PATH", str(tmp_path), "DATA.VAL_ANNOTATIONS", "val.json"]
+    assert class_names(get_config(None, own))[:2] == ["class 0", "class 1"]  # 80 too, but not of COCO's file
+    three = get_config(None, [*own, "MODEL.NUM_CLASSES", 3])
+    assert category_numbers(three, class_names(three)) == [0, 1, 2]
     categories = [{"id": number, "name": "a thing"} for number in (90, 7, 13)]
     (tmp_path / "val.json").write_text(json.dumps({"images": [], "annotations": [], "categories": categories}))
-    assert category_numbers(three) == [7, 13, 90]
+    assert category_numbers(three, ["a thing"] * 3) == [7, 13, 90]
+    assert category_numbers(three, ["a thing", "another", "a thing"]) == [0, 1, 2]  # the file is another one now
 
 
 def test_masks_of_many_objects_do_not_lie_in_memory_together(checkpoints, pictures, tmp_path, monkeypatch):
@@ -352,6 +355,52 @@ def test_classes_are_called_as_their_folders(tmp_path, below, share):
     options = ["DATA.DATA_PATH", str(tmp_path), "MODEL.NUM_CLASSES", 2, "DATA.VAL_FRACTION", share]
     assert class_names(get_config(None, options)) == ["daisy", "tulip"]
     assert class_names(get_config(None, [*options, "DATA.DATA_PATH", "gone"])) == ["class 0", "class 1"]
+
+
+def test_an_array_is_an_image_and_what_is_none_is_a_sentence(checkpoints, tmp_path):
+    model = vmamba.load_model(checkpoints["segmentation"][0])
+    array = np.random.default_rng(0).integers(0, 256, (40, 48, 4), np.uint8)
+    expected = vmamba.predict(model, Image.fromarray(array[..., :3]))
+    assert vmamba.predict(model, array[..., :3]) == vmamba.predict(model, [array]) == expected  # of RGBA the colours
+    assert vmamba.predict(model, np.stack([array[..., :3]] * 2)) == expected * 2
+    gray = vmamba.predict(model, Image.fromarray(array[..., 0]))
+    assert vmamba.predict(model, array[..., 0]) == vmamba.predict(model, array[..., :1]) == gray
+    words = "give an image of Pillow, a file's path, or an array of NumPy"
+    for image, sentence in (
+        (None, f"image 1 of 1 is None .NoneType.; {words}"),
+        (3, "image 1 of 1 is 3 .int.;"),
+        ([array[..., 0], {"a": 1}], "image 2 of 2 is {'a': 1} .dict.;"),
+        (torch.zeros(3, 8, 8), f"image 1 of 1 is a Tensor; {words}"),
+        (array / 255, "cannot read 'image 1 of 1': its values are float64; scale them to 0..255 and convert them"),
+        (
+            array.transpose(2, 0, 1),
+            r"its shape is \(4, 40, 48\); an array is \(H, W\), or \(H, W, channels\) of 1, 3 or 4",
+        ),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            vmamba.predict(model, image)
+    transform = vmamba.build_transform(vmamba.create_model("vmamba_digits"))
+    assert torch.equal(transform(array), transform(Image.fromarray(array)))
+    for image in (None, 3, torch.zeros(3, 8, 8)):
+        with pytest.raises(UserError, match=f"the image is .*; {words}"):
+            transform(image)
+    with pytest.raises(UserError, match="this is a NoneType, no model; give what vmamba.create_model or timm's gives"):
+        vmamba.flops(None, 64)
+
+
+def test_arrays_of_many_channels(tmp_path):
+    config = get_config(None, ["MODEL.NAME", "vmamba_digits", "MODEL.NUM_CLASSES", 3, "MODEL.IN_CHANS", 13, *SMALL,
+                               "DATA.MEAN", 0.5, "DATA.STD", 0.5, "DATA.IMG_SIZE", 16])  # fmt: skip
+    torch.save({"model": open_task(config).build_model().state_dict(), "config": yaml.safe_load(config.dump())},
+               tmp_path / "bands.pth")  # fmt: skip
+    array = np.random.default_rng(0).integers(0, 256, (20, 24, 13), np.uint8)
+    np.save(tmp_path / "bands.npy", array)
+    model = vmamba.load_model(tmp_path / "bands.pth")
+    assert vmamba.predict(model, array) == vmamba.predict(model, tmp_path / "bands.npy")
+    with pytest.raises(
+        UserError, match=r"'image 1 of 1': its values have the shape \(20, 24, 3\), and MODEL.IN_CHANS is"
+    ):
+        vmamba.predict(model, array[..., :3])
 
 
 def test_an_image_in_memory_is_read_as_its_file(checkpoints, tmp_path):

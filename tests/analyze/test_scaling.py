@@ -106,5 +106,9 @@ def test_the_summary_names_modules_with_their_parameters_and_shapes(tmp_path):
     assert "layers.0.blocks" in rows
     assert "layers.0.blocks.0" not in rows  # four names
     text = summary("resnet18", size=64, depth=1, output=str(tmp_path / "summary.md"))
+    assert summary("resnet18", size=64, depth=1, output=str(tmp_path / "summary.md")) == text
+    (tmp_path / "README.md").write_text("# Mine, of 5 parameters")
+    with pytest.raises(UserError, match="README.md' is there already and is no summary of a model; remove it, or"):
+        summary("resnet18", size=64, depth=1, output=str(tmp_path / "README.md"))
     assert text.startswith("resnet18, random weights; 64 x 64 pixels: 11,689,512 parameters")
     assert text == (tmp_path / "summary.md").read_text()

@@ -39,6 +39,7 @@ CHANGED = {
     "EVAL_WEIGHTS": ("ema",),
     "EVAL_MODE": (True,),
     "THROUGHPUT_MODE": (True,),
+    "DRY_RUN": (True,),
     "DATA.DATA_PATH": ("nowhere",),
     "DATA.BATCH_SIZE": (6,),
     "DATA.MEAN": (0.1,),
@@ -205,7 +206,7 @@ def traces(folder, output, seen, *opts):
     place = os.path.relpath(output_folder(config), folder / output)
     files = sorted(path.name for path in output_folder(config).glob("*.pth"))
     flags = (torch.get_float32_matmul_precision(), place, files, [*seen])
-    if config.THROUGHPUT_MODE or config.EVAL_MODE:
+    if config.THROUGHPUT_MODE or config.EVAL_MODE or config.DRY_RUN:
         return results.keys(), flags
     weights = {key: [weight.sum().item() for weight in (saved(config)[key] or {}).values()] for key in KINDS}
     return results, flags, metrics(config), log(config).count("train ["), weights

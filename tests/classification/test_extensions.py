@@ -12,9 +12,14 @@ from torch.nn import functional as F
 
 import vmamba
 from vmamba import extensions
+from vmamba.analysis.knn import knn
 from vmamba.classification.task import Task
+from vmamba.commands.export import parser as export_door
+from vmamba.commands.predict import parser as predict_door
+from vmamba.commands.push import parser as push_door
 from vmamba.config import argument_parser, config_from_args, get_config
 from vmamba.errors import UserError
+from vmamba.exporting.command import export_file
 from vmamba.runtime.trainer import run
 
 from .tiny import ROOT, log, tiny_config
@@ -32,7 +37,7 @@ def alone(monkeypatch, tmp_path):
             monkeypatch.delitem(registry, name)
     yield tmp_path
     extensions.LOSSES.clear(), extensions.DATASETS.clear()
-    for name in ("my_module", "broken"):
+    for name in ("my_module", "own_module", "broken"):
         sys.modules.pop(name, None)
 
 
@@ -43,6 +48,14 @@ def test_the_example_of_the_page(alone):
     results = run(whole)
     assert results["acc1"] > 90
     assert "256 images to train on, 64 held out, 2 classes" in log(whole)
+    last = knn("output/vmamba_digits/default", opts=["IMPORT", "my_module"], k=(5,), output="knn")[-1]
+    assert last["top-1 (%)"] > 80  # of a model that does not tell its features
+    tuned = [*line, "--tag", "tuned", "--pretrained", "output/vmamba_digits/default/best.pth", "--drop-head"]
+    tuned = config_from_args(argument_parser().parse_args([*tuned, "--epochs", "1"]))
+    run(tuned)
+    assert "best.pth: dropped the head (4); the model's of 2 classes starts at random" in log(tuned)
+    exported = export_file(checkpoint="output/vmamba_digits/default", output="net.safetensors")
+    assert vmamba.load_model(exported).class_names == ["upright", "lying"]
     extensions.LOSSES.clear()  # another process: what a file names is not imported
     extensions.DATASETS.clear()
     assert get_config("output/vmamba_digits/default/config.yaml").IMPORT == ["my_module"]
@@ -50,6 +63,33 @@ def test_the_example_of_the_page(alone):
     images, labels = zip(*[held_out[number] for number in range(20)], strict=True)
     told = vmamba.predict(vmamba.load_model("output/vmamba_digits/default"), images)
     assert sum(each["top"][0]["class"] == label for each, label in zip(told, labels, strict=True)) > 16
+    assert {each["top"][0]["name"] for each in told} == {"upright", "lying"}
+
+
+def test_a_checkpoint_names_the_module_to_import_and_a_flag_does_it(alone, monkeypatch, capsys):
+    settings = {"MODEL": {"NAME": "timm/zebrafish", "NUM_CLASSES": 2}, "IMPORT": ["own_module"]}
+    torch.save({"model": {"0.weight": torch.ones(2)}, "config": settings}, "own.pth")
+    Path("own_module.py").write_text("raise RuntimeError('it runs')")
+    words = (
+        "timm knows no model 'zebrafish', and the config names modules that nothing has imported: own_module; if you"
+    )
+    with pytest.raises(UserError, match=rf"{words} trust them, import them first \(--import own_module\)"):
+        vmamba.load_model("own.pth")
+    with pytest.raises(
+        UserError, match="unknown model 'zebrafish'; timm.list_models.. names timm's, and --import takes the"
+    ):
+        torch.save({"model": {"0.weight": torch.ones(2)}, "config": {**settings, "IMPORT": []}}, "none.pth")
+        vmamba.load_model("none.pth")
+    for door, arguments in (
+        (predict_door, ["own.pth", "x.png"]),
+        (export_door, ["--checkpoint", "own.pth", "--output", "x.onnx"]),
+        (push_door, ["own.pth", "me/x"]),
+    ):
+        with pytest.raises(RuntimeError, match="it runs"):  # before anything else is done
+            door().run([*arguments, "--import", "own_module"])
+    with pytest.raises(SystemExit):
+        predict_door().run(["own.pth", "x.png", "--import", "no_module"])
+    assert "error: IMPORT names 'no_module', and there is no such module in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("soft", [False, True])

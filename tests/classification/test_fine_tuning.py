@@ -16,6 +16,7 @@ from vmamba.classification import class_folders
 from vmamba.classification.data import LabelledImages
 from vmamba.classification.source import Source
 from vmamba.classification.task import Accuracy, Task, balanced_weights
+from vmamba.classification.transforms import without_effect
 from vmamba.config import get_config, output_folder
 from vmamba.data.folders import image_files as files
 from vmamba.errors import UserError
@@ -24,7 +25,31 @@ from vmamba.runtime.optim import build_optimizer, layer_scales
 from vmamba.runtime.trainer import run
 from vmamba.segmentation.models import create_segmenter
 
-from .tiny import metrics, saved, tiny_config
+from .tiny import log, metrics, saved, tiny_config
+
+
+def test_keys_of_a_crop_that_is_not_made_are_told(tmp_path):
+    """Up to 32 pixels images are padded and evaluated whole."""
+
+    def said(*opts):
+        config = get_config(None, opts)
+        return [sentence for training in (True, False) for sentence in without_effect(config, training)]
+
+    small = ("DATA.IMG_SIZE", 32)
+    why = "does nothing at DATA.IMG_SIZE 32: up to 32 pixels images are"
+    crop = ("AUG.SCALE", [0.5, 1.0], "AUG.RATIO", [1.0, 1.0], "TEST.CROP_PCT", 0.9)
+    assert said(*small) == said(*crop) == said(*small, "TEST.CROP_PCT", 1.0) == []
+    assert said(*small, *crop) == [
+        f"AUG.SCALE [0.5, 1.0] {why} padded and cropped, not zoomed into",
+        f"AUG.RATIO [1.0, 1.0] {why} padded and cropped, not zoomed into",
+        f"TEST.CROP_PCT 0.9 {why} evaluated whole",
+    ]
+    assert said("TEST.CROP_PCT", 0.9, "TEST.CROP", False) == ["TEST.CROP_PCT 0.9 does nothing where TEST.CROP is false"]
+    config = tiny_config(tmp_path, "AUG.SCALE", [0.5, 1.0], "TRAIN.EPOCHS", 0)
+    run(config)
+    assert log(config).count("WARNING AUG.SCALE [0.5, 1.0] does nothing at DATA.IMG_SIZE 16") == 1
+    with pytest.raises(UserError, match="AUG.SCALE is .0.0, 0.0.; it must be above 0 and at most 1"):
+        get_config(None, ["AUG.SCALE", [0, 0]])
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "bce"])

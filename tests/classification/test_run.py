@@ -458,3 +458,29 @@ def test_cuda_graphs_change_no_number(tmp_path):
         lines.append(metrics(config))
     for plain, graphs in zip(*lines, strict=True):
         assert graphs == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.parametrize(("opts", "sentence"), [
+    (("TRAIN.LOSS", "BCE"), "unknown TRAIN.LOSS 'BCE'"),
+    (("TRAIN.LOSS", "bce", "MODEL.LABEL_SMOOTHING", 1), "SMOOTHING is 1, which TRAIN.LOSS bce does not take"),
+    (("TRAIN.MESA", 1, "TRAIN.EMA.ENABLE", False), "its teacher is the average of the weights"),
+    (("TRAIN.CLASS_WEIGHTS", [1.0]), "TRAIN.CLASS_WEIGHTS has 1 number"),
+    (("TRAIN.OPTIMIZER.NAME", "adamm"), "unknown optimiser 'adamm'; did you mean"),
+    (("MODEL.NAME", "vmamba_tinny"), "unknown model 'vmamba_tinny'; did you mean 'vmamba_tiny'"),
+    (("MODEL.NAME", "timm/resnet81"), "unknown model 'resnet81'; did you mean"),
+    (("DATA.DATASET", "imagnet"), "unknown DATA.DATASET 'imagnet'; did you mean 'imagenet'"),
+    (("DATA.DATASET", "digits", "DATA.VAL_FRACTION", 0.5), "comes with held-out images of its own"),
+    (("AUG.AUTO_AUGMENT", "rnd-m9"), "AUG.AUTO_AUGMENT 'rnd-m9'"),
+    (("DATA.BATCH_SIZE", 5), "mixup and cutmix pair the images of a batch"),
+])  # fmt: skip
+def test_a_value_that_does_not_fit_ends_a_run_before_anything_is_done(tmp_path, opts, sentence):
+    with pytest.raises(UserError, match=sentence):
+        run(tiny_config(tmp_path, *opts, "OUTPUT", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_so_does_a_backbone_that_there_is_not(tmp_path, task):
+    with pytest.raises(UserError, match="unknown model 'resnet81'; did you mean"):
+        run(get_config(None, ["TASK", task, "MODEL.NAME", "resnet81", "OUTPUT", str(tmp_path / "out")]))
+    assert not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """Runs of detection: what they leave, stopped and resumed ones, several processes, weights to start from."""
 
+import json
 import re
 import signal
 import sys
@@ -120,6 +121,23 @@ def test_evaluating_and_starting_from_a_file(tmp_path, trained):
     options = ("MODEL.PRETRAINED", checkpoint, "MODEL.WEIGHTS", "model", "TRAIN.EPOCHS", 0)
     started = run(tiny_config(tmp_path, *options))
     assert started["bbox_mAP"] == started["ema_bbox_mAP"] == results["bbox_mAP"]
+
+
+def test_a_checkpoint_names_its_classes_and_another_file_of_annotations_does_not(tmp_path, trained):
+    """Nor does that tell the categories' numbers then."""
+    best = output_folder(trained[0]) / "best.pth"
+    model = vmamba.load_model(best)
+    assert (model.class_names, model.category_numbers) == (["disc", "bar", "ring"], [3, 7, 20])
+    content = torch.load(best, weights_only=True)
+    content["config"]["DATA"]["DATA_PATH"] = str(tmp_path)
+    torch.save(content, tmp_path / "best.pth")
+    categories = [{"id": number, "name": name} for number, name in ((5, "cat"), (6, "dog"), (9, "emu"))]
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_val2017.json").write_text(
+        json.dumps({"images": [], "annotations": [], "categories": categories})
+    )
+    model = vmamba.load_model(tmp_path / "best.pth")
+    assert (model.class_names, model.category_numbers) == (["disc", "bar", "ring"], [0, 1, 2])
 
 
 def test_a_detector_of_other_classes_needs_a_new_head(tmp_path, trained):

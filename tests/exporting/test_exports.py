@@ -6,11 +6,13 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import vmamba
 from vmamba.detection.roi_heads import PredictionSettings
 from vmamba.errors import UserError
+from vmamba.exporting.places import check_place
 from vmamba.models.pretrained import load_pretrained
 from vmamba.models.variants import VARIANTS
 from vmamba.models.vssm import VSSM
@@ -394,3 +396,23 @@ def test_the_command_names_what_is_missing(tmp_path):
         export_file(model="vmamba_digits", part="backbone", output=str(tmp_path / "a.onnx"))
     with pytest.raises(UserError, match="--cfg, --names and --weights are of a --checkpoint; leave them out"):
         export_file(model="vmamba_digits", names="names.txt", output=str(tmp_path / "a.onnx"))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt2", ".onnx"])
+def test_nothing_but_a_file_of_export_is_written_over(tmp_path, suffix):
+    """Not what others wrote in the same format."""
+    model, path = small("vmamba_digits", depths=(1,)), tmp_path / f"a{suffix}"
+    others = {
+        ".safetensors": lambda: save_file({"a": torch.ones(2)}, path),
+        ".pth": lambda: torch.save({"model": model.state_dict(), "averaged": []}, path),
+        ".pt2": lambda: torch.export.save(torch.export.export(torch.nn.ReLU(), (torch.ones(1),)), path),
+        ".onnx": lambda: path.write_bytes(b"\x08\x0a\x12\x00"),
+    }
+    others[suffix]()
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=f"a{suffix}' is there already and is no file of vmamba.export; remove it, or"):
+        vmamba.export(model, path, size=32, dynamic=())
+    assert path.read_bytes() == before
+    path.write_bytes(b"")
+    vmamba.export(model, path, size=32, dynamic=())
+    check_place(path)

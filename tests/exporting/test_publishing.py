@@ -59,6 +59,21 @@ def test_a_card_tells_data_recipe_results_command_and_licence(config, tmp_path):
         export_file(model="vmamba_digits", output=str(tmp_path / "x.pth"), card=True)
 
 
+def test_a_card_tells_no_result_of_an_evaluation_that_does_not_count(config, tmp_path):
+    """What the argmax of NaN gets right is no accuracy."""
+    folder = shutil.copytree(output_folder(config), tmp_path / "run")
+    words = "evaluation does not count: a loss or a result was not finite."
+    rounds = [entry | {"val_loss": None} for entry in read_metrics(folder / "metrics.jsonl")]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(entry)}\n" for entry in rounds))
+    text = card_text(folder / "last.pth", tmp_path / "x.pth")
+    assert f"last.pth is of, whose {words}" in text and "acc1" not in text
+    told = {"results": {"acc1": 12.34, "val_loss": None}, "details": {}, "checkpoint": str(folder / "last.pth")}
+    told["data"] = data_of(get_config(folder / "config.yaml"))
+    (folder / "evaluation.json").write_text(json.dumps(told))
+    text = card_text(folder / "last.pth", tmp_path / "x.pth")
+    assert "Of last.pth, evaluated by itself, which does not count: a loss" in text and "acc1" not in text
+
+
 def test_a_card_has_the_results_of_its_own_file_and_names_its_weights(config, tmp_path):
     folder = shutil.copytree(output_folder(config), tmp_path / "run")
     best, path = folder / "best.pth", folder / "evaluation.json"

@@ -21,6 +21,9 @@ def test_times_the_fastest_and_writes_a_page(tmp_path, capsys):
     rows = [line for line in page.read_text().splitlines() if line.startswith("|")]
     assert len(rows) == 3
     assert all(row.count("|") == rows[0].count("|") for row in rows)
+    page.write_text("# Mine")
+    with pytest.raises(SystemExit, match="kernels.md' is no page of this program and would be written over"):
+        benchmark.main([*SMALL, "--markdown", str(page)])
 
 
 def test_does_not_time_a_wrong_gradient(monkeypatch, capsys):

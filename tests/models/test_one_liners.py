@@ -48,6 +48,9 @@ def test_a_part_that_is_given_what_it_does_not_take_says_so(kind):
             getattr(vmamba, kind)(dim)
     with pytest.raises(UserError, match="unknown model option 'dstate'; did you mean 'd_state'"):
         getattr(vmamba, kind)(6, dstate=1)
+    for name in ("depths", "dims", "patch_size", "num_classes", "drop_path_rate", "route_turns"):  # of a model
+        with pytest.raises(UserError, match=f"unknown model option '{name}'"):
+            getattr(vmamba, kind)(6, **{name: 1})
 
 
 def test_block_bounds_its_drop_path():
@@ -69,6 +72,11 @@ def test_frozen_stages():
         "classifier.head.weight",
         "classifier.head.bias",
     }
+    for stages, parts in ((1, wanted), (0, wanted[:2])):  # fewer than before
+        frozen = {name for name, weight in model.freeze(stages).named_parameters() if not weight.requires_grad}
+        assert frozen == {name for name, _ in model.named_parameters() if name.startswith(parts)}
+    assert model.layers[0].training and not model.patch_embed.training
+    assert not model.eval().freeze(1).layers[1].training
     backbone = vmamba.Backbone(vmamba.create_model("vmamba_digits", dims=8, depths=(1, 1)), (0, 1))
     backbone.model.freeze(2)  # its norms are left
     assert {name for name, weight in backbone.named_parameters() if weight.requires_grad} == {

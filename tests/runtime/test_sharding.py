@@ -48,6 +48,8 @@ def test_a_folder_becomes_the_file_that_would_have_been(saved, same, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # PyTorch's, of what is meant
         one_file(str(folder), str(tmp_path / "all.pth"))
+        with pytest.raises(UserError, match="all.pth' is there already; remove it, or choose another file"):
+            one_file(str(folder), str(tmp_path / "all.pth"))
     assert same(read_checkpoint(tmp_path / "all.pth"), read_folder(folder))
     torch.save(case.state.state_dict(), tmp_path / "then.pth")
     assert same(read_checkpoint(tmp_path / "all.pth"), read_checkpoint(tmp_path / "then.pth"))

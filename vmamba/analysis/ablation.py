@@ -26,10 +26,12 @@ from vmamba.config import get_config, image_size, output_folder
 from vmamba.errors import UserError
 from vmamba.files import check_writable, write_text
 from vmamba.runtime.checkpoint import LAST
+from vmamba.runtime.records import NOT_COUNTED, is_number
 from vmamba.runtime.stop import StopRequest
 from vmamba.runtime.task import open_task
 from vmamba.text import counted, printable, some
 
+GIVEN_OTHERWISE = {"SEED": "seeds are given by --seeds", "TAG": "a run's is its seed's", "OUTPUT": "--output gives it"}
 # What may differ between a run that is there and the one that is wanted, since it changes no result.
 MAY_DIFFER = (
     "OUTPUT",
@@ -43,6 +45,28 @@ MAY_DIFFER = (
 )
 PROGRAM = (sys.executable, "-m", "vmamba.runtime")  # main.py, from wherever the package lies
 _PACKAGES = [str(Path(package.__file__).parents[1]) for package in (sys.modules["vmamba"], vmamba_kernels)]
+
+
+def _is_by(value: Any) -> bool:
+    """Whether it tells by what a run was made, as far as the table says it."""
+    if not isinstance(value, dict) or not isinstance(value.get("versions"), dict):
+        return False
+    devices, started = value.get("devices"), value.get("started")
+    return isinstance(devices, list) and bool(devices) and isinstance(started, str) and "torch" in value["versions"]
+
+
+def _may_be(value: Any) -> bool:
+    """Whether it is a number, or null for one that was not finite."""
+    return value is None or is_number(value)
+
+
+_OF_A_RESULT = {
+    "results": lambda value: isinstance(value, dict) and bool(value) and all(map(_may_be, value.values())),
+    "details": lambda value: isinstance(value, dict),
+    "images_per_second": _may_be,
+    "memory_mb": _may_be,
+    "by": _is_by,
+}  # in result.json
 
 
 @dataclass(frozen=True)
@@ -88,7 +112,31 @@ class Repetition:
             return False
         settings = self.config.MODEL
         began = {*filter(None, [settings.PRETRAINED, settings.RESUME])}
-        return read_json(self.result).get("checkpoint") not in began
+        return self.told.get("checkpoint") not in began
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What is in its result.  Raises UserError where that is not as `Runs` writes it."""
+        told = read_json(self.result)
+        for name, fits in _OF_A_RESULT.items():
+            if not isinstance(told, dict) or not fits(told.get(name)):
+                raise UserError(
+                    f"'{printable(self.result)}' does not tell '{name}' as a finished run does; remove the file, and "
+                    f"the same command evaluates that run again"
+                )
+        return told
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """The numbers that its evaluation found, by name; None for those that are not finite, and for all of an
+        evaluation that does not count."""
+        told = self.told
+        found = {name: value for name, value in {**told["results"], **told["details"]}.items() if _may_be(value)}
+        return found if self.counts else dict.fromkeys(found)
+
+    @property
+    def counts(self) -> bool:
+        return all(map(is_number, self.told["results"].values()))
 
     def __str__(self) -> str:
         return f"{self.config.NAME}, seed {self.seed}"
@@ -131,11 +179,14 @@ def ablate(
         page: a Markdown file whose first table between "<!-- table -->" and "<!-- end -->" is replaced by this one.
 
     Returns the lines: of the last weights the numbers that `--eval` finds, mean and standard deviation over the seeds;
-    images a second and memory of the training.
+    "(1 of 2)" where not all have one; images a second and memory of the training.
     Raises UserError for configs that cannot be, before anything is run; and, once the others are done and the table is
     written, for runs that failed.
     """
     check_writable(Path(output, "ablation.json"))
+    for key in options[::2]:
+        if key in GIVEN_OTHERWISE:
+            raise UserError(f"--opts sets {key}, and {GIVEN_OTHERWISE[key]}; leave it out")
     if page:
         around_table(Path(page))
     repetitions = [Repetition(file, seed, tuple(options), output) for seed in seeds for file in configs]
@@ -159,7 +210,7 @@ def ablate(
         _time([group[0] for group in groups.values() if group], rows)
     text = _text(rows, done, jobs, timed)
     write_text(Path(output, "ablation.md"), text)
-    runs = [{"config": each.config.NAME, "seed": each.seed, **read_json(each.result)} for each in done]
+    runs = [{"config": each.config.NAME, "seed": each.seed, **each.told} for each in done]
     write_json(Path(output, "ablation.json"), {"rows": rows, "runs": runs})
     if page:
         replace_table(Path(page), text)
@@ -240,16 +291,18 @@ class Runs:
     def _conclude(self, each: Repetition) -> str:
         """Write down what the run came to; its headline."""
         found, metrics = read_json(each.folder / "evaluation.json"), read_run(each.folder).metrics
-        rates = [entry["images_per_second"] for entry in metrics if entry.get("images_per_second")]
-        memory = [entry["memory_mb"] for entry in metrics if entry.get("memory_mb")]
+        rates, memory, seconds = (
+            [entry[name] for entry in metrics if is_number(entry.get(name))]
+            for name in ("images_per_second", "memory_mb", "seconds")
+        )
         found |= {
             "images_per_second": statistics.median(rates) if rates else None,
             "memory_mb": max(memory, default=None),
+            "seconds": sum(seconds),
         }
-        found["seconds"] = sum(entry.get("seconds", 0.0) for entry in metrics)
         write_json(each.result, found)
         name = open_task(each.config).headline
-        return f"{name} {found['results'][name]:.2f}"
+        return f"{name} {each.told['results'][name]:.2f}" if each.counts else NOT_COUNTED
 
     def _call(self, arguments: Sequence[str], place: Mapping[str, str]) -> str | None:
         """Run the program; None, or the last line that it said where it failed."""
@@ -298,10 +351,8 @@ def found_in(done: Sequence[Repetition]) -> dict[str, bool]:
     """The names of the numbers that evaluations found, and whether any is one: what is not finite is null."""
     names: dict[str, bool] = {}
     for each in done:
-        told = read_json(each.result)
-        for name, value in {**told["results"], **told["details"]}.items():
-            if value is None or isinstance(value, float):
-                names[name] = names.get(name, False) or value is not None
+        for name, value in each.numbers.items():
+            names[name] = names.get(name, False) or value is not None
     return names
 
 
@@ -320,13 +371,10 @@ def _row(name: str, group: Sequence[Repetition], columns: Sequence[str]) -> dict
         "parameters (M)": sum(parameter.numel() for parameter in model.parameters()) / 1e6,
         "seeds": len(group),
     }
-    found = [read_json(each.result) for each in group]
     for key in columns:
-        values = [{**one["results"], **one["details"]}.get(key) for one in found]
-        numbers = [value for value in values if isinstance(value, float)]
-        row[key] = spread(numbers) if numbers else None
+        row[key] = spread([each.numbers.get(key) for each in group])
     for title, key in (("images/s", "images_per_second"), ("memory (MB)", "memory_mb")):
-        values = [one[key] for one in found if one[key] is not None]
+        values = [value for each in group if (value := each.told.get(key)) is not None]
         row[title] = statistics.mean(values) if values else None
     return row
 
@@ -357,13 +405,16 @@ def _time(first: Sequence[Repetition], rows: Sequence[dict[str, Any]]) -> None:
 
 def _text(rows: Sequence[Mapping[str, Any]], done: Sequence[Repetition], jobs: int, timed: bool) -> str:
     """The table, and what stands behind its numbers."""
-    config, by = done[0].config, read_json(done[0].result)["by"]
+    config, by = done[0].config, done[0].told["by"]
     seeds = ", ".join(dict.fromkeys(str(each.seed) for each in done))
     pace = f"of training, {counted(jobs, 'run')} at a time"
     if timed:
         pace = f"of steps of {config.DATA.BATCH_SIZE} random images, the models taking turns, alone on the device"
+    diverged = "; ".join(str(each) for each in done if not each.counts)
+    left_out = f" Left out, since the evaluation {NOT_COUNTED}: {diverged}." if diverged else ""
     return (
-        f"{markdown(rows)}\nOf the last weights; mean and standard deviation over seeds {seeds}. Images a second and "
+        f'{markdown(rows)}\nOf the last weights; mean and standard deviation over seeds {seeds}, "(1 of 2)" where not '
+        f"all have a number.{left_out} Images a second and "
         f"memory are {pace}. {by['devices'][0]}, PyTorch {by['versions']['torch']}, {by['started'][:10]}; written by "
         f"`analyze/ablate.py`.\n"
     )

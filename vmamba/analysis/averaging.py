@@ -1,6 +1,7 @@
 """The mean of several checkpoints' weights: of one run's epochs (arXiv 1803.05407), or of fine-tunings from one start
 (model soups, arXiv 2203.05482)."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,9 +9,12 @@ from torch import Tensor
 
 from vmamba.analysis.tables import write_tensors
 from vmamba.errors import UserError
-from vmamba.files import check_keeps, check_writable
-from vmamba.models.pretrained import Checkpoint, open_checkpoint
+from vmamba.files import check_keeps, check_replaces, check_writable
+from vmamba.models.formats import read_file
+from vmamba.models.pretrained import Checkpoint, calls_otherwise, open_checkpoint
 from vmamba.text import printable
+
+logger = logging.getLogger("vmamba")
 
 
 def average(
@@ -24,18 +28,24 @@ def average(
         weights: as of `vmamba.load_checkpoint`.
 
     Returns the mean, computed in float64 and of the first one's dtypes; of whole numbers, such as batch norms' counts,
-    the last one's.  Raises UserError for fewer than two, for files of different models, and where a checkpoint would be
-    written over.
+    the last one's.  Raises UserError for fewer than two, for files of different models, and where what is no average
+    would be written over.
     """
     if len(checkpoints) < 2:
         raise UserError("an average needs two checkpoints at least; name more")
     check_keeps(checkpoints, output)
     check_writable(output)
+    check_replaces(output, lambda path: "averaged" in read_file(path), "average of checkpoints")
     found = [open_checkpoint(path, weights) for path in checkpoints]
     for other in found[1:]:
         _check_alike(found[0], other)
     mean = {name: _mean([each.whole[name] for each in found]) for name in found[0].whole}
     content = {"model": mean, "averaged": [str(path) for path in checkpoints]}
+    named = [each for each in found if each.classes]
+    if named:
+        content["classes"] = list(named[0].classes)
+    for sentence in filter(None, (calls_otherwise(each.path, each.classes, named[0].classes) for each in named)):
+        logger.warning(sentence)
     write_tensors(Path(output), content | ({"config": found[0].config} if found[0].config else {}))
     print(f"the mean of {len(found)} checkpoints is in {output}")
     return mean

@@ -1,5 +1,7 @@
 """What the classes of a data set are called."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
@@ -35,15 +37,13 @@ def class_names(config: CfgNode) -> list[str]:
     return names if len(names) == classes else [f"class {number}" for number in range(classes)]
 
 
-def category_numbers(config: CfgNode) -> list[int]:
+def category_numbers(config: CfgNode, names: Sequence[str]) -> list[int]:
     """Of a detector's classes those of its data's file, as `results.json` has them; counted from 0 where nothing tells
-    them."""
+    them, as where the file that lies there today has other `names`."""
     known = _categories(config)
-    return (
-        [number for number, _ in known]
-        if len(known) == config.MODEL.NUM_CLASSES
-        else list(range(config.MODEL.NUM_CLASSES))
-    )
+    if [name for _, name in known] == list(names):
+        return [number for number, _ in known]
+    return list(range(config.MODEL.NUM_CLASSES))
 
 
 def _detection(config: CfgNode) -> list[str]:
@@ -61,7 +61,7 @@ def _categories(config: CfgNode) -> list[tuple[int, str]]:
             return list(read_annotations(file)[0].categories)
         except UserError:
             return []
-    if config.MODEL.NUM_CLASSES == 80:
+    if config.MODEL.NUM_CLASSES == 80 and _COCO.fullmatch(Path(data.VAL_ANNOTATIONS).name):
         known = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # in the places of COCO's numbers
         return [(number, name) for number, name in enumerate(known) if name not in _NO_CLASS]
     return []
@@ -70,8 +70,9 @@ def _categories(config: CfgNode) -> list[tuple[int, str]]:
 def _segmentation(config: CfgNode) -> list[str]:
     if config.DATA.DATASET == "scenes":
         return ["background", *scenes.CLASSES]
-    return list(ADE20K) if len(ADE20K) == config.MODEL.NUM_CLASSES else []
+    return list(ADE20K) if config.DATA.DATASET == "ade20k" else []
 
 
+_COCO = re.compile(r"instances_(train|val)20\d\d\.json")
 _NO_CLASS = ("__background__", "N/A")  # numbers that COCO leaves out
 _KNOWN = {"classification": names_of, "detection": _detection, "segmentation": _segmentation}

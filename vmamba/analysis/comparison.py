@@ -1,9 +1,9 @@
 """Runs side by side: what their configs differ in, and what came out, over seeds with mean and deviation."""
 
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, median, stdev
 from typing import Any
 
 from yacs.config import CfgNode
@@ -13,7 +13,7 @@ from vmamba.analysis.tables import write_json
 from vmamba.config import get_config
 from vmamba.errors import UserError
 from vmamba.files import check_writable, write_text
-from vmamba.runtime.records import read_metrics
+from vmamba.runtime.records import is_number, read_metrics, results_of
 from vmamba.runtime.task import open_task
 from vmamba.text import printable
 
@@ -31,17 +31,24 @@ class Run:
 def compare(runs: Sequence[str], *, output: str = "output/compare") -> list[dict[str, Any]]:
     """Write a table with a line for each setting, compare.{md,json}, into `output`.
 
-    Runs that differ in their seed alone are one line.
+    Runs that differ in their seed alone are one line; a folder that is given twice, by whatever path, is one run.  One
+    that holds no round of training, as a start that was refused leaves it, is left out, and named.
 
     Args:
         runs: folders of runs.
 
-    Returns the lines: the settings that differ; of the task's result the best round and the last one, mean and standard
-    deviation over the runs; images a second, memory and hours, means.  Raises UserError for a folder without a run,
-    and for runs of several tasks, whose results are not alike.
+    Returns the lines: the settings that differ; how many runs, of how many seeds; of the task's result the best round
+    and the last one, mean and standard deviation over the runs, "(2 of 3)" where not all have one; images a second,
+    memory and hours, means.  An evaluation that found what is not finite does not count.  Raises UserError for a folder
+    that is none of a run, where none is left, and for runs of several tasks, whose results are not alike.
     """
     check_writable(Path(output, "compare.json"))
-    found = [read_run(Path(run)) for run in runs]
+    places = [Path(run).resolve() for run in runs]
+    folders = [Path(run) for number, run in enumerate(runs) if places[number] not in places[:number]]
+    empty = {folder: why for folder in folders if (why := _why_empty(folder))}
+    if len(empty) == len(folders):
+        raise UserError(f"{'; '.join(empty.values())}; name runs that have one")
+    found = [read_run(folder) for folder in folders if folder not in empty]
     kinds = sorted({run.headline for run in found})
     if len(kinds) > 1:
         raise UserError(f"the runs have results of several kinds ({', '.join(kinds)}); give those of one task")
@@ -50,22 +57,31 @@ def compare(runs: Sequence[str], *, output: str = "output/compare") -> list[dict
         groups.setdefault(repr(_told_apart(run.settings)), []).append(run)
     first = [group[0].settings for group in groups.values()]
     keys = [key for key in _told_apart({key: None for each in first for key in each}) if _differ(first, key)]
-    rows = [_row(group, keys) for group in groups.values()]
-    table = markdown_table(rows)
+    averaged = any(_best(run, f"ema_{run.headline}") is not None for run in found)
+    rows = [_row(group, keys, averaged) for group in groups.values()]
+    table = "\n".join([markdown_table(rows), *(f"Left out: {why}.\n" for why in empty.values())])
     write_text(Path(output, "compare.md"), table)
     write_json(Path(output, "compare.json"), rows)
     print(table)
     return rows
 
 
+def _why_empty(folder: Path) -> str:
+    """Why the folder of a run has nothing to compare; "" where it has.  Raises UserError where it is of none."""
+    if not (folder / "config.yaml").is_file():
+        if not any((folder / name).is_file() for name in ("run.json", "log.txt")):
+            raise UserError(f"'{printable(folder)}' holds no config.yaml; name the folder of a run")
+        return f"'{printable(folder)}' holds a start that trained nothing (its log.txt says why)"
+    return "" if read_metrics(folder / "metrics.jsonl") else f"'{printable(folder)}' holds no round of training yet"
+
+
 def read_run(folder: Path) -> Run:
     """Raises UserError where it holds no run, or one without a round."""
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"'{printable(folder)}' holds no config.yaml; name the folder of a run")
+    why = _why_empty(folder)
+    if why:
+        raise UserError(f"{why}; leave it out")
     config = get_config(folder / "config.yaml")
-    metrics = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
-    if not metrics:
-        raise UserError(f"'{printable(folder)}' holds no round of training yet; leave it out")
+    metrics = read_metrics(folder / "metrics.jsonl")
     return Run(f"{folder.parent.name}/{folder.name}", open_task(config).headline, dict(flat(config)), metrics)
 
 
@@ -86,25 +102,42 @@ def _differ(settings: Sequence[Mapping[str, Any]], key: str) -> bool:
     return any(each.get(key) != settings[0].get(key) for each in settings)
 
 
-def _row(group: Sequence[Run], keys: Sequence[str]) -> dict[str, Any]:
+def _row(group: Sequence[Run], keys: Sequence[str], averaged: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"run": group[0].name if len(group) == 1 else f"{group[0].name} and {len(group) - 1} more"}
     row |= {key: str(group[0].settings.get(key, "–")) for key in keys}
-    row["seeds"] = len(group)
-    for kind in ("", "ema_"):
+    row |= {"runs": len(group), "seeds": len({run.settings["SEED"] for run in group})}
+    for kind in ("", "ema_") if averaged else ("",):
         name = kind + group[0].headline
-        results = [[entry[name] for entry in run.metrics if entry.get(name) is not None] for run in group]
-        if all(results):
-            row[f"best {name}"] = spread([max(each) for each in results])
-            row[f"last {name}"] = spread([each[-1] for each in results])
-    rates = [[entry["images_per_second"] for entry in run.metrics if "images_per_second" in entry] for run in group]
-    row["images/s"] = statistics.mean(map(statistics.median, rates)) if all(rates) else None
-    memory = [entry["memory_mb"] for run in group for entry in run.metrics if entry.get("memory_mb") is not None]
-    row["memory (MB)"] = max(memory) if memory else None
-    row["hours"] = statistics.mean(sum(entry.get("seconds", 0) for entry in run.metrics) for run in group) / 3600
+        row[f"best {name}"] = spread([_best(run, name) for run in group])
+        row[f"last {name}"] = spread([_last(run, name) for run in group])
+    rates = [median(rate) for run in group if (rate := _numbers(run, "images_per_second"))]
+    memory = [number for run in group for number in _numbers(run, "memory_mb")]
+    row["images/s"] = mean(rates) if rates else None
+    row["memory (MB)"] = max(memory, default=None)
+    row["hours"] = mean(sum(_numbers(run, "seconds")) for run in group) / 3600
     return row
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean, and the deviation of a sample, of several."""
-    mean = f"{statistics.mean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+def _numbers(run: Run, name: str) -> list[float]:
+    """Of the rounds that have one: a round that only evaluated anew has no rate."""
+    return [entry[name] for entry in run.metrics if is_number(entry.get(name))]
+
+
+def _best(run: Run, name: str) -> float | None:
+    """Of the rounds whose evaluation counts."""
+    return max((found[name] for entry in run.metrics if name in (found := results_of(entry))), default=None)
+
+
+def _last(run: Run, name: str) -> float | None:
+    """Of the last round that was evaluated, where that counts."""
+    evaluated = [entry for entry in run.metrics if name in entry]
+    return results_of(evaluated[-1]).get(name) if evaluated else None
+
+
+def spread(values: Sequence[float | None]) -> str | None:
+    """Mean, and the deviation of a sample, of those of several that are there; how many these are, where not all."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return None
+    told = f"{mean(found):.2f}" if len(found) == 1 else f"{mean(found):.2f} ± {stdev(found):.2f}"
+    return told if len(found) == len(values) else f"{told} ({len(found)} of {len(values)})"

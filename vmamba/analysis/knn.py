@@ -17,7 +17,7 @@ from vmamba.config import changed, get_config
 from vmamba.data.loaders import Loader
 from vmamba.errors import UserError
 from vmamba.files import check_writable, write_text
-from vmamba.models.pretrained import load_pretrained, open_checkpoint
+from vmamba.models.pretrained import load_pretrained, open_checkpoint, told_by_timm
 from vmamba.models.variants import build_model
 from vmamba.runtime.feed import Feed
 from vmamba.runtime.precision import autocast, set_up_precision
@@ -95,6 +95,23 @@ def knn(
     return rows
 
 
+def before_head(model: nn.Module, images: Tensor) -> Tensor:
+    """(N, dim), of a model that does not do it as timm's what its head takes.  Raises UserError where there is none."""
+    if hasattr(model, "forward_head") and hasattr(model, "forward_features"):
+        return model.forward_head(model.forward_features(images), pre_logits=True)
+    heads = told_by_timm(model, "classifier")
+    if not heads:
+        raise UserError(
+            f"this {type(model).__name__} has neither forward_features and forward_head, as timm's models have, nor a "
+            f"linear layer, so nothing tells its features; give it the former"
+        )
+    taken: list[Tensor] = []
+    handle = model.get_submodule(heads[0]).register_forward_pre_hook(lambda _, given: taken.append(given[0]))
+    model(images)
+    handle.remove()
+    return taken[0].flatten(1)
+
+
 @torch.no_grad()
 def features(config: CfgNode, model: nn.Module, loader: Loader, device: torch.device) -> tuple[Tensor, Tensor]:
     """What the head would get of each image, (N, dim) float32 of length 1, and the labels (N,).
@@ -104,7 +121,7 @@ def features(config: CfgNode, model: nn.Module, loader: Loader, device: torch.de
     found, labels = [], []
     for images, targets in Feed(loader, device, loader.finish, loader.ahead):
         with autocast(config, device):
-            pooled = model.forward_head(model.forward_features(images), pre_logits=True)
+            pooled = before_head(model, images)
         found.append(F.normalize(pooled.float(), dim=1))
         labels.append(targets)
     if not found:

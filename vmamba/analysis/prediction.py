@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -40,9 +40,11 @@ from vmamba.segmentation import models as segmentation_models
 from vmamba.segmentation.datasets import Sample
 from vmamba.segmentation.evaluation import Inference, OfOneSize
 from vmamba.segmentation.transforms import EvalTransform
-from vmamba.text import counted, printable
+from vmamba.text import counted, printable, some
 
 logger = logging.getLogger("vmamba")
+Given = str | Path | Image.Image | np.ndarray
+_OF_FILES = (str, os.PathLike, bytes)
 _LEAST, _MOST = 256, 2048  # long sides that a picture is scaled to where its image is smaller or larger
 _SHORT = 128  # the least short side, which has place for some labels
 
@@ -156,7 +158,15 @@ def load_model(
     task = open_task(config)
     model = task.build_model()
     task.load(model, found)
-    model.config, model.class_names = config, _read_names(names, config) if names else _names(found, config)
+    told = list(found.classes) if len(found.classes) == config.MODEL.NUM_CLASSES else class_names(config)
+    if config.DATA.DATA_PATH and not (names or found.classes):  # of an earlier version, or of another program
+        logger.warning(
+            f"'{printable(found.path)}' does not tell what its classes are called, and they are taken as {some(told)}; "
+            f"a file with a name in each line says others (--names FILE, names=)"
+        )
+    model.config, model.class_names = config, _read_names(names, config) if names else told
+    if config.TASK == "detection":
+        model.category_numbers = category_numbers(config, told)  # which other names by --names change nothing of
     return model.eval()
 
 
@@ -176,14 +186,15 @@ def file_of(checkpoint: str | Path) -> str | Path:
 
 def predict_images(
     model: nn.Module | str | Path,
-    images: Sequence[str | Path | Image.Image] | str | Path | Image.Image,
+    images: Sequence[Given] | Given,
     score: float = 0.0,
 ) -> list[dict[str, Any]]:
     """What a model says of each image, as `predict` writes it.
 
     Args:
         model: as `load_model` gives it, on any device, or `load_program`; or what the first takes.
-        images: of Pillow, or files.
+        images: of Pillow, files, or NumPy's arrays (H, W, channels) of uint8, of RGB, RGBA or gray ones, or as many
+            channels as the model takes; one or several.
         score: least score of a detection.
 
     Raises UserError for a model that does not tell what its images are like, and an image that cannot be read.
@@ -194,23 +205,35 @@ def predict_images(
             f"this {type(model).__name__} does not tell what its images and classes are; take it from vmamba.load_model"
         )
     answer = _predictor(model.eval(), score)
-    given = [images] if isinstance(images, (str, Path, Image.Image)) else images
-    told = []
-    for number, image in enumerate(given, 1):
-        name = f"image {number} of {len(given)}" if isinstance(image, Image.Image) else image
-        try:
-            pixels = decode(image, _channels(model.config), name)
-        except UnreadableImage as error:
-            raise UserError(str(error)) from error
-        told.append(answer(pixels).told)
+    one = isinstance(images, (*_OF_FILES, Image.Image, Tensor)) or (isinstance(images, np.ndarray) and images.ndim < 4)
+    given = [images] if one or not isinstance(images, Iterable) else list(images)
+    channels = _channels(model.config)
+    told = [
+        answer(_read(image, channels, f"image {number} of {len(given)}")).told for number, image in enumerate(given, 1)
+    ]
     for each in told:
         if "objects" in each:
             each["objects"] = [found for found in each["objects"] if found["score"] >= score]
     return told
 
 
-def image_transform(model: nn.Module) -> Callable[[str | Path | Image.Image], Tensor]:
-    """What makes of an image, of Pillow or a file, what a classifier takes: (C, H, W) float32.
+def _read(image: Given, channels: int, name: str) -> Image.Image | Tensor:
+    """See `decode`; what is no file stands in sentences by its `name`.  Raises UserError."""
+    if not isinstance(image, (*_OF_FILES, Image.Image, np.ndarray)) and not hasattr(image, "read"):
+        kind = type(image).__name__
+        told = f"a {kind}" if isinstance(image, Tensor) else f"{printable(repr(image)):.40} ({kind})"
+        raise UserError(
+            f"{name} is {told}; give an image of Pillow, a file's path, or an array of NumPy (H, W, channels) of uint8"
+        )
+    path = isinstance(image, (str, os.PathLike))
+    try:
+        return decode(Path(image) if path else image, channels, image if path else name)
+    except UnreadableImage as error:
+        raise UserError(str(error)) from error
+
+
+def image_transform(model: nn.Module) -> Callable[[Given], Tensor]:
+    """What makes of an image, as `vmamba.predict` takes it, what a classifier takes: (C, H, W) float32.
 
     Args:
         model: of `load_model`, whose config says it; of timm, whose settings say it; or another of ours, which is taken
@@ -234,11 +257,8 @@ def image_transform(model: nn.Module) -> Callable[[str | Path | Image.Image], Te
         kind = type(model).__name__
         raise UserError(f"this {kind} does not tell how its images are normalised; take it from vmamba.load_model")
 
-    def apply(image: str | Path | Image.Image) -> Tensor:
-        try:
-            pixels = decode(image, channels, "the image" if isinstance(image, Image.Image) else image)
-        except UnreadableImage as error:
-            raise UserError(str(error)) from error
+    def apply(image: Given) -> Tensor:
+        pixels = _read(image, channels, "the image")
         return transform(pixels.convert("L") if gray else pixels)
 
     return apply
@@ -294,12 +314,6 @@ def config_of(checkpoint: Checkpoint, cfg: str | None) -> CfgNode:
     classes, _ = shape_of(checkpoint.state_dict, head, 2, checkpoint.path)
     name = variant_of(checkpoint.whole, checkpoint.path)
     return get_config(None, ["MODEL.NAME", name, "MODEL.NUM_CLASSES", classes])
-
-
-def _names(checkpoint: Checkpoint, config: CfgNode) -> list[str]:
-    """What the file calls its classes; where it does not, what its data does."""
-    told = list(checkpoint.classes)
-    return told if len(told) == config.MODEL.NUM_CLASSES else class_names(config)
 
 
 def _read_names(path: str, config: CfgNode) -> list[str]:
@@ -363,7 +377,7 @@ def classifier(
 
 def detector(config: CfgNode, model: nn.Module, device: torch.device, names: Sequence[str], score: float) -> Predictor:
     transform, collate = Transform(config, training=False), Collate(config.DATA.DIVISOR)
-    numbers = category_numbers(config)
+    numbers = getattr(model, "category_numbers", None) or category_numbers(config, names)
 
     @torch.no_grad()
     def answer(image: Image.Image) -> Answer:

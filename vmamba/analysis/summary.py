@@ -1,6 +1,7 @@
 """What a model is made of: its modules with parameters and shapes, its stages with their multiply-adds."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ from torch import nn
 
 from vmamba.analysis import zoo
 from vmamba.analysis.tables import markdown
-from vmamba.files import check_writable, write_text
+from vmamba.files import check_replaces, check_writable, read_text, write_text
 from vmamba.models.flops import complexity
 from vmamba.models.vssm import VSSM
+
+_BEGINNING = re.compile(r".* parameters \(.* without the head\), ")  # of what is written
 
 
 def summary(
@@ -24,9 +27,12 @@ def summary(
 ) -> str:
     """Print, return and, where `output` names a file, write the summary of a model of ours or of timm's.
 
-    Its modules are listed down to `depth` names.  Raises UserError for an unknown model, or weights that do not fit.
+    Its modules are listed down to `depth` names.  Raises UserError for an unknown model, weights that do not
+    fit, and where another file would be written over.
     """
-    check_writable(*filter(None, [output]))
+    if output:
+        check_writable(output)
+        check_replaces(output, lambda path: bool(_BEGINNING.match(read_text(path))), "summary of a model")
     subject = zoo.create(model, size, weights)
     cost = complexity(subject.model, size)
     parts = [

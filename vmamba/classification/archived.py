@@ -34,7 +34,15 @@ def open_zip(config: CfgNode, training: bool, on_machine: tuple[int, int]) -> So
     check_class_count(f"'{printable(map_path)}'", classes, config, training)
     archive = Archive(path, [name for name, _ in samples])
     _cache(config, archive, on_machine)
-    return Source(samples, archive=archive)
+    return Source(samples, archive=archive, classes=_folders_of(samples, classes))
+
+
+def _folders_of(samples: list[tuple[str, int]], classes: int) -> list[str]:
+    """The folder of each class, where each has one of its own."""
+    found = {label: os.path.basename(os.path.dirname(name)) for name, label in samples}
+    alike = all(os.path.basename(os.path.dirname(name)) == found[label] for name, label in samples)
+    names = [found.get(label, "") for label in range(classes)]
+    return names if alike and all(names) and len({*names}) == classes else []
 
 
 def _cache(config: CfgNode, archive: Archive | Tars, on_machine: tuple[int, int]) -> None:
@@ -103,11 +111,12 @@ def open_tars(config: CfgNode, training: bool, tell: bool, on_machine: tuple[int
     archive = Tars(tar_files(config, training), root / f"{split}.index.npz")
     if (archive.numbers >= 0).any():
         samples, chosen = _by_key(config, archive, training, tell)
+        classes: list[str] = []
     else:
-        samples, chosen = _by_class(config, archive, split, training, tell)
+        samples, chosen, classes = _by_class(config, archive, split, training, tell)
     archive.take(chosen)
     _cache(config, archive, on_machine)
-    return Source(samples, archive=archive)
+    return Source(samples, archive=archive, classes=classes)
 
 
 def _by_key(config: CfgNode, archive: Tars, training: bool, tell: bool) -> tuple[list[tuple[str, int]], list[int]]:
@@ -175,8 +184,8 @@ def _key(archive: Tars, place: int, name: str) -> _Key:
 
 def _by_class(
     config: CfgNode, archive: Tars, split: str, training: bool, tell: bool
-) -> tuple[list[tuple[str, int]], list[int]]:
-    """The images of archives of folders of classes, and their numbers."""
+) -> tuple[list[tuple[str, int]], list[int], list[str]]:
+    """The images of archives of folders of classes, their numbers, and the folders."""
     known, left_out, found = suffixes(config.MODEL.IN_CHANS), LeftOut(), []
     for place, name in enumerate(archive.names):
         path, suffix = os.path.join(archive.place(place), name), os.path.splitext(name)[1].lower()
@@ -204,7 +213,7 @@ def _by_class(
         logger.warning("left out of %s: %s", archive, left_out)
     numbers = {folder: label for label, folder in enumerate(classes)}
     found.sort(key=lambda each: (numbers[each[0]], each[2]))
-    return [(name, numbers[folder]) for folder, name, _ in found], [place for *_, place in found]
+    return [(name, numbers[folder]) for folder, name, _ in found], [place for *_, place in found], classes
 
 
 def _class_in(name: str, split: str) -> str | None:

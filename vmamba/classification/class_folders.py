@@ -34,7 +34,7 @@ def open_folders(config: CfgNode, training: bool, tell: bool) -> Source:
     classes = classes_of_split(root, split, left_out)
     if split != names_from:
         check_same_classes(root, split, classes, names_from, classes_of_split(root, names_from, LeftOut()))
-    return Source(_samples(config, root / split, classes, training, tell, left_out))
+    return Source(_samples(config, root / split, classes, training, tell, left_out), classes=classes)
 
 
 def _mapped(config: CfgNode, root: Path, tell: bool) -> Source:
@@ -81,7 +81,7 @@ def _one_side(
         held_out = min(max(round(len(paths) * fraction), 1), len(paths) - 1)
         chosen = {*random.Random(label).sample(range(len(paths)), held_out)}
         kept += [(path, label) for number, path in enumerate(paths) if (number in chosen) is not training]
-    return Source(kept, drawn_by="DATA.VAL_FRACTION")
+    return Source(kept, drawn_by="DATA.VAL_FRACTION", classes=classes)
 
 
 def _listed(config: CfgNode, training: bool, tell: bool) -> Source:
@@ -99,7 +99,7 @@ def _listed(config: CfgNode, training: bool, tell: bool) -> Source:
     if data.VAL_FRACTION:
         return _one_side(labelled(lines, classes), classes, data.VAL_FRACTION, training, file)
     if training:
-        return Source(labelled(lines, classes))
+        return Source(labelled(lines, classes), classes=classes)
     held_out = read_labels(root / data.VAL_LABELS, root)
     trained_on = {line.file for line in lines}
     both = [line.image for line in held_out if line.file in trained_on]
@@ -111,7 +111,7 @@ def _listed(config: CfgNode, training: bool, tell: bool) -> Source:
             printable(data.TRAIN_LABELS),
             some(both),
         )
-    return Source(labelled(held_out, classes))
+    return Source(labelled(held_out, classes), classes=classes)
 
 
 def _samples(

@@ -13,7 +13,16 @@ from vmamba.errors import UserError
 from vmamba.files import read_text
 from vmamba.text import printable, some
 
+IMAGENET = ImageNetInfo("imagenet-1k").label_names()  # the WordNet numbers of its classes, by theirs
 IMAGENET_VALIDATION = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
+
+
+def called(classes: Sequence[str]) -> list[str]:
+    """The names of a data set's classes for people: of ImageNet's WordNet numbers its words."""
+    if list(classes) != IMAGENET:
+        return list(classes)
+    known = ImageNetInfo("imagenet-1k")
+    return [known.index_to_description(number).partition(",")[0] for number in range(len(classes))]
 
 
 def numbers_of(folders: Sequence[str], named: str, place: Path, classes: int) -> dict[str, int]:
@@ -24,7 +33,7 @@ def numbers_of(folders: Sequence[str], named: str, place: Path, classes: int) ->
     Raises UserError for a folder that is of no class.
     """
     if named == "imagenet":
-        known = {name: number for number, name in enumerate(ImageNetInfo("imagenet-1k").label_names())}
+        known = {name: number for number, name in enumerate(IMAGENET)}
     elif named == "numbers":
         known = {folder: int(folder) for folder in folders if folder.isdecimal()}
     else:

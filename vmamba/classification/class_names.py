@@ -3,23 +3,23 @@
 import logging
 from pathlib import Path
 
-from timm.data import ImageNetInfo
 from yacs.config import CfgNode
 
+from vmamba.classification.class_maps import IMAGENET, called
 from vmamba.classification.elpv import GRADES
 from vmamba.classification.label_files import classes_of, read_labels
 from vmamba.config import restored
 from vmamba.data import scenes
 from vmamba.data.folders import LeftOut, listing, what_is
 from vmamba.errors import UserError
-from vmamba.models.pretrained import Checkpoint
-from vmamba.text import printable
+from vmamba.models.pretrained import Checkpoint, calls_otherwise
 
 logger = logging.getLogger("vmamba")
 
 
 def names_of(config: CfgNode) -> list[str]:
-    """Of each class by its number; none where nothing tells them."""
+    """Of each class by its number, as a config's data tells them today, for checkpoints that do not; none where nothing
+    does."""
     data, classes = config.DATA, config.MODEL.NUM_CLASSES
     if data.DATASET == "digits":
         return list(scenes.CLASSES)
@@ -28,26 +28,21 @@ def names_of(config: CfgNode) -> list[str]:
     if data.DATASET != "imagenet":
         return []
     if data.TRAIN_LABELS:
-        return _listed(Path(data.DATA_PATH, data.TRAIN_LABELS), Path(data.DATA_PATH))
-    if classes == 1000:
-        known = ImageNetInfo("imagenet-1k")
-        return [known.index_to_description(index).partition(",")[0] for index in range(1000)]
+        return called(_listed(Path(data.DATA_PATH, data.TRAIN_LABELS), Path(data.DATA_PATH)))
+    if classes == 1000 and not data.DATA_PATH:  # of released weights
+        return called(IMAGENET)
     places = [Path(data.DATA_PATH, split) for split in ("train", "val", *([""] if data.VAL_FRACTION else []))]
     folder = next((place for place in places if data.DATA_PATH and what_is(place) == "folder"), None)
-    return listing(folder, LeftOut())[0] if folder else []
+    return called(listing(folder, LeftOut())[0]) if folder else []
 
 
 def warn_of_other_names(checkpoint: Checkpoint, config: CfgNode) -> None:
     """Where a checkpoint of as many classes and a config's data both tell what they are called, and it is not the same:
     a class's number would mean another one."""
     ours, theirs = names_of(config), list(checkpoint.classes) or _names_of_run(checkpoint)
-    if len(ours) != len(theirs) or ours == theirs or config.DATA.CLASS_MAP:
-        return
-    number = next(number for number, name in enumerate(ours) if name != theirs[number])
-    logger.warning(
-        f"'{printable(checkpoint.path)}' calls class {number} '{printable(theirs[number])}', and here it is "
-        f"'{printable(ours[number])}': is it of the same classes in the same order?"
-    )
+    other = calls_otherwise(checkpoint.path, theirs, ours)
+    if other and not config.DATA.CLASS_MAP:
+        logger.warning(other)
 
 
 def _names_of_run(checkpoint: Checkpoint) -> list[str]:

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 from yacs.config import CfgNode
 
+from vmamba.classification.class_maps import called
 from vmamba.classification.datasets import open_dataset
 from vmamba.classification.nvjpeg import Decoder, Encoded, decode_later
 from vmamba.classification.source import Source
@@ -100,6 +101,10 @@ class LabelledImages:
 
     def contents(self) -> dict[str, str]:
         return self.source.contents(self.root)
+
+    @property
+    def class_names(self) -> list[str]:
+        return called(self.source.classes)
 
     def class_counts(self) -> list[int] | None:
         """Of each class its images; None where only reading every image would tell."""

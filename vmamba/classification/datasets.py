@@ -33,6 +33,28 @@ def open_dataset(config: CfgNode, *, training: bool, rank: int, on_machine: tupl
 
     Raises UserError when they are not there, or do not fit MODEL.NUM_CLASSES, or are of one class and for training.
     """
+    check_dataset(config)
+    name = config.DATA.DATASET
+    if name in DATASETS:
+        return _registered(config, training)
+    if name == "digits":
+        return _digits(config, training)
+    if name == "elpv":
+        check_class_count("elpv", len(GRADES), config, training)
+        return Source(read_cells(training), classes=GRADES)
+    if name in _CIFAR:
+        return _cifar(config, training)
+    if name == "imagenet" and config.DATA.ZIP_MODE:
+        return open_zip(config, training, on_machine)
+    if name == "imagenet" and tar_files(config, training):
+        return open_tars(config, training, rank == 0, on_machine)
+    if name == "imagenet":
+        return open_folders(config, training, tell=rank == 0)
+    return _from_timm(config, training)
+
+
+def check_dataset(config: CfgNode) -> None:
+    """Raises UserError for a DATA.DATASET that there is not, and for keys of DATA that do not go with it."""
     name = config.DATA.DATASET
     if config.DATA.ZIP_MODE and name != "imagenet":
         raise UserError(f"--zip reads archives of imagenet's form, but DATA.DATASET is '{name}'; leave it out")
@@ -45,25 +67,9 @@ def open_dataset(config: CfgNode, *, training: bool, rank: int, on_machine: tupl
         raise UserError(f"DATA.TRAIN_LABELS and VAL_LABELS are of images in folders, and {what} has labels; empty them")
     if config.DATA.CLASS_MAP and (name != "imagenet" or config.DATA.ZIP_MODE or config.DATA.TRAIN_LABELS):
         raise UserError("DATA.CLASS_MAP is of folders of images (DATA.DATASET imagenet); leave it out")
-    if name in DATASETS:
-        return _registered(config, training)
-    if name == "digits":
-        return _digits(config, training)
-    if name == "elpv":
-        check_class_count("elpv", len(GRADES), config, training)
-        return Source(read_cells(training))
-    if name in _CIFAR:
-        return _cifar(config, training)
-    if name == "imagenet" and config.DATA.ZIP_MODE:
-        return open_zip(config, training, on_machine)
-    if name == "imagenet" and tar_files(config, training):
-        return open_tars(config, training, rank == 0, on_machine)
-    if name == "imagenet":
-        return open_folders(config, training, tell=rank == 0)
-    if "/" in name:
-        return _from_timm(config, training)
-    known = ["digits", "elpv", "imagenet", *_CIFAR, "torch/<name>", "hfds/<name>", *DATASETS]
-    raise unknown("DATA.DATASET", name, known)
+    known = ["digits", "elpv", "imagenet", *_CIFAR, *DATASETS]
+    if name not in known and "/" not in name:
+        raise unknown("DATA.DATASET", name, [*known, "torch/<name>", "hfds/<name>"])
 
 
 def _digits(config: CfgNode, training: bool) -> Source:
@@ -77,7 +83,7 @@ def _digits(config: CfgNode, training: bool) -> Source:
     pixels = (digits.images * (255 / 16)).round().astype(np.uint8)  # (1797, 8, 8), 0..16 in the package
     samples = [(Image.fromarray(pixels[i]), int(digits.target[i])) for i in np.sort(split[0 if training else 1])]
     check_class_count("the digits", 10, config, training)
-    return Source(samples, place="the digits")
+    return Source(samples, place="the digits", classes=range(10))
 
 
 def _cifar(config: CfgNode, training: bool) -> Source:
@@ -89,7 +95,7 @@ def _cifar(config: CfgNode, training: bool) -> Source:
     except RuntimeError as error:
         raise _incomplete_cifar(root, name) from error
     check_class_count(name, len(dataset.classes), config, training)
-    return Source(dataset, place=f"{name} in {root}")
+    return Source(dataset, place=f"{name} in {root}", classes=dataset.classes)
 
 
 def _incomplete_cifar(root: Path, name: str) -> UserError:
@@ -114,10 +120,10 @@ def _registered(config: CfgNode, training: bool) -> Source:
         raise UserError(f"DATA.DATASET '{name}' gives a {kind}; register what gives a sequence of (image, label)")
     if not len(samples):
         raise UserError(f"DATA.DATASET '{name}' has no {part} image; check DATA.DATA_PATH '{config.DATA.DATA_PATH}'")
-    classes = getattr(samples, "classes", None)
+    classes = _classes_told(samples)
     if classes:
         check_class_count(name, len(classes), config, training)
-    return Source(samples, place=f"the {part} images of {name}", by_user=True)
+    return Source(samples, place=f"the {part} images of {name}", by_user=True, classes=classes)
 
 
 def _from_timm(config: CfgNode, training: bool) -> Source:
@@ -133,7 +139,15 @@ def _from_timm(config: CfgNode, training: bool) -> Source:
             f"DATA.DATASET '{name}' is a stream; resuming needs images by index, as torch/ and hfds/ give them"
         )
     samples = dataset.reader if isinstance(dataset, ImageDataset) else dataset  # its own loading hides bad images
-    classes = getattr(dataset, "classes", None) or getattr(samples, "class_to_idx", None)
+    numbers = getattr(samples, "class_to_idx", None) or {}
+    classes = _classes_told(dataset) or sorted(numbers, key=numbers.get)
     if classes:
         check_class_count(name, len(classes), config, training)
-    return Source(samples, place=name)
+    return Source(samples, place=name, classes=classes)
+
+
+def _classes_told(samples: object) -> list[str]:
+    """What a data set calls its classes, as torchvision's do: of several names of one the first; none where it does not
+    tell."""
+    told = getattr(samples, "classes", None)
+    return [str(name[0] if isinstance(name, tuple) else name) for name in (() if told is None else told)]

@@ -35,7 +35,7 @@ KEYS = (
         flag="cache-mode",
     ),
     share("DATA.VAL_FRACTION", 0.0, "of each class's images held out, where there is no val/; 0: there is"),
-    key("DATA.TRAIN_LABELS", "", "CSV file below DATA_PATH, of lines image,label, in the place of folders"),
+    key("DATA.TRAIN_LABELS", "", "CSV file in DATA_PATH, of lines image,label, in the place of folders"),
     key("DATA.VAL_LABELS", "", "likewise"),
     key(
         "DATA.CLASS_MAP",
@@ -101,7 +101,15 @@ KEYS = (
     ),
     key("AUG.SIZE_SPREAD", 0.65, "deviation of the sides about the one whose turn it is, in places", at_least=0),
     share("AUG.SIZE_MIX", 0.1, "of the steps at any of them"),
-    share("AUG.SCALE", [0.08, 1.0], "least and most share of an image's area that a crop shows", length=2, rising=True),
+    key(
+        "AUG.SCALE",
+        [0.08, 1.0],
+        "least and most share of an image's area that a crop shows; up to IMG_SIZE 32 there is none, and no RATIO",
+        above=0,
+        at_most=1,
+        length=2,
+        rising=True,
+    ),
     key("AUG.RATIO", [0.75, 4 / 3], "least and most width of a crop over its height", above=0, length=2, rising=True),
     key(
         "AUG.REPEATS",
@@ -125,5 +133,11 @@ KEYS = (
     key("AUG.MIXUP_MODE", "batch", "one draw a micro-batch, a pair or an image", choices=("batch", "pair", "elem")),
     #
     switch("TEST.CROP", "resize, and crop the centre; false: resize to IMG_SIZE", default=True),
-    key("TEST.CROP_PCT", 0.875, "share of the resized image's sides that the crop keeps", above=0, at_most=1),
+    key(
+        "TEST.CROP_PCT",
+        0.875,
+        "share of the resized image's sides that the crop keeps; up to IMG_SIZE 32 all",
+        above=0,
+        at_most=1,
+    ),
 )

@@ -26,7 +26,7 @@ class Line:
 
 
 def read_labels(path: Path, root: Path, check: bool = True) -> list[Line]:
-    """The lines "image,label" of a file; images lie below `root`.
+    """The lines "image,label" of a file; paths of images are relative to `root`, or absolute.
 
     A label in another Unicode form is the same one.
 

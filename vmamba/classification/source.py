@@ -30,9 +30,11 @@ class Source:
         place: str | None = None,
         by_user: bool = False,  # samples are made by code of a user's module
         drawn_by: str = "",  # the key by which some of the images that are there are held out
+        classes: Sequence[Any] = (),  # what the data set calls them, by their numbers; none where it does not tell
     ):
         self.samples = Labelled(samples) if place is None else samples
         self.archive, self.place, self.by_user, self.drawn_by = archive, place, by_user, drawn_by
+        self.classes = [str(name) for name in classes]
 
     def __len__(self) -> int:
         return len(self.samples)

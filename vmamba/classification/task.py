@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,20 +18,23 @@ from yacs.config import CfgNode
 from vmamba.classification.class_maps import real_accuracy
 from vmamba.classification.class_names import warn_of_other_names
 from vmamba.classification.data import build_eval_loader, build_train_loader
+from vmamba.classification.datasets import check_dataset
 from vmamba.classification.sizes import Sizes
 from vmamba.classification.teachers import Teacher, soft_cross_entropy
-from vmamba.classification.transforms import Batch, build_mixup
+from vmamba.classification.transforms import Batch, build_mixup, build_pixels, without_effect
 from vmamba.config import image_size
 from vmamba.data.loaders import EvalLoader, TrainLoader
 from vmamba.errors import UserError, unknown
 from vmamba.extensions import LOSSES
 from vmamba.models.flops import complexity
 from vmamba.models.pretrained import Checkpoint, load_pretrained
-from vmamba.models.variants import build_model, check_size
+from vmamba.models.variants import build_model, check_name, check_size
 from vmamba.runtime.distributed import World, gather, sum_over_processes
 from vmamba.runtime.plan import build_plan
 from vmamba.runtime.task import Results
 from vmamba.text import counted
+
+logger = logging.getLogger("vmamba")
 
 
 class Task:
@@ -53,6 +57,13 @@ class Task:
     def mixup(self) -> Callable[..., Batch] | None:
         return build_mixup(self.config)
 
+    def check(self) -> None:
+        check_name(self.config)
+        check_dataset(self.config)
+        check_loss(self.config)
+        build_pixels(self.config, training=True)
+        _ = self.mixup, given_weights(self.config)
+
     def build_model(self) -> nn.Module:
         model, settings = build_model(self.config), self.config.MODEL
         for side in self.config.AUG.SIZES:
@@ -69,17 +80,9 @@ class Task:
         load_pretrained(model, checkpoint, drop_head=self.config.MODEL.DROP_HEAD)
 
     def train_loader(self, world: World) -> TrainLoader:
-        if self.config.TRAIN.LOSS not in ("cross_entropy", "bce", *LOSSES):
-            raise unknown("TRAIN.LOSS", self.config.TRAIN.LOSS, ("cross_entropy", "bce", *LOSSES))
-        if self.config.TRAIN.LOSS == "bce" and self.config.MODEL.LABEL_SMOOTHING == 1:
-            raise UserError("MODEL.LABEL_SMOOTHING is 1, which TRAIN.LOSS bce does not take; choose less")
-        if self.config.TRAIN.MESA and not self.config.TRAIN.EMA.ENABLE:
-            raise UserError(
-                f"TRAIN.MESA is {self.config.TRAIN.MESA:g}, and its teacher is the average of the weights; set "
-                "TRAIN.EMA.ENABLE true (--model-ema)"
-            )
-        _, weights = self.mixup, given_weights(self.config)  # refuse what cannot be before anything is opened
+        self._tell_what_does_nothing(world, training=True)
         loader = build_train_loader(self.config, rank=world.rank, world_size=world.size, on_machine=world.on_machine)
+        weights = given_weights(self.config)
         if self.config.TRAIN.CLASS_WEIGHTS == "balanced":
             weights = balanced_weights(self.config, loader.examples.source.class_counts())
         self.class_weights = None if weights is None else weights.to(world.device)
@@ -89,7 +92,12 @@ class Task:
         self.mesa_from = int(self.config.TRAIN.MESA_START * plan.steps)
         return loader
 
+    def _tell_what_does_nothing(self, world: World, training: bool) -> None:
+        for sentence in without_effect(self.config, training) if world.main else ():
+            logger.warning(sentence)
+
     def eval_loader(self, world: World) -> EvalLoader:
+        self._tell_what_does_nothing(world, training=False)
         self.held_out = build_eval_loader(
             self.config, rank=world.rank, world_size=world.size, on_machine=world.on_machine
         )
@@ -154,6 +162,20 @@ class Task:
     def example(self, world: World) -> tuple[Tensor]:
         shape = (self.config.DATA.BATCH_SIZE, self.config.MODEL.IN_CHANS, *image_size(self.config))
         return (torch.randn(shape, device=world.device),)
+
+
+def check_loss(config: CfgNode) -> None:
+    """Raises UserError for a TRAIN.LOSS or TRAIN.MESA that cannot be."""
+    loss = config.TRAIN.LOSS
+    if loss not in ("cross_entropy", "bce", *LOSSES):
+        raise unknown("TRAIN.LOSS", loss, ("cross_entropy", "bce", *LOSSES))
+    if loss == "bce" and config.MODEL.LABEL_SMOOTHING == 1:
+        raise UserError("MODEL.LABEL_SMOOTHING is 1, which TRAIN.LOSS bce does not take; choose less")
+    if config.TRAIN.MESA and not config.TRAIN.EMA.ENABLE:
+        raise UserError(
+            f"TRAIN.MESA is {config.TRAIN.MESA:g}, and its teacher is the average of the weights; set "
+            "TRAIN.EMA.ENABLE true (--model-ema)"
+        )
 
 
 def given_weights(config: CfgNode) -> Tensor | None:

@@ -88,6 +88,11 @@ def _published(name: str, config: CfgNode) -> tuple[nn.Module, list[float], list
         raise UserError(
             f"DISTILL.TEACHER {name} cannot be had with timm's weights ({reason}); check the name, or give a checkpoint"
         ) from error
+    if not getattr(model, "pretrained_cfg", None):
+        raise UserError(
+            f"DISTILL.TEACHER {name} is of a module of your own and tells no weights to teach with; name the "
+            f"checkpoint of a run of it"
+        )
     return model, *(of_channels(model.pretrained_cfg[name], channels) for name in ("mean", "std"))
 
 

@@ -35,6 +35,7 @@ from vmamba.classification.nvjpeg import (
 )
 from vmamba.classification.on_device import Augment, Operation, in_passes, write_down
 from vmamba.config import image_size
+from vmamba.config.keys import keys_of
 from vmamba.data.draws import MIXUP, preserved_generators, seed_generators
 from vmamba.data.images import COLOURS
 from vmamba.errors import UserError
@@ -117,6 +118,26 @@ def build_pixels(config: CfgNode, training: bool) -> Callable[[Any], Pixels]:
         transform.transforms[0:1] = [transforms.Resize(size, interpolation=mode), padded]
     erasing = RandomErasing(aug.REPROB, mode=aug.REMODE, max_count=aug.RECOUNT, device="cpu") if aug.REPROB else None
     return _by_decoder(config, transform, crop_steps=2 if small else 1, erasing=erasing)
+
+
+def without_effect(config: CfgNode, training: bool) -> list[str]:
+    """A sentence for each key of the transform that says other than its default and does nothing at this size, or
+    without TEST.CROP."""
+    known, small = keys_of(config.TASK), max(image_size(config)) <= _SMALL
+    why = f"at DATA.IMG_SIZE {config.DATA.IMG_SIZE}: up to {_SMALL} pixels images are "
+    reasons = {}
+    if training and small:
+        reasons = dict.fromkeys(("AUG.SCALE", "AUG.RATIO"), f"{why}padded and cropped, not zoomed into")
+    elif not training and not config.TEST.CROP:
+        reasons = {"TEST.CROP_PCT": "where TEST.CROP is false"}
+    elif not training and small and config.TEST.CROP_PCT != 1:
+        reasons = {"TEST.CROP_PCT": f"{why}evaluated whole"}
+    values = {key: config[key.partition(".")[0]][key.partition(".")[2]] for key in reasons}
+    return [
+        f"{key} {values[key]} does nothing {reason}"
+        for key, reason in reasons.items()
+        if values[key] != known[key].default
+    ]
 
 
 class RandomCrop(transforms.RandomCrop):

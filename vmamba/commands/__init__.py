@@ -23,7 +23,10 @@ def main() -> NoReturn:
     name, arguments = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
     if name in ("-h", "--help"):
         listed = "\n".join(f"  {command:9}{meaning}" for command, meaning in COMMANDS.items())
-        print(f"usage: vmamba COMMAND ...\n\n{listed}\n\nvmamba COMMAND --help lists its flags")
+        print(f"usage: vmamba COMMAND ...\n\n{listed}\n\nvmamba COMMAND --help lists its flags; vmamba --version")
+        sys.exit(0)
+    if name == "--version":
+        print(f"vmamba {sys.modules['vmamba'].__version__}")
         sys.exit(0)
     if name not in COMMANDS:
         sys.exit(f"vmamba: error: {unknown('command', name, COMMANDS)}")

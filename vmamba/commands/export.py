@@ -23,4 +23,5 @@ def parser() -> Parser:
     parser.flag("--output", metavar="FILE", help="the file to be written")
     parser.flag("--card", action="store_true", help="write README.md beside it, the run's card in the hub's form")
     parser.flag("--licence", metavar="NAME", help="of the weights, for the card")
+    parser.imports()
     return parser

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from vmamba.errors import unknown
+from vmamba.errors import UserError, unknown
+from vmamba.extensions import import_modules
 from vmamba.runtime.cli import exit_code
 
 
@@ -80,6 +81,16 @@ _SHARED: dict[str, dict[str, Any]] = {  # flags of several commands
 }
 
 
+class _Import(argparse.Action):
+    """Imports the modules as soon as they are read."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        try:
+            import_modules(values)
+        except UserError as error:
+            parser.error(str(error))
+
+
 class Parser(argparse.ArgumentParser):
     """The flags of a command for the arguments of `function`.
 
@@ -117,6 +128,18 @@ class Parser(argparse.ArgumentParser):
             settings["dest"] = argument
             self.flags.append(name)
         self.add_argument(name, **settings)
+
+    def imports(self) -> None:
+        """Add --import, for what a module of the user's own registers."""
+        self.flags.append("--import")
+        self.add_argument(
+            "--import",
+            action=_Import,
+            nargs="+",
+            metavar="MODULE",
+            default=argparse.SUPPRESS,  # no argument of the function
+            help="modules of your own, to import first, as a checkpoint's model needs (default: none)",
+        )
 
     def run(self, arguments: Sequence[str] | None = None) -> NoReturn:
         """Call the function with the arguments of the command line, or these, and end the process."""

@@ -14,4 +14,5 @@ def parser() -> Parser:
     parser.flag("--licence", metavar="NAME", help="of the weights, one of the hub's names")
     parser.flag("--private", action="store_true", help="make a repository that others do not see")
     parser.flag("--weights", choices=("auto", "ema", "model"), help="which of the checkpoint's")
+    parser.imports()
     return parser

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Collection
 from typing import NoReturn
 
 from yacs.config import CfgNode
@@ -12,8 +13,9 @@ from vmamba.config.merge import merge, pairs
 from vmamba.errors import nearest
 
 
-def argument_parser(description: str | None = None) -> argparse.ArgumentParser:
-    """The flags of every task.  Underscores serve as hyphens; a switch takes true, false or nothing.
+def argument_parser(description: str | None = None, without: Collection[str] = ()) -> argparse.ArgumentParser:
+    """The flags of every task, but for those `without` which a door has one of its own.  Underscores serve as hyphens;
+    a switch takes true, false or nothing.
 
     What is wrong on the command line ends the program with one sentence and status 2.
     """
@@ -22,7 +24,7 @@ def argument_parser(description: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--opts", nargs="+", action="extend", default=[], metavar=("KEY", "VALUE"), help="set any key of docs/config.md"
     )
-    for key in _flags().values():
+    for key in (each for flag, each in _flags().items() if flag not in without):
         text = key.meaning + (f"; one of {key.takes}" if key.takes.choices else "")
         text += "" if key.default in ("", None) else f" (default: {_shown(key.default)})"
         if key.takes.kinds == (bool,):
@@ -39,7 +41,7 @@ def config_from_args(args: argparse.Namespace) -> CfgNode:
     """The frozen config of a command line parsed by `argument_parser`: file, then --opts, then the other flags."""
     settings = pairs(args.opts)
     for flag, key in _flags().items():
-        value = getattr(args, flag.replace("-", "_"))
+        value = getattr(args, flag.replace("-", "_"), None)
         if value is not None:
             settings.append((key.name, value, f"--{flag}"))
     if args.amp_opt_level is not None:

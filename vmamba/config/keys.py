@@ -72,13 +72,21 @@ COMMON = (
     key("PRINT_FREQ", 10, "steps between log lines", at_least=1, also="log_interval"),
     key("EVAL_FREQ", 1, "rounds between evaluations; the last is evaluated", at_least=1),
     key("EVAL_STEPS", 0, "optimiser steps a round; 0: a round is an epoch", at_least=0),
-    key("EVAL_WEIGHTS", "both", "what training evaluates where there is an EMA", choices=("both", "model", "ema")),
+    key(
+        "EVAL_WEIGHTS",
+        "both",
+        "what training evaluates where there is an EMA; --eval: MODEL.WEIGHTS",
+        choices=("both", "model", "ema"),
+    ),
     key(
         "PROFILE", 0, "steps, behind the first ten, that PyTorch's profiler records; 0: none", at_least=0, at_most=1000
     ),
     key("WANDB", "", "project of Weights & Biases that the numbers go to as well; empty: none", also="wandb"),
     switch("EVAL_MODE", "evaluate only", flag="eval"),
     switch("THROUGHPUT_MODE", "measure throughput only", flag="throughput"),
+    switch(
+        "DRY_RUN", "try all of it: two steps, an evaluation of two batches, a save; nothing is kept", flag="dry-run"
+    ),
     #
     key("DATA.DATASET", "", "what a task reads, each its own", also="dataset_type"),
     key("DATA.DATA_PATH", "", "folder of the data set", flag="data-path", also="data_root data_dir"),

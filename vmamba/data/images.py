@@ -45,15 +45,19 @@ class UnreadableImage(Exception):
     """An image that cannot be read or decoded.  Its text names the image and says why, in one line."""
 
 
-def decode(image: Image.Image | bytes | str | Path | BinaryIO, channels: int, name: str | Path) -> Image.Image | Tensor:
-    """`image`, the bytes of a file, its path or the open file, as gray (1 channel) or RGB (3), 8 bits a value; of other
-    `channels` as a tensor (channels, H, W), uint8.
+def decode(
+    image: Image.Image | np.ndarray | bytes | str | Path | BinaryIO, channels: int, name: str | Path
+) -> Image.Image | Tensor:
+    """`image`, an array (H, W, its channels) of uint8, the bytes of a file, its path or the open file, as gray (1
+    channel) or RGB (3), 8 bits a value; of other `channels` as a tensor (channels, H, W), uint8.
 
     `name` stands in the sentences.  Raises UnreadableImage.
     """
     with reading(name):
         if channels not in COLOURS:
             return _bands(image, channels)
+        if isinstance(image, np.ndarray):
+            image = _of_array(image)
         if not isinstance(image, Image.Image):
             image = open_image(image)
         sixteen_bits = any(re.search("(?<!BGR);16", str(tile[3])) for tile in getattr(image, "tile", ()))
@@ -118,19 +122,33 @@ def suffixes(channels: int = 3) -> set[str]:
     return known if channels in COLOURS else known | {".npy"}
 
 
-def _bands(image: Image.Image | bytes | str | Path | BinaryIO, channels: int) -> Tensor:
+def _of_array(array: np.ndarray) -> Image.Image:
+    """Of (H, W), or (H, W, 1), (H, W, 3) or (H, W, 4): gray, RGB or RGBA."""
+    _check_values(array)
+    if 0 in array.shape or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise ValueError(f"its shape is {array.shape}; an array is (H, W), or (H, W, channels) of 1, 3 or 4 channels")
+    return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
+
+
+def _check_values(array: np.ndarray) -> None:
+    if array.dtype != np.uint8:
+        raise ValueError(f"its values are {array.dtype}; scale them to 0..255 and convert them to uint8")
+
+
+def _bands(image: Image.Image | np.ndarray | bytes | str | Path | BinaryIO, channels: int) -> Tensor:
     """(channels, H, W), uint8, of an array with the channels in front or behind, in front where both could be."""
     if isinstance(image, (str, Path)):
         image = _content(image)
-    elif not isinstance(image, (bytes, Image.Image)):
+    elif not isinstance(image, (bytes, Image.Image, np.ndarray)):
         image = image.read()
-    if isinstance(image, bytes) and image.startswith(b"\x93NUMPY"):
+    if isinstance(image, np.ndarray):
+        array = image
+    elif isinstance(image, bytes) and image.startswith(b"\x93NUMPY"):
         array = np.load(io.BytesIO(image), allow_pickle=False)
     else:
         image = image if isinstance(image, Image.Image) else open_image(image)
         array = np.asarray(image)
-    if array.dtype != np.uint8:
-        raise ValueError(f"its values are {array.dtype}; scale them to 0..255 and convert them to uint8")
+    _check_values(array)
     shape = array.shape
     if array.ndim == 3 and shape[0] != channels:
         array = array.transpose(2, 0, 1)

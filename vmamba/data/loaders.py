@@ -38,6 +38,7 @@ Seconds = float  # of a core: what was computed, without waiting for files
 _OF_A_DISK = "EIO ESTALE ETIMEDOUT EREMOTEIO"
 _OF_A_NETWORK = "EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ENOTCONN ECONNRESET ECONNABORTED ESHUTDOWN"
 _PASSING = {getattr(errno, name) for name in f"{_OF_A_DISK} {_OF_A_NETWORK}".split() if hasattr(errno, name)}
+_DRY = 2  # batches that a DRY_RUN evaluates
 _REPLACEMENTS = 10  # samples tried in the place of an unreadable one
 # Seconds after which the thread that decodes lets that go on by which the training process gets a batch.
 _SWITCH = 0.0005
@@ -186,6 +187,10 @@ class Loader:
         source = self.examples.source
         return {"images": len(source), **(source.contents() if hasattr(source, "contents") else {})}
 
+    def class_names(self) -> list[str]:
+        """What the data calls each class, by its number; none where it does not tell."""
+        return list(getattr(self.examples.source, "class_names", ()))
+
     @property
     def seconds_an_image(self) -> Seconds:
         """Reading, decoding, augmenting and collating, waiting for files left out; NaN before the first batch."""
@@ -301,7 +306,8 @@ class TrainLoader(Loader):
 
 
 class EvalLoader(Loader):
-    """This process's share of the samples: over all processes each comes exactly once, without padding.
+    """This process's share of the samples: over all processes each comes exactly once, without padding; of a DRY_RUN
+    the first batches alone.
 
     `given` are the indices of those that came so far in this iteration, in order.
     """
@@ -317,7 +323,8 @@ class EvalLoader(Loader):
     ):
         self.images = len(examples.source)
         mine, size = range(rank, self.images, world_size), config.DATA.BATCH_SIZE
-        self._batches = [[(0, index) for index in mine[start : start + size]] for start in range(0, len(mine), size)]
+        starts = range(0, len(mine), size)[: _DRY if config.DRY_RUN else None]
+        self._batches = [[(0, index) for index in mine[start : start + size]] for start in starts]
         self.given: list[int] = []
         super().__init__(config, examples, self._batches, collate, finish)
 

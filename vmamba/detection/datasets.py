@@ -91,6 +91,10 @@ class Coco:
         # As bytes, or every loading process would copy a million objects as it counts who refers to them.
         self.images = [pickle.dumps(each) for each in images]
 
+    @property
+    def class_names(self) -> list[str]:
+        return [name for _, name in self.categories]
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -148,6 +152,10 @@ class Scenes:
             raise UserError(
                 f"scenes have {len(self.categories)} classes, and MODEL.NUM_CLASSES is {config.MODEL.NUM_CLASSES}"
             )
+
+    @property
+    def class_names(self) -> list[str]:
+        return [name for _, name in self.categories]
 
     def __len__(self) -> int:
         return self.count

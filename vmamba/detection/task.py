@@ -18,6 +18,7 @@ from vmamba.errors import UserError
 from vmamba.models.compilation import WITH_CUDA_GRAPHS
 from vmamba.models.flops import complexity
 from vmamba.models.pretrained import Checkpoint
+from vmamba.models.variants import check_name
 from vmamba.models.whole import load_whole, start_whole
 from vmamba.runtime.distributed import World
 from vmamba.runtime.task import Results
@@ -46,6 +47,9 @@ class Task:
     @cached_property
     def held_out(self) -> Dataset:
         return open_dataset(self.config, training=False)
+
+    def check(self) -> None:
+        check_name(self.config, bare=True)
 
     def build_model(self) -> nn.Module:
         return build_model(self.config)

@@ -15,15 +15,13 @@ from vmamba.detection.mask_rcnn import MaskRCNN
 from vmamba.errors import UserError, unknown
 from vmamba.exporting import graphs, programs, weights
 from vmamba.exporting.descriptions import channels_of, size_of, timm_name
-from vmamba.files import check_writable
+from vmamba.exporting.places import check_place
 from vmamba.models.backbone import Backbone
 from vmamba.models.backbones import TimmBackbone
 from vmamba.models.variants import check_size, timm_settings
 from vmamba.models.vssm import VSSM
 from vmamba.models.weights import unwrapped
-from vmamba.runtime.checkpoint import is_there
 from vmamba.segmentation.upernet import UperNet
-from vmamba.text import printable
 from vmamba.values import Takes
 
 WEIGHTS = ("safetensors", "pth")
@@ -65,8 +63,8 @@ def export(
         mean, std: of a channel of the images, values in 0..1, likewise; None: of a loaded model's run, timm's of its
             models, or ImageNet's (one number, the mean of its three, where the images have others than three channels).
 
-    Returns the path.  Raises UserError, before any work, for what cannot be exported, and why, and where the state of a
-    run would be written over.
+    Returns the path.  Raises UserError, before any work, for what cannot be exported, and why, and where another
+    file than one of this function's would be written over.
     """
     if not isinstance(path, (str, PathLike)):
         raise UserError(f"path is {path!r:.60} ({type(path).__name__}); give that of the file to be written")
@@ -83,13 +81,13 @@ def export(
     about = weights.about(model, **facts, needed=format in WEIGHTS)
     if format in WEIGHTS:
         held = weights.spelt(model, spelling)
-        _check_place(path)
+        check_place(path)
         weights.write(path, format, held, about)
         return path
     if spelling != "ours":
         raise UserError(f"spelling is '{spelling}', and a file of {format} has no names of weights; leave it out")
     _check_program(model, format, dynamic)
-    _check_place(path)
+    check_place(path)
     with programs.as_by_default():
         frozen = copy.deepcopy(model).cpu().eval().requires_grad_(False)
         programs.set_backend(frozen, "reference")
@@ -101,12 +99,6 @@ def export(
         else:
             programs.write_compiled(path, frozen, images, dynamic, about)
     return path
-
-
-def _check_place(path: Path) -> None:
-    check_writable(path)
-    if is_there(path):
-        raise UserError(f"'{printable(path)}' is the state of a run, which would be lost; choose another file")
 
 
 def _known(model: object) -> nn.Module:

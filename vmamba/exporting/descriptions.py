@@ -35,7 +35,7 @@ def timm_name(model: nn.Module) -> str:
     """What timm calls a classifier that its create_model made; "" of another model."""
     told = getattr(model, "pretrained_cfg", None)
     name = told.get("architecture") if isinstance(told, Mapping) else None
-    classifies = not isinstance(model, VSSM) and hasattr(model, "get_classifier") and hasattr(model, "num_classes")
+    classifies = not isinstance(model, VSSM) and hasattr(model, "num_classes")
     return name if classifies and name and timm.is_model(name) else ""
 
 

@@ -21,7 +21,7 @@ from vmamba.models.pretrained import best_kind, read_weights
 from vmamba.models.variants import TIMM
 from vmamba.runtime import evaluation
 from vmamba.runtime.checkpoint import read_training_state
-from vmamba.runtime.records import read_metrics
+from vmamba.runtime.records import NOT_COUNTED, is_number, read_metrics, results_of
 from vmamba.runtime.task import open_task
 from vmamba.text import counted, printable
 
@@ -129,6 +129,8 @@ def _results(folder: Path, file: Path, config: CfgNode) -> tuple[str, dict[str, 
     path = folder / "evaluation.json"
     told = read_json(path) if path.is_file() else None
     if told and _is_of(told, path, file, config):
+        if not all(map(is_number, told["results"].values())):
+            return f"Of {file.name}, evaluated by itself, which {NOT_COUNTED}", {}
         return f"Of {file.name}, evaluated by itself", _numbers({**told["results"], **told["details"]})
     headline = open_task(config).headline
     rounds = [each for each in read_metrics(folder / "metrics.jsonl") if {headline, f"ema_{headline}"} & each.keys()]
@@ -136,9 +138,11 @@ def _results(folder: Path, file: Path, config: CfgNode) -> tuple[str, dict[str, 
         return "The run has evaluated nothing", {}
     state = read_training_state(file) or {}
     its = next((each for each in rounds if each.get("step", -1) == state.get("step")), None)
-    apart = ("step", "lr", "grad_norm", "bad_steps", "images_per_second", "memory_mb", "seconds", "unimproved")
-    numbers = {name: value for name, value in _numbers(its or rounds[-1]).items() if name not in apart}
-    return f"Of the round of training that {file.name} is of" if its else "Of the run's last round of training", numbers
+    entry = its or rounds[-1]
+    source = f"Of the round of training that {file.name} is of" if its else "Of the run's last round of training"
+    if not results_of(entry):
+        return f"{source}, whose evaluation {NOT_COUNTED}", {}
+    return source, _numbers({name: entry.get(name) for name in ("epoch", "train_loss")} | results_of(entry))
 
 
 def _is_of(told: Any, path: Path, file: Path, config: CfgNode) -> bool:

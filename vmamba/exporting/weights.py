@@ -91,10 +91,10 @@ def spelt(model: nn.Module, spelling: str) -> dict[str, Tensor]:
 
 
 def write(path: Path, format: str, held: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """A file of torch.save holds the weights under "model" beside `about`; one of safetensors `about` as JSON in its
-    metadata."""
+    """A file of torch.save holds the weights under "model" beside `about`, and `ABOUT` says who wrote it; one of
+    safetensors has `about` as JSON in its metadata."""
     if format == "pth":
-        write_atomically(path, lambda file: torch.save({"model": dict(held), **about}, file))
+        write_atomically(path, lambda file: torch.save({"model": dict(held), **about, ABOUT: "export"}, file))
     else:
         content = save(dict(held), {"format": "pt", ABOUT: json.dumps(about)})
         write_atomically(path, lambda file: file.write(content))

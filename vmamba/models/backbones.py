@@ -16,7 +16,7 @@ from vmamba.models.backbone import Backbone
 from vmamba.models.layers import LayerNorm
 from vmamba.models.options import check_configured
 from vmamba.models.pretrained import Checkpoint, adapted, told_by_timm
-from vmamba.models.variants import TIMM, VARIANTS, as_shapes, create_model
+from vmamba.models.variants import TIMM, VARIANTS, as_shapes, check_registered, create_model
 from vmamba.models.weights import load_weights
 
 STRIDES = (4, 8, 16, 32)
@@ -59,6 +59,7 @@ def build_backbone(config: CfgNode) -> nn.Module:
     elif settings.OPTIONS:
         raise UserError(f"MODEL.OPTIONS are of our models, and MODEL.NAME is {settings.NAME}; leave them out")
     else:
+        check_registered(config)
         backbone = create_backbone(settings.NAME, in_chans=settings.IN_CHANS, **drop_path)
     whole = backbone.model if isinstance(backbone, Backbone) else backbone.model.model
     try:

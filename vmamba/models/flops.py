@@ -39,6 +39,8 @@ def flops(model: nn.Module, size: int | tuple[int, int] = 224) -> int:
 
     Raises UserError for what is no size, and one that the model does not take.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"this is a {type(model).__name__}, no model; give what vmamba.create_model or timm's gives")
     sides = size if isinstance(size, (tuple, list)) else (size, size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise UserError(f"size is {size!r}; expected a side in pixels, or (height, width)")

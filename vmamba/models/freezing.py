@@ -38,6 +38,13 @@ def mark(model: nn.Module, parts: Sequence[str], key: str) -> None:
     keep(model)
 
 
+def thaw(model: nn.Module) -> None:
+    """Let the modules that were frozen be trained again, in the mode that the model is in."""
+    for module in [each for each in model.modules() if getattr(each, "is_frozen", False)]:
+        del module.is_frozen
+        module.requires_grad_(True).train(model.training)
+
+
 def train(model: nn.Module) -> None:
     """Put the model into training mode, its frozen parts into that of evaluation."""
     model.train()

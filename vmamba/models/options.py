@@ -1,9 +1,9 @@
 """What can be chosen of a model, an option a line: its default, its meaning, what it takes, what the original calls it.
 
-`ss2d` reads `ScanOptions`, `vssm.VSSM` reads `ModelOptions`, which adds to them.  A config sets them as
-MODEL.OPTIONS.<name>, but for the few that have a key of their own.  The original has most of them as options of its
-constructor (`released`), some as postfixes of its forward_type (`postfixes`); the defaults are those of its
-constructor.  Every value is checked here, wherever it comes from.
+`ss2d` reads `ScanOptions`, `vssm.Block` `BlockOptions` and `vssm.VSSM` `ModelOptions`, each adding to the one before.
+A config sets them as MODEL.OPTIONS.<name>, but for the few that have a key of their own.  The original has most of them
+as options of its constructor (`released`), some as postfixes of its forward_type (`postfixes`); the defaults are those
+of its constructor.  Every value is checked here, wherever it comes from.
 """
 
 import inspect
@@ -102,7 +102,21 @@ class ScanOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(ScanOptions):
+class BlockOptions(ScanOptions):
+    """Of a block, `vssm.Block`.  Raises UserError for a value that an option does not take."""
+
+    scan: str = option("selective", "SS2D, or ssd, Mamba-2's (forward_type m0)", choices=("selective", "ssd"))
+    mlp_ratio: float = option(
+        4.0, "width of the MLP in units of dims; 0: none", at_least=0, released="mlp_ratio", at_most=64
+    )
+    mlp_act: str = option("gelu", "activation of the MLP", choices=ACTIVATIONS, released="mlp_act_layer")
+    mlp_drop_rate: float = option(0.0, "dropout in the MLP", released="mlp_drop_rate", **_SHARE)
+    gated_mlp: bool = option(False, "multiply the MLP's hidden layer by a gate", released="gmlp")
+    norm_layer: str = option("ln", "of blocks, stem, downsampling and head", choices=NORMS, released="norm_layer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(BlockOptions):
     """Of a whole model, `vssm.VSSM`.  Raises UserError for a value that an option does not take.
 
     Stochastic depth grows from 0 at the first block.  The versions of the stem and of the downsampling are those of
@@ -123,16 +137,8 @@ class ModelOptions(ScanOptions):
     route_turns: int = option(
         1, "parts of the routes that blocks take in turn; 2: there and back (arXiv 2506.15976)", at_least=1, at_most=64
     )
-    scan: str = option("selective", "SS2D, or ssd, Mamba-2's (forward_type m0)", choices=("selective", "ssd"))
-    mlp_ratio: float = option(
-        4.0, "width of the MLP in units of dims; 0: none", at_least=0, released="mlp_ratio", at_most=64
-    )
-    mlp_act: str = option("gelu", "activation of the MLP", choices=ACTIVATIONS, released="mlp_act_layer")
-    mlp_drop_rate: float = option(0.0, "dropout in the MLP", released="mlp_drop_rate", **_SHARE)
-    gated_mlp: bool = option(False, "multiply the MLP's hidden layer by a gate", released="gmlp")
     drop_rate: float = option(0.0, "dropout in front of the head", **_SHARE)
     drop_path_rate: float = option(0.1, "stochastic depth of the last block", released="drop_path_rate", **_SHARE)
-    norm_layer: str = option("ln", "of blocks, stem, downsampling and head", choices=NORMS, released="norm_layer")
     patch_norm: bool = option(True, "norms in the stem", released="patch_norm")
     patch_embed: str = option("v1", "the stem", choices=PATCH_EMBEDS, released="patchembed_version")
     downsample: str = option("v2", "between stages", choices=DOWNSAMPLES, released="downsample_version")

@@ -23,7 +23,7 @@ from vmamba.models.formats import read_file
 from vmamba.models.released import backbone_weights, keys_from_released
 from vmamba.models.vssm import VSSM, resize_pos_embed
 from vmamba.models.weights import is_beyond, is_image, is_plain, load_weights, unwrapped, without_wrappers
-from vmamba.text import counted
+from vmamba.text import counted, printable
 
 logger = logging.getLogger("vmamba")
 _WHERE = {"ema": ("model_ema", "state_dict_ema", "ema"), "model": ("model", "state_dict")}  # in the order of "auto"
@@ -153,6 +153,18 @@ def weights_in(content: Any, source: object) -> dict[str, tuple[str, dict[str, T
     return {kind: (name, _unwrapped(found[name], source)) for kind, name in held.items()}
 
 
+def calls_otherwise(path: Path, theirs: Sequence[str], ours: Sequence[str]) -> str:
+    """The sentence for a file at `path` that calls its classes otherwise than `ours`, of as many, so that a class's
+    number would mean another one; "" where it does not."""
+    if len(ours) != len(theirs) or list(ours) == list(theirs):
+        return ""
+    number = next(number for number, name in enumerate(ours) if name != theirs[number])
+    return (
+        f"'{printable(path)}' calls class {number} '{printable(theirs[number])}', and here it is "
+        f"'{printable(ours[number])}': is it of the same classes in the same order?"
+    )
+
+
 def load_pretrained(model: nn.Module, checkpoint: Checkpoint, drop_head: bool = False) -> None:
     """Load the weights of a file into a model, a position map resized to the model's, and the first convolution of a
     file of RGB images adapted to another number of channels as timm does.
@@ -190,10 +202,18 @@ def _load_timm(model: nn.Module, checkpoint: Checkpoint, drop_head: bool) -> Non
     own = model.state_dict()
     weights = adapted(checkpoint.whole, own, told_by_timm(model, "first_conv"))
     heads = tuple(f"{name}." for name in told_by_timm(model, "classifier"))
+    if drop_head and not heads:
+        raise UserError(
+            f"this {type(model).__name__} has no head that is known, so --drop-head would drop nothing; leave it out, "
+            f"or let the model tell its classifier as timm's do (pretrained_cfg)"
+        )
     if drop_head:
         kept = {name: weight for name, weight in own.items() if name.startswith(heads)}
         weights = {name: weight for name, weight in weights.items() if not name.startswith(heads)} | kept
-        logger.info(f"{checkpoint.path}: dropped the head; the model's of {model.num_classes} classes starts at random")
+        logger.info(
+            f"{checkpoint.path}: dropped the head ({heads[0][:-1]}); the model's of {model.num_classes} classes "
+            "starts at random"
+        )
     try:
         load_weights(model, weights, checkpoint.path)
     except UserError as error:

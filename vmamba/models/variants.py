@@ -17,11 +17,13 @@ from timm.models import PretrainedCfg
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from vmamba.errors import UserError, unknown
+from vmamba.errors import UserError, nearest, unknown
+from vmamba.extensions import not_imported
 from vmamba.models.download import download
 from vmamba.models.options import check_configured
 from vmamba.models.pretrained import load_checkpoint, load_pretrained
 from vmamba.models.vssm import VSSM
+from vmamba.text import printable, some
 
 
 @dataclass(frozen=True)
@@ -242,8 +244,7 @@ def build_model(config: CfgNode) -> nn.Module:
 def _timm_model(config: CfgNode) -> nn.Module:
     """The baselines of the tables: MODEL.NAME timm/swin_tiny_patch4_window7_224."""
     settings, name = config.MODEL, config.MODEL.NAME.removeprefix(TIMM)
-    if not timm.is_model(name):
-        raise unknown("model", name, timm.list_models())
+    check_registered(config)
     fixed_size = timm_settings(name).fixed_input_size
     if settings.OPTIONS:
         raise UserError(f"MODEL.OPTIONS are of our models, and MODEL.NAME is {settings.NAME}; leave them out")
@@ -256,9 +257,49 @@ def _timm_model(config: CfgNode) -> nn.Module:
             model.set_grad_checkpointing()
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"timm cannot build '{name}' with these settings: {error or type(error).__name__}") from error
+    if not hasattr(model, "pretrained_cfg"):
+        _tell_as_timm(name, model, settings.NUM_CLASSES)
     size = config.DATA.IMG_SIZE
     check_size(name, model, settings.IN_CHANS, (size, size) if isinstance(size, int) else tuple(size))
     return model
+
+
+def _tell_as_timm(name: str, model: nn.Module, classes: int) -> None:
+    """Let a model of a user's module, which need not tell what timm's do, tell its name, its classes, its first
+    convolution, and as its classifier the last linear layer."""
+    layers = list(model.named_modules())
+    first = [each for each, layer in layers if isinstance(layer, nn.Conv2d)][:1]
+    last = [each for each, layer in layers if isinstance(layer, nn.Linear)][-1:]
+    model.num_classes = getattr(model, "num_classes", classes)
+    model.pretrained_cfg = {"architecture": name, "first_conv": tuple(first), "classifier": tuple(last)}
+
+
+def check_name(config: CfgNode, bare: bool = False) -> None:
+    """Raises UserError where MODEL.NAME is no model; `bare`: timm's need no timm/ in front."""
+    name = config.MODEL.NAME
+    if name.startswith(TIMM):
+        check_registered(config)
+    elif name not in VARIANTS and not (bare and timm.is_model(name)):
+        raise unknown("model", name, [*VARIANTS, *timm.list_models()] if bare else VARIANTS)
+
+
+def check_registered(config: CfgNode) -> None:
+    """Raises UserError where timm knows no model MODEL.NAME, as where the module that registers it is not imported:
+    what a file names is not, unasked."""
+    name, absent = config.MODEL.NAME.removeprefix(TIMM), not_imported(config.get("IMPORT", []))
+    if timm.is_model(name):
+        return
+    if not absent and nearest(name, timm.list_models()):
+        raise unknown("model", name, timm.list_models())
+    if not absent:
+        raise UserError(
+            f"unknown model '{printable(name)}'; timm.list_models() names timm's, and --import takes the module that "
+            f"registers your own"
+        )
+    raise UserError(
+        f"timm knows no model '{printable(name)}', and the config names modules that nothing has imported: "
+        f"{printable(some(absent))}; if you trust them, import them first (--import {printable(absent[0])})"
+    )
 
 
 def timm_settings(name: str) -> PretrainedCfg:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vmamba.errors import UserError, unknown
 from vmamba.models import casting, freezing, layers
-from vmamba.models.options import ModelOptions, ScanOptions, of_block, signed_by
+from vmamba.models.options import BlockOptions, ModelOptions, ScanOptions, of_block, signed_by
 from vmamba.models.ss2d import SS2D, SSD2D, Mixer2D
 from vmamba.text import counted
 from vmamba.values import Takes
@@ -29,18 +29,17 @@ SCANS = {"selective": SS2D, "ssd": SSD2D}
 class Block(nn.Module):
     """x + op(norm(x)), then x + mlp(norm2(x)) where there is an MLP; stochastic depth on both branches."""
 
-    @signed_by(ModelOptions)
-    def __init__(self, dim: int, options: ModelOptions | None = None, drop_path: float = 0.0, **changes: Any):
+    @signed_by(BlockOptions)
+    def __init__(self, dim: int, options: BlockOptions | None = None, drop_path: float = 0.0, **changes: Any):
         """Args:
             dim: channels in and out.
-            options: what can be chosen, or `changes` of it by name: see `options.ModelOptions`, of whose options a
-                block reads those of the scan, the MLP and the norms.
+            options: what can be chosen, or `changes` of it by name: see `options.BlockOptions`.
             drop_path: probability of leaving out a branch in training.
 
         Raises UserError: an option is unknown, or its value impossible; in `forward`, features do not fit.
         """
         super().__init__()
-        o = (options or ModelOptions()).changed(**changes)
+        o = (options or BlockOptions()).changed(**changes)
         drop_path = ModelOptions(drop_path_rate=drop_path).drop_path_rate  # in bounds
         norm = layers.norm_layer(o.norm_layer)
         op = SCANS[o.scan](dim, o)
@@ -321,11 +320,13 @@ class VSSM(layers.Unscripted, nn.Module):
 
     def freeze(self, stages: int) -> "VSSM":
         """Let the stem and the first `stages` stages stay as they are, with all of them everything but the head: no
-        gradient, no statistics of batch norms, nothing dropped at random, also in training mode.
+        gradient, no statistics of batch norms, nothing dropped at random, also in training mode.  What an earlier call
+        froze beyond that is trained again.
 
         Returns the model.  Raises UserError for a number of stages that there are not.
         """
         stages = Takes((int,), at_least=0, at_most=len(self.layers)).check("stages", stages)
+        freezing.thaw(self)
         if stages == len(self.layers) and self.classifier is not None and [*self.classifier.head.parameters()]:
             freezing.freeze(self, [freezing.ALL_BUT_HEAD], "freeze")
             return self

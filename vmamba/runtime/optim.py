@@ -3,7 +3,7 @@
 import math
 
 from timm.models import group_parameters
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.optim import OptimInfo, create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 from torch.optim import Optimizer
 from yacs.config import CfgNode
@@ -16,16 +16,23 @@ FUSED = ("cuda", "cpu")  # devices that PyTorch's fused optimisers are for
 CONFIGURED = ("initial_lr", "weight_decay", "betas", "eps", "momentum", "fused")
 
 
-def build_optimizer(config: CfgNode, model: nn.Module, global_batch: int) -> Optimizer:
-    """config.TRAIN.OPTIMIZER over the model's parameters; `global_batch` images an optimiser step set its rate."""
+def check_optimizer(config: CfgNode) -> OptimInfo:
+    """What timm knows of TRAIN.OPTIMIZER.NAME.  Raises UserError for one that there is not, or that this loop cannot
+    use."""
     options = config.TRAIN.OPTIMIZER
-    name = options.NAME.lower()
-    if name.removeprefix("lookahead_") not in list_optimizers():
+    name = options.NAME.lower().removeprefix("lookahead_")
+    if name not in list_optimizers():
         raise unknown("optimiser", options.NAME, list_optimizers())
-    info = get_optimizer_info(name.removeprefix("lookahead_"))
+    info = get_optimizer_info(name)
     if info.second_order:
         raise UserError(f"TRAIN.OPTIMIZER.NAME {options.NAME} needs second derivatives, which this loop does not take")
-    arguments = {}
+    return info
+
+
+def build_optimizer(config: CfgNode, model: nn.Module, global_batch: int) -> Optimizer:
+    """config.TRAIN.OPTIMIZER over the model's parameters; `global_batch` images an optimiser step set its rate."""
+    options, info, arguments = config.TRAIN.OPTIMIZER, check_optimizer(config), {}
+    name = options.NAME.lower()
     if info.has_eps:
         arguments["eps"] = options.EPS
     if info.has_betas and options.BETAS is not None:

@@ -22,7 +22,11 @@ from vmamba.files import write_atomically
 from vmamba.text import printable
 
 logger = logging.getLogger("vmamba")
+# What a round's line has beside the results of its evaluation.
+_OF_TRAINING = {"epoch", "step", "lr", "train_loss", "grad_norm", "bad_steps", "images_per_second", "memory_mb"}
+_OF_TRAINING |= {"seconds", "unimproved"}
 _OLDER = {"loss": "val_loss", "ema_loss": "ema_val_loss"}  # names of the first version
+NOT_COUNTED = "does not count: a loss or a result was not finite"  # of an evaluation
 SECONDS_BETWEEN_PICTURES = 60  # one takes half a second
 
 
@@ -150,6 +154,17 @@ def _rounds(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         else:
             others.append(line)
     return rounds, others
+
+
+def results_of(entry: Mapping[str, Any]) -> dict[str, float]:
+    """What the evaluation of a round found; nothing where there was none, or it does not count: a loss or a result was
+    not finite, which stands as null in metrics.jsonl."""
+    found = {name: value for name, value in entry.items() if name not in _OF_TRAINING}
+    return found if all(is_number(value) for value in found.values()) else {}
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def write_metrics(path: Path, *entries: dict[str, Any]) -> None:

@@ -175,9 +175,11 @@ def _joined(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[str
 def one_file(folder: str, output: str = "all.pth") -> None:
     """Write a state in shares as the one file that a run on one GPU, or under DDP, would have saved.
 
-    Raises UserError where `folder` is none, and where `output` cannot be written.
+    Raises UserError where `folder` is none, and where `output` is there or cannot be written.
     """
     check_writable(output)
+    if Path(output).exists():
+        raise UserError(f"'{printable(output)}' is there already; remove it, or choose another file")
     if not (Path(folder) / PLAIN).is_file():
         raise UserError(f"'{printable(folder)}' is no state in shares; name a folder such as last.sharded of a run")
     state = read_folder(Path(folder))

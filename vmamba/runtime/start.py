@@ -9,7 +9,7 @@ from torch import nn
 from vmamba.errors import UserError
 from vmamba.models.formats import PLAIN
 from vmamba.models.freezing import freeze
-from vmamba.models.pretrained import open_checkpoint
+from vmamba.models.pretrained import Checkpoint, calls_otherwise, open_checkpoint
 from vmamba.models.ss2d import Mixer2D
 from vmamba.runtime import report
 from vmamba.runtime.average import build_average
@@ -150,12 +150,25 @@ def asked_for(run: Run) -> str:
 
 def start_from_weights(run: Run, state: TrainState, path: str | Path) -> None:
     model = run.task.build_model() if is_sharded(state.model) else state.model
-    run.task.start_from(model, open_checkpoint(path, run.config.MODEL.WEIGHTS))
+    found = open_checkpoint(path, run.config.MODEL.WEIGHTS)
+    run.task.start_from(model, found)
+    if not run.config.MODEL.DROP_HEAD and found.config.get("TASK", run.config.TASK) == run.config.TASK:
+        take_over_names(run, state, found)
     if model is not state.model:
         state.model.load_state_dict(in_shares(model.state_dict(), state.model))
     if state.ema:
         state.ema.set(state.model)
     run.logger.info(f"starting from the weights in {path}")
+
+
+def take_over_names(run: Run, state: TrainState, found: Checkpoint) -> None:
+    """What the file of a head that is kept calls the classes, where the data does not tell; a warning where it is
+    something else."""
+    if len(found.classes) == run.config.MODEL.NUM_CLASSES:
+        state.classes = state.classes or list(found.classes)
+    other = calls_otherwise(found.path, found.classes, state.classes)
+    if other:
+        run.logger.warning(other)
 
 
 def newest(run: Run) -> Path | None:

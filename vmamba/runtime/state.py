@@ -41,6 +41,7 @@ class TrainState:
     headline: float | None = None  # what that evaluation found
     random_states: list[dict] = field(default_factory=list)  # of every process, by rank
     data: dict[str, dict] = field(default_factory=dict)  # `Loader.contents` of "train" and "held_out"
+    classes: list[str] = field(default_factory=list)  # what they are called, by their numbers; none where nothing tells
 
     @property
     def epoch(self) -> int:
@@ -137,8 +138,9 @@ class TrainState:
         self._load_optimizer(state, source)
         self.scaler.load_state_dict(state["scaler"] or self.scaler.state_dict())
         for name in _PLAIN:
-            if name not in ("config", "data"):
+            if name not in ("config", "data", "classes"):
                 setattr(self, name, state[name])
+        self.classes = self.classes or state["classes"]  # data that does not tell
 
     def _load_optimizer(self, state: dict[str, Any], source: str) -> None:
         now, saved = (config["TRAIN"]["OPTIMIZER"] for config in (self.config, state["config"]))
@@ -178,6 +180,7 @@ _PLAIN = (
     "headline",
     "random_states",
     "data",
+    "classes",
 )
 
 
@@ -187,7 +190,7 @@ def of_today(state: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]
 
     `config`: of this run; where it leaves the betas to the optimiser, those of the state were that version's default.
     """
-    state = {"unimproved": 0, "headline": None, "data": {}} | state
+    state = {"unimproved": 0, "headline": None, "data": {}, "classes": []} | state
     if "epoch_loss" not in state:
         return state
     saved = copy.deepcopy(dict(state["config"]))

@@ -37,6 +37,10 @@ class Task(Protocol):
     panels: Mapping[str, str]  # of the curves, beside loss and learning rate: title -> name of a result
     average: nn.Module | None  # the model with the average of the weights, where there is one: the trainer sets it
 
+    def check(self) -> None:
+        """Before anything is done: raises UserError for settings that no training can have, of those that are seen
+        without model and data."""
+
     def build_model(self) -> nn.Module:
         """On the CPU, random weights.  Raises UserError for options that cannot be."""
 

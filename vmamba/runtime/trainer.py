@@ -21,7 +21,7 @@ from vmamba.data.loaders import EvalLoader, TrainLoader
 from vmamba.errors import UserError
 from vmamba.extensions import import_modules
 from vmamba.models import freezing
-from vmamba.runtime import report
+from vmamba.runtime import dry, report
 from vmamba.runtime.checkpoint import BEST, LAST
 from vmamba.runtime.distributed import World, on_main, processes
 from vmamba.runtime.evaluation import evaluate_file, evaluate_state, tell_skipped, throughput
@@ -39,6 +39,7 @@ from vmamba.runtime.logging import (
     story,
     take_over_the_log,
 )
+from vmamba.runtime.optim import check_optimizer
 from vmamba.runtime.plan import Plan, build_plan
 from vmamba.runtime.precision import set_up_precision
 from vmamba.runtime.profiling import Profile
@@ -73,8 +74,15 @@ def run(config: CfgNode) -> Results:
 
 def _run_alone(config: CfgNode) -> Results:
     import_modules(config.IMPORT)  # again where the config comes from another process
-    folder = None if config.THROUGHPUT_MODE else output_folder(config)
-    with processes(config.DEVICE, config.TIMEOUT) as world, _telling_the_others(world), _only_writer(config, folder):
+    if not (config.EVAL_MODE or config.THROUGHPUT_MODE):
+        check_optimizer(config)
+        open_task(config).check()
+    with (
+        processes(config.DEVICE, config.TIMEOUT) as world,
+        _telling_the_others(world),
+        dry.tried(config, world) as config,
+        _only_writer(config) as folder,
+    ):
         logger = create_logger(world, folder)
         trains = world.main and not (config.EVAL_MODE or config.THROUGHPUT_MODE)
         run = Run(config, open_task(config), world, logger, history=History(folder if trains else None))
@@ -122,15 +130,17 @@ def _telling_the_others(world: World) -> Iterator[None]:
 
 
 @contextmanager
-def _only_writer(config: CfgNode, folder: Path | None) -> Iterator[None]:
-    """The run's folder is held by one run that trains; others may evaluate from it."""
+def _only_writer(config: CfgNode) -> Iterator[Path | None]:
+    """The run's folder, which is held by one run that trains; others may evaluate from it.  None where only speed is
+    measured."""
+    folder = None if config.THROUGHPUT_MODE else output_folder(config)
     if folder is None or config.EVAL_MODE:
-        yield
+        yield folder
         return
     lock = FolderLock(folder)
     on_main(lock.acquire)
     try:
-        yield
+        yield folder
     finally:
         lock.release()
 
@@ -160,6 +170,7 @@ def train(run: Run, model: nn.Module) -> Results:
     plan = build_plan(config, train_loader.steps_per_epoch)
     state = build_state(run, model, plan)
     state.data = {"train": train_loader.contents(), "held_out": eval_loader.contents()}
+    state.classes = train_loader.class_names()
     task.average = state.ema.module if state.ema else None
     run.logger.info(report.describe_data(config, train_loader.images, eval_loader.images))
     run.logger.info(report.describe_training(config, world, plan, state))
@@ -172,6 +183,8 @@ def train(run: Run, model: nn.Module) -> Results:
         run.saver.last_step = state.step
     if source and source.resolve().parent == run.folder.resolve() and source.stem == "best":
         run.save(state, LAST)  # killed between the two: what a run leaves does not depend on where
+    if config.DRY_RUN:
+        plan = dry.shortened(plan, state.recorded)
     if state.recorded >= plan.steps or state.out_of_patience:
         why = f", and {report.impatience(state)}" if state.out_of_patience else ""
         run.logger.info(f"nothing is left to train, {state.step} of {plan.steps} steps are done{why}")
@@ -199,6 +212,8 @@ def train(run: Run, model: nn.Module) -> Results:
     run.logger.info(f"{counted(state.step, 'step')} trained; {report.summary(task, results)}{best}")
     why = report.impatience(state) if state.out_of_patience else "finished"
     run.history.end(f"{why}, {state.step} of {plan.steps} steps")
+    if config.DRY_RUN:
+        run.logger.info(dry.describe(run.folder))
     return results
 
 

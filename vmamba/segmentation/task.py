@@ -12,6 +12,7 @@ from vmamba.data.loaders import EvalLoader, TrainLoader
 from vmamba.errors import UserError
 from vmamba.models.flops import complexity
 from vmamba.models.pretrained import Checkpoint
+from vmamba.models.variants import check_name
 from vmamba.models.whole import load_whole, start_whole
 from vmamba.runtime.distributed import World
 from vmamba.runtime.task import Results
@@ -35,6 +36,9 @@ class Task:
                 f"DATA.IGNORE_INDEX is {data.IGNORE_INDEX}, and labels count from 1, so that those of class "
                 f"{data.IGNORE_INDEX + 1} in the maps would not count either; leave DATA.IGNORE_INDEX at 255"
             )
+
+    def check(self) -> None:
+        check_name(self.config, bare=True)
 
     def build_model(self) -> nn.Module:
         return build_model(self.config)
