@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 from vmamba.config import image_size
 from vmamba.detection.mask_rcnn import MaskRCNN
 from vmamba.errors import UserError, unknown
-from vmamba.exporting import graphs, programs, weights
+from vmamba.exporting import graphs, programs, rebuilding, weights
 from vmamba.exporting.descriptions import channels_of, size_of, timm_name
 from vmamba.files import check_writable
 from vmamba.models.backbone import Backbone
@@ -84,6 +84,8 @@ def export(
     if format in WEIGHTS:
         held = weights.spelt(model, spelling)
         _check_place(path)
+        if "MODEL" in about.get("config", {}):
+            rebuilding.check(model, about["config"])
         weights.write(path, format, held, about)
         return path
     if spelling != "ours":
