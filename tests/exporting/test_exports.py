@@ -1,6 +1,7 @@
 """Files for other programs: what they hold, what runs them gives what the model gives, and what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import timm
@@ -11,6 +12,7 @@ from torch import nn
 import vmamba
 from vmamba.detection.roi_heads import PredictionSettings
 from vmamba.errors import UserError
+from vmamba.exporting import programs
 from vmamba.models.pretrained import load_pretrained
 from vmamba.models.variants import VARIANTS
 from vmamba.models.vssm import VSSM
@@ -458,6 +460,10 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-compiler")
     with pytest.raises(UserError, match="needs a compiler of C.., and there is no 'no-compiler'"):
         vmamba.export(model, tmp_path / "a.pt2", format="aoti")
+    if Path("/proc/self").is_dir():  # which says that root may write there
+        monkeypatch.setattr(programs, "recorded", lambda *_: pytest.fail("it has begun"))
+        with pytest.raises(UserError, match="cannot write '/proc/a.pt2': .*; .*choose another folder"):
+            vmamba.export(model, "/proc/a.pt2")
     (tmp_path / "folder.pth").mkdir()
     with pytest.raises(UserError, match="cannot write .*folder.pth': it is a folder; name a file in it"):
         vmamba.export(model, tmp_path / "folder.pth")

@@ -190,9 +190,8 @@ def predict_images(
     """
     model = model if isinstance(model, nn.Module) else load_model(model)
     if not isinstance(getattr(model, "config", None), CfgNode):
-        raise UserError(
-            f"this {type(model).__name__} does not tell what its images and classes are; take it from vmamba.load_model"
-        )
+        unknown = f"this {type(model).__name__} does not tell what its images and classes are"
+        raise UserError(getattr(model, "tells_nothing", f"{unknown}; take it from vmamba.load_model"))
     answer = _predictor(model.eval(), score)
     given = [images] if isinstance(images, (str, Path, Image.Image)) else images
     told = []
@@ -231,8 +230,8 @@ def image_transform(model: nn.Module) -> Callable[[str | Path | Image.Image], Te
     elif isinstance(model, VSSM) and model.in_chans == 3:
         channels, gray, transform = 3, False, build_transform(get_config(), training=False)
     else:
-        kind = type(model).__name__
-        raise UserError(f"this {kind} does not tell how its images are normalised; take it from vmamba.load_model")
+        unknown = f"this {type(model).__name__} does not tell how its images are normalised"
+        raise UserError(getattr(model, "tells_nothing", f"{unknown}; take it from vmamba.load_model"))
 
     def apply(image: str | Path | Image.Image) -> Tensor:
         try:
