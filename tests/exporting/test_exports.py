@@ -311,6 +311,10 @@ def test_options_of_timm_that_no_layer_shows_are_refused(tmp_path):
 def test_detectors_and_segmenters_with_layers_of_their_own_are_refused(tmp_path):
     detector = vmamba.create_detector("mask_rcnn", "vmamba_nano", 2, channels=8, hidden=16)
     detector.rpn_head.rpn_conv.register_forward_hook(lambda module, given, out: -out)
+    more = lasting(depths=(1, 0, 0, 0), dims=8)
+    more.auxiliary_head.more = nn.Linear(1, 1)
+    with pytest.raises(UserError, match="what its config builds does not take its weights .*unexpected: .*more.weight"):
+        vmamba.export(more, tmp_path / "a.pth")
     for model in (detector, lasting(depths=(1, 0, 0, 0), dims=8)):
         with_another_activation(model)
         with pytest.raises(UserError, match="what its config builds gives other numbers for the same image"):

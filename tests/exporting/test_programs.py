@@ -103,8 +103,12 @@ def test_what_the_caller_has_set_changes_no_programs_numbers(program):
         (torch.zeros(1, 3, 32, 36, device="meta"), "the images are float32 on meta, and"),
         ([1], "the images are a list; '.*a.pt2' takes a tensor"),
         (
+            torch.nested.nested_tensor([torch.zeros(3, 32, 36)]),
+            "the images are nested, and '.*a.pt2' takes a dense tensor",
+        ),
+        (
             torch.zeros(1, 3, 32, 36).to_sparse(),
-            "the images are sparse_coo, and '.*a.pt2' takes a plain tensor; give it images.to_dense",
+            "the images are sparse_coo, and '.*a.pt2' takes a dense tensor; give it such",
         ),
     ],
 )

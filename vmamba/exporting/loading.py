@@ -70,6 +70,9 @@ class Program(nn.Module):
         """
         if not isinstance(images, Tensor):
             raise UserError(f"the images are a {type(images).__name__}; '{printable(self.path)}' takes a tensor")
+        if images.layout != torch.strided or images.is_nested:
+            kind = "nested" if images.is_nested else str(images.layout).removeprefix("torch.")
+            raise UserError(f"the images are {kind}, and '{printable(self.path)}' takes a dense tensor; give it such")
         fits = images.dim() == len(self._sizes) and all(
             least <= size and (most is None or size <= most)
             for size, (least, most) in zip(images.shape, self._sizes, strict=True)
@@ -78,11 +81,6 @@ class Program(nn.Module):
             raise UserError(
                 f"the images have the shape {tuple(images.shape)}, and '{printable(self.path)}' takes {self.takes}; "
                 f"give it such, or export the model for yours"
-            )
-        if images.layout != torch.strided:
-            raise UserError(
-                f"the images are {str(images.layout).removeprefix('torch.')}, and '{printable(self.path)}' takes a "
-                f"plain tensor; give it images.to_dense()"
             )
         if images.dtype != torch.float32 or images.device.type != "cpu":
             raise UserError(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vmamba.config import restored
 from vmamba.detection.mask_rcnn import MaskRCNN
+from vmamba.errors import UserError
 from vmamba.exporting import programs
 from vmamba.exporting.descriptions import beyond, channels_of, size_of, timm_name
 from vmamba.models.backbones import TimmBackbone
@@ -34,7 +35,10 @@ def check(model: nn.Module, config: Mapping[str, Any]) -> None:
     with programs.as_by_default(), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         anew = open_task(restored(config)).build_model()
-        load_weights(anew, model.state_dict(), "the model")
+        try:
+            load_weights(anew, model.state_dict(), "this model")
+        except UserError as error:
+            raise beyond(f"what its config builds does not take its weights ({error})") from error
         given, rebuilt = (each.cpu().float().eval() for each in (copy.deepcopy(model), anew))
         given.to(memory_format=torch.contiguous_format)  # so that the arithmetic is the same to the bit
         for each in (given, rebuilt):
