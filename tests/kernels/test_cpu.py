@@ -6,7 +6,7 @@ import torch
 import vmamba_kernels as vk
 from vmamba_kernels import registry
 from vmamba_kernels.cpu import loops, scan
-from vmamba_kernels.cpu.loops import BLOCK, DEEP, HIGH, PART, STATES, TILE, WIDE
+from vmamba_kernels.cpu.loops import BLOCK, STATES, TILE
 
 ROUTES = vk.ROUTES
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -113,27 +113,6 @@ def test_nothing_hides_what_is_not_finite():
     growing = sequence(length=200)
     growing["A"] = growing["A"].abs() * 20
     assert not vk.selective_scan(**growing, backend="cpu").isfinite().all()
-
-
-@pytest.mark.parametrize(("rows", "depth", "columns"), [
-    (1, 1, 1),
-    (2, 7, 15),
-    (HIGH + 1, DEEP + 9, WIDE + 17),
-    (3, 2 * PART + 5, 2 * WIDE),
-    (2 * HIGH, 8, 33),
-    (4, PART, 5),
-])  # fmt: skip
-def test_products_of_matrices(rows, depth, columns):
-    torch.manual_seed(rows)
-    a, b, onto = (torch.randn(*shape) for shape in ((rows, depth), (depth, columns), (rows, columns)))
-    assert torch.equal(scan._transposed(a), a.t()) and torch.equal(scan._transposed(b), b.t())
-    want, bound = a.double() @ b.double(), 1e-6 * depth**0.5
-    assert relative(scan._product(a, b), want) <= bound
-    assert relative(scan._product(scan._transposed(a).t(), b), want) <= bound  # the memory of the transpose
-    assert relative(scan._product(a, b, onto=onto.clone()), want + onto.double()) <= bound
-    if columns > 1:  # the columns beside it in a tile do not matter
-        b[:, -1] = float("nan")
-        assert relative(scan._product(a, b)[:, :-1], want[:, :-1]) <= bound
 
 
 def test_an_exponential_has_the_relative_error_that_it_claims():

@@ -30,9 +30,6 @@ from ..folders import own_folder
 BLOCK = 64
 TILE = 16
 STATES = 16  # of a pass
-HIGH, WIDE, DEEP = 66, 192, 24  # of a product's tile at most: rows, columns, and how much of the depth at a time
-PART = 20 * DEEP  # of the depth, that is summed by itself
-LANES = 16  # columns that the innermost loop of a product runs over
 LOG2E, LN2 = np.float32(math.log2(math.e)), np.float32(math.log(2))
 ZERO, ONE = np.float32(0), np.float32(1)
 
@@ -184,122 +181,6 @@ def steps_bwd(delta, bias, softplus, d_out, d_delta, d_bias, start, stop):
                 d_delta[sequence, channel, t] = slope * d_out[sequence, channel, t]
                 total += d_delta[sequence, channel, t]
             d_bias[channel] += total
-
-
-# ------------------------------------------------------------------------------------------------ products of matrices
-#
-# PyTorch's own are MKL's, which have other last bits for another number of threads.
-
-
-@_kernel(EXACT)
-def transposed(t, out, start, stop):
-    """t (rows, columns) -> out (columns, rows); a task is 64 rows of t."""
-    tile = carray(_stack(BLOCK * (BLOCK + 1)), (BLOCK, BLOCK + 1))  # whose columns do not lie on top of each other
-    for first in range(start * BLOCK, min(stop * BLOCK, t.shape[0]), BLOCK):
-        rows = min(BLOCK, t.shape[0] - first)
-        for column in range(0, t.shape[1], BLOCK):
-            columns = min(BLOCK, t.shape[1] - column)
-            for r in range(rows):
-                for c in range(columns):
-                    tile[np.uint64(r), np.uint64(c)] = t[np.uint64(first + r), np.uint64(column + c)]
-            for c in range(columns):
-                for r in range(rows):
-                    out[np.uint64(column + c), np.uint64(first + r)] = tile[np.uint64(r), np.uint64(c)]
-
-
-@_part
-def write_sums(sums, row, column, width, adds, out):
-    for c in range(width):
-        before = out[np.uint64(row), np.uint64(column + c)] if adds else ZERO
-        out[np.uint64(row), np.uint64(column + c)] = before + sums[np.uint64(c)]
-
-
-@_kernel(EXACT)
-def product(a, row_step, depth_step, b, added, out, high, wide, start, stop):
-    """a (rows, depth) times b (depth, columns) -> out (rows, columns), in its place or added to it.
-
-    a: its memory, in which two rows are row_step apart and two numbers of a row depth_step.  Tasks start..stop are
-    tiles of out, high by wide, up to HIGH by WIDE.  Each number is a sum from the first product to the last, PART at a
-    time, in whatever tile and row it is.  Three rows by eight of the depth are done at once: 24 numbers that stay in
-    registers.
-    """
-    _in_wide_vectors()
-    rows, columns, depth = out.shape[0], out.shape[1], b.shape[0]
-    across, step = (columns + wide - 1) // wide, np.uint64(depth_step)
-    tile = carray(_stack(DEEP * WIDE), (DEEP, WIDE))
-    sums0 = carray(_stack(HIGH // 3 * WIDE), (HIGH // 3, WIDE))  # the first ones of three rows; apart from the others,
-    sums1 = carray(_stack(HIGH // 3 * WIDE), (HIGH // 3, WIDE))  # so that LLVM knows that they do not overlap
-    sums2 = carray(_stack(HIGH // 3 * WIDE), (HIGH // 3, WIDE))
-    for task in range(start, stop):
-        first, column = task // across * high, task % across * wide
-        count, width = min(high, rows - first), min(wide, columns - column)
-        for at in range(0, depth, DEEP):
-            deep = min(DEEP, depth - at)
-            for k in range(deep):
-                if width == WIDE:
-                    for c in range(WIDE):
-                        tile[np.uint64(k), np.uint64(c)] = b[np.uint64(at + k), np.uint64(column + c)]
-                else:
-                    for c in range(width):
-                        tile[np.uint64(k), np.uint64(c)] = b[np.uint64(at + k), np.uint64(column + c)]
-                    for c in range(width, (width + LANES - 1) // LANES * LANES):
-                        tile[np.uint64(k), np.uint64(c)] = ZERO
-            if at % PART == 0:
-                sums0[:] = ZERO
-                sums1[:] = ZERO
-                sums2[:] = ZERO
-            for i in range((count + 2) // 3):
-                g, here = np.uint64(i), at * depth_step
-                at0 = np.uint64(here + (first + 3 * i) * row_step)
-                at1 = np.uint64(
-                    here + min(first + 3 * i + 1, rows - 1) * row_step
-                )  # beyond the last row that one again
-                at2 = np.uint64(here + min(first + 3 * i + 2, rows - 1) * row_step)
-                for j in range(0, deep - 7, 8):
-                    k = np.uint64(j)
-                    k1, k2, k3, k4 = k + np.uint64(1), k + np.uint64(2), k + np.uint64(3), k + np.uint64(4)
-                    k5, k6, k7 = k + np.uint64(5), k + np.uint64(6), k + np.uint64(7)
-                    m0, m1, m2, m3 = k * step, k1 * step, k2 * step, k3 * step
-                    m4, m5, m6, m7 = k4 * step, k5 * step, k6 * step, k7 * step
-                    p0, p1, p2, p3 = a[at0 + m0], a[at0 + m1], a[at0 + m2], a[at0 + m3]
-                    p4, p5, p6, p7 = a[at0 + m4], a[at0 + m5], a[at0 + m6], a[at0 + m7]
-                    q0, q1, q2, q3 = a[at1 + m0], a[at1 + m1], a[at1 + m2], a[at1 + m3]
-                    q4, q5, q6, q7 = a[at1 + m4], a[at1 + m5], a[at1 + m6], a[at1 + m7]
-                    r0, r1, r2, r3 = a[at2 + m0], a[at2 + m1], a[at2 + m2], a[at2 + m3]
-                    r4, r5, r6, r7 = a[at2 + m4], a[at2 + m5], a[at2 + m6], a[at2 + m7]
-                    for lanes in range(0, width, LANES):
-                        for lane in range(LANES):
-                            c = np.uint64(lanes + lane)
-                            t0, t1, t2, t3 = tile[k, c], tile[k1, c], tile[k2, c], tile[k3, c]
-                            t4, t5, t6, t7 = tile[k4, c], tile[k5, c], tile[k6, c], tile[k7, c]
-                            s0, s1, s2 = sums0[g, c], sums1[g, c], sums2[g, c]
-                            s0, s1, s2 = s0 + p0 * t0, s1 + q0 * t0, s2 + r0 * t0
-                            s0, s1, s2 = s0 + p1 * t1, s1 + q1 * t1, s2 + r1 * t1
-                            s0, s1, s2 = s0 + p2 * t2, s1 + q2 * t2, s2 + r2 * t2
-                            s0, s1, s2 = s0 + p3 * t3, s1 + q3 * t3, s2 + r3 * t3
-                            s0, s1, s2 = s0 + p4 * t4, s1 + q4 * t4, s2 + r4 * t4
-                            s0, s1, s2 = s0 + p5 * t5, s1 + q5 * t5, s2 + r5 * t5
-                            s0, s1, s2 = s0 + p6 * t6, s1 + q6 * t6, s2 + r6 * t6
-                            s0, s1, s2 = s0 + p7 * t7, s1 + q7 * t7, s2 + r7 * t7
-                            sums0[g, c], sums1[g, c], sums2[g, c] = s0, s1, s2
-                for j in range(deep // 8 * 8, deep):
-                    k = np.uint64(j)
-                    p0, q0, r0 = a[at0 + k * step], a[at1 + k * step], a[at2 + k * step]
-                    for lanes in range(0, width, LANES):
-                        for lane in range(LANES):
-                            c = np.uint64(lanes + lane)
-                            t0 = tile[k, c]
-                            sums0[g, c] += p0 * t0
-                            sums1[g, c] += q0 * t0
-                            sums2[g, c] += r0 * t0
-            if at + deep == depth or (at + deep) % PART == 0:
-                adds = added or at + deep > PART
-                for i in range((count + 2) // 3):
-                    write_sums(sums0[i], first + 3 * i, column, width, adds, out)
-                    if 3 * i + 1 < count:
-                        write_sums(sums1[i], first + 3 * i + 1, column, width, adds, out)
-                    if 3 * i + 2 < count:
-                        write_sums(sums2[i], first + 3 * i + 2, column, width, adds, out)
 
 
 # ------------------------------------------------------------------------------------------------- a tile of one route

@@ -5,12 +5,13 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .. import dispatch, reference
 from ..registry import wants_gradient
 from . import loops
-from .loops import BLOCK, HIGH, STATES, TILE, WIDE
-from .threads import PIECES, share
+from .loops import BLOCK, STATES, TILE
+from .threads import share
 
 KINDS = {"row": 0, "col": 1, "row_rev": 2, "col_rev": 3}
 LOG2E, LN2 = math.log2(math.e), math.log(2)
@@ -80,7 +81,7 @@ class Scan:
 
     def _out_of_blocks(self, t: Tensor) -> Tensor:
         """(images, routes, blocks, columns, BLOCK) -> (routes, dim, columns), the sum of the images."""
-        return _added(t).transpose(2, 3).flatten(1, 2)[:, : self.dim].contiguous()
+        return t.sum(0).transpose(2, 3).flatten(1, 2)[:, : self.dim].contiguous()
 
     def _arguments(self, parts: int) -> tuple:
         """The first ones of both kernels."""
@@ -146,35 +147,19 @@ def _array(t: Tensor):
 
 
 def _added(slots: Tensor) -> Tensor:
-    """The sum over the first dimension, in its order, whatever the number of threads: the bits that adding to the first
-    gives.  It takes the first one's place."""
+    """The slots' sum, in their order: the bits that adding to one slot gives."""
     total = slots[0]
     for slot in slots[1:]:
         total += slot
     return total
 
 
-def _product(a: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
-    """a b, or what `onto` then is, to which it is added: the same bits for any number of threads, which a product of
-    PyTorch does not promise (MKL's has others at many shapes, one row alone among them).
-
-    a (rows, depth) is contiguous, or its transpose is; b (depth, columns) and onto (rows, columns) are.
-    """
-    out = a.new_empty(len(a), b.shape[1]) if onto is None else onto
-    memory = a.as_strided((a.numel(),), (1,))
-    across = -(-out.shape[1] // WIDE)
-    down = max(-(-len(out) // HIGH), PIECES * torch.get_num_threads() // across)
-    high, wide = -(-len(out) // down), -(-out.shape[1] // across)  # tiles of one size, and no thread without
-    arguments = _array(memory), *a.stride(), _array(b), onto is not None, _array(out), high, wide
-    share(-(-len(out) // high) * across, lambda start, stop: loops.product(*arguments, start, stop))
-    return out
-
-
-def _transposed(t: Tensor) -> Tensor:
-    """(rows, columns), contiguous -> (columns, rows), contiguous."""
-    out = t.new_empty(t.shape[::-1])
-    share(-(-len(t) // BLOCK), lambda start, stop: loops.transposed(_array(t), _array(out), start, stop))
-    return out
+def _contracted(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b, 512 rows at a time: with more, what MKL adds up first depends on the number of threads."""
+    missing = -len(a) % 512  # a part of fewer rows may depend on it too
+    if missing:
+        a, b = F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, 0, 0, missing))
+    return torch.bmm(a.unflatten(0, (-1, 512)).mT, b.unflatten(0, (-1, 512))).sum(0)
 
 
 def _float(t: Tensor | None) -> Tensor | None:
@@ -219,7 +204,7 @@ def _image(x, x_proj_weight, dt_weight, dt_bias, A, D, routes: str) -> tuple[Sca
         steps, others = weight.split((rank, weight.shape[1] - rank), dim=1)
         weight = torch.cat((steps, steps.new_zeros(len(steps), -rank % 4, dim), others), dim=1)
     weight = weight.flatten(0, 1)
-    rows = _product(pixels.view(-1, dim), _transposed(weight)).view(batch, height * width, len(A), -1)
+    rows = (pixels.view(-1, dim) @ weight.t()).view(batch, height * width, len(A), -1)
     kinds = [KINDS[route] for route in routes.split()]
     skip = None if D is None else D.sum(0, keepdim=True)
     scan = Scan(
@@ -258,8 +243,8 @@ def _image_backward(
         scan, weight = _image(x, x_proj_weight, dt_weight, dt_bias, A, D, routes)
         g = scan.backward(borders, _float(dy).view_as(scan.x))
         d_rows = g["rows"].flatten(0, 1).flatten(1)  # (pixels of all images, rows of all routes)
-        dx = _product(d_rows, weight, onto=g["x"].view(-1, scan.dim))
-        d_weight = _product(d_rows.t(), scan.x.view(-1, scan.dim)).unflatten(0, (scan.routes, -1))
+        dx = g["x"].view(-1, scan.dim).addmm_(d_rows, weight)
+        d_weight = _contracted(d_rows, scan.x.view(-1, scan.dim)).unflatten(0, (scan.routes, -1))
         if scan.rank % 4:
             d_weight = torch.cat((d_weight[:, : scan.rank], d_weight[:, -2 * scan.states :]), dim=1)
         return (
