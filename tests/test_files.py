@@ -1,10 +1,12 @@
 """Files that one process holds at a time, on systems with and without POSIX's locks."""
 
+import errno
 import os
 import sys
 import threading
 import time
 import types
+from pathlib import Path
 
 import pytest
 
@@ -57,7 +59,11 @@ def test_that_a_file_cannot_be_written_is_known_before_it_is(tmp_path, monkeypat
     (tmp_path / "other").touch()
     with pytest.raises(UserError, match="cannot write '.*other': "):
         files.check_writable(tmp_path / "other" / "file")
-    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+
+    def denied(*_, **__):  # root may write nearly everywhere
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "touch", denied)
     with pytest.raises(UserError, match="cannot write '.*file': Permission denied; free"):
         files.check_writable(tmp_path / "file")
 

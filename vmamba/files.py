@@ -41,8 +41,7 @@ def write_atomically(
     Raises UserError when the folder cannot be written or the disk is full; the old file is then untouched.
     """
     path = Path(path)
-    name = os.fsdecode(os.fsencode(path.name)[:_LONGEST])
-    beside = path.with_name(f".{name}.{secrets.token_hex(4)}.tmp")  # two that write one file do not mix
+    beside = _beside(path)
     try:
         with beside.open("xb") as file:
             write(file)
@@ -57,6 +56,12 @@ def write_atomically(
             if isinstance(reason, OSError):
                 raise cannot_write(path, reason) from error
         raise
+
+
+def _beside(path: Path) -> Path:
+    """Another name in the same folder; two that write one file do not mix."""
+    name = os.fsdecode(os.fsencode(path.name)[:_LONGEST])
+    return path.with_name(f".{name}.{secrets.token_hex(4)}.tmp")
 
 
 def copy_atomically(file: Path, path: Path) -> None:
@@ -93,8 +98,12 @@ def check_writable(*paths: str | Path) -> None:
         make_folder(path.parent)
         if _is_folder(path):
             raise cannot_write(path, IsADirectoryError(errno.EISDIR, "it is a folder"))
-        if not os.access(path.parent, os.W_OK | os.X_OK):
-            raise cannot_write(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+        beside = _beside(path)
+        try:
+            beside.touch(exist_ok=False)  # what the system says of permissions is not all: /proc takes no files
+            beside.unlink()
+        except OSError as error:
+            raise cannot_write(path, error) from error
 
 
 def _is_folder(path: Path) -> bool:

@@ -19,7 +19,7 @@ from .operators import (
     selective_scan,
 )
 from .reference import autocast_dtype, is_plain, is_seen_into, no_autocast, wider
-from .registry import BackendError, Call, Choice, backends, choice, choose, explain
+from .registry import BackendError, Call, Choice, backends, choice, choose, explain, why_absent
 
 __all__ = [
     "ROUTES",
@@ -43,5 +43,6 @@ __all__ = [
     "layer_norm",
     "no_autocast",
     "selective_scan",
+    "why_absent",
     "wider",
 ]

@@ -5,6 +5,7 @@ model written for that package runs here by changing one import.
 """
 
 import math
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -195,12 +196,24 @@ def _gated(y: Tensor, z: Tensor | None, dtype: torch.dtype) -> Tensor:
 # The backend "mamba_ssm": that package's own kernels, for cross-checks.  Used only when asked for by name.
 
 MAX_STATES = 256
+_NOT_INSTALLED = "the package mamba_ssm is not installed (pip install mamba-ssm)"
+
+
+def why_absent() -> str | None:
+    """One sentence why mamba_ssm cannot be used at all, or None."""
+    if find_spec("mamba_ssm") is None:
+        return _NOT_INSTALLED
+    try:
+        _theirs()
+    except BackendError as error:
+        return str(error)
+    return None
 
 
 def why_not(call: Call) -> str | None:
     """One sentence why mamba_ssm cannot serve `call`, or None."""
     if find_spec("mamba_ssm") is None:
-        return "the package mamba_ssm is not installed (pip install mamba-ssm)"
+        return _NOT_INSTALLED
     if call.device.type != "cuda":
         return f"mamba_ssm needs a GPU and the tensors are on '{call.device}'"
     if torch.float64 in (call.dtype, call.out_dtype):
@@ -208,6 +221,14 @@ def why_not(call: Call) -> str | None:
     if call.states > MAX_STATES:
         return f"mamba_ssm handles up to {MAX_STATES} states, and there are {call.states}"
     return None
+
+
+def _theirs() -> Callable[..., Tensor]:
+    try:
+        return import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+    except Exception as error:  # of a build for another PyTorch or CUDA, in many ways
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BackendError(f"mamba_ssm is installed but cannot be imported: {reason}") from error
 
 
 def _mamba_ssm_scan(
@@ -221,11 +242,7 @@ def _mamba_ssm_scan(
     delta_softplus: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    try:
-        scan = import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
-    except Exception as error:  # of a build for another PyTorch or CUDA, in many ways
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BackendError(f"mamba_ssm is installed but cannot be imported: {reason}") from error
+    scan = _theirs()
     # It wants one dtype for what varies along the sequence and returns that dtype; no step size may lose digits.
     dtype = out_dtype
     for t in (u, delta, B, C):

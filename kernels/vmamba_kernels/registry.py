@@ -116,6 +116,16 @@ def why_not(name: str, call: Call) -> str | None:
     return module.why_not(call)
 
 
+def why_absent(name: str) -> str | None:
+    """One sentence what keeps backend `name` from serving any call here, a package that is missing or broken; or None.
+    Whether there is a GPU does not count: a call may come later, and elsewhere."""
+    try:
+        module = load(name)
+    except ImportError as error:
+        return f"{NOT_IMPORTED} ({error})"
+    return module.why_absent() if hasattr(module, "why_absent") else None
+
+
 def load(name: str) -> ModuleType:
     """Import a backend: its functions can then be found, and PyTorch's FlopCounterMode knows what they cost."""
     with _LOADING:  # two threads may scan for the first time at once

@@ -1,6 +1,7 @@
 """Files for other programs: what they hold, what runs them gives what the model gives, and what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import timm
@@ -12,7 +13,11 @@ from torch import nn
 import vmamba
 from vmamba.detection.roi_heads import PredictionSettings
 from vmamba.errors import UserError
+<<<<<<< HEAD
 from vmamba.exporting.places import check_place
+=======
+from vmamba.exporting import programs
+>>>>>>> mend17
 from vmamba.models.pretrained import load_pretrained
 from vmamba.models.variants import VARIANTS
 from vmamba.models.vssm import VSSM
@@ -242,6 +247,94 @@ def test_weights_of_timms_classifiers_load_again(tmp_path):
         vmamba.export(model, tmp_path / "odd.pth", spelling="released")
 
 
+class Tripled(VSSM):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+def with_another_activation(model):
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.GELU):
+                setattr(module, name, nn.ReLU())
+
+
+def with_another_eps(model):
+    next(module for module in model.modules() if isinstance(module, nn.LayerNorm)).eps = 0.5
+
+
+def with_another_route(model):
+    model.layers[0].blocks[0].op.routes = ("col",) * 4
+
+
+def with_a_hook(model):
+    model.layers[0].blocks[0].op.register_forward_hook(lambda module, given, out: 1.01 * out)
+
+
+def with_another_forward(model):
+    model.__class__ = Tripled
+
+
+def with_a_forward_that_fails(model):
+    model.forward = lambda x: x.no_such_thing
+
+
+@pytest.mark.parametrize("change", [
+    with_another_activation, with_another_eps, with_another_route, with_a_hook, with_another_forward,
+    with_a_forward_that_fails,
+])  # fmt: skip
+def test_weights_are_refused_where_their_file_would_give_another_model(tmp_path, change):
+    """As they are initialised: with zeros and small numbers in it, some of this does not show in logits."""
+    torch.manual_seed(0)
+    model = vmamba.create_model("vmamba_digits", depths=(1, 1), dims=8, num_classes=5).train()
+    before, state = {name: weight.clone() for name, weight in model.state_dict().items()}, torch.get_rng_state()
+    vmamba.export(model, tmp_path / "a.pth")
+    assert torch.equal(torch.get_rng_state(), state) and model.training
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    change(model)
+    for suffix in (".pth", ".safetensors"):
+        with pytest.raises(
+            UserError, match="no file could tell what this model is: .*save its weights alone"
+        ) as raised:
+            vmamba.export(model, tmp_path / f"b{suffix}")
+        assert "\n" not in str(raised.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+    vmamba.export(vmamba.Backbone(model, (0, 1)), tmp_path / "c.pth")  # whose file tells of no model
+
+
+def test_options_of_timm_that_no_layer_shows_are_refused(tmp_path):
+    for name, options in (
+        ("vit_tiny_patch16_224", dict(num_heads=6)),
+        ("eva02_tiny_patch14_224", dict(rope_grid_offset=0.7)),
+    ):
+        model = timm.create_model(name, num_classes=3, **options)
+        with pytest.raises(UserError, match="what its config builds gives other numbers for the same image"):
+            vmamba.export(model, tmp_path / "a.pth")
+    assert not list(tmp_path.iterdir())
+
+
+def test_detectors_and_segmenters_with_layers_of_their_own_are_refused(tmp_path):
+    detector = vmamba.create_detector("mask_rcnn", "vmamba_nano", 2, channels=8, hidden=16)
+    detector.rpn_head.rpn_conv.register_forward_hook(lambda module, given, out: -out)
+    more = lasting(depths=(1, 0, 0, 0), dims=8)
+    more.auxiliary_head.more = nn.Linear(1, 1)
+    with pytest.raises(UserError, match="what its config builds does not take its weights .*unexpected: .*more.weight"):
+        vmamba.export(more, tmp_path / "a.pth")
+    for model in (detector, lasting(depths=(1, 0, 0, 0), dims=8)):
+        with_another_activation(model)
+        with pytest.raises(UserError, match="what its config builds gives other numbers for the same image"):
+            vmamba.export(model, tmp_path / "a.pth")
+
+
+def test_weights_in_other_places_and_types_are_exported(tmp_path):
+    model = small("vmamba_digits", depths=(1,)).to(memory_format=torch.channels_last).half()
+    again = vmamba.load_model(vmamba.export(model, tmp_path / "a.pth"))
+    assert all(torch.equal(weight, model.state_dict()[name].float()) for name, weight in again.state_dict().items())
+    model.float().set_backend("triton")  # which no CPU serves
+    nn.init.constant_(model.head.weight, float("nan"))
+    vmamba.export(model, tmp_path / "a.pth")
+
+
 # ------------------------------------------------------------------------------------------------ what is refused
 
 
@@ -376,6 +469,10 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-compiler")
     with pytest.raises(UserError, match="needs a compiler of C.., and there is no 'no-compiler'"):
         vmamba.export(model, tmp_path / "a.pt2", format="aoti")
+    if Path("/proc/self").is_dir():  # which says that root may write there
+        monkeypatch.setattr(programs, "recorded", lambda *_: pytest.fail("it has begun"))
+        with pytest.raises(UserError, match="cannot write '/proc/a.pt2': .*; .*choose another folder"):
+            vmamba.export(model, "/proc/a.pt2")
     (tmp_path / "folder.pth").mkdir()
     with pytest.raises(UserError, match="cannot write .*folder.pth': it is a folder; name a file in it"):
         vmamba.export(model, tmp_path / "folder.pth")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -16,12 +17,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 import vmamba
+from vmamba.analysis.prediction import image_transform
 from vmamba.errors import UserError
 from vmamba.exporting import comparison, graphs, loading, programs
 
 from ..forked import Program
 from .test_exports import changed, images, same, small
 
+FOUR = [[1, 1], [3, 3], [32, 32], [36, 36]]
 BY_NAME = not callable(torch.export.Dim.DYNAMIC)  # PyTorch 2.6 leaves a size open only under a name, and proves little
 needs_onnx = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
@@ -100,11 +103,66 @@ def test_what_the_caller_has_set_changes_no_programs_numbers(program):
         (torch.zeros(1, 3, 32, 36).half(), "the images are float16 on cpu, and '.*' takes float32 on the CPU; give it"),
         (torch.zeros(1, 3, 32, 36, device="meta"), "the images are float32 on meta, and"),
         ([1], "the images are a list; '.*a.pt2' takes a tensor"),
+        (
+            torch.nested.nested_tensor([torch.zeros(3, 32, 36)]),
+            "the images are nested, and '.*a.pt2' takes a dense tensor",
+        ),
+        (
+            torch.zeros(1, 3, 32, 36).to_sparse(),
+            "the images are sparse_coo, and '.*a.pt2' takes a dense tensor; give it such",
+        ),
     ],
 )
 def test_what_a_program_was_not_made_for_is_one_sentence(program, given, sentence):
     with pytest.raises(UserError, match=sentence):
         vmamba.load_program(program[1])(given)
+
+
+def test_images_of_odd_kinds_reach_a_program_as_plain_ones(tmp_path, program):
+    """Lazily negated ones, and such that want gradients, in a runtime that takes arrays of numpy."""
+    model, x = program[0], images(1, 3, 32, 36)
+    about = {"images": [[1, None], [3, 3], [32, 32], [36, 36]]}
+    run = loading.Program(tmp_path / "a.onnx", lambda images: model(torch.from_numpy(images.numpy())), about)
+    for given in (
+        torch._neg_view(-x),
+        x.clone().requires_grad_(),
+        x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2),
+    ):
+        for each in (run, vmamba.load_program(program[1])):
+            same(each(given), model(x))
+
+
+def test_a_copy_of_a_program_is_loaded_from_its_file(program, monkeypatch):
+    found, x = vmamba.load_program(program[1]), images(1, 3, 32, 36)
+    for again in (pickle.loads(pickle.dumps(found)), copy.deepcopy(nn.Sequential(found))):
+        assert torch.equal(again(x), found(x))
+    monkeypatch.chdir(program[1].parent)
+    held = pickle.dumps(vmamba.load_program(program[1].name))
+    monkeypatch.chdir("/")
+    assert torch.equal(pickle.loads(held)(x), found(x))
+
+
+def test_a_program_is_loaded_whatever_the_caller_has_set(program):
+    x, expected = images(1, 3, 32, 36), vmamba.load_program(program[1])(images(1, 3, 32, 36))
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"), torch.inference_mode():
+            found = vmamba.load_program(program[1])
+            assert torch.equal(found(x), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found(x), expected)
+
+
+def test_a_program_that_tells_no_classes_says_what_to_do(tmp_path):
+    from PIL import Image
+
+    program = loading.Program(tmp_path / "backbone.onnx", lambda images: images, {"images": FOUR})
+    for ask in (lambda: vmamba.predict(program, Image.new("RGB", (9, 9))), lambda: image_transform(program)):
+        with pytest.raises(
+            UserError, match="backbone.onnx' does not tell .* of a backbone .*; call the program itself"
+        ):
+            ask()
 
 
 @pytest.mark.parametrize("mode", ["whole", "slide"])
@@ -148,7 +206,7 @@ def vim(**options):
 def test_a_program_of_vim_has_pytorchs_operators_alone(tmp_path):
     model, path = vim(), tmp_path / "vim.pt2"
     for layer in model.layers:
-        layer.mixer.set_backend("triton")  # which no CPU serves
+        layer.mixer.scan_backend = "triton"  # which no CPU serves
     vmamba.export(model, path)
     for layer in model.layers:
         layer.mixer.set_backend("auto")
@@ -224,9 +282,6 @@ def test_what_is_no_program_is_one_sentence(tmp_path, program):
     ):
         with pytest.raises(UserError, match=f"is {what}.*no file of weights; vmamba.load_program.path. runs it"):
             vmamba.load_model(path)
-
-
-FOUR = [[1, 1], [3, 3], [32, 32], [36, 36]]
 
 
 def named(count):

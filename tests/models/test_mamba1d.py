@@ -75,6 +75,30 @@ def test_steps_are_what_the_whole_gives(options):
     torch.testing.assert_close(torch.stack(steps, 1), mamba(x))
 
 
+def test_a_backend_that_is_not_there_is_said_when_the_layer_is_made(tmp_path, monkeypatch):
+    words = "is mamba_ssm, which cannot be used: the package mamba_ssm is not installed .*; choose auto"
+    with pytest.raises(UserError, match=f"^scan_backend {words}"):
+        layer(scan_backend="mamba_ssm")
+    made = layer()
+    with pytest.raises(UserError, match=f"^backend {words}"):
+        made.set_backend("mamba_ssm")
+    assert made.scan_backend == "auto" and layer(scan_backend="reference")
+    (tmp_path / "mamba_ssm").mkdir()
+    (tmp_path / "mamba_ssm" / "__init__.py").write_text("raise OSError('undefined symbol')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="mamba_ssm is installed but cannot be imported: undefined symbol; choose auto"):
+        layer(scan_backend="mamba_ssm")
+
+    def absent(name):
+        raise ImportError("No module named 'triton'")
+
+    monkeypatch.setattr("vmamba_kernels.registry.load", absent)
+    with pytest.raises(
+        UserError, match="triton, which cannot be used: it cannot be imported .No module named 'triton'"
+    ):
+        layer(scan_backend="triton")
+
+
 def test_the_packages_serve_where_they_are(monkeypatch):
     """By stand-ins of their interfaces: causal_conv1d for the convolution, mamba_ssm for the scan."""
     with pytest.raises(UserError, match="causal_conv1d, which is not installed"):

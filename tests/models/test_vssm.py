@@ -1,6 +1,7 @@
 """The variants' numbers, any size and number of channels, the classifier, stochastic depth, checkpointing, errors."""
 
 import pytest
+import timm
 import torch
 from torch.nn import functional as F
 
@@ -237,6 +238,26 @@ def test_dtypes(scan_float32):
         assert (model(images) - expected).norm() / expected.norm() < 0.05
     assert model.bfloat16()(images.bfloat16()).dtype == torch.bfloat16
     assert model.half()(images.half()).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["vmamba_digits", "vim_tiny_patch16_224"])
+def test_images_of_other_numbers_than_the_weights_are_a_sentence(name):
+    own = dict(depths=(1,), dims=8) if name == "vmamba_digits" else dict(depth=1, embed_dim=16, img_size=32)
+    model, images = timm.create_model(name, **own).eval(), torch.randn(1, 3, 32, 32)
+    for weights, given in (
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float16),
+        (torch.float32, torch.float64),
+        (torch.bfloat16, torch.float32),
+    ):
+        words = f"images are of {given}, and the weights of {weights}; give them in that type"
+        with pytest.raises(vmamba.UserError, match=words):
+            model.to(weights)(images.to(given))
+    model.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(images.bfloat16()).isfinite().all()
+        with pytest.raises(vmamba.UserError, match="images are of torch.float64, and the weights of torch.float32"):
+            model(images.double())
 
 
 AUTOCAST = [("v1", torch.bfloat16), ("v2", torch.float32), ("v3", torch.float32)]

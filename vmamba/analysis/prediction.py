@@ -201,9 +201,8 @@ def predict_images(
     """
     model = model if isinstance(model, nn.Module) else load_model(model)
     if not isinstance(getattr(model, "config", None), CfgNode):
-        raise UserError(
-            f"this {type(model).__name__} does not tell what its images and classes are; take it from vmamba.load_model"
-        )
+        unknown = f"this {type(model).__name__} does not tell what its images and classes are"
+        raise UserError(getattr(model, "tells_nothing", f"{unknown}; take it from vmamba.load_model"))
     answer = _predictor(model.eval(), score)
     one = isinstance(images, (*_OF_FILES, Image.Image, Tensor)) or (isinstance(images, np.ndarray) and images.ndim < 4)
     given = [images] if one or not isinstance(images, Iterable) else list(images)
@@ -254,8 +253,8 @@ def image_transform(model: nn.Module) -> Callable[[Given], Tensor]:
     elif isinstance(model, VSSM) and model.in_chans == 3:
         channels, gray, transform = 3, False, build_transform(get_config(), training=False)
     else:
-        kind = type(model).__name__
-        raise UserError(f"this {kind} does not tell how its images are normalised; take it from vmamba.load_model")
+        unknown = f"this {type(model).__name__} does not tell how its images are normalised"
+        raise UserError(getattr(model, "tells_nothing", f"{unknown}; take it from vmamba.load_model"))
 
     def apply(image: Given) -> Tensor:
         pixels = _read(image, channels, "the image")

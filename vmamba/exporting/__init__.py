@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 from vmamba.config import image_size
 from vmamba.detection.mask_rcnn import MaskRCNN
 from vmamba.errors import UserError, unknown
-from vmamba.exporting import graphs, programs, weights
+from vmamba.exporting import graphs, programs, rebuilding, weights
 from vmamba.exporting.descriptions import channels_of, size_of, timm_name
 from vmamba.exporting.places import check_place
 from vmamba.models.backbone import Backbone
@@ -81,7 +81,13 @@ def export(
     about = weights.about(model, **facts, needed=format in WEIGHTS)
     if format in WEIGHTS:
         held = weights.spelt(model, spelling)
+<<<<<<< HEAD
         check_place(path)
+=======
+        _check_place(path)
+        if "MODEL" in about.get("config", {}):
+            rebuilding.check(model, about["config"])
+>>>>>>> mend17
         weights.write(path, format, held, about)
         return path
     if spelling != "ours":

@@ -80,13 +80,13 @@ def described(model: nn.Module, size: Sequence[int] = (224, 224)) -> dict[str, A
     try:
         restored(told)
     except UserError as error:
-        raise _beyond(str(error)) from error
+        raise beyond(str(error)) from error
     return told
 
 
 def _classifier(model: VSSM) -> dict[str, Any]:
     if model.global_pool != "avg":
-        raise _beyond("global_pool is '', and the model of a config pools")
+        raise beyond("global_pool is '', and the model of a config pools")
     return {"TASK": "classification", "MODEL": _variant(model) | {"NUM_CLASSES": model.num_classes}}
 
 
@@ -99,7 +99,7 @@ def _timm_classifier(model: nn.Module, size: Sequence[int]) -> dict[str, Any]:
     with torch.random.fork_rng(devices=[]):
         anew = build_model(restored(config))
     if _shapes(anew) != _shapes(model) or _layers(anew) != _layers(model):
-        raise _beyond(f"its layers are not those of timm's {timm_name(model)}, and a config has no options of these")
+        raise beyond(f"its layers are not those of timm's {timm_name(model)}, and a config has no options of these")
     return config
 
 
@@ -113,7 +113,7 @@ def _segmenter(model: UperNet) -> dict[str, Any]:
     head = model.decode_head
     scales, usual = tuple(pool.side for pool, _ in head.psp_modules), _default(UperNet, "pool_scales")
     if scales != usual:
-        raise _beyond(f"pool_scales is {scales}, and that of a config's model {usual}")
+        raise beyond(f"pool_scales is {scales}, and that of a config's model {usual}")
     heads = {
         "SEGMENTER": "upernet",
         "NUM_CLASSES": model.num_classes,
@@ -134,7 +134,7 @@ def _detector(model: MaskRCNN) -> dict[str, Any]:
         "predictions": PredictionSettings(*test.values()),
     }.items():
         if getattr(model, name) != built:
-            raise _beyond(f"{name} is {getattr(model, name)}, and the nearest of a config {built}")
+            raise beyond(f"{name} is {getattr(model, name)}, and the nearest of a config {built}")
     heads = {
         "DETECTOR": "mask_rcnn",
         "NUM_CLASSES": model.num_classes,
@@ -152,13 +152,13 @@ def _backbone(backbone: nn.Module) -> dict[str, Any]:
         own = {"in_chans": "IN_CHANS", "drop_path_rate": "DROP_PATH_RATE"}
         for name, value in backbone.options.items():
             if name not in {*own, "strict_img_size"}:
-                raise _beyond(f"{name} of its backbone is {value!r:.60}, and a config has no options of timm's models")
+                raise beyond(f"{name} of its backbone is {value!r:.60}, and a config has no options of timm's models")
         told = {own[name]: value for name, value in backbone.options.items() if name in own}
         return {"NAME": f"{TIMM}{backbone.name}"} | told
     if not isinstance(backbone, Backbone):
-        raise _beyond(f"its backbone is a {type(backbone).__name__}")
+        raise beyond(f"its backbone is a {type(backbone).__name__}")
     if list(backbone.out_indices) != [0, 1, 2, 3] or backbone.stages != 4:
-        raise _beyond(f"its backbone gives the stages {list(backbone.out_indices)} of {backbone.stages}")
+        raise beyond(f"its backbone gives the stages {list(backbone.out_indices)} of {backbone.stages}")
     return _variant(backbone.model)
 
 
@@ -178,7 +178,7 @@ def _variant(model: VSSM) -> dict[str, Any]:
     if model.classifier is None:
         anew.classifier = None
     if _shapes(anew) != _shapes(model):
-        raise _beyond("its layers are no longer those that its options make")
+        raise beyond("its layers are no longer those that its options make")
     drop_path_rate = model.options.drop_path_rate
     return {"NAME": name, "IN_CHANS": model.in_chans, "DROP_PATH_RATE": drop_path_rate, "OPTIONS": differing[name]}
 
@@ -187,7 +187,7 @@ def _default(kind: type[nn.Module], option: str) -> Any:
     return inspect.signature(kind).parameters[option].default
 
 
-def _beyond(what: str) -> UserError:
+def beyond(what: str) -> UserError:
     return UserError(
         f"no file could tell what this model is: {what}; save its weights alone, with torch.save(model.state_dict(), "
         f"path)"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vmamba.analysis.classes import class_names
 from vmamba.config import restored
 from vmamba.errors import UserError
+from vmamba.exporting import programs
 from vmamba.exporting.graphs import check_installed
 from vmamba.exporting.weights import ABOUT
 from vmamba.files import cannot_read
@@ -69,6 +70,9 @@ class Program(nn.Module):
         """
         if not isinstance(images, Tensor):
             raise UserError(f"the images are a {type(images).__name__}; '{printable(self.path)}' takes a tensor")
+        if images.layout != torch.strided or images.is_nested:
+            kind = "nested" if images.is_nested else str(images.layout).removeprefix("torch.")
+            raise UserError(f"the images are {kind}, and '{printable(self.path)}' takes a dense tensor; give it such")
         fits = images.dim() == len(self._sizes) and all(
             least <= size and (most is None or size <= most)
             for size, (least, most) in zip(images.shape, self._sizes, strict=True)
@@ -84,10 +88,22 @@ class Program(nn.Module):
                 f"'{printable(self.path)}' takes float32 on the CPU; give it images.float().cpu()"
             )
         with no_autocast("cpu"):  # whose casts a recorded program does not expect
-            return self._run(images.contiguous())
+            return self._run(images.detach().resolve_neg().contiguous())
+
+    @property
+    def tells_nothing(self) -> str:
+        """What `vmamba.predict` says where there is no config."""
+        return (
+            f"'{printable(self.path)}' does not tell what its images and classes are, as that of a backbone or of a "
+            f"model that no config builds; call the program itself, with a tensor of images as its model takes them"
+        )
 
     def extra_repr(self) -> str:
         return f"'{self.path}', images {self.takes}"
+
+    def __reduce__(self) -> tuple[Callable[[Path], "Program"], tuple[Path]]:
+        """A copy, and what another process is given, is the file's program, loaded from there again."""
+        return load_program, (self.path.absolute(),)
 
 
 def load_program(path: str | Path) -> Program:
@@ -111,7 +127,8 @@ def load_program(path: str | Path) -> Program:
     if format == "onnx":
         check_installed(f"running '{printable(path)}'", "onnxruntime")
     try:
-        run, told = _OPENERS[format](path)
+        with programs.as_by_default():
+            run, told = _OPENERS[format](path)
     except Exception as error:  # of three libraries, each with its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(

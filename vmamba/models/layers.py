@@ -49,8 +49,9 @@ class Unscripted:
 
 
 @torch.fx.wrap
-def check_images(images: Tensor, channels: int) -> None:
-    """Raises UserError for what is no batch of images of these channels, in floating-point numbers."""
+def check_images(images: Tensor, channels: int, weight: Tensor) -> None:
+    """Raises UserError for what is no batch of images of these channels, in floating-point numbers like those of the
+    `weight` that they meet."""
     if not isinstance(images, Tensor) or not images.is_floating_point():
         what = f"of {images.dtype}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
         raise UserError(
@@ -58,6 +59,17 @@ def check_images(images: Tensor, channels: int) -> None:
         )
     if images.dim() != 4 or images.shape[1] != channels:
         raise UserError(f"images have shape {tuple(images.shape)}; this model takes (batch, {channels}, height, width)")
+    if not go_together(images, weight):
+        raise UserError(f"images are of {images.dtype}, and the weights of {weight.dtype}; give them in that type")
+
+
+def go_together(x: Tensor, weight: Tensor) -> bool:
+    """Whether `x` and `weight` are of numbers that one product takes, or that autocast makes so; what is quantised
+    takes what it takes."""
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or x.dtype == weight.dtype:
+        return True
+    casts = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+    return casts and x.is_floating_point()
 
 
 class ToChannelsFirst(nn.Module):

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba.errors import UserError
-from vmamba.models.layers import Unscripted
+from vmamba.models.layers import Unscripted, go_together
 from vmamba.models.ss2d import step_biases
 from vmamba.text import printable
 from vmamba.values import Takes
-from vmamba_kernels import backends, wider
+from vmamba_kernels import backends, why_absent, wider
 from vmamba_kernels.mamba import overlaps, selective_scan_fn, selective_state_update
 
 logger = logging.getLogger("vmamba")
@@ -104,6 +104,7 @@ class Mamba1D(Unscripted, nn.Module):
         missing = None if conv_backend == "torch" else why_no_causal_conv1d()
         if conv_backend == "causal_conv1d" and missing:
             raise UserError(f"conv_backend is causal_conv1d, which {missing}; choose torch")
+        _check_there("scan_backend", scan_backend)
         self.bidirectional, self.divide = bidirectional, divide
         self.scan_backend = scan_backend
         self.conv_backend = "torch" if missing else conv_backend
@@ -128,8 +129,10 @@ class Mamba1D(Unscripted, nn.Module):
         setattr(self, f"D{end}", nn.Parameter(torch.ones(inner)))
 
     def set_backend(self, backend: str) -> None:
-        """Of the scan.  Raises UserError for no backend."""
-        self.scan_backend = TAKES["scan_backend"].check("backend", backend)
+        """Of the scan.  Raises UserError for no backend, and one that is absent or broken."""
+        backend = TAKES["scan_backend"].check("backend", backend)
+        _check_there("backend", backend)
+        self.scan_backend = backend
 
     def extra_repr(self) -> str:
         return f"bidirectional={self.bidirectional}, divide={self.divide}"
@@ -216,6 +219,12 @@ class Mamba1D(Unscripted, nn.Module):
         return self.out_proj(y)
 
 
+def _check_there(name: str, backend: str) -> None:
+    missing = None if backend == "auto" else why_absent(backend)
+    if missing:
+        raise UserError(f"{name} is {backend}, which cannot be used: {missing}; choose auto")
+
+
 # torch.fx takes what is wrapped so whole: what it does depends on shapes and dtypes.
 @torch.fx.wrap
 def _checked(what: str, x: Tensor, weight: object, shape: tuple[str | int, ...]) -> Tensor:
@@ -228,10 +237,8 @@ def _checked(what: str, x: Tensor, weight: object, shape: tuple[str | int, ...])
         raise UserError(f"the {what} has shape {tuple(x.shape)}; it must be {words}")
     if not x.shape[1]:
         raise UserError(f"the {what} has shape {tuple(x.shape)}, which has no position; give one or more")
-    if isinstance(weight, Tensor) and weight.is_floating_point() and x.dtype != weight.dtype:
-        casts = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
-        if not (casts and x.is_floating_point()):
-            raise UserError(f"the {what} is of {x.dtype}, and the layer's weights of {weight.dtype}; give it in theirs")
+    if not go_together(x, weight):
+        raise UserError(f"the {what} is of {x.dtype}, and the layer's weights of {weight.dtype}; give it in theirs")
     return x
 
 

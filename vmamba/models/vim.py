@@ -102,7 +102,9 @@ class Vim(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, patches + 1, embed_dim), the class token at (patches) // 2."""
-        x = _checked(x, self.patch_embed.proj.in_channels, tuple(self.patch_embed.img_size))
+        x = _checked(
+            x, self.patch_embed.proj.in_channels, self.patch_embed.proj.weight, tuple(self.patch_embed.img_size)
+        )
         x = self.patch_embed(x)
         before, behind = x.tensor_split([x.shape[1] // 2], dim=1)
         x = torch.cat((before, self.cls_token.expand(x.shape[0], -1, -1), behind), dim=1) + self.pos_embed
@@ -146,9 +148,9 @@ class Vim(nn.Module):
 
 
 @torch.fx.wrap  # torch.fx takes what is wrapped so whole: it depends on shapes
-def _checked(images: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
-    """`images`.  Raises UserError for what is no batch of images of these channels and this size."""
-    check_images(images, channels)
+def _checked(images: Tensor, channels: int, weight: Tensor, size: tuple[int, int]) -> Tensor:
+    """`images`.  Raises UserError for what is no batch of images of these channels, numbers and this size."""
+    check_images(images, channels, weight)
     if tuple(images.shape[2:]) != size:
         raise UserError(
             f"images of {images.shape[2]} x {images.shape[3]} pixels; this model has positions for {size[0]} x "

@@ -200,7 +200,8 @@ class VSSM(layers.Unscripted, nn.Module):
 
     def _stem(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, H', W', dims[0])."""
-        _check_images(x, self.in_chans, self.patch_embed[0].kernel_size[0], self.patch_embed[0].padding[0])
+        first = self.patch_embed[0]
+        _check_images(x, self.in_chans, first.weight, first.kernel_size[0], first.padding[0])
         # The memory of a "channels_last" image, written so that torch.vmap takes it.
         x = self.patch_embed(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
         if self.pos_embed is not None:
@@ -376,9 +377,10 @@ def _position_map(img_size: int | tuple[int, int], patch_size: int, dim: int) ->
 
 # torch.fx takes what is wrapped so whole: what it does depends on sizes.
 @torch.fx.wrap
-def _check_images(x: Tensor, in_chans: int, side: int, padding: int) -> None:
-    """Raises UserError unless the images have `in_chans` channels and room for one patch of `side` pixels."""
-    layers.check_images(x, in_chans)
+def _check_images(x: Tensor, in_chans: int, weight: Tensor, side: int, padding: int) -> None:
+    """Raises UserError unless the images have `in_chans` channels, numbers like those of the first `weight`, and room
+    for one patch of `side` pixels."""
+    layers.check_images(x, in_chans, weight)
     if min(x.shape[2:]) + 2 * padding < side:
         raise UserError(
             f"images are {x.shape[2]} x {x.shape[3]} pixels; this model's patches need at least {side} x {side}"

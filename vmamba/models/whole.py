@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vmamba.errors import UserError, unknown
 from vmamba.models.backbone import Backbone
+from vmamba.models.layers import go_together
 from vmamba.models.pretrained import Checkpoint, load_pretrained
 from vmamba.models.released import backbone_weights, from_released, keys_from_released
 from vmamba.models.variants import VARIANTS, create_model
@@ -57,10 +58,7 @@ def check_images(images: Tensor, weight: Tensor, kind: str) -> None:
         raise UserError(f"images have shape {shape}; a {kind} takes (batch, channels, H, W)")
     if 0 in shape:
         raise UserError(f"images have shape {shape}; a {kind} takes one image or more, of a pixel or more")
-    if images.dtype == weight.dtype:
-        return
-    converted = images.is_floating_point() and images.dtype != torch.float64  # by autocast
-    if not (converted and torch.is_autocast_enabled(images.device.type)):
+    if not go_together(images, weight):
         raise UserError(
             f"images are of {images.dtype}, and the weights of {weight.dtype}; normalise them, in that type"
         )

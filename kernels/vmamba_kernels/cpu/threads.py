@@ -93,7 +93,8 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def _after_fork() -> None:
-    """The threads stay behind, PyTorch's too, whose team would be waited for without end."""
+    """The threads stay behind, PyTorch's too, whose team would be waited for without end, as PyTorch's own operators
+    do where it has more than one thread."""
     global _team
     _team = lambda: None  # noqa: E731
     _pool.cache_clear()
