@@ -13,11 +13,8 @@ from torch import nn
 import vmamba
 from vmamba.detection.roi_heads import PredictionSettings
 from vmamba.errors import UserError
-<<<<<<< HEAD
-from vmamba.exporting.places import check_place
-=======
 from vmamba.exporting import programs
->>>>>>> mend17
+from vmamba.exporting.places import check_place
 from vmamba.models.pretrained import load_pretrained
 from vmamba.models.variants import VARIANTS
 from vmamba.models.vssm import VSSM

@@ -81,13 +81,9 @@ def export(
     about = weights.about(model, **facts, needed=format in WEIGHTS)
     if format in WEIGHTS:
         held = weights.spelt(model, spelling)
-<<<<<<< HEAD
         check_place(path)
-=======
-        _check_place(path)
         if "MODEL" in about.get("config", {}):
             rebuilding.check(model, about["config"])
->>>>>>> mend17
         weights.write(path, format, held, about)
         return path
     if spelling != "ours":
