@@ -10,7 +10,6 @@ from functools import cache
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits, load_sample_images
 
 CLASSES = tuple(str(digit) for digit in range(10))
 TRAINING_DIGITS = 1437  # of 1797; the others are held out, as in classification
@@ -104,10 +103,14 @@ def _turned(draw: np.random.Generator, digit: np.ndarray, length: int) -> np.nda
 @cache
 def _digits() -> tuple[np.ndarray, np.ndarray]:
     """(1797, 8, 8) uint8 and their labels."""
+    from sklearn.datasets import load_digits  # takes a second, and the classes' names are asked for without it
+
     found = load_digits()
     return (found.images * (255 / 16)).astype(np.uint8), found.target
 
 
 @cache
 def _photographs() -> list[np.ndarray]:
+    from sklearn.datasets import load_sample_images
+
     return load_sample_images().images
