@@ -187,6 +187,8 @@ def test_what_cannot_be_is_told_before_anything_is_run(configs, tmp_path, monkey
         ({"seeds": (1, 1)}, "runs of one name and seed would be one"),
         ({"options": ["TRAIN.EPOCS", "7"]}, "unknown config key"),
         ({"options": ["TRAIN.EPOCHS", "2", "SEED", "4"]}, "--opts sets SEED, and seeds are given by --seeds; leave it"),
+        ({"options": ["DRY_RUN", "true"]}, "DRY_RUN is true in '.*' or --opts, and a run is to train; leave it out"),
+        ({"options": ["EVAL_MODE", "true"]}, "EVAL_MODE is true in '.*' or --opts"),
         ({"options": ["TAG", "x"]}, "--opts sets TAG, and a run's is its seed's; leave it out"),
         ({"options": ["OUTPUT", "x"]}, "--opts sets OUTPUT, and --output gives it; leave it out"),
         ({"page": "nowhere.md"}, "cannot read 'nowhere.md'"),

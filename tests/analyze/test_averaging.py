@@ -1,5 +1,7 @@
 """analyze/average.py: means of weights by hand, and a file that the rest takes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
@@ -54,6 +56,9 @@ def test_nothing_but_an_average_is_written_over(files, tmp_path):
 def test_what_cannot_be_averaged_is_a_sentence(files, tmp_path):
     with pytest.raises(UserError, match="an average needs two checkpoints at least; name more"):
         average(files[:1], output=str(tmp_path / "mean.pth"))
+    same = Path(files[0]).parent / "." / ".." / Path(files[0]).parent.name / Path(files[0]).name
+    with pytest.raises(UserError, match="is given twice, and would count twice; name each checkpoint once"):
+        average([*files, str(same)], output=str(tmp_path / "mean.pth"))
     with pytest.raises(UserError, match="1.pth"):
         average(files, output=files[1])
     content = torch.load(files[1], weights_only=True)

@@ -32,6 +32,7 @@ from vmamba.runtime.task import open_task
 from vmamba.text import counted, printable, some
 
 GIVEN_OTHERWISE = {"SEED": "seeds are given by --seeds", "TAG": "a run's is its seed's", "OUTPUT": "--output gives it"}
+NOT_A_TRAINING = ("DRY_RUN", "EVAL_MODE", "THROUGHPUT_MODE")
 # What may differ between a run that is there and the one that is wanted, since it changes no result.
 MAY_DIFFER = (
     "OUTPUT",
@@ -142,7 +143,12 @@ class Repetition:
         return f"{self.config.NAME}, seed {self.seed}"
 
     def check(self) -> None:
-        """Raises UserError where the folder holds a run of another config."""
+        """Raises UserError where the config trains nothing, or the folder holds a run of another one."""
+        for key in NOT_A_TRAINING:
+            if self.config[key]:
+                raise UserError(
+                    f"{key} is true in '{printable(self.file)}' or --opts, and a run is to train; leave it out"
+                )
         if not (self.folder / "config.yaml").is_file():
             return
         wanted, there = dict(flat(self.config)), dict(flat(get_config(self.folder / "config.yaml")))

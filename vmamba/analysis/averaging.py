@@ -2,6 +2,7 @@
 (model soups, arXiv 2203.05482)."""
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,11 +29,15 @@ def average(
         weights: as of `vmamba.load_checkpoint`.
 
     Returns the mean, computed in float64 and of the first one's dtypes; of whole numbers, such as batch norms' counts,
-    the last one's.  Raises UserError for fewer than two, for files of different models, and where what is no average
-    would be written over.
+    the last one's.  Raises UserError for fewer than two, for one given twice, for files of different models, and where
+    what is no average would be written over.
     """
     if len(checkpoints) < 2:
         raise UserError("an average needs two checkpoints at least; name more")
+    places = [os.path.realpath(path) for path in checkpoints]
+    for path, place in zip(checkpoints, places, strict=True):
+        if places.count(place) > 1:
+            raise UserError(f"'{printable(path)}' is given twice, and would count twice; name each checkpoint once")
     check_keeps(checkpoints, output)
     check_writable(output)
     check_replaces(output, lambda path: "averaged" in read_file(path), "average of checkpoints")
