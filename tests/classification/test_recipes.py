@@ -14,7 +14,7 @@ from vmamba.classification import teachers
 from vmamba.classification.sizes import Sizes
 from vmamba.classification.task import Task
 from vmamba.classification.teachers import Teacher
-from vmamba.config import get_config
+from vmamba.config import get_config, output_folder
 from vmamba.errors import UserError
 from vmamba.models.variants import build_model
 from vmamba.runtime.distributed import World
@@ -158,8 +158,11 @@ def test_what_cannot_be_is_a_sentence(tmp_path, monkeypatch, opts, words):
     if "vit.pth" in opts:
         vit = get_config(None, VIT)
         torch.save({"model": build_model(vit).state_dict(), "config": plain(vit)}, "vit.pth")
+    config = tiny_config(tmp_path, *opts)
     with pytest.raises(UserError, match=words):
-        run(tiny_config(tmp_path, *opts))
+        run(config)
+    if "DISTILL.TEACHER" not in opts:  # which the config alone tells
+        assert not output_folder(config).exists()
 
 
 def test_sizes_that_the_model_does_not_take_are_refused_at_the_start():

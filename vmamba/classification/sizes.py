@@ -12,23 +12,26 @@ from vmamba.errors import UserError
 from vmamba.runtime.plan import Plan
 
 
+def check_sizes(config: CfgNode) -> None:
+    """Raises UserError for sides of AUG.SIZES that DATA.IMG_SIZE does not bear."""
+    sides, whole = config.AUG.SIZES, config.DATA.IMG_SIZE
+    if sides and not isinstance(whole, int):
+        raise UserError(f"AUG.SIZES are sides of squares, and DATA.IMG_SIZE is {whole}; give one side there too")
+    if sides and max(sides) > whole:
+        raise UserError(
+            f"AUG.SIZES has {max(sides)}, and images are loaded at DATA.IMG_SIZE {whole}; leave larger sides out, "
+            "or raise DATA.IMG_SIZE"
+        )
+
+
 class Sizes:
     """Draws a side of AUG.SIZES for each step, the same on all processes: a function of (SEED, step).
 
     Images are loaded at DATA.IMG_SIZE and made smaller where the model computes.
-    Raises UserError for sides that DATA.IMG_SIZE does not bear.
     """
 
     def __init__(self, config: CfgNode, plan: Plan):
         self.aug, self.seed, self.plan = config.AUG, config.SEED, plan
-        sides, whole = config.AUG.SIZES, config.DATA.IMG_SIZE
-        if not isinstance(whole, int):
-            raise UserError(f"AUG.SIZES are sides of squares, and DATA.IMG_SIZE is {whole}; give one side there too")
-        if max(sides) > whole:
-            raise UserError(
-                f"AUG.SIZES has {max(sides)}, and images are loaded at DATA.IMG_SIZE {whole}; leave larger sides out, "
-                "or raise DATA.IMG_SIZE"
-            )
 
     def resize(self, images: Tensor, step: int) -> Tensor:
         """(B, C, H, W) -> the same at the side of this step."""

@@ -19,7 +19,7 @@ from vmamba.classification.class_maps import real_accuracy
 from vmamba.classification.class_names import warn_of_other_names
 from vmamba.classification.data import build_eval_loader, build_train_loader
 from vmamba.classification.datasets import check_dataset
-from vmamba.classification.sizes import Sizes
+from vmamba.classification.sizes import Sizes, check_sizes
 from vmamba.classification.teachers import Teacher, soft_cross_entropy
 from vmamba.classification.transforms import Batch, build_mixup, build_pixels, without_effect
 from vmamba.config import image_size
@@ -61,6 +61,7 @@ class Task:
         check_name(self.config)
         check_dataset(self.config)
         check_loss(self.config)
+        check_sizes(self.config)
         build_pixels(self.config, training=True)
         _ = self.mixup, given_weights(self.config)
 

@@ -33,22 +33,27 @@ class Mean(ModelEmaV3):
             super().update(model, step)
 
 
-def build_average(config: CfgNode, model: nn.Module, plan: Plan) -> ModelEmaV3 | None:
-    """None where TRAIN.EMA is off.  Raises UserError for settings of which one takes no part."""
+def check_average(config: CfgNode) -> None:
+    """Raises UserError for settings of TRAIN.EMA of which one takes no part."""
     ema = config.TRAIN.EMA
     if ema.SWITCH and not (ema.ENABLE and ema.KIND == "exponential"):
         raise UserError(
             "TRAIN.EMA.SWITCH puts the exponential average in the place of the weights, and there is none; set "
             "TRAIN.EMA.ENABLE true and TRAIN.EMA.KIND exponential"
         )
+    if ema.ENABLE and ema.KIND == "mean" and config.TRAIN.PATIENCE:
+        raise UserError(
+            f"TRAIN.EMA.KIND is mean, of the epochs before the planned end, and TRAIN.PATIENCE "
+            f"{config.TRAIN.PATIENCE} may end the run earlier; set TRAIN.PATIENCE 0, or TRAIN.EMA.KIND exponential"
+        )
+
+
+def build_average(config: CfgNode, model: nn.Module, plan: Plan) -> ModelEmaV3 | None:
+    """None where TRAIN.EMA is off."""
+    ema = config.TRAIN.EMA
     if not ema.ENABLE:
         return None
     if ema.KIND == "mean":
-        if config.TRAIN.PATIENCE:
-            raise UserError(
-                f"TRAIN.EMA.KIND is mean, of the epochs before the planned end, and TRAIN.PATIENCE "
-                f"{config.TRAIN.PATIENCE} may end the run earlier; set TRAIN.PATIENCE 0, or TRAIN.EMA.KIND exponential"
-            )
         return Mean(model, plan, ema.LAST_EPOCHS)
     return ModelEmaV3(model, decay=ema.DECAY, use_warmup=ema.WARMUP)
 

@@ -22,6 +22,7 @@ from vmamba.errors import UserError
 from vmamba.extensions import import_modules
 from vmamba.models import freezing
 from vmamba.runtime import dry, report
+from vmamba.runtime.average import check_average
 from vmamba.runtime.checkpoint import BEST, LAST
 from vmamba.runtime.distributed import World, on_main, processes
 from vmamba.runtime.evaluation import evaluate_file, evaluate_state, tell_skipped, throughput
@@ -76,6 +77,7 @@ def _run_alone(config: CfgNode) -> Results:
     import_modules(config.IMPORT)  # again where the config comes from another process
     if not (config.EVAL_MODE or config.THROUGHPUT_MODE):
         check_optimizer(config)
+        check_average(config)
         open_task(config).check()
     with (
         processes(config.DEVICE, config.TIMEOUT) as world,
