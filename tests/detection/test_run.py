@@ -1,6 +1,7 @@
 """Runs of detection: what they leave, stopped and resumed ones, several processes, weights to start from."""
 
 import json
+import logging
 import re
 import signal
 import sys
@@ -123,8 +124,9 @@ def test_evaluating_and_starting_from_a_file(tmp_path, trained):
     assert started["bbox_mAP"] == started["ema_bbox_mAP"] == results["bbox_mAP"]
 
 
-def test_a_checkpoint_names_its_classes_and_another_file_of_annotations_does_not(tmp_path, trained):
+def test_a_checkpoint_names_its_classes_and_another_file_of_annotations_does_not(tmp_path, trained, caplog):
     """Nor does that tell the categories' numbers then."""
+    logging.getLogger("vmamba").propagate = True
     best = output_folder(trained[0]) / "best.pth"
     model = vmamba.load_model(best)
     assert (model.class_names, model.category_numbers) == (["disc", "bar", "ring"], [3, 7, 20])
@@ -136,8 +138,10 @@ def test_a_checkpoint_names_its_classes_and_another_file_of_annotations_does_not
     (tmp_path / "annotations" / "instances_val2017.json").write_text(
         json.dumps({"images": [], "annotations": [], "categories": categories})
     )
+    assert "categories" not in caplog.text
     model = vmamba.load_model(tmp_path / "best.pth")
     assert (model.class_names, model.category_numbers) == (["disc", "bar", "ring"], [0, 1, 2])
+    assert "instances_val2017.json' is not there, or has other categories; category_id counts from 0" in caplog.text
 
 
 def test_a_detector_of_other_classes_needs_a_new_head(tmp_path, trained):

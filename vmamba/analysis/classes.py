@@ -1,5 +1,6 @@
 """What the classes of a data set are called."""
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,9 @@ from vmamba.data import scenes
 from vmamba.data.folders import what_is
 from vmamba.detection.annotations import read_annotations
 from vmamba.errors import UserError
+from vmamba.text import printable
 
+logger = logging.getLogger("vmamba")
 # The 150 classes of ADE20K's scene parsing, in the order of their numbers.
 ADE20K = tuple(
     """wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, door,
@@ -38,11 +41,16 @@ def class_names(config: CfgNode) -> list[str]:
 
 
 def category_numbers(config: CfgNode, names: Sequence[str]) -> list[int]:
-    """Of a detector's classes those of its data's file, as `results.json` has them; counted from 0 where nothing tells
-    them, as where the file that lies there today has other `names`."""
+    """Of a detector's classes those of its data's file, as `results.json` has them; from 0, and a warning, where
+    nothing tells them, as where the file that lies there today has other `names`."""
     known = _categories(config)
     if [name for _, name in known] == list(names):
         return [number for number, _ in known]
+    file = printable(Path(config.DATA.DATA_PATH, config.DATA.VAL_ANNOTATIONS))
+    logger.warning(
+        f"the numbers of the model's categories are not known: '{file}' is not there, or has other categories; "
+        "category_id counts from 0"
+    )
     return list(range(config.MODEL.NUM_CLASSES))
 
 
