@@ -93,6 +93,12 @@ def test_a_warm_start_and_a_resumed_run_keep_names_that_their_data_does_not_tell
     run(config(tmp_path, "DATA.VAL_FRACTION", 0, "DATA.DATASET", "mute", "TRAIN.EPOCHS", 2))
     assert told(output_folder(mute)) == dict(enumerate(Reds.classes))
 
+    monkeypatch.setitem(extensions.DATASETS, "reds", lambda config, training: Reds(samples))
+    monkeypatch.setattr(Reds, "classes", ("navy", "azure", "teal"))
+    again = config(tmp_path, "DATA.VAL_FRACTION", 0, "DATA.DATASET", "reds", "TAG", "reds", "TRAIN.EPOCHS", 2)
+    run(again)
+    assert log(again).count("last.pth' calls class 0 'scarlet', and here it is 'navy': is it of the same") == 1
+
 
 def test_archives_and_files_of_labels_tell_names_too(tmp_path):
     def classes(*opts, count=2):

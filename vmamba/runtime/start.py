@@ -83,6 +83,8 @@ def resume(run: Run, state: TrainState) -> Path | None:
     if saved:
         saved = of_today(saved, state.config)
         compare_data(run, saved["data"], state.data, path)
+        if other := calls_otherwise(Path(path), saved["classes"], state.classes):
+            run.logger.warning(other)
         state.load_state_dict(saved, path)
         state.restore_random_state(run.world.rank)
         epochs, steps = divmod(state.step, state.steps_per_epoch)
