@@ -8,11 +8,11 @@ from typing import Any
 
 from yacs.config import CfgNode
 
+from vmamba.analysis.tables import check_json, check_page, write_json
 from vmamba.analysis.tables import markdown as markdown_table
-from vmamba.analysis.tables import write_json
 from vmamba.config import get_config
 from vmamba.errors import UserError
-from vmamba.files import check_writable, write_text
+from vmamba.files import write_text
 from vmamba.runtime.records import is_number, read_metrics, results_of
 from vmamba.runtime.task import open_task
 from vmamba.text import printable
@@ -42,7 +42,8 @@ def compare(runs: Sequence[str], *, output: str = "output/compare") -> list[dict
     memory and hours, means.  An evaluation that found what is not finite does not count.  Raises UserError for a folder
     that is none of a run, where none is left, and for runs of several tasks, whose results are not alike.
     """
-    check_writable(Path(output, "compare.json"))
+    check_json(Path(output, "compare.json"), "run", "runs", "seeds")
+    check_page(Path(output, "compare.md"), r"\| run \|")
     places = [Path(run).resolve() for run in runs]
     folders = [Path(run) for number, run in enumerate(runs) if places[number] not in places[:number]]
     empty = {folder: why for folder in folders if (why := _why_empty(folder))}
