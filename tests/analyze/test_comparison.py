@@ -11,7 +11,7 @@ from vmamba.errors import UserError
 
 
 def make_run(folder, accuracies, *options):
-    config = get_config(None, list(options))
+    config = get_config(None, ["TRAIN.EPOCHS", 1, *options])  # those of more are not at their end
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(config.dump())
     lines = [
@@ -41,7 +41,7 @@ def test_repetitions_are_one_line_and_differences_are_columns(tmp_path, capsys):
     assert plain["images/s"] == 200 and plain["memory (MB)"] == 53 and plain["hours"] == 1.5
     assert other["best acc1"] == "40.00" and other["hours"] == 0.5
     settings = {key: (plain[key], other[key]) for key in plain if key.startswith(("TRAIN.", "MODEL."))}
-    assert settings == {"TRAIN.EPOCHS": ("300", "5"), "MODEL.OPTIONS.d_state": ("–", "8")}
+    assert settings == {"TRAIN.EPOCHS": ("1", "5"), "MODEL.OPTIONS.d_state": ("–", "8")}
     assert not {"SEED", "TAG"} & plain.keys()
     assert (tmp_path / "out" / "compare.md").read_text() in capsys.readouterr().out
 
@@ -98,6 +98,37 @@ def test_what_trained_nothing_is_left_out_and_named(tmp_path, capsys):
     assert row["runs"] == 1 and text in capsys.readouterr().out
     assert f"Left out: '{begun}' holds no round of training yet.\n" in text
     assert f"Left out: '{refused}' holds a start that trained nothing (its log.txt says why).\n" in text
+
+
+def test_a_run_that_is_not_at_its_end_is_a_line_of_its_own(tmp_path):
+    """By the epochs or the steps of its config, and whether its patience ended it; the others' mean is without it."""
+    epochs = [
+        make_run(tmp_path / "a" / f"{seed}", [acc], "TRAIN.EPOCHS", total, "SEED", seed, "TRAIN.PATIENCE", 2)
+        for seed, (acc, total) in enumerate([(50.0, 3), (10.0, 3), (60.0, 3)])
+    ]
+    for run, told in zip(
+        epochs, ({"epoch": 3}, {"epoch": 1.5, "unimproved": 1}, {"epoch": 2, "unimproved": 2}), strict=True
+    ):
+        with (Path(run) / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": 30, "acc1": 40.0} | told) + "\n")
+    steps = [
+        make_run(tmp_path / "b" / f"{seed}", [20.0] * rounds, "TRAIN.STEPS", 2000, "SEED", seed)
+        for seed, rounds in enumerate((200, 199))
+    ]
+    rows = compare([*epochs, *steps], output=str(tmp_path / "out"))
+    told = {row["run"]: (row["runs"], row["unfinished"], row["best acc1"]) for row in rows}
+    assert told == {
+        "a/0 and 1 more": (2, None, "55.00 ± 7.07"),
+        "a/1": (1, "1.50 of 3 epochs", "40.00"),
+        "b/0": (1, None, "20.00"),
+        "b/1": (1, "1,990 of 2,000 steps", "20.00"),
+    }
+    text = (tmp_path / "out" / "compare.md").read_text()
+    assert "\nNot finished, so in no mean over seeds: 'a/1', 1.50 of 3 epochs.\n" in text
+    assert "\nNot finished, so in no mean over seeds: 'b/1', 1,990 of 2,000 steps.\n" in text
+    assert text.count("Not finished") == 2
+    (row,) = compare([epochs[0], epochs[2]], output=str(tmp_path / "out"))
+    assert "unfinished" not in row
 
 
 def test_what_is_no_run_is_a_sentence(tmp_path):

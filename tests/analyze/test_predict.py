@@ -271,6 +271,24 @@ def test_nothing_is_written_over_what_is_read(checkpoints, pictures, tmp_path):
     assert sorted(path.name for path in pictures.iterdir()) == ["broken.jpg", "more", "scene.png", "wide.bmp"]
 
 
+def test_only_its_own_files_are_replaced(checkpoints, pictures, tmp_path):
+    """A photo's neighbour of the same name is not one of them, nor another program's predictions.json."""
+    file, out = str(checkpoints["classification"][0]), tmp_path / "out"
+    for _ in range(2):  # a command may be given twice
+        predict(file, [str(pictures / "scene.png")], device="cpu", output=str(out))
+    other = pictures / "wide.png"
+    scene(2, False, 32).image.save(other)
+    before = other.read_bytes()
+    with pytest.raises(UserError, match="wide.png' is there already and is no picture of a prediction; remove it, or"):
+        predict(file, [str(pictures / "wide.bmp")], device="cpu", output=str(pictures))
+    assert other.read_bytes() == before and not (pictures / "predictions.json").exists()
+    for text in ('{"images": []}', "[1]", "mine"):
+        (out / "predictions.json").write_text(text)
+        with pytest.raises(UserError, match="predictions.json' is there already and is no table of predictions"):
+            predict(file, [str(pictures / "scene.png")], device="cpu", output=str(out))
+        assert (out / "predictions.json").read_text() == text
+
+
 def test_an_image_given_twice_is_one_and_no_two_pictures_have_one_name(checkpoints, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("x/b.png", "y/b.png", "x_b.png"):

@@ -51,6 +51,8 @@ def test_every_model_is_timed_in_every_case(tmp_path):
     assert written["settings"]["date"] in page.read_text()
     for kind in ("pdf", "png"):
         assert (tmp_path / f"throughput.{kind}").stat().st_size > 1000
+    with pytest.raises(UserError, match="absent"):  # which is looked for: its own files may be replaced
+        speed.throughput(**SETTINGS | dict(models=["absent"], relative_to=None, output=str(tmp_path), markdown=page))
 
 
 def test_the_models_take_turns_and_the_median_counts(monkeypatch):

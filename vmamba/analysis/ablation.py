@@ -20,11 +20,11 @@ from yacs.config import CfgNode
 import vmamba_kernels
 from vmamba.analysis import speed
 from vmamba.analysis.comparison import flat, read_run, spread
-from vmamba.analysis.tables import around_table, markdown, read_json, replace_table, write_json
+from vmamba.analysis.tables import around_table, check_json, check_page, markdown, read_json, replace_table, write_json
 from vmamba.analysis.zoo import choose_device
 from vmamba.config import get_config, image_size, output_folder
 from vmamba.errors import UserError
-from vmamba.files import check_writable, write_text
+from vmamba.files import write_text
 from vmamba.runtime.checkpoint import LAST
 from vmamba.runtime.records import NOT_COUNTED, is_number
 from vmamba.runtime.stop import StopRequest
@@ -189,7 +189,8 @@ def ablate(
     Raises UserError for configs that cannot be, before anything is run; and, once the others are done and the table is
     written, for runs that failed.
     """
-    check_writable(Path(output, "ablation.json"))
+    check_json(Path(output, "ablation.json"), "rows", "runs")
+    check_page(Path(output, "ablation.md"), r"\|.*; written by\s`analyze/ablate.py`\.\n$")
     for key in options[::2]:
         if key in GIVEN_OTHERWISE:
             raise UserError(f"--opts sets {key}, and {GIVEN_OTHERWISE[key]}; leave it out")

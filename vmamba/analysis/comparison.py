@@ -8,14 +8,14 @@ from typing import Any
 
 from yacs.config import CfgNode
 
+from vmamba.analysis.tables import check_json, check_page, write_json
 from vmamba.analysis.tables import markdown as markdown_table
-from vmamba.analysis.tables import write_json
 from vmamba.config import get_config
 from vmamba.errors import UserError
-from vmamba.files import check_writable, write_text
+from vmamba.files import write_text
 from vmamba.runtime.records import is_number, read_metrics, results_of
 from vmamba.runtime.task import open_task
-from vmamba.text import printable
+from vmamba.text import counted, printable
 
 ALIKE = ("SEED", "NAME", "TAG", "OUTPUT")  # runs that differ in nothing else are repetitions of one
 
@@ -26,13 +26,15 @@ class Run:
     headline: str  # the result that decides
     settings: dict[str, Any]  # of the config, by key
     metrics: list[dict[str, Any]]  # of each round
+    unfinished: str | None  # how far it came, "44 of 200 epochs"; None where that is to its end
 
 
 def compare(runs: Sequence[str], *, output: str = "output/compare") -> list[dict[str, Any]]:
     """Write a table with a line for each setting, compare.{md,json}, into `output`.
 
     Runs that differ in their seed alone are one line; a folder that is given twice, by whatever path, is one run.  One
-    that holds no round of training, as a start that was refused leaves it, is left out, and named.
+    that holds no round of training, as a start that was refused leaves it, is left out, and named.  One that was
+    stopped, or goes on, is a line of its own that says how far it came, and is named too.
 
     Args:
         runs: folders of runs.
@@ -42,7 +44,8 @@ def compare(runs: Sequence[str], *, output: str = "output/compare") -> list[dict
     memory and hours, means.  An evaluation that found what is not finite does not count.  Raises UserError for a folder
     that is none of a run, where none is left, and for runs of several tasks, whose results are not alike.
     """
-    check_writable(Path(output, "compare.json"))
+    check_json(Path(output, "compare.json"), "run", "runs", "seeds")
+    check_page(Path(output, "compare.md"), r"\| run \|")
     places = [Path(run).resolve() for run in runs]
     folders = [Path(run) for number, run in enumerate(runs) if places[number] not in places[:number]]
     empty = {folder: why for folder in folders if (why := _why_empty(folder))}
@@ -52,14 +55,18 @@ def compare(runs: Sequence[str], *, output: str = "output/compare") -> list[dict
     kinds = sorted({run.headline for run in found})
     if len(kinds) > 1:
         raise UserError(f"the runs have results of several kinds ({', '.join(kinds)}); give those of one task")
+    unfinished = [run for run in found if run.unfinished]
     groups: dict[str, list[Run]] = {}
-    for run in found:
-        groups.setdefault(repr(_told_apart(run.settings)), []).append(run)
+    for number, run in enumerate(found):
+        alone = number if run.unfinished else None  # fewer steps are no repetition
+        groups.setdefault(repr((_told_apart(run.settings), alone)), []).append(run)
     first = [group[0].settings for group in groups.values()]
     keys = [key for key in _told_apart({key: None for each in first for key in each}) if _differ(first, key)]
     averaged = any(_best(run, f"ema_{run.headline}") is not None for run in found)
-    rows = [_row(group, keys, averaged) for group in groups.values()]
-    table = "\n".join([markdown_table(rows), *(f"Left out: {why}.\n" for why in empty.values())])
+    rows = [_row(group, keys, averaged, bool(unfinished)) for group in groups.values()]
+    notes = [f"Not finished, so in no mean over seeds: '{run.name}', {run.unfinished}.\n" for run in unfinished]
+    notes += [f"Left out: {why}.\n" for why in empty.values()]
+    table = "\n".join([markdown_table(rows), *notes])
     write_text(Path(output, "compare.md"), table)
     write_json(Path(output, "compare.json"), rows)
     print(table)
@@ -82,7 +89,19 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{why}; leave it out")
     config = get_config(folder / "config.yaml")
     metrics = read_metrics(folder / "metrics.jsonl")
-    return Run(f"{folder.parent.name}/{folder.name}", open_task(config).headline, dict(flat(config)), metrics)
+    name = f"{folder.parent.name}/{folder.name}"
+    return Run(name, open_task(config).headline, dict(flat(config)), metrics, _unfinished(config, metrics[-1]))
+
+
+def _unfinished(config: CfgNode, last: Mapping[str, Any]) -> str | None:
+    """How far a run came whose last round is `last`; None where its config asks for no more."""
+    train = config.TRAIN
+    if 0 < train.PATIENCE <= last.get("unimproved", 0):
+        return None
+    unit, planned = ("step", train.STEPS) if train.STEPS else ("epoch", train.EPOCHS)
+    done = last.get(unit, 0)
+    shown = f"{done:,}" if isinstance(done, int) else f"{done:,.2f}"
+    return f"{shown} of {counted(planned, unit)}" if done < planned else None
 
 
 def flat(node: CfgNode, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -102,9 +121,11 @@ def _differ(settings: Sequence[Mapping[str, Any]], key: str) -> bool:
     return any(each.get(key) != settings[0].get(key) for each in settings)
 
 
-def _row(group: Sequence[Run], keys: Sequence[str], averaged: bool) -> dict[str, Any]:
+def _row(group: Sequence[Run], keys: Sequence[str], averaged: bool, unfinished: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"run": group[0].name if len(group) == 1 else f"{group[0].name} and {len(group) - 1} more"}
     row |= {key: str(group[0].settings.get(key, "–")) for key in keys}
+    if unfinished:
+        row["unfinished"] = group[0].unfinished
     row |= {"runs": len(group), "seeds": len({run.settings["SEED"] for run in group})}
     for kind in ("", "ema_") if averaged else ("",):
         name = kind + group[0].headline

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from vmamba.analysis.tables import markdown, write_json
+from vmamba.analysis.tables import check_json, check_page, markdown, write_json
 from vmamba.analysis.zoo import create
-from vmamba.files import check_writable, write_text
+from vmamba.files import write_text
 from vmamba.models.flops import complexity
 from vmamba.models.variants import VARIANTS
 
@@ -29,7 +29,8 @@ def flops(
     *, models: Sequence[str] = MODELS, sizes: Sequence[int] = (224,), output: str | Path = "output/flops"
 ) -> list[dict]:
     """Print `table` and write it to `output`/flops.md and flops.json.  Raises UserError as that does."""
-    check_writable(Path(output, "flops.json"))
+    check_json(Path(output, "flops.json"), "model", "GFLOPs (multiply-adds)")
+    check_page(Path(output, "flops.md"), r"\| model \|[^\n]* GFLOPs \(multiply-adds\) \|")
     rows = table(models, sizes)
     text = markdown([row | {"GFLOPs (multiply-adds)": f"{row['GFLOPs (multiply-adds)']:.3f}"} for row in rows])
     write_text(Path(output, "flops.md"), text)

@@ -13,10 +13,10 @@ from matplotlib.lines import Line2D
 
 from vmamba.analysis import zoo
 from vmamba.analysis.plotting import COLOURS, STYLE, line_style, new_figure, save_figure
-from vmamba.analysis.tables import parameters, write_json
+from vmamba.analysis.tables import parameters, read_json, write_json
 from vmamba.config import get_config
 from vmamba.errors import UserError
-from vmamba.files import cannot_read, check_writable
+from vmamba.files import cannot_read, check_replaces, check_writable
 from vmamba.runtime.records import read_metrics
 from vmamba.text import printable
 
@@ -54,11 +54,16 @@ def curves(
 
     Returns the series of each run.  Raises UserError for a run that is not there or has nothing to draw.
     """
-    check_writable(Path(output, "curves.json"))
+    numbers = Path(output, "curves.json")
+    check_writable(numbers)
+    known = {key for series in PANELS.values() for key in series}
+    check_replaces(
+        numbers, lambda path: all(known >= each.keys() for each in read_json(path).values()), "file of curves"
+    )
     found = {_name(run, runs): read_run(Path(run)) for run in runs}
     labels = {name: f"{name}: {describe(Path(run))}" for name, run in zip(found, runs, strict=True)}
     plot(found, labels, by, smooth, Path(output) / "curves")
-    write_json(Path(output) / "curves.json", found)
+    write_json(numbers, found)
     print(f"written to {output}")
     return found
 

@@ -21,8 +21,8 @@ from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
 from vmamba.analysis.speed import describe
+from vmamba.analysis.tables import check_json, check_page, write_json
 from vmamba.analysis.tables import markdown as markdown_table
-from vmamba.analysis.tables import write_json
 from vmamba.analysis.zoo import choose_device
 from vmamba.classification.source import Source
 from vmamba.classification.transforms import let_posterize_take_zero_bits
@@ -31,7 +31,7 @@ from vmamba.data.draws import IMAGE, permutation, preserved_generators, seed_gen
 from vmamba.data.images import UnreadableImage, reading
 from vmamba.data.loaders import Examples, Key, Loader
 from vmamba.errors import UserError
-from vmamba.files import check_writable, make_folder, write_atomically, write_text
+from vmamba.files import make_folder, write_atomically, write_text
 from vmamba.models import freezing
 from vmamba.runtime.distributed import World
 from vmamba.runtime.feed import Feed, to_device
@@ -77,7 +77,8 @@ def dataloading(
     Returns what is in the JSON file.  Raises UserError for another task, where the data is not there, and for an image
     that cannot be read, unless DATA.SKIP_BAD_IMAGES says to leave it out.
     """
-    check_writable(Path(output, "dataloading.json"), Path(output, "dataloading.md"))
+    check_json(Path(output, "dataloading.json"), "machine", "torch", "batch", "config")
+    check_page(Path(output, "dataloading.md"), r"# What feeds training\n")
     place = choose_device(device)
     if (task := get_config(cfg, opts).TASK) != "classification":
         raise UserError(f"{cfg} is of {task}; this times the images of a classification")

@@ -10,13 +10,13 @@ from torch.nn import functional as F
 from yacs.config import CfgNode
 
 from vmamba.analysis.prediction import config_of, file_of
-from vmamba.analysis.tables import markdown, write_json
+from vmamba.analysis.tables import check_json, check_page, markdown, write_json
 from vmamba.analysis.zoo import choose_device
 from vmamba.classification.data import build_eval_loader
 from vmamba.config import changed, get_config
 from vmamba.data.loaders import Loader
 from vmamba.errors import UserError
-from vmamba.files import check_writable, write_text
+from vmamba.files import write_text
 from vmamba.models.pretrained import load_pretrained, open_checkpoint, told_by_timm
 from vmamba.models.variants import build_model
 from vmamba.runtime.feed import Feed
@@ -55,7 +55,8 @@ def knn(
 
     Returns a line for each k: top-1 and top-5 in percent.  Raises UserError without a model or data.
     """
-    check_writable(Path(output, "knn.json"))
+    check_json(Path(output, "knn.json"), "model", "weights", "results")
+    check_page(Path(output, "knn.md"), r"[^\n]* held out, temperature ")
     if run is None and cfg is None:
         raise UserError("there is no model to look at; name a run, or a config with --cfg")
     found = open_checkpoint(file_of(run), weights) if run else None

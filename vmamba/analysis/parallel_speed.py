@@ -18,11 +18,11 @@ import torch.multiprocessing as multiprocessing
 
 from vmamba.analysis.on_noise import Training
 from vmamba.analysis.speed import describe
-from vmamba.analysis.tables import around_table, markdown, replace_table, write_json
+from vmamba.analysis.tables import around_table, check_json, check_page, markdown, replace_table, write_json
 from vmamba.analysis.zoo import choose_device
 from vmamba.config import get_config
 from vmamba.errors import UserError
-from vmamba.files import check_writable, write_text
+from vmamba.files import write_text
 from vmamba.models.compilation import COMPILE_MODES, WITH_CUDA_GRAPHS
 from vmamba.runtime.distributed import processes
 from vmamba.text import counted
@@ -75,7 +75,8 @@ def parallel_speed(
 
     Raises UserError for what is unknown, for more processes than there are GPUs, and for a process that fails.
     """
-    check_writable(Path(output, "gpus.json"))
+    check_json(Path(output, "gpus.json"), "model", "way", "processes")
+    check_page(Path(output, "gpus.md"), r"[^\n]* Written by `python analyze/gpus.py`")
     if page:
         around_table(Path(page))
     place = choose_device(device)

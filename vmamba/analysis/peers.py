@@ -10,8 +10,8 @@ import torch
 
 from vmamba.analysis import zoo
 from vmamba.analysis.speed import IN_A_ROW, Timing, check_compile, describe, time_all
-from vmamba.analysis.tables import around_table, markdown, replace_table, write_json
-from vmamba.files import check_writable, write_text
+from vmamba.analysis.tables import around_table, check_json, check_page, markdown, replace_table, write_json
+from vmamba.files import write_text
 from vmamba.models.variants import list_models
 
 MODELS = ("vmamba_tiny_s1l8", "vmamba_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny")
@@ -46,7 +46,8 @@ def peers(
 
     Raises UserError as `throughput` does, and for a page without a place for a table.
     """
-    check_writable(Path(output, "peers.json"))
+    check_json(Path(output, "peers.json"), "device", "torch")
+    check_page(Path(output, "peers.md"), r"[^\n]* Written by `python analyze/peers.py`")
     if page:
         around_table(Path(page))
     place = zoo.choose_device(device)

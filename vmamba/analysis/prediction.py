@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from vmamba.analysis.classes import category_numbers, class_names
 from vmamba.analysis.drawing import beside, draw_objects, legend, paint
-from vmamba.analysis.tables import write_json
+from vmamba.analysis.tables import read_json, write_json
 from vmamba.analysis.zoo import choose_device
 from vmamba.classification.transforms import build_transform
 from vmamba.config import get_config, restored
@@ -28,7 +29,7 @@ from vmamba.detection.datasets import without_objects
 from vmamba.detection.evaluation import as_results
 from vmamba.detection.transforms import Collate, Transform
 from vmamba.errors import UserError
-from vmamba.files import check_keeps, make_folder, read_text, write_atomically
+from vmamba.files import check_keeps, check_replaces, make_folder, read_text, write_atomically
 from vmamba.models.download import is_url
 from vmamba.models.formats import PLAIN, as_one_file
 from vmamba.models.pretrained import Checkpoint, open_checkpoint
@@ -46,6 +47,7 @@ logger = logging.getLogger("vmamba")
 Given = str | Path | Image.Image | np.ndarray
 _OF_FILES = (str, os.PathLike, bytes)
 _LEAST, _MOST = 256, 2048  # long sides that a picture is scaled to where its image is smaller or larger
+_MARK = ("Software", "vmamba predict")  # in a picture's text, by which another command knows it for one of its own
 _SHORT = 128  # the least short side, which has place for some labels
 
 
@@ -85,21 +87,28 @@ def predict(
 
     Returns what is written as JSON: for each image `top` (class, name and probability of the best five), `objects` (in
     COCO's form of results, with class and name) or `classes` (class, name and share of the pixels); classes are counted
-    from 0.  Raises UserError without any image, for a checkpoint that cannot be read, and where a picture would be
-    written over what is read; an image that cannot be read is named in the log and left out.
+    from 0.  Raises UserError without any image, for a checkpoint that cannot be read, and where a picture or
+    `predictions.json` would be written over what is read, or over what is not of this function; an image that cannot be
+    read is named in the log and left out.
     """
     files = find_images(images)
     pictures = _picture_names(files)
     read = [*files, *filter(None, [checkpoint, cfg, names])]
-    check_keeps(read, *(Path(output) / name for name in (*pictures, "predictions.json")))
+    places, table = [Path(output) / picture for picture in pictures], Path(output) / "predictions.json"
+    check_keeps(read, *places, table)
+    for place in places:
+        check_replaces(place, _is_picture, "picture of a prediction")
+    check_replaces(table, lambda path: {"checkpoint", "images"} == read_json(path).keys(), "table of predictions")
     opened = open_predictor(checkpoint, cfg=cfg, names=names, score=score, weights=weights, device=device)
     channels, predictor = _channels(opened.model.config), opened.answer
     if channels != 3:
         raise UserError(
             f"'{checkpoint}' is of images of {channels} channels, which no picture shows; use vmamba.predict"
         )
+    marked = PngInfo()
+    marked.add_text(*_MARK)
     told: dict[str, Any] = {}
-    for path, picture in zip(files, pictures, strict=True):
+    for path, place in zip(files, places, strict=True):
         try:
             image = decode(path, 3, path)
         except UnreadableImage as error:
@@ -109,14 +118,20 @@ def predict(
         drawn = answer.draw(readable(image))
         if answer.legend:
             drawn = beside(drawn, answer.legend, answer.colours)
-        make_folder((Path(output) / picture).parent)
-        write_atomically(Path(output) / picture, lambda file, drawn=drawn: drawn.save(file, "png"))
-        told[str(path)] = {"picture": str(picture), **answer.told}
+        make_folder(place.parent)
+        write_atomically(place, lambda file, drawn=drawn: drawn.save(file, "png", pnginfo=marked))
+        told[str(path)] = {"picture": place.name, **answer.told}
     if not told:
         raise UserError(f"none of {counted(len(files), 'image')} could be read; {files[0]} is the first")
-    write_json(Path(output) / "predictions.json", {"checkpoint": str(checkpoint), "images": told})
+    write_json(table, {"checkpoint": str(checkpoint), "images": told})
     print(f"{counted(len(told), 'image')} in {output}")
     return told
+
+
+def _is_picture(path: Path) -> bool:
+    name, text = _MARK
+    with Image.open(path) as picture:
+        return picture.info.get(name) == text
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from vmamba.analysis import images, zoo
 from vmamba.analysis.plotting import STYLE, new_figure, save_figure
-from vmamba.analysis.tables import markdown, write_json, write_tensors
+from vmamba.analysis.tables import check_json, check_page, markdown, write_json, write_tensors
 from vmamba.data.folders import image_files
 from vmamba.errors import UserError
-from vmamba.files import check_keeps, check_writable, write_text
+from vmamba.files import check_keeps, write_text
 from vmamba.text import counted
 
 MODELS = ("vmamba_tiny_s1l8", "swin_tiny_patch4_window7_224", "convnext_tiny", "resnet50", "deit_small_patch16_224")
@@ -49,7 +49,8 @@ def erf(
     Raises UserError for unknown models, weights that do not fit, images that cannot be read.
     """
     place = zoo.choose_device(device)
-    check_writable(Path(output, "erf.json"))
+    check_json(Path(output, "erf.json"), "model", "weights", "size", "images")
+    check_page(Path(output, "erf.md"), r"\| model \| parameters \| weights \|")
     read = [*filter(None, weights), *(image_files(images_from) if images_from else ())]
     check_keeps(read, *(Path(output, f"erf.{kind}") for kind in ("pdf", "png", "md", "json", "pt")))
     photographs = images.squares(images_from, num_images, size)

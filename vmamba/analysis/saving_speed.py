@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vmamba.analysis.on_noise import Training
-from vmamba.analysis.tables import markdown, write_json
+from vmamba.analysis.tables import check_json, markdown, write_json
 from vmamba.analysis.zoo import choose_device
-from vmamba.files import check_writable, make_folder
+from vmamba.files import make_folder
 from vmamba.runtime.checkpoint import LAST, save_checkpoint
 from vmamba.runtime.distributed import World
 from vmamba.runtime.saving import Saver
@@ -50,7 +50,7 @@ def saving_speed(
 
     Raises UserError for what does not fit together.
     """
-    check_writable(Path(output, "saving.json"))
+    check_json(Path(output, "saving.json"), "model", "batch", "blocking")
     settings = ["MODEL.NAME", model, "DATA.IMG_SIZE", size, "DATA.BATCH_SIZE", batch, "TRAIN.EMA.ENABLE", True]
     world = World(0, 1, 0, choose_device(device))
     if folder:

@@ -9,10 +9,10 @@ from yacs.config import CfgNode
 
 from vmamba.analysis import zoo
 from vmamba.analysis.plotting import STYLE, line_style, new_figure, save_figure
-from vmamba.analysis.tables import markdown, parameters, write_json
+from vmamba.analysis.tables import check_json, check_page, markdown, parameters, write_json
 from vmamba.config import get_config
 from vmamba.errors import UserError
-from vmamba.files import check_writable, write_text
+from vmamba.files import write_text
 from vmamba.models.flops import complexity
 from vmamba.runtime.evaluation import evaluate_alone
 
@@ -38,7 +38,8 @@ def scale(
     """
     if bool(weights) != bool(cfg):
         raise UserError("accuracy needs both --weights, one a model, and --cfg, whose data set is evaluated")
-    check_writable(Path(output, "scale.json"))
+    check_json(Path(output, "scale.json"), "model", "size", *COSTS)
+    check_page(Path(output, "scale.md"), r"\| model \| size \|")
     place = zoo.choose_device(device)
     rows = []
     for name, path in zip(models, zoo.pair_weights(models, weights), strict=True):

@@ -14,10 +14,9 @@ from yacs.config import CfgNode
 from vmamba.analysis.drawing import BACKGROUND, colour, draw_objects, paint
 from vmamba.analysis.plotting import STYLE, new_figure, save_figure
 from vmamba.analysis.prediction import open_predictor, readable
-from vmamba.analysis.tables import parameters, write_json
+from vmamba.analysis.tables import check_json, parameters, write_json
 from vmamba.data.scenes import CLASSES, scene
 from vmamba.errors import UserError
-from vmamba.files import check_writable
 from vmamba.segmentation.datasets import open_dataset
 from vmamba.text import counted, printable
 
@@ -44,7 +43,7 @@ def scene_pictures(
 
     Returns what is written as JSON.  Raises UserError for a checkpoint of another task or of other data.
     """
-    check_writable(Path(output, "scenes.json"))
+    check_json(Path(output, "scenes.json"), "detection", "segmentation")
     models = {}
     for task, checkpoint in (("detection", detector), ("segmentation", segmenter)):
         models[task] = open_predictor(checkpoint, score=score, weights=weights, device=device)

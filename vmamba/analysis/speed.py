@@ -19,10 +19,10 @@ from torch.nn import functional as F
 
 from vmamba.analysis import zoo
 from vmamba.analysis.plotting import STYLE, line_style, new_figure, save_figure
+from vmamba.analysis.tables import check_json, check_page, parameters, write_json
 from vmamba.analysis.tables import markdown as markdown_table
-from vmamba.analysis.tables import parameters, write_json
 from vmamba.errors import UserError, unknown
-from vmamba.files import check_writable, write_text
+from vmamba.files import write_text
 from vmamba.models.compilation import compile_options
 from vmamba.models.flops import complexity
 from vmamba.text import counted
@@ -98,14 +98,16 @@ def throughput(
         channels_last: give the models channels-last images and weights.
         backend: of our models' scans.
         warm_up, repeats: steps before the timed ones, and these.
-        markdown: one more file for the table.
+        markdown: one more file for the table; none but an earlier one of it is replaced.
 
     Raises UserError for a model that is unknown or does not take a size or a batch.
     """
     reference = relative_to or models[0]
     if reference not in models:
         raise unknown("model in --relative-to", reference, models)
-    check_writable(*filter(None, [Path(output, "throughput.json"), markdown]))
+    check_json(Path(output, "throughput.json"), "settings", "timings")
+    for path in filter(None, (Path(output, "throughput.md"), markdown)):
+        check_page(path, r"# Throughput\n(?!.*\n#)")  # chapters are of a reader's hand
     place = zoo.choose_device(device)
     check_compile(compile, place)
     timings = time_all(

@@ -1,6 +1,7 @@
 """Numbers for people and for programs: in words, as Markdown tables and from them, as files of JSON and of tensors."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ from typing import Any
 import torch
 
 from vmamba.errors import UserError
-from vmamba.files import make_folder, read_text, write_atomically, write_text
+from vmamba.files import check_replaces, check_writable, make_folder, read_text, write_atomically, write_text
 from vmamba.text import printable
+
+_OURS = "file of this command"
 
 
 def parameters(*counts: int) -> str:
@@ -61,6 +64,23 @@ def read_json(path: Path) -> Any:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"'{printable(path)}' is no JSON: {error}; remove it, and run again what wrote it") from error
+
+
+def check_json(path: Path, *names: str) -> None:
+    """That results can be written at `path`, and take the place of none but earlier ones: a file of `names` with their
+    values, or a list of such.  Raises UserError otherwise."""
+    check_writable(path)
+    check_replaces(path, lambda there: {*names} <= _first(read_json(there)).keys(), _OURS)
+
+
+def check_page(path: str | Path, beginning: str) -> None:
+    """Likewise of a page, which begins as the pattern `beginning` says.  Raises UserError otherwise."""
+    check_writable(path)
+    check_replaces(path, lambda there: bool(re.match(beginning, read_text(there), re.DOTALL)), _OURS)
+
+
+def _first(content: Any) -> dict[str, Any]:
+    return content[0] if isinstance(content, list) else content
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 
 from vmamba.analysis.speed import DTYPES, IN_A_ROW, check_compile, describe, peak_memory_mb, take_turns
+from vmamba.analysis.tables import check_json, check_page, write_json
 from vmamba.analysis.tables import markdown as markdown_table
-from vmamba.analysis.tables import write_json
 from vmamba.analysis.zoo import choose_device
 from vmamba.detection.models import create_detector
 from vmamba.errors import unknown
-from vmamba.files import check_writable, write_text
+from vmamba.files import write_text
 from vmamba.models.compilation import compile_options
 from vmamba.segmentation.models import create_segmenter
 from vmamba.text import counted
@@ -71,13 +71,15 @@ def tasks_speed(
         random_sizes: steps of training on images of sizes drawn anew, after which time and memory are told; 0: none.
         compile: of `COMPILE_MODES`; None: not compiled.  Of detectors that is the backbone alone, torchvision's aside.
         deterministic: with `torch.use_deterministic_algorithms`, which on a GPU needs CUBLAS_WORKSPACE_CONFIG=:4096:8.
-        markdown: one more file for the table.
+        markdown: one more file for the table; none but an earlier one of it is replaced.
 
     Returns the rows.  Raises UserError for an unknown task or backbone, and for cudagraphs without a GPU.
     """
     if task not in TASKS:
         raise unknown("task", task, TASKS)
-    check_writable(*filter(None, [Path(output, f"{task}.json"), markdown]))
+    check_json(Path(output, f"{task}.json"), "device", "torch", "rows")
+    for path in filter(None, (Path(output, f"{task}.md"), markdown)):
+        check_page(path, r"# (Detection|Segmentation): speed\n(?!.*\n#)")  # chapters are of a reader's hand
     place = choose_device(device)
     check_compile(compile, place)
     rows = []

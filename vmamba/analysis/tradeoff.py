@@ -12,9 +12,9 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from vmamba.analysis.plotting import STYLE, line_style, new_figure, place_labels, save_figure
 from vmamba.analysis.speed import MODES
-from vmamba.analysis.tables import read_table, write_json
+from vmamba.analysis.tables import check_json, read_table, write_json
 from vmamba.errors import UserError, unknown
-from vmamba.files import check_writable, read_text
+from vmamba.files import read_text
 from vmamba.models.published import PUBLISHED, Row
 from vmamba.text import counted, printable
 
@@ -82,7 +82,7 @@ def tradeoff(*, docs: str = "docs", mode: str = "forward", output: str = "output
     """
     if mode not in MODES:
         raise unknown("mode", mode, MODES)
-    check_writable(Path(output, "tradeoff.json"))
+    check_json(Path(output, "tradeoff.json"), "speeds", "mode", "rows")
     pages = {table: Path(docs, panel.page) for table, panel in PANELS.items()}
     speeds = {table: read_speeds(page, mode) for table, page in pages.items() if page.is_file()}
     if not speeds:

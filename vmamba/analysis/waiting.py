@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vmamba.analysis.tables import markdown, write_json
-from vmamba.files import check_writable
+from vmamba.analysis.tables import check_json, markdown, write_json
 
 _FIRST = 50  # steps left out, in which the loading processes get ahead
 _SLOW = 20  # times as long takes a batch that the disk is slow for
@@ -32,7 +31,7 @@ def waiting(
         slow: share of batches that take twenty times as long.
         output: the folder that gets waiting.json.
     """
-    check_writable(Path(output, "waiting.json"))
+    check_json(Path(output, "waiting.json"), "workers")
     rows = []
     for count in workers:
         shares = {

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from vmamba.analysis import zoo
 from vmamba.analysis.speed import describe, take_turns
+from vmamba.analysis.tables import check_json, check_page, write_json
 from vmamba.analysis.tables import markdown as markdown_table
-from vmamba.analysis.tables import write_json
 from vmamba.errors import unknown
 from vmamba.exporting import export, graphs
-from vmamba.files import check_writable, write_text
+from vmamba.files import write_text
 from vmamba.models.vssm import VSSM
 
 MODELS = ("swin_tiny_patch4_window7_224", "vmamba_tiny_s1l8", "vmamba_tiny", "vmamba_tiny_m2")
@@ -48,7 +48,7 @@ def exports(
         relative_to: the model, in float32, that ratios of time are given to; None: the first.
         pytorch: also time the models in PyTorch.
         warm_up, repeats: steps before the timed ones, and these; 0 repeats compare numbers alone.
-        markdown: one more file for the table.
+        markdown: one more file for the table; none but an earlier one of it is replaced.
 
     Returns the rows: `difference` is the largest one between onnxruntime's and PyTorch's results of two images, in
     units of the largest result, and `same class` whether the same class comes first.  Raises UserError for an unknown
@@ -57,7 +57,9 @@ def exports(
     reference = relative_to or models[0]
     if reference not in models:
         raise unknown("model in --relative-to", reference, models)
-    check_writable(*filter(None, [Path(output, "exports.json"), markdown]))
+    check_json(Path(output, "exports.json"), "settings", "rows")
+    for file in filter(None, [Path(output, "exports.md"), markdown]):
+        check_page(file, r"[^\n]*; written by `analyze/exports.py`")
     graphs.check_installed("the comparison", "onnx", "onnxscript", "onnxruntime")
     rows = []
     for size in sizes:
