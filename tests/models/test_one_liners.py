@@ -43,6 +43,13 @@ def test_a_part_that_is_given_what_it_does_not_take_says_so(kind):
     for shape in ((2, 0, 4, 6), (2, 4, 0, 6)):
         with pytest.raises(UserError, match=f"which has no pixel; this {kind} takes one or more"):
             part(torch.randn(shape))
+    for x, words in (
+        (np.zeros((1, 4, 4, 6), np.float32), "a ndarray"),
+        (None, "a NoneType"),
+        (torch.zeros(1, 4, 4, 6, dtype=torch.uint8), "of torch.uint8"),
+    ):
+        with pytest.raises(UserError, match=rf"x is {words}; this {kind} takes a tensor \(batch, height, width, 6\)"):
+            part(x)
     for dim, words in ((0, "dim is 0; it must be between 1"), ("6", r"dim is '6' \(str\); expected an integer")):
         with pytest.raises(UserError, match=words):
             getattr(vmamba, kind)(dim)
@@ -129,6 +136,17 @@ def test_costs_and_a_name_of_timms():
     with pytest.raises(UserError, match=r"features_only is timm's: timm.create_model\('vmamba_tiny', feat"):
         vmamba.create_model("vmamba_tiny", features_only=True)
     assert vmamba.__version__
+
+
+def test_what_has_no_costs_is_a_sentence():
+    model = vmamba.create_model("vmamba_digits")
+    assert vmamba.flops(model, np.int64(64)) == vmamba.flops(model, (np.int32(64), 64)) == vmamba.flops(model, 64)
+    for size in (True, (True, 64), 0, 64.0, "64", (64,), None):
+        with pytest.raises(UserError, match=f"size is {re.escape(repr(size))}; expected a side in pixels, or .height"):
+            vmamba.flops(model, size)
+    for layer in (torch.nn.Linear(4, 4), torch.nn.Identity()):
+        with pytest.raises(UserError, match="has no convolution, so it takes no images; give a model of images"):
+            vmamba.flops(layer, 64)
 
 
 def test_the_page_of_the_library_runs(capsys):
