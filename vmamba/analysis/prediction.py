@@ -31,7 +31,7 @@ from vmamba.errors import UserError
 from vmamba.files import check_keeps, make_folder, read_text, write_atomically
 from vmamba.models.download import is_url
 from vmamba.models.formats import PLAIN, as_one_file
-from vmamba.models.pretrained import Checkpoint, open_checkpoint
+from vmamba.models.pretrained import Checkpoint, channels_of, open_checkpoint
 from vmamba.models.vssm import VSSM
 from vmamba.models.whole import shape_of, variant_of
 from vmamba.runtime.checkpoint import BEST, LAST, SHARDED
@@ -238,7 +238,8 @@ def image_transform(model: nn.Module) -> Callable[[Given], Tensor]:
         model: of `load_model`, whose config says it; of timm, whose settings say it; or another of ours, which is taken
             for one of ImageNet's, of images of 224 pixels.
 
-    Raises UserError for a model that is no classifier or does not tell; what is returned, for an image that cannot be
+    Raises UserError for a model that is no classifier or does not tell, and for one of timm whose settings are of
+    another number of channels; what is returned, for an image that cannot be
     read.
     """
     config = getattr(model, "config", None)
@@ -248,8 +249,8 @@ def image_transform(model: nn.Module) -> Callable[[Given], Tensor]:
         channels, transform = _channels(config), build_transform(config, training=False)
         gray = config.MODEL.IN_CHANS == 1
     elif getattr(model, "pretrained_cfg", None):
-        channels, gray = 3, model.pretrained_cfg["input_size"][0] == 1
-        transform = create_transform(**resolve_data_config({}, model=model))
+        channels, gray = 3, channels_of(model) == 1
+        transform = _timms_transform(model)
     elif isinstance(model, VSSM) and model.in_chans == 3:
         channels, gray, transform = 3, False, build_transform(get_config(), training=False)
     else:
@@ -261,6 +262,20 @@ def image_transform(model: nn.Module) -> Callable[[Given], Tensor]:
         return transform(pixels.convert("L") if gray else pixels)
 
     return apply
+
+
+def _timms_transform(model: nn.Module) -> Callable[[Image.Image], Tensor]:
+    """Raises UserError where the settings are of another number of channels: timm keeps them whatever it builds."""
+    told, channels = resolve_data_config({}, model=model), channels_of(model)
+    takes = f"this {type(model).__name__} takes images of {counted(channels, 'channel')}, and"
+    if not channels == told["input_size"][0] == len(told["mean"]) == len(told["std"]):
+        raise UserError(
+            f"{takes} its settings of timm tell how those of {len(told['mean'])} are normalised; give "
+            f"timm.create_model pretrained_cfg_overlay=dict(input_size=({channels}, height, width), mean=..., std=...)"
+        )
+    if channels not in COLOURS:
+        raise UserError(f"{takes} timm's transforms are of 1 and 3; normalise such images by a function of your own")
+    return create_transform(**told)
 
 
 def _channels(config: CfgNode) -> int:

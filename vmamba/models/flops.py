@@ -94,7 +94,7 @@ def _in_chans(model: nn.Module) -> int:
     said = [module.in_chans for module in model.modules() if getattr(module, "in_chans", None)]
     said = said or [module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)]
     if not said:
-        raise UserError(f"this {type(model).__name__} has no convolution, so it takes no images; give a model of images")
+        raise UserError(f"this {type(model).__name__} has no convolution, so it takes no images; give one that does")
     return said[0]
 
 
