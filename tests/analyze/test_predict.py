@@ -1,5 +1,6 @@
 """predict.py: what a checkpoint of each task says of images, as JSON and as pictures."""
 
+import io
 import json
 import weakref
 from itertools import combinations
@@ -429,3 +430,71 @@ def test_an_image_in_memory_is_read_as_its_file(checkpoints, tmp_path):
     assert in_memory == from_file
     with pytest.raises(UserError, match="image 1 of 1"):
         vmamba.predict(file, Image.new("F", (8, 8)))
+
+
+@pytest.mark.parametrize("task", CONFIGS)
+def test_a_model_of_any_dtype_takes_images_and_stays_in_its_mode(checkpoints, task):
+    image, model = scene(0, False, 64).image, vmamba.load_model(checkpoints[task][0])
+    wanted = vmamba.predict(model, image)
+    assert [*wanted[0]] == [*vmamba.predict(model.double(), image)[0]]
+    if task == "classification":
+        (found,) = vmamba.predict(model, image)
+        best = [each["probability"] for each in wanted[0]["top"]]
+        assert best == pytest.approx([each["probability"] for each in found["top"]], abs=1e-6)
+    for dtype in (torch.float16, torch.bfloat16) if task == "classification" else (torch.bfloat16,):
+        assert [*wanted[0]] == [*vmamba.predict(model.to(dtype), image)[0]]
+    model = vmamba.load_model(checkpoints[task][0]).train()
+    inside = [*model.modules()][-1].eval()  # as a frozen layer is
+    modes = [module.training for module in model.modules()]
+    assert vmamba.predict(model, image) == wanted
+    with pytest.raises(UserError):
+        vmamba.predict(model, [None])
+    assert modes == [module.training for module in model.modules()] and not inside.training
+
+
+@pytest.mark.parametrize("task", CONFIGS)
+def test_names_that_are_not_one_a_class_are_a_sentence(checkpoints, pictures, task):
+    file, config, _ = checkpoints[task]
+    classes = config.MODEL.NUM_CLASSES
+    names = [f"n{number}" for number in range(classes)]
+    model = vmamba.load_model(file, names=names)
+    (told,) = vmamba.predict(model, pictures / "scene.png")
+    assert {each["name"] for each in next(iter(told.values()))} <= {*names}
+    for given, count in ((["a", "b"], "2 classes"), ((), "0 classes")):
+        with pytest.raises(UserError, match=f"names names {count}, and the model has {classes}"):
+            vmamba.load_model(file, names=given)
+    for given in (3, [1] * classes, {"a": 1}):
+        with pytest.raises(UserError, match="names is .*; give a list with the name of each class, or a file"):
+            vmamba.load_model(file, names=given)
+    for given in (["x"], None, "x" * classes, [None] * classes):
+        model.class_names = given
+        with pytest.raises(UserError, match=f"class_names .*; set it to a list of {classes} names, one a class"):
+            vmamba.predict(model, pictures / "scene.png")
+
+
+def test_names_of_another_head_are_not_taken_for_its_own(checkpoints, pictures):
+    model = vmamba.load_model(checkpoints["classification"][0])
+    model.reset_classifier(5)
+    with pytest.raises(UserError, match="class_names of this VSSM has 10; set it to a list of 5 names, one a class"):
+        vmamba.predict(model, pictures / "scene.png")
+    model.class_names = [*"abcde"]
+    (told,) = vmamba.predict(model, pictures / "scene.png")
+    assert {each["name"] for each in told["top"]} == {*"abcde"}
+    model.reset_classifier(0)
+    with pytest.raises(UserError, match="this classifier has no classes"):
+        vmamba.predict(model, pictures / "scene.png")
+
+
+def test_one_image_of_a_kind_that_python_can_go_through(checkpoints, pictures):
+    model, path = vmamba.load_model(checkpoints["classification"][0]), pictures / "scene.png"
+    wanted = vmamba.predict(model, path)
+    with path.open("rb") as file:
+        assert vmamba.predict(model, file) == wanted
+    assert vmamba.predict(model, io.BytesIO(path.read_bytes())) == wanted
+    with pytest.raises(UserError, match="image 1 of 1 is {'a.png': 1} .dict.; give an image of Pillow"):
+        vmamba.predict(model, {"a.png": 1})
+    for size in ((0, 5), (5, 0)):
+        with pytest.raises(
+            UserError, match=f"cannot read 'image 1 of 1': it is {size[0]} x {size[1]} pixels, so there"
+        ):
+            vmamba.predict(model, Image.new("RGB", size))

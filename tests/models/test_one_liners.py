@@ -15,6 +15,7 @@ from vmamba.classification.transforms import build_transform
 from vmamba.config import get_config
 from vmamba.errors import UserError
 from vmamba.models.flops import complexity
+from vmamba.models.pretrained import channels_of
 
 
 def test_parts_alone_are_those_of_the_model():
@@ -43,6 +44,13 @@ def test_a_part_that_is_given_what_it_does_not_take_says_so(kind):
     for shape in ((2, 0, 4, 6), (2, 4, 0, 6)):
         with pytest.raises(UserError, match=f"which has no pixel; this {kind} takes one or more"):
             part(torch.randn(shape))
+    for x, words in (
+        (np.zeros((1, 4, 4, 6), np.float32), "a ndarray"),
+        (None, "a NoneType"),
+        (torch.zeros(1, 4, 4, 6, dtype=torch.uint8), "of torch.uint8"),
+    ):
+        with pytest.raises(UserError, match=rf"x is {words}; this {kind} takes a tensor \(batch, height, width, 6\)"):
+            part(x)
     for dim, words in ((0, "dim is 0; it must be between 1"), ("6", r"dim is '6' \(str\); expected an integer")):
         with pytest.raises(UserError, match=words):
             getattr(vmamba, kind)(dim)
@@ -117,6 +125,30 @@ def test_transforms_of_models(tmp_path):
         ours(tmp_path / "no.png")
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("name", ["resnet18", "vmamba_digits"])
+def test_timms_settings_are_of_the_channels_that_its_model_takes(name, channels):
+    """create_model keeps those of three channels whatever it builds."""
+    model = timm.create_model(name, in_chans=channels)
+    words = f"takes images of {channels} channels?, and its settings of timm tell how those of 3 are normalised; "
+    with pytest.raises(UserError, match=words + "give timm.create_model pretrained_cfg_overlay=dict.input_size="):
+        vmamba.build_transform(model)
+    told = dict(input_size=(channels, 64, 64), mean=(0.5,) * channels, std=(0.25,) * channels, crop_pct=1.0)
+    model = timm.create_model(name, in_chans=channels, pretrained_cfg_overlay=told)
+    if channels == 4:
+        with pytest.raises(UserError, match="takes images of 4 channels, and timm's transforms are of 1 and 3"):
+            vmamba.build_transform(model)
+        return
+    image = Image.new("RGB", (70, 80), (255, 255, 255))
+    made = vmamba.build_transform(model)(image)
+    assert torch.equal(made, torch.full((1, 64, 64), 2.0)) and model.eval()(made[None]).shape[0] == 1
+
+
+def test_channels_are_not_those_of_a_convolution_behind_a_rearrangement():
+    model = timm.create_model("tresnet_m")  # its first convolution takes patches of 4 x 4 pixels
+    assert channels_of(model) == 3 and vmamba.build_transform(model)(photograph()).shape == (3, 224, 224)
+
+
 def test_costs_and_a_name_of_timms():
     model = vmamba.create_model("vmamba_digits")
     assert vmamba.flops(model, (32, 64)) == complexity(model, (32, 64)).macs > vmamba.flops(model, 32)
@@ -129,6 +161,17 @@ def test_costs_and_a_name_of_timms():
     with pytest.raises(UserError, match=r"features_only is timm's: timm.create_model\('vmamba_tiny', feat"):
         vmamba.create_model("vmamba_tiny", features_only=True)
     assert vmamba.__version__
+
+
+def test_what_has_no_costs_is_a_sentence():
+    model = vmamba.create_model("vmamba_digits")
+    assert vmamba.flops(model, np.int64(64)) == vmamba.flops(model, (np.int32(64), 64)) == vmamba.flops(model, 64)
+    for size in (True, (True, 64), 0, 64.0, "64", (64,), None):
+        with pytest.raises(UserError, match=f"size is {re.escape(repr(size))}; expected a side in pixels, or .height"):
+            vmamba.flops(model, size)
+    for layer in (torch.nn.Linear(4, 4), torch.nn.Identity()):
+        with pytest.raises(UserError, match="has no convolution, so it takes no images; give one that does"):
+            vmamba.flops(layer, 64)
 
 
 def test_the_page_of_the_library_runs(capsys):

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -32,7 +33,7 @@ from vmamba.errors import UserError
 from vmamba.files import check_keeps, check_replaces, make_folder, read_text, write_atomically
 from vmamba.models.download import is_url
 from vmamba.models.formats import PLAIN, as_one_file
-from vmamba.models.pretrained import Checkpoint, open_checkpoint
+from vmamba.models.pretrained import Checkpoint, channels_of, open_checkpoint
 from vmamba.models.vssm import VSSM
 from vmamba.models.whole import shape_of, variant_of
 from vmamba.runtime.checkpoint import BEST, LAST, SHARDED
@@ -62,6 +63,7 @@ class Answer:
 
 
 Predictor = Callable[[Image.Image], Answer]
+AsWeights = Callable[[Tensor], Tensor]  # images -> on the device and in the dtype of the model's weights
 
 
 def predict(
@@ -157,14 +159,19 @@ def open_predictor(
 
 
 def load_model(
-    checkpoint: str | Path, *, cfg: str | None = None, names: str | None = None, weights: str = "auto"
+    checkpoint: str | Path,
+    *,
+    cfg: str | None = None,
+    names: str | Path | Sequence[str] | None = None,
+    weights: str = "auto",
 ) -> nn.Module:
     """The model of a checkpoint of any task, in eval mode, with its `config` and the `class_names` of its data.
 
     Args:
         checkpoint: of a run, or its folder (then its best), a released file, or one of `vmamba.export` with bare
             weights; an address is downloaded.
-        cfg, names, weights: as of `predict`.
+        cfg, weights: as of `predict`.
+        names: a list with the name of each class, or a file as of `predict`.
 
     Raises UserError for a checkpoint that cannot be read, a folder without one, and names that are not one a class.
     """
@@ -174,12 +181,12 @@ def load_model(
     model = task.build_model()
     task.load(model, found)
     told = list(found.classes) if len(found.classes) == config.MODEL.NUM_CLASSES else class_names(config)
-    if config.DATA.DATA_PATH and not (names or found.classes):  # of an earlier version, or of another program
+    if config.DATA.DATA_PATH and names is None and not found.classes:  # of an earlier version, or of another program
         logger.warning(
             f"'{printable(found.path)}' does not tell what its classes are called, and they are taken as {some(told)}; "
             f"a file with a name in each line says others (--names FILE, names=)"
         )
-    model.config, model.class_names = config, _read_names(names, config) if names else told
+    model.config, model.class_names = config, told if names is None else _names_of(names, config)
     if config.TASK == "detection":
         model.category_numbers = category_numbers(config, told)  # which other names by --names change nothing of
     return model.eval()
@@ -208,27 +215,53 @@ def predict_images(
 
     Args:
         model: as `load_model` gives it, on any device, or `load_program`; or what the first takes.
-        images: of Pillow, files, or NumPy's arrays (H, W, channels) of uint8, of RGB, RGBA or gray ones, or as many
-            channels as the model takes; one or several.
+        images: of Pillow, files (paths or open ones), or NumPy's arrays (H, W, channels) of uint8, of RGB, RGBA or gray
+            ones, or as many channels as the model takes; one or several.
         score: least score of a detection.
 
-    Raises UserError for a model that does not tell what its images are like, and an image that cannot be read.
+    A model that trains is asked in eval mode, and trains on.
+
+    Raises UserError for a model that does not tell what its images are like, or whose `class_names` are not one for
+    each class, and an image that cannot be read.
     """
     model = model if isinstance(model, nn.Module) else load_model(model)
     if not isinstance(getattr(model, "config", None), CfgNode):
         unknown = f"this {type(model).__name__} does not tell what its images and classes are"
         raise UserError(getattr(model, "tells_nothing", f"{unknown}; take it from vmamba.load_model"))
-    answer = _predictor(model.eval(), score)
-    one = isinstance(images, (*_OF_FILES, Image.Image, Tensor)) or (isinstance(images, np.ndarray) and images.ndim < 4)
-    given = [images] if one or not isinstance(images, Iterable) else list(images)
-    channels = _channels(model.config)
-    told = [
-        answer(_read(image, channels, f"image {number} of {len(given)}")).told for number, image in enumerate(given, 1)
-    ]
+    given = [images] if _is_one(images) else list(images)
+    channels, answer = _channels(model.config), _predictor(model, score)
+    with _in_eval_mode(model):
+        told = [
+            answer(_read(image, channels, f"image {number} of {len(given)}")).told
+            for number, image in enumerate(given, 1)
+        ]
     for each in told:
         if "objects" in each:
             each["objects"] = [found for found in each["objects"] if found["score"] >= score]
     return told
+
+
+def _is_one(images: Any) -> bool:
+    """Whether it is to be read as an image, though Python may go through it: an open file gives its lines."""
+    if isinstance(images, np.ndarray):
+        return images.ndim < 4
+    return (
+        isinstance(images, (*_OF_FILES, Image.Image, Tensor, Mapping))
+        or hasattr(images, "read")
+        or not isinstance(images, Iterable)
+    )
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Each part has its own mode again afterwards, since frozen ones stay in eval mode while others train."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _read(image: Given, channels: int, name: str) -> Image.Image | Tensor:
@@ -253,7 +286,8 @@ def image_transform(model: nn.Module) -> Callable[[Given], Tensor]:
         model: of `load_model`, whose config says it; of timm, whose settings say it; or another of ours, which is taken
             for one of ImageNet's, of images of 224 pixels.
 
-    Raises UserError for a model that is no classifier or does not tell; what is returned, for an image that cannot be
+    Raises UserError for a model that is no classifier or does not tell, and for one of timm whose settings are of
+    another number of channels; what is returned, for an image that cannot be
     read.
     """
     config = getattr(model, "config", None)
@@ -263,8 +297,8 @@ def image_transform(model: nn.Module) -> Callable[[Given], Tensor]:
         channels, transform = _channels(config), build_transform(config, training=False)
         gray = config.MODEL.IN_CHANS == 1
     elif getattr(model, "pretrained_cfg", None):
-        channels, gray = 3, model.pretrained_cfg["input_size"][0] == 1
-        transform = create_transform(**resolve_data_config({}, model=model))
+        channels, gray = 3, channels_of(model) == 1
+        transform = _timms_transform(model)
     elif isinstance(model, VSSM) and model.in_chans == 3:
         channels, gray, transform = 3, False, build_transform(get_config(), training=False)
     else:
@@ -278,14 +312,47 @@ def image_transform(model: nn.Module) -> Callable[[Given], Tensor]:
     return apply
 
 
+def _timms_transform(model: nn.Module) -> Callable[[Image.Image], Tensor]:
+    """Raises UserError where the settings are of another number of channels: timm keeps them whatever it builds."""
+    told, channels = resolve_data_config({}, model=model), channels_of(model)
+    takes = f"this {type(model).__name__} takes images of {counted(channels, 'channel')}, and"
+    if not channels == told["input_size"][0] == len(told["mean"]) == len(told["std"]):
+        raise UserError(
+            f"{takes} its settings of timm tell how those of {len(told['mean'])} are normalised; give "
+            f"timm.create_model pretrained_cfg_overlay=dict(input_size=({channels}, height, width), mean=..., std=...)"
+        )
+    if channels not in COLOURS:
+        raise UserError(f"{takes} timm's transforms are of 1 and 3; normalise such images by a function of your own")
+    return create_transform(**told)
+
+
 def _channels(config: CfgNode) -> int:
     """What an image is decoded to; of a model of gray ones it is for showing in colour as well."""
     return 3 if config.MODEL.IN_CHANS in COLOURS else config.MODEL.IN_CHANS
 
 
 def _predictor(model: nn.Module, score: float) -> Predictor:
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))  # a program has none
-    return _PREDICTORS[model.config.TASK](model.config, model, device, model.class_names, score)
+    weight = next(
+        (weight for weight in model.parameters() if weight.is_floating_point()), torch.empty(0)
+    )  # a program's
+
+    def as_weights(images: Tensor) -> Tensor:
+        return images.to(weight.device, weight.dtype)
+
+    task, names = model.config.TASK, getattr(model, "class_names", None)
+    _check_names(model, names, getattr(model, "num_classes", model.config.MODEL.NUM_CLASSES))
+    return _PREDICTORS[task](model.config, model, as_weights, names, score)
+
+
+def _check_names(model: nn.Module, names: Any, classes: int) -> None:
+    """Raises UserError for what is not a list with a name for each class that the model says."""
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        found = f"is {names!r:.60}"
+    elif len(names) == classes or not classes:
+        return
+    else:
+        found = f"of this {type(model).__name__} has {len(names)}"
+    raise UserError(f"class_names {found}; set it to a list of {counted(classes, 'name')}, one a class")
 
 
 def find_images(places: Sequence[str]) -> list[Path]:
@@ -330,11 +397,17 @@ def config_of(checkpoint: Checkpoint, cfg: str | None) -> CfgNode:
     return get_config(None, ["MODEL.NAME", name, "MODEL.NUM_CLASSES", classes])
 
 
-def _read_names(path: str, config: CfgNode) -> list[str]:
-    names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+def _names_of(given: str | Path | Sequence[str], config: CfgNode) -> list[str]:
+    """Of each line of a file, or as they are given.  Raises UserError for names that are not one a class."""
+    if isinstance(given, (str, os.PathLike)):
+        where, names = f"'{given}'", [line.strip() for line in read_text(given).splitlines() if line.strip()]
+    elif isinstance(given, (list, tuple)) and all(isinstance(name, str) for name in given):
+        where, names = "names", list(given)
+    else:
+        raise UserError(f"names is {given!r:.60}; give a list with the name of each class, or a file with one a line")
     if len(names) != config.MODEL.NUM_CLASSES:
         raise UserError(
-            f"'{path}' names {counted(len(names), 'class', 'classes')}, and the model has {config.MODEL.NUM_CLASSES}"
+            f"{where} names {counted(len(names), 'class', 'classes')}, and the model has {config.MODEL.NUM_CLASSES}"
         )
     return names
 
@@ -364,10 +437,10 @@ def readable(image: Image.Image) -> Image.Image:
 
 
 def classifier(
-    config: CfgNode, model: nn.Module, device: torch.device, names: Sequence[str], score: float
+    config: CfgNode, model: nn.Module, as_weights: AsWeights, names: Sequence[str], score: float
 ) -> Predictor:
     transform = build_transform(config, training=False)
-    if not names:
+    if getattr(model, "num_classes", len(names)) == 0:
         raise UserError(
             "this classifier has no classes (num_classes=0), so it says none; model(images) gives its features, and "
             "vmamba.build_transform(model) makes its images"
@@ -377,7 +450,8 @@ def classifier(
     def answer(image: Image.Image) -> Answer:
         if config.MODEL.IN_CHANS == 1:
             image = image.convert("L")
-        chances = model(transform(image)[None].to(device)).float().softmax(1)[0]
+        chances = model(as_weights(transform(image)[None])).float().softmax(1)[0]
+        _check_names(model, names, len(chances))  # the head may be another since
         best = chances.topk(min(5, len(chances)))
         top = [
             {"class": label, "name": names[label], "probability": chance}
@@ -389,7 +463,7 @@ def classifier(
     return answer
 
 
-def detector(config: CfgNode, model: nn.Module, device: torch.device, names: Sequence[str], score: float) -> Predictor:
+def detector(config: CfgNode, model: nn.Module, as_weights: AsWeights, names: Sequence[str], score: float) -> Predictor:
     transform, collate = Transform(config, training=False), Collate(config.DATA.DIVISOR)
     numbers = getattr(model, "category_numbers", None) or category_numbers(config, names)
 
@@ -397,7 +471,7 @@ def detector(config: CfgNode, model: nn.Module, device: torch.device, names: Seq
     def answer(image: Image.Image) -> Answer:
         batch = collate([transform(without_objects(image, 0))])
         sizes = batch["original_sizes"]
-        (found,) = model.detect(batch["images"].to(device), batch["image_sizes"], sizes)
+        (found,) = model.detect(as_weights(batch["images"]), batch["image_sizes"], sizes)
         objects = as_results(0, found, model.masks(found, sizes[0]), numbers)
         for each, label in zip(objects, found["labels"].tolist(), strict=True):
             del each["image_id"]
@@ -421,7 +495,9 @@ def detector(config: CfgNode, model: nn.Module, device: torch.device, names: Seq
     return answer
 
 
-def segmenter(config: CfgNode, model: nn.Module, device: torch.device, names: Sequence[str], score: float) -> Predictor:
+def segmenter(
+    config: CfgNode, model: nn.Module, as_weights: AsWeights, names: Sequence[str], score: float
+) -> Predictor:
     transform, inference = EvalTransform(config), Inference(config)
     size = getattr(model, "size", None)  # of a program, which takes images of one alone
     run = OfOneSize(model, size) if size else model
@@ -430,7 +506,7 @@ def segmenter(config: CfgNode, model: nn.Module, device: torch.device, names: Se
     def answer(image: Image.Image) -> Answer:
         empty = np.zeros((image.height, image.width), np.uint8)
         images, *_ = transform(Sample(image, empty, ""))
-        classes = inference(run, [each.to(device) for each in images], empty.shape).cpu()
+        classes = inference(run, [as_weights(each) for each in images], empty.shape).cpu()
         counts = torch.bincount(classes.flatten().long(), minlength=len(names))
         order = [label for label in counts.argsort(descending=True).tolist() if counts[label]]
         shares = [

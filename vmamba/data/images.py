@@ -60,6 +60,8 @@ def decode(
             image = _of_array(image)
         if not isinstance(image, Image.Image):
             image = open_image(image)
+        if 0 in image.size:
+            raise ValueError(f"it is {image.width} x {image.height} pixels, so there is none")
         sixteen_bits = any(re.search("(?<!BGR);16", str(tile[3])) for tile in getattr(image, "tile", ()))
         image.load()
         if image.mode.startswith("I"):

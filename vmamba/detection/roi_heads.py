@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torchvision.ops import batched_nms, roi_align
 
 from vmamba.detection.boxes import BOX_STDS, assign, cut, decode, encode, sample
+from vmamba_kernels import autocast_dtype
 
 STRIDES = (4, 8, 16, 32)
 _FINEST = 56  # sides from which a box is read one level up
@@ -34,10 +35,19 @@ def read_regions(maps: Sequence[Tensor], boxes: Sequence[Tensor], side: int) -> 
     order = levels.argsort(stable=True)
     counts = torch.stack([(levels == level).sum() for level in range(len(STRIDES))]).tolist()
     parts = [
-        roi_align(map_, part.to(map_.dtype), side, 1 / stride, sampling_ratio=0, aligned=True)
+        _aligned(map_, part, side, stride)
         for map_, part, stride in zip(maps, rois[order].split(counts), STRIDES, strict=False)  # the last has no boxes
     ]
     return torch.cat(parts)[order.argsort()]
+
+
+def _aligned(map_: Tensor, boxes: Tensor, side: int, stride: int) -> Tensor:
+    """torchvision's, which has no kernel of bfloat16, and in 16 bits rounds boxes to whole pixels and more: where
+    autocast does not see to that, such maps are read in float32."""
+    dtype = map_.dtype
+    if dtype in (torch.float16, torch.bfloat16) and autocast_dtype(map_.device.type) is None:
+        map_ = map_.float()
+    return roi_align(map_, boxes.to(map_.dtype), side, 1 / stride, sampling_ratio=0, aligned=True).to(dtype)
 
 
 class BoxHead(nn.Module):

@@ -14,10 +14,11 @@ from vmamba.config import image_size
 from vmamba.detection.mask_rcnn import MaskRCNN
 from vmamba.errors import UserError, unknown
 from vmamba.exporting import graphs, programs, rebuilding, weights
-from vmamba.exporting.descriptions import channels_of, size_of, timm_name
+from vmamba.exporting.descriptions import size_of, timm_name
 from vmamba.exporting.places import check_place
 from vmamba.models.backbone import Backbone
 from vmamba.models.backbones import TimmBackbone
+from vmamba.models.pretrained import channels_of
 from vmamba.models.variants import check_size, timm_settings
 from vmamba.models.vssm import VSSM
 from vmamba.models.weights import unwrapped

@@ -22,7 +22,7 @@ from vmamba.errors import UserError
 from vmamba.models.backbone import Backbone
 from vmamba.models.backbones import TimmBackbone
 from vmamba.models.options import CONFIGURABLE
-from vmamba.models.pretrained import told_by_timm
+from vmamba.models.pretrained import channels_of
 from vmamba.models.variants import TIMM, VARIANTS, build_model, timm_settings
 from vmamba.models.vssm import VSSM
 from vmamba.segmentation.upernet import UperNet
@@ -37,14 +37,6 @@ def timm_name(model: nn.Module) -> str:
     name = told.get("architecture") if isinstance(told, Mapping) else None
     classifies = not isinstance(model, VSSM) and hasattr(model, "num_classes")
     return name if classifies and name and timm.is_model(name) else ""
-
-
-def channels_of(model: nn.Module) -> int:
-    """Of the images of a classifier, ours or timm's."""
-    if isinstance(model, VSSM):
-        return model.in_chans
-    first = told_by_timm(model, "first_conv")
-    return model.get_submodule(first[0]).weight.shape[1] if first else 3
 
 
 def size_of(model: nn.Module) -> tuple[int, int] | None:

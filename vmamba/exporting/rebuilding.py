@@ -11,8 +11,9 @@ from vmamba.config import restored
 from vmamba.detection.mask_rcnn import MaskRCNN
 from vmamba.errors import UserError
 from vmamba.exporting import programs
-from vmamba.exporting.descriptions import beyond, channels_of, size_of, timm_name
+from vmamba.exporting.descriptions import beyond, size_of, timm_name
 from vmamba.models.backbones import TimmBackbone
+from vmamba.models.pretrained import channels_of
 from vmamba.models.variants import timm_settings
 from vmamba.models.vssm import VSSM
 from vmamba.models.weights import load_weights

@@ -13,10 +13,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from vmamba.errors import UserError
-from vmamba.exporting.descriptions import channels_of, described, size_of, timm_name
+from vmamba.exporting.descriptions import described, size_of, timm_name
 from vmamba.files import write_atomically
 from vmamba.models.backbone import Backbone
 from vmamba.models.backbones import TimmBackbone
+from vmamba.models.pretrained import channels_of
 from vmamba.models.released import to_released
 from vmamba.models.vssm import VSSM
 from vmamba.models.weights import is_plain, without_wrappers

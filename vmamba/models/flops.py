@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vmamba.errors import UserError
 from vmamba.models.mamba1d import Mamba1D
 from vmamba.models.vssm import VSSM
+from vmamba.values import Takes
 from vmamba_kernels import registry
 from vmamba_kernels.private import TorchDispatchMode
 
@@ -37,15 +38,13 @@ class Complexity:
 def flops(model: nn.Module, size: int | tuple[int, int] = 224) -> int:
     """Multiply-adds of `model`, ours or timm's, for one image of `size` pixels (a side, or (height, width)).
 
-    Raises UserError for what is no size, and one that the model does not take.
+    Raises UserError for what is no size, one that the model does not take, and a model that takes no images.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"this is a {type(model).__name__}, no model; give what vmamba.create_model or timm's gives")
-    sides = size if isinstance(size, (tuple, list)) else (size, size)
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise UserError(f"size is {size!r}; expected a side in pixels, or (height, width)")
+    sides = _sides(size)
     try:
-        return complexity(model, size).macs
+        return complexity(model, sides).macs
     except (RuntimeError, AssertionError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -56,6 +55,16 @@ def flops(model: nn.Module, size: int | tuple[int, int] = 224) -> int:
         ) from error
 
 
+def _sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width.  Raises UserError for what is no size."""
+    sides = size if isinstance(size, (tuple, list)) else (size, size)
+    try:
+        height, width = (Takes((int,), at_least=1).check("size", side) for side in sides)
+    except ValueError as error:  # a UserError too, which would name one side alone
+        raise UserError(f"size is {size!r:.200}; expected a side in pixels, or (height, width)") from error
+    return height, width
+
+
 def complexity(model: nn.Module, size: int | tuple[int, int]) -> Complexity:
     """Count `model`, which is left alone, for images of `size` pixels (a side, or (height, width))."""
     height, width = (size, size) if isinstance(size, int) else size
@@ -64,7 +73,8 @@ def complexity(model: nn.Module, size: int | tuple[int, int]) -> Complexity:
         if isinstance(module, (VSSM, Mamba1D)):
             registry.load("shapes")
             module.set_backend("shapes")
-    image = torch.empty(1, _in_chans(shapes), height, width, device="meta", dtype=next(shapes.parameters()).dtype)
+    dtype = next((weight.dtype for weight in shapes.parameters()), torch.float32)
+    image = torch.empty(1, _in_chans(shapes), height, width, device="meta", dtype=dtype)
     with torch.no_grad(), _Activations() as activations:
         flops = FlopCounterMode(display=False, custom_mapping=_NORMS)
         with flops:
@@ -80,9 +90,12 @@ def complexity(model: nn.Module, size: int | tuple[int, int]) -> Complexity:
 
 
 def _in_chans(model: nn.Module) -> int:
-    """Channels of the images that `model`, or the backbone in it, takes."""
+    """Channels of the images that `model`, or the backbone in it, takes.  Raises UserError where nothing tells."""
     said = [module.in_chans for module in model.modules() if getattr(module, "in_chans", None)]
-    return said[0] if said else next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+    said = said or [module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)]
+    if not said:
+        raise UserError(f"this {type(model).__name__} has no convolution, so it takes no images; give one that does")
+    return said[0]
 
 
 def _norm(operations: int):

@@ -28,7 +28,10 @@ DOWNSAMPLES = ("v1", "v2", "v3")
 
 @torch.fx.wrap  # what it does depends on sizes
 def check_channels_last(x: Tensor, dim: int, what: str) -> None:
-    """Raises UserError for features that are not (B, H, W, dim), or have no pixel."""
+    """Raises UserError for what is no floating-point numbers of (B, H, W, dim), or has no pixel."""
+    if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_quantized):
+        given = f"of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise UserError(f"x is {given}; this {what} takes a tensor (batch, height, width, {dim}) of floating point")
     if x.dim() == 4 and x.shape[-1] == dim:
         if x.shape[1] and x.shape[2]:
             return

@@ -259,6 +259,14 @@ def told_by_timm(model: nn.Module, what: str) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
+def channels_of(model: nn.Module) -> int:
+    """Of the images of a classifier, ours or timm's: what it says itself, else of its first convolution."""
+    if isinstance(getattr(model, "in_chans", None), int):  # of some, pixels become channels before they are convolved
+        return model.in_chans
+    first = told_by_timm(model, "first_conv")
+    return model.get_submodule(first[0]).weight.shape[1] if first else 3
+
+
 def _differ(theirs: Tensor | None, ours: Tensor | None) -> bool:
     """Whether both are there, of four dimensions and numbers that ours can hold, but of other sizes."""
     if theirs is None or ours is None or not is_image(theirs) or ours.dim() != 4:

@@ -26,9 +26,9 @@ def exit_code(main: Callable[[], object], resumes: bool = False) -> int:
         except Stopped as stop:
             _say(str(stop))
             return 128 + stop.signum
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             goes_on = "goes on from what is saved" if resumes else "begins anew"
-            _say(f"interrupted; the same command {goes_on}")
+            _say(f"interrupted; {str(interrupt) or f'the same command {goes_on}'}")
             return 130
         return 0
 

@@ -13,11 +13,14 @@ from vmamba.config import changed, output_folder
 from vmamba.errors import UserError
 from vmamba.files import cannot_write, make_folder
 from vmamba.runtime.distributed import World, on_main
+from vmamba.runtime.lock import is_left
 from vmamba.runtime.plan import Plan
 from vmamba.runtime.records import check_online
 from vmamba.runtime.stop import Stopped
 
 STEPS = 2
+_NAME = ".dry-run-"  # of its folder, which a random part follows
+_NOTHING_KEPT = "nothing of a dry run is kept, and the same command begins anew"
 
 
 @contextmanager
@@ -36,7 +39,9 @@ def tried(config: CfgNode, world: World) -> Iterator[CfgNode]:
     try:
         yield changed(config, ["TAG", folder.name, "WANDB", ""])
     except Stopped as stop:
-        raise Stopped(stop.signum) from None  # what it saved goes too
+        raise Stopped(stop.signum, without=_NOTHING_KEPT) from None  # what it saved goes too
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_NOTHING_KEPT) from None
     finally:
         if world.main:
             shutil.rmtree(folder, ignore_errors=True)
@@ -46,9 +51,13 @@ def tried(config: CfgNode, world: World) -> Iterator[CfgNode]:
 
 
 def _make_folder(beside: Path) -> Path:
+    """A new one; those that killed dry runs left are removed."""
     make_folder(beside)
+    for folder in beside.glob(f"{_NAME}*"):
+        if is_left(folder):
+            shutil.rmtree(folder, ignore_errors=True)
     try:
-        return Path(tempfile.mkdtemp(prefix=".dry-run-", dir=beside))
+        return Path(tempfile.mkdtemp(prefix=_NAME, dir=beside))
     except OSError as error:
         raise cannot_write(beside, error) from error
 
@@ -58,7 +67,12 @@ def shortened(plan: Plan, step: int) -> Plan:
     return replace(plan, steps=min(plan.steps, step + STEPS))
 
 
-def describe(folder: Path) -> str:
+def describe(folder: Path, trained: bool) -> str:
     """What a dry run has done, while its folder is there."""
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if not trained:
+        return (
+            "the dry run had nothing to train and went through evaluation alone: a step and a save are not tried; its "
+            f"{size / 1e6:.1f} MB are removed"
+        )
     return f"the dry run went through, evaluation and saving too; its {size / 1e6:.1f} MB are removed"

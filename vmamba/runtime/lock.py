@@ -63,6 +63,21 @@ class FolderLock:
             logger.warning(f"'{self.path}' cannot be locked ({error.strerror}): nothing keeps a second run out")
 
 
+def is_left(folder: Path) -> bool:
+    """Whether a writer was in `folder` and none is any more: what lies there is of one that was killed.
+
+    False where that cannot be told, and of an empty folder, whose writer may be about to lock it.
+    """
+    try:
+        with (folder / ".lock").open("r+", encoding="utf-8") as file:
+            _lock_for_this_process(file)
+        return True
+    except FileNotFoundError:  # killed while it removed what it had written, the lock first
+        return folder.is_dir() and any(folder.iterdir())
+    except OSError:
+        return False
+
+
 def _lock_for_this_process(file: IO[str]) -> None:
     """Without waiting; loading processes do not inherit it.  Raises OSError."""
     if fcntl is not None:

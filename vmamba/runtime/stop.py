@@ -20,9 +20,11 @@ class Stopped(BaseException):
     As KeyboardInterrupt it is no Exception: it may be raised anywhere, and what handles errors there is not meant.
     """
 
-    def __init__(self, signum: int, checkpoint: Path | None = None):
+    def __init__(
+        self, signum: int, checkpoint: Path | None = None, without: str = "nothing was trained since the start"
+    ):
         name = signal.Signals(signum).name
-        saved = f"saved {checkpoint}; the same command resumes" if checkpoint else "nothing was trained since the start"
+        saved = f"saved {checkpoint}; the same command resumes" if checkpoint else without
         super().__init__(f"stopped by {name}; {saved}")
         self.signum, self.checkpoint = signum, checkpoint
 

@@ -187,7 +187,8 @@ def train(run: Run, model: nn.Module) -> Results:
         run.save(state, LAST)  # killed between the two: what a run leaves does not depend on where
     if config.DRY_RUN:
         plan = dry.shortened(plan, state.recorded)
-    if state.recorded >= plan.steps or state.out_of_patience:
+    trains = state.recorded < plan.steps and not state.out_of_patience
+    if not trains:
         why = f", and {report.impatience(state)}" if state.out_of_patience else ""
         run.logger.info(f"nothing is left to train, {state.step} of {plan.steps} steps are done{why}")
         with run.request.noting():
@@ -215,7 +216,7 @@ def train(run: Run, model: nn.Module) -> Results:
     why = report.impatience(state) if state.out_of_patience else "finished"
     run.history.end(f"{why}, {state.step} of {plan.steps} steps")
     if config.DRY_RUN:
-        run.logger.info(dry.describe(run.folder))
+        run.logger.info(dry.describe(run.folder, trains))
     return results
 
 

@@ -71,14 +71,14 @@ class Inference:
         """(3, h, w) -> (1, classes, h, w)."""
         if self.test.MODE == "whole":
             return model(image[None]).float()
-        total, count = 0.0, image.new_zeros(1, 1, *image.shape[1:])
+        total, count = 0.0, image.new_zeros(1, 1, *image.shape[1:], dtype=torch.float32)
         for place in windows(image.shape[1:], self.window, self.stride):
             part = torch.zeros_like(count)
             part[..., place[0], place[1]] = 1
             count += part
             logits = model(image[None, :, place[0], place[1]]).float()
             if isinstance(total, float):
-                total = image.new_zeros(1, logits.shape[1], *image.shape[1:])
+                total = logits.new_zeros(1, logits.shape[1], *image.shape[1:])
             total[..., place[0], place[1]] += logits
         return total / count
 
