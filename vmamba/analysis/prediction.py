@@ -24,7 +24,7 @@ from vmamba.analysis.zoo import choose_device
 from vmamba.classification.transforms import build_transform
 from vmamba.config import get_config, restored
 from vmamba.data.folders import LeftOut, image_files, what_is
-from vmamba.data.images import COLOURS, UnreadableImage, decode
+from vmamba.data.images import COLOURS, UnreadableImage, decode, open_image
 from vmamba.detection import models as detection_models
 from vmamba.detection.datasets import without_objects
 from vmamba.detection.evaluation import as_results
@@ -132,7 +132,7 @@ def predict(
 
 def _is_picture(path: Path) -> bool:
     name, text = _MARK
-    with Image.open(path) as picture:
+    with open_image(path) as picture:
         return picture.info.get(name) == text
 
 
