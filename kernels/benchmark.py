@@ -27,6 +27,7 @@ from vmamba_kernels.private import keep_gpu_busy
 
 ROUTES = vk.ROUTES
 TITLE = "# Speed of the scans"
+BY_PYTORCH = ("layer_norm", "add_layer_norm", "depthwise_conv", "gelu_mlp")  # whose reference is PyTorch's own
 COLUMNS = (
     "row", "backend", "fwd ms", "x exp floor", "x memory floor", "exp rate", "bandwidth",
     "fwd+bwd ms", "x exp floor", "x memory floor", "original fwd", "original fwd+bwd", "peak MiB", "saved / x",
@@ -258,12 +259,7 @@ class Case:
             side=3 if self.row.operator == "depthwise_conv" else 0,
         )  # fmt: skip
         able = [name for name in vk.backends(self.row.operator) if vk.registry.why_not(name, call) is None]
-        if self.row.operator in (
-            "layer_norm",
-            "add_layer_norm",
-            "depthwise_conv",
-            "gelu_mlp",
-        ):  # whose reference is PyTorch's own
+        if self.row.operator in BY_PYTORCH:
             return able
         return [name for name in able if name != "reference"] or able
 

@@ -70,6 +70,10 @@ _OF_A_RESULT = {
 }  # in result.json
 
 
+def _counts(told: Mapping[str, Any]) -> bool:
+    return all(map(is_number, told["results"].values()))
+
+
 @dataclass(frozen=True)
 class Repetition:
     """A config with a seed: one run, its folder OUTPUT/NAME/seed<n>."""
@@ -133,11 +137,11 @@ class Repetition:
         evaluation that does not count."""
         told = self.told
         found = {name: value for name, value in {**told["results"], **told["details"]}.items() if _may_be(value)}
-        return found if self.counts else dict.fromkeys(found)
+        return found if _counts(told) else dict.fromkeys(found)
 
     @property
     def counts(self) -> bool:
-        return all(map(is_number, self.told["results"].values()))
+        return _counts(self.told)
 
     def __str__(self) -> str:
         return f"{self.config.NAME}, seed {self.seed}"
@@ -378,10 +382,11 @@ def _row(name: str, group: Sequence[Repetition], columns: Sequence[str]) -> dict
         "parameters (M)": sum(parameter.numel() for parameter in model.parameters()) / 1e6,
         "seeds": len(group),
     }
+    found, told = [each.numbers for each in group], [each.told for each in group]
     for key in columns:
-        row[key] = spread([each.numbers.get(key) for each in group])
+        row[key] = spread([numbers.get(key) for numbers in found])
     for title, key in (("images/s", "images_per_second"), ("memory (MB)", "memory_mb")):
-        values = [value for each in group if (value := each.told.get(key)) is not None]
+        values = [value for each in told if (value := each.get(key)) is not None]
         row[title] = statistics.mean(values) if values else None
     return row
 

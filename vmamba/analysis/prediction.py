@@ -287,8 +287,7 @@ def image_transform(model: nn.Module) -> Callable[[Given], Tensor]:
             for one of ImageNet's, of images of 224 pixels.
 
     Raises UserError for a model that is no classifier or does not tell, and for one of timm whose settings are of
-    another number of channels; what is returned, for an image that cannot be
-    read.
+    another number of channels; what is returned, for an image that cannot be read.
     """
     config = getattr(model, "config", None)
     if isinstance(config, CfgNode) and config.TASK != "classification":
@@ -332,9 +331,8 @@ def _channels(config: CfgNode) -> int:
 
 
 def _predictor(model: nn.Module, score: float) -> Predictor:
-    weight = next(
-        (weight for weight in model.parameters() if weight.is_floating_point()), torch.empty(0)
-    )  # a program's
+    of_a_program = torch.empty(0)  # which has none
+    weight = next((weight for weight in model.parameters() if weight.is_floating_point()), of_a_program)
 
     def as_weights(images: Tensor) -> Tensor:
         return images.to(weight.device, weight.dtype)

@@ -1,5 +1,6 @@
 """Where a run starts: at the very beginning, from the state of a run, or from weights."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,7 @@ def resume(run: Run, state: TrainState) -> Path | None:
     if saved:
         saved = of_today(saved, state.config)
         compare_data(run, saved["data"], state.data, path)
-        if other := calls_otherwise(Path(path), saved["classes"], state.classes):
-            run.logger.warning(other)
+        tell_other_names(run, Path(path), saved["classes"], state)
         state.load_state_dict(saved, path)
         state.restore_random_state(run.world.rank)
         epochs, steps = divmod(state.step, state.steps_per_epoch)
@@ -168,8 +168,12 @@ def take_over_names(run: Run, state: TrainState, found: Checkpoint) -> None:
     something else."""
     if len(found.classes) == run.config.MODEL.NUM_CLASSES:
         state.classes = state.classes or list(found.classes)
-    other = calls_otherwise(found.path, found.classes, state.classes)
-    if other:
+    tell_other_names(run, found.path, found.classes, state)
+
+
+def tell_other_names(run: Run, path: Path, theirs: Sequence[str], state: TrainState) -> None:
+    """Warn where the file at `path` calls its classes otherwise than this run's data."""
+    if other := calls_otherwise(path, theirs, state.classes):
         run.logger.warning(other)
 
 

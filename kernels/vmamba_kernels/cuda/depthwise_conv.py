@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .compiler import Module, load
-from .layout import TYPES
+from .layout import TYPES, side_by_side
 from .operator import Operator
 from .scan import aligned
 from .sum_rows import sum_rows
@@ -28,8 +28,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, k
 def macros(dim: int, dtype: torch.dtype, silu: bool, backward: bool) -> tuple[tuple[str, object], ...]:
     """What depthwise_conv.cu is compiled with."""
     vec = next(v for v in ((2, 1) if backward else (4, 2, 1)) if dim % v == 0)  # backward more registers
-    groups = dim // vec
-    lanes = next((n for n in range(32, 15, -1) if groups % n == 0), min(32, groups))
+    lanes = side_by_side(dim // vec)
     sizes = (
         ("DIM", dim),
         ("CHANNELS_A_READ", vec),

@@ -314,6 +314,11 @@ class Layout:
         return each * self.chunk, -(-chunks // each)
 
 
+def side_by_side(groups: int) -> int:
+    """Threads of a block along the channels, read in so many groups: 16 to 32 that leave none idle, if any do."""
+    return next((lanes for lanes in range(32, 15, -1) if groups % lanes == 0), min(32, groups))
+
+
 @cache
 def layout(states: int, rank: int, dim: int, x: torch.dtype, out: torch.dtype, softplus: bool = True) -> Layout:
     """The one Layout object of these values: what it has computed is kept."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .compiler import Kernel, Module, load
-from .layout import TYPES
+from .layout import TYPES, side_by_side
 from .operator import Operator
 from .scan import aligned
 from .sum_rows import sum_rows
@@ -25,8 +25,7 @@ def gelu_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: 
 def macros(dim: int, dtype: torch.dtype) -> tuple[tuple[str, object], ...]:
     """What mlp.cu is compiled with, for matrices of `dim` columns."""
     vec = next(v for v in (16 // dtype.itemsize, 4, 2, 1) if dim % v == 0)
-    groups = dim // vec
-    lanes = next((n for n in range(32, 15, -1) if groups % n == 0), min(32, groups))
+    lanes = side_by_side(dim // vec)
     sizes = ("DIM", dim), ("CHANNELS_A_READ", vec), ("LANES", lanes), ("STRIPS", max(1, _THREADS // lanes))
     return ("PixelT", TYPES[dtype]), *sizes
 
@@ -42,8 +41,12 @@ class _Kernels:
         self.threads = sizes["LANES"] * self.strips
         self.tiles = -(-dim // (self.vec * sizes["LANES"]))
 
-    def row_blocks(self, rows: int, kernel: Kernel) -> int:
-        return max(1, min(-(-rows // self.strips), kernel.blocks_at_once(self.threads) // self.tiles))
+    def sums(self, kernel: Kernel, rows: int, *tensors: Tensor) -> Tensor:
+        """(dim,) float32, the sums over the rows that `kernel` makes beside what else it does with the tensors."""
+        blocks = max(1, min(-(-rows // self.strips), kernel.blocks_at_once(self.threads) // self.tiles))
+        partial = tensors[0].new_empty(blocks, self.dim, dtype=torch.float32)
+        kernel(blocks * self.tiles, self.threads, 0, *tensors, partial, rows, blocks)
+        return sum_rows(partial)
 
 
 _kernels = cache(_Kernels)
@@ -63,22 +66,13 @@ def _gelu(h: Tensor, out: Tensor) -> Tensor:
 
 def _gelu_backward(d_out: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """(what GELU gives of h, the sums over the rows of the gradient of h); that gradient takes the place of d_out."""
-    (rows, dim), out = h.shape, torch.empty_like(h)
-    kernels = _kernels(dim, h.dtype, h.device)
-    kernel = kernels.module.gelu_bwd_kernel
-    blocks = kernels.row_blocks(rows, kernel)
-    partial = h.new_empty(blocks, dim, dtype=torch.float32)
-    kernel(blocks * kernels.tiles, kernels.threads, 0, d_out, h, out, partial, rows, blocks)
-    return out, sum_rows(partial)
+    kernels, out = _kernels(h.shape[1], h.dtype, h.device), torch.empty_like(h)
+    return out, kernels.sums(kernels.module.gelu_bwd_kernel, len(h), d_out, h, out)
 
 
 def _sum_columns(x: Tensor) -> Tensor:
     kernels = _kernels(x.shape[1], x.dtype, x.device)
-    kernel = kernels.module.sum_columns_kernel
-    blocks = kernels.row_blocks(len(x), kernel)
-    partial = x.new_empty(blocks, x.shape[1], dtype=torch.float32)
-    kernel(blocks * kernels.tiles, kernels.threads, 0, x, partial, len(x), blocks)
-    return sum_rows(partial)
+    return kernels.sums(kernels.module.sum_columns_kernel, len(x), x)
 
 
 def _forward(
